@@ -1,0 +1,79 @@
+"""`td_coef`: the noise levels and the eight numbers a sample, in one launch."""
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+from ..schedules import EDM, eta_of
+
+PRECONDS = ("edm", "ct")
+BASE_WEIGHTS = ("karras", "uniform", "snr", "snr+1", "truncated-snr")
+WEIGHTS = ("pairwise", "pairwise_x0", "online", "none")
+
+
+def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5,
+            k_idx: float = 1.0, one_idx: float = 0.25, lambda_base: float = 0.5, precond: str = "edm", base_weight: str = "karras", coupling: str = "markov",
+            weight: str = "pairwise", td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The columns of `td_loss`'s `coef` and the four noise levels, from one noise level (or index) a sample.
+
+    With i the real index of sigma on the EDM schedule: t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx;
+    (A, kappa) = two_moment at (t, tau) and at (t', tau'); D = skip x + scale F by `precond`; w_td by `weight`;
+    w_base = lambda_base w, and where the pair leaves the schedule w_td = 0 and w_base = (1 + lambda_base) w
+    (arXiv 2606.15048; the design, section 1).
+
+    Args:
+        noise: [B], any float dtype or int64. The noise level sigma > 0 of each sample or, with `from_index`, its index >= 0.
+        from_index: read `noise` as indices on the schedule instead of noise levels.
+        steps, sigma_min, sigma_max, rho: the schedule, as in `schedules.EDM`.
+        sigma_data: standard deviation of the data, > 0.
+        k_idx: index distance from t to t', > 0.
+        one_idx: index distance from t to tau, > 0.
+        lambda_base: weight of the base loss beside the TD term, >= 0.
+        precond: "edm" or "ct" (boundary condition at sigma_min).
+        base_weight: "karras" (EDM's own), "uniform", "snr", "snr+1" or "truncated-snr".
+        coupling: "markov" or "shared". With "shared" the TD target is biased; see the losses.
+        weight: "pairwise", "pairwise_x0", "online" (the published EDM code's) or "none".
+        td_sigma: (lo, hi); TD only where lo <= sigma <= hi.
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
+
+    Returns:
+        coef: [B, 8] float64: skip, scale, skip', scale', A, A', w_td, w_base.
+        levels: [B, 4] float64: sigma at t, tau, t', tau'.
+
+    Raises:
+        ValueError: an argument is out of its range, of the wrong shape, or names nothing.
+
+    No gradients. Deterministic; float64 inside on every backend.
+    """
+    EDM(steps, sigma_min, sigma_max, rho)  # checks the schedule
+    if noise.ndim != 1:
+        raise ValueError(f"td_coef: noise must have shape [B], got {list(noise.shape)}")
+    for name, value in (("sigma_data", sigma_data), ("k_idx", k_idx), ("one_idx", one_idx)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"td_coef: {name} must be a positive number, got {value}")
+    if not (lambda_base >= 0 and math.isfinite(lambda_base)):
+        raise ValueError(f"td_coef: lambda_base must be a number >= 0, got {lambda_base}")
+    for name, value, names in (("precond", precond, PRECONDS), ("base_weight", base_weight, BASE_WEIGHTS), ("weight", weight, WEIGHTS)):
+        if value not in names:
+            raise ValueError(f"td_coef: {name} must be one of {', '.join(names)}, got {value!r}")
+    td_lo, td_hi = (0.0, math.inf) if td_sigma is None else td_sigma
+    if not td_lo < td_hi:
+        raise ValueError(f"td_coef: td_sigma must be (lo, hi) with lo < hi, got {td_sigma}")
+    args = (noise.detach(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, eta_of(coupling), weight, td_lo, td_hi)
+    backend = _library.resolve("td_coef", backend, noise.device)
+    if backend == "reference":
+        return reference.td_coef(*args)
+    return _library.op("td_coef", backend)(args[0].double(), *args[1:])
+
+
+def _fake(noise, *_):
+    return noise.new_empty(len(noise), 8, dtype=torch.float64), noise.new_empty(len(noise), 4, dtype=torch.float64)
+
+
+_library.define(
+    "td_coef",
+    "(Tensor noise, bool from_index, int steps, float sigma_min, float sigma_max, float rho, float sigma_data, float k_idx, float one_idx, "
+    "float lambda_base, str precond, str base_weight, float eta, str weight, float td_lo, float td_hi) -> (Tensor coef, Tensor levels)",
+    _fake,
+)

@@ -1,0 +1,110 @@
+"""`td_loss`: the per-sample TD and base loss and the gradient of the network's output, in one launch."""
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+
+BASES = ("denoise", "consistency")
+# (dtype of out and out_target, dtype of x0, x_t and x_tp): a network may answer in half precision about float32 images
+DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+          (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
+
+
+def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None = None, x_tp: Tensor | None = None, *,
+            base: str = "denoise", backend: str = "auto") -> Tensor:
+    """Per-sample temporal-difference loss and base loss, both weighted.
+
+    e = x0 - (skip x_t + scale out),  e' = x0 - (skip' x_tp + scale' out_target),  delta = A e - A' e',
+    td = w_td mean(delta^2),  base = w_base mean(e^2) or, for "consistency", w_base mean((e - e')^2)
+    (arXiv 2606.15048; the design, section 1). A term whose weight is 0 is left out: what it would have read may be NaN.
+
+    Args:
+        out: [B, ...], the online network's raw output F at t. float32, float64, bfloat16 or float16; any strides.
+        out_target: as `out`, the target network's raw output F' at t'.
+        x0: [B, ...] as `out`, clean data; its dtype, or float32 beside a bfloat16 or float16 `out`.
+        coef: [B, 8] float32 or float64: skip, scale, skip', scale', A, A', w_td, w_base; from `td_coef`.
+        x_t: as `x0`, the noisy data at t; may be None where every skip is 0.
+        x_tp: as `x0`, the noisy data at t'; may be None where every skip' is 0.
+        base: "denoise" or "consistency".
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
+
+    Returns:
+        [B, 2]: td and base. float64 for float64 data, else float32.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+
+    Gradient to `out` only, once differentiable. It is computed in the forward pass, with unit upstream gradient, and
+    corrected in the backward pass only for samples whose upstream gradient is not 1. Deterministic: the result does not
+    depend on the number of threads or the launch shape. No host synchronisation.
+    """
+    _check(out, out_target, x0, coef, x_t, x_tp, base)
+    backend = _library.resolve("td_loss", backend, out.device)
+    if backend == "reference":
+        return reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base)
+    want_grad = out.requires_grad and torch.is_grad_enabled()
+    return _library.op("td_loss", backend)(out, out_target.detach(), x0.detach(), coef.detach().double(), x_t, x_tp, base == "consistency", want_grad)[0]
+
+
+def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str) -> None:
+    if out.ndim < 1:
+        raise ValueError("td_loss: out must have shape [B, ...], got []")
+    if (out.dtype, x0.dtype) not in DTYPES:
+        raise ValueError(f"td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got {x0.dtype} beside {out.dtype}")
+    for name, tensor, dtype in (("out_target", out_target, out.dtype), ("x0", x0, x0.dtype), ("x_t", x_t, x0.dtype), ("x_tp", x_tp, x0.dtype)):
+        if tensor is None:
+            continue
+        if tensor.shape != out.shape:
+            raise ValueError(f"td_loss: {name} must have out's shape {list(out.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"td_loss: {name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != out.device:
+            raise ValueError(f"td_loss: {name} must be on {out.device}, got {tensor.device}")
+    if coef.shape != (out.shape[0], 8):
+        raise ValueError(f"td_loss: coef must have shape [{out.shape[0]}, 8], got {list(coef.shape)}")
+    if coef.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"td_loss: coef must be float32 or float64, got {coef.dtype}")
+    if coef.device != out.device:
+        raise ValueError(f"td_loss: coef must be on {out.device}, got {coef.device}")
+    if base not in BASES:
+        raise ValueError(f"td_loss: base must be one of {', '.join(BASES)}, got {base!r}")
+
+
+def _empty_grad(out: Tensor) -> Tensor:
+    """dF before it is written: in out's own layout if that keeps samples apart in memory, else contiguous."""
+    grad = torch.empty_like(out)
+    apart = out.ndim == 1 or out.shape[0] <= 1 or grad.stride(0) == grad[0:1].numel()
+    return grad if apart else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+
+
+def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, want_grad):
+    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    return out.new_empty(out.shape[0], 2, dtype=dtype), _empty_grad(out) if want_grad else out.new_empty(0)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.consistency, want_grad = inputs
+    ctx.save_for_backward(*tensors)  # only references to what the caller holds anyway; dF is the one new buffer
+    ctx.grad = output[1] if want_grad else None
+    ctx.mark_non_differentiable(output[1])  # an output with a grad_fn, held by that grad_fn, would be a reference cycle
+    ctx.set_materialize_grads(False)
+
+
+@torch.autograd.function.once_differentiable
+def _backward(backend, ctx, upstream, _):
+    """Hand dF out as it is where upstream is 1; a sample whose upstream is not is corrected in place, on the device."""
+    if upstream is None:
+        return (None,) * 8
+    tensors = ctx.saved_tensors
+    grad, ctx.grad = ctx.grad, None  # handed out once: whoever gets it owns it
+    if grad is None:  # a further backward through a retained graph
+        grad = _library.op("td_loss", backend)(*tensors, ctx.consistency, True)[1]
+    elif type(grad) is not Tensor:  # traced: a saved activation must not be written
+        grad = grad.clone()
+    _library.op("td_loss_backward_", backend)(grad, upstream.contiguous(), *tensors, ctx.consistency)
+    return (grad, *(None,) * 7)
+
+
+_TENSORS = "Tensor out, Tensor out_target, Tensor x0, Tensor coef, Tensor? x_t, Tensor? x_tp, bool consistency"
+_library.define("td_loss_backward_", f"(Tensor(a!) grad, Tensor upstream, {_TENSORS}) -> ()", lambda *_: None)
+_library.define("td_loss", f"({_TENSORS}, bool want_grad) -> (Tensor loss, Tensor grad)", _fake, _backward, _setup_context)
