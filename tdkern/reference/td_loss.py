@@ -25,6 +25,6 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
 
     def term(weight, error):  # a term whose weight is 0 is left out: 0 times NaN must not reach the loss
         error = torch.where(weight == 0, torch.zeros_like(error), error)
-        return (weight * error.square()).flatten(1).sum(1) / max(error[0:1].numel(), 1)
+        return (weight * error.square()).unsqueeze(-1).flatten(1).sum(1) / max(error[0:1].numel(), 1)
 
     return torch.stack([term(w_td, delta), term(w_base, error)], 1)

@@ -1,0 +1,70 @@
+// What every op does with its tensors before it computes: check them, and see each as rows, one row a sample.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "td_math.h"
+
+namespace tdkern {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The elements of one sample lie `data + b * stride` to `+ n`, in the order of the op's output.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride;
+};
+
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
+}
+
+inline void check_like(const char* op, const char* name, const Tensor& tensor, const Tensor& out, ScalarType dtype) {
+  STD_TORCH_CHECK(same_sizes(tensor, out), op, ": ", name, " must have out's shape");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.device() == out.device(), op, ": ", name, " must be on out's device");
+}
+
+inline int64_t elements_per_sample(const Tensor& out) { return out.size(0) == 0 ? 0 : out.numel() / out.size(0); }
+
+inline Tensor empty_like(const Tensor& like, ScalarType dtype) {  // the stable ABI's own has no dtype
+  using torch::stable::detail::from;
+  StableIValue stack[6] = {from(like), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// An empty tensor in out's own layout if that keeps samples apart in memory, else contiguous (_empty_grad in ops/td_loss.py).
+inline Tensor empty_rows_like(const Tensor& out) {
+  Tensor grad = empty_like(out, out.scalar_type());
+  const bool apart = out.dim() == 1 || out.size(0) <= 1 || grad.stride(0) == elements_per_sample(out);
+  return apart ? grad : torch::stable::new_empty(out, out.sizes());
+}
+
+// `tensor` if each of its samples is laid out as `layout`'s are, at any distance from the next; else a copy that is.
+inline Tensor as_rows(const Tensor& tensor, const Tensor& layout) {
+  for (int64_t d = 1; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1 && tensor.stride(d) != layout.stride(d)) {
+      Tensor copy = empty_like(layout, tensor.scalar_type());
+      return torch::stable::copy_(copy, tensor);
+    }
+  }
+  return tensor;
+}
+
+template <typename T>
+Rows<T> rows(const Tensor& tensor) {
+  return {static_cast<T*>(tensor.data_ptr()), tensor.size(0) > 1 ? tensor.stride(0) : 0};
+}
+
+}  // namespace tdkern
