@@ -1,0 +1,184 @@
+"""What the U-Nets are made of. Weights stay in their own dtype and are cast to the activation's, so that one network runs in any precision."""
+from dataclasses import dataclass
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initial values of a layer: `gain` times a distribution for its weight, `bias_gain` times the same one for its bias."""
+
+    mode: str
+    gain: float = 1.0
+    bias_gain: float = 0.0
+
+    def parameters(self, shape: tuple[int, ...], bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Weight and bias of a layer whose weight has `shape` [out, in, *kernel]; both have the layer's fans, which count the kernel."""
+        fan_out, fan_in = (channels * prod(shape[2:]) for channels in shape[:2])
+        draw = {
+            "xavier_uniform": lambda size: (6 / (fan_in + fan_out)) ** 0.5 * (2 * torch.rand(size) - 1),
+            "kaiming_uniform": lambda size: (3 / fan_in) ** 0.5 * (2 * torch.rand(size) - 1),
+            "kaiming_normal": lambda size: (1 / fan_in) ** 0.5 * torch.randn(size),
+        }[self.mode]
+        return nn.Parameter(self.gain * draw(shape)), nn.Parameter(self.bias_gain * draw(shape[:1])) if bias else None
+
+
+class Linear(nn.Module):
+    """Fully connected layer in the activation's dtype."""
+
+    def __init__(self, in_features: int, out_features: int, init: Init, bias: bool = True):
+        super().__init__()
+        self.in_features = in_features
+        self.weight, self.bias = init.parameters((out_features, in_features), bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Module):
+    """Convolution with same padding, after an optional resampling by two with a separable filter.
+
+    A kernel of 0 is the filter alone. `fused` puts the filter after the convolution when going down and pads once for both.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, init: Init | None = None, *, up: bool = False, down: bool = False,
+                 resample_filter=(1, 1), fused: bool = False):
+        super().__init__()
+        self.weight, self.bias = init.parameters((out_channels, in_channels, kernel, kernel), True) if kernel else (None, None)
+        self.up, self.filter_first, self.filter_last = up, down and not (fused and kernel), down and fused and kernel > 0
+        self.box = list(resample_filter) == [1, 1]
+        self.padding, self.filter_padding = kernel // 2, (len(resample_filter) - 1) // 2
+        if self.filter_last:
+            self.padding, self.filter_padding = self.padding + self.filter_padding, 0
+        elif fused and kernel:
+            self.padding, self.filter_padding = max(self.padding - self.filter_padding, 0), max(self.filter_padding - self.padding, 0)
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None] if up or down else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up:
+            x = self._upsample(x)
+        if self.filter_first:
+            x = self._downsample(x)
+        if self.weight is not None:
+            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        return self._downsample(x) if self.filter_last else x
+
+    def _upsample(self, x: Tensor) -> Tensor:
+        if self.box:  # the filter [1, 1] repeats pixels
+            return F.interpolate(x, scale_factor=2, mode="nearest")
+        weight = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1])
+
+    def _downsample(self, x: Tensor) -> Tensor:
+        if self.box:  # and averages them
+            return F.avg_pool2d(x, 2)
+        weight = self.resample_filter.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1])
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over groups of at least four channels, at most 32 groups; in float32 for a half-precision activation."""
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.groups, self.eps = min(32, channels // 4), eps
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.group_norm(x.to(dtype), self.groups, self.weight.to(dtype), self.bias.to(dtype), self.eps).to(x.dtype)
+
+
+class PositionalEmbedding(nn.Module):
+    """[B] to [B, channels]: cosines, then sines, at frequencies 10000^(-j/(n/2)), or 10000^(-j/(n/2-1)) with `endpoint`."""
+
+    def __init__(self, channels: int, endpoint: bool = False):
+        super().__init__()
+        self.half, self.endpoint = channels // 2, endpoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        exponents = torch.arange(self.half, device=x.device, dtype=x.dtype) / (self.half - self.endpoint)
+        angles = x.outer(10000**-exponents)
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class FourierEmbedding(nn.Module):
+    """[B] to [B, channels]: cosines, then sines, at random frequencies, which a checkpoint keeps (arXiv 2011.13456)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(channels // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x.outer(2 * torch.pi * self.freqs.to(x.dtype))
+        return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+@dataclass(frozen=True)
+class BlockStyle:
+    """What the residual blocks of one network share, and what sets SongUNet's apart from ADM's."""
+
+    emb_channels: int
+    dropout: float
+    init: Init
+    init_zero: Init  # of the layers that end a branch: conv1 and proj
+    init_attn: Init
+    scale_shift: bool  # the embedding scales and shifts the second normalisation, or is added before it
+    skip_scale: float
+    eps: float
+    project_skip: bool  # a 1x1 kernel on a skip that resamples, even where channels stay
+    resample_filter: tuple[float, ...] = (1, 1)
+
+
+class ResBlock(nn.Module):
+    """Residual block with noise conditioning, and with self-attention where `heads` is not 0.
+
+    h = conv0(silu(norm0(x))),  a = affine(emb),  h = silu(norm1(h + a)) or, with (scale, shift) = a, silu(norm1(h) (1 + scale) + shift),
+    x = (skip(x) + conv1(dropout(h))) skip_scale,  x = (x + proj(attention(qkv(norm2(x))))) skip_scale.
+    x: [B, in_channels, H, W], emb: [B, emb_channels]; returns [B, out_channels, H', W'], in x's dtype.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, *, up: bool = False, down: bool = False, heads: int = 0):
+        super().__init__()
+        self.style, self.heads, self.out_channels = style, heads, out_channels
+        resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
+        self.norm0 = GroupNorm(in_channels, style.eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resample)
+        self.affine = Linear(style.emb_channels, out_channels * (1 + style.scale_shift), style.init)
+        self.norm1 = GroupNorm(out_channels, style.eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            kernel = int(style.project_skip or out_channels != in_channels)
+            self.skip = Conv2d(in_channels, out_channels, kernel, style.init, **resample)
+        if heads:
+            self.norm2 = GroupNorm(out_channels, style.eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, style.init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv0(F.silu(self.norm0(x)))
+        a = self.affine(emb)[:, :, None, None].to(h.dtype)
+        if self.style.scale_shift:
+            scale, shift = a.chunk(2, 1)
+            h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
+        else:
+            h = F.silu(self.norm1(h + a))
+        h = self.conv1(F.dropout(h, self.style.dropout, self.training))
+        x = self._add(x if self.skip is None else self.skip(x), h)
+        return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x
+
+    def _add(self, x: Tensor, h: Tensor) -> Tensor:  # x first: the sum has its memory format
+        return x + h if self.style.skip_scale == 1 else (x + h) * self.style.skip_scale
+
+    def _attend(self, x: Tensor) -> Tensor:
+        # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few, are put in the order q/k/v, head, channel,
+        # so that q, k and v come out contiguous, as the fast attention kernels want them.
+        weight, bias = (p.to(x.dtype).unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in (self.qkv.weight.flatten(1), self.qkv.bias))
+        tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
+        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
+        return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
