@@ -1,1 +1,40 @@
-def info(): ...
+"""What this installation is and can do."""
+import platform
+
+import numpy
+import torch
+
+from . import _library
+
+
+def info() -> dict:
+    """What this installation can do: versions, backends (and why one is missing), architectures built for, devices.
+
+    Returns:
+        {"tdkern", "torch", "triton", "python": versions; "backends": {name: "" or why it is missing and how to get it};
+        "build": what the compiled part was made with and for, or None; "devices": names}. Plain values, ready for JSON.
+    """
+    from . import __version__
+
+    try:
+        from . import _C
+
+        build = _C.build()
+    except ImportError:
+        build = None
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "tdkern": __version__,
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "backends": dict(_library.MISSING),
+        "build": build,
+        "devices": ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

@@ -64,6 +64,7 @@ def missing() -> dict[str, str]:
     return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpp": _missing_cpp(), "reference": ""}
 
 
+_OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 MISSING = missing()  # read at import, so that a traced call only looks things up
 
 
@@ -95,8 +96,9 @@ def define(name: str, signature: str, fake, backward=None, setup_context=None) -
         torch.library.register_fake(f"tdkern::{name}.{backend}", fake, lib=library)
         if backward is not None:
             torch.library.register_autograd(f"tdkern::{name}.{backend}", partial(backward, backend), setup_context=setup_context, lib=library)
+        _OPS[name, backend] = getattr(getattr(torch.ops.tdkern, name), backend)
 
 
 def op(name: str, backend: str):
     """The overload of op `name` that `backend` implements."""
-    return getattr(getattr(torch.ops.tdkern, name), backend)
+    return _OPS[name, backend]

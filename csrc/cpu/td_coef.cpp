@@ -1,4 +1,5 @@
-// td_coef on the CPU.
+// td_coef on the CPU. Eight numbers a sample: nothing here is worth a second instruction set.
+#if defined(TDKERN_LAUNCHER)
 #include <string>
 #include <tuple>
 
@@ -22,3 +23,4 @@ std::tuple<Tensor, Tensor> td_coef(Tensor noise, bool from_index, int64_t steps,
 }  // namespace tdkern
 
 STABLE_TORCH_LIBRARY_IMPL(tdkern, CPU, m) { m.impl("td_coef.cpp", TORCH_BOX(&tdkern::td_coef)); }
+#endif  // TDKERN_LAUNCHER

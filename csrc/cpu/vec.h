@@ -5,13 +5,11 @@
 #include <cstring>
 #include <type_traits>
 
-// Functions so marked are compiled once for each instruction set; the loader picks. What they call must be inlined into them.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(TDKERN_NO_CLONES)
-#define TDKERN_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define TDKERN_CLONES
+#if defined(__x86_64__)
+#include <immintrin.h>
 #endif
-#define TDKERN_INLINE inline __attribute__((always_inline))
+
+#include "isa.h"
 
 namespace tdkern {
 
@@ -26,16 +24,17 @@ constexpr int kLanes = 64 / sizeof(T);
 template <typename T, int lanes>
 struct VecOf {
   typedef T type __attribute__((vector_size(sizeof(T) * lanes)));
+  typedef T unaligned __attribute__((vector_size(sizeof(T) * lanes), aligned(alignof(T)), may_alias));
 };
 template <typename T>
 using Vec = typename VecOf<T, kLanes<T>>::type;
 
-// Reads `count` elements of storage S into a vector of T, zeros behind them. A constant full `count` compiles to plain loads.
+// How S lies in a register before it is converted.
+template <typename S>
+using Raw = std::conditional_t<std::is_same_v<S, BFloat16>, uint16_t, S>;
+
 template <typename T, typename S>
-TDKERN_INLINE Vec<T> load(const S* from, int64_t count) {
-  using Raw = std::conditional_t<std::is_same_v<S, BFloat16>, uint16_t, S>;
-  typename VecOf<Raw, kLanes<T>>::type raw = {};
-  memcpy(&raw, from, count * sizeof(S));
+TDKERN_INLINE Vec<T> widen(typename VecOf<Raw<S>, kLanes<T>>::type raw) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     return reinterpret_cast<Vec<T>>(__builtin_convertvector(raw, Vec<uint32_t>) << 16);
   } else {
@@ -44,16 +43,60 @@ TDKERN_INLINE Vec<T> load(const S* from, int64_t count) {
 }
 
 template <typename T, typename S>
-TDKERN_INLINE void store(S* to, Vec<T> value, int64_t count) {
+TDKERN_INLINE typename VecOf<Raw<S>, kLanes<T>>::type narrow(Vec<T> value) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     const auto bits = reinterpret_cast<Vec<uint32_t>>(value);
     const Vec<uint32_t> nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
-    const auto raw = __builtin_convertvector(value == value ? nearest : Vec<uint32_t>{} + 0x7fc0, typename VecOf<uint16_t, kLanes<T>>::type);
-    memcpy(to, &raw, count * sizeof(S));
+    return __builtin_convertvector(value == value ? nearest : Vec<uint32_t>{} + 0x7fc0, typename VecOf<uint16_t, kLanes<T>>::type);
   } else {
-    const auto raw = __builtin_convertvector(value, typename VecOf<S, kLanes<T>>::type);
-    memcpy(to, &raw, count * sizeof(S));
+    return __builtin_convertvector(value, typename VecOf<S, kLanes<T>>::type);
   }
+}
+
+// A full vector of T from storage S, or its first `count` elements with zeros behind them.
+template <typename T, typename S>
+TDKERN_INLINE Vec<T> load(const S* from) {
+  return widen<T, S>(*reinterpret_cast<const typename VecOf<Raw<S>, kLanes<T>>::unaligned*>(from));
+}
+template <typename T, typename S>
+TDKERN_INLINE Vec<T> load(const S* from, int64_t count) {
+  typename VecOf<Raw<S>, kLanes<T>>::type raw = {};
+  memcpy(&raw, from, count * sizeof(S));
+  return widen<T, S>(raw);
+}
+
+template <typename T, typename S>
+TDKERN_INLINE void store(S* to, Vec<T> value) {
+  *reinterpret_cast<typename VecOf<Raw<S>, kLanes<T>>::unaligned*>(to) = narrow<T, S>(value);
+}
+// Past the caches, where the set has a store for it: a line that is wholly written need not be read first. `to` is 64-byte aligned.
+template <typename T, typename S>
+TDKERN_INLINE void stream(S* to, Vec<T> value) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(T)) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(narrow<T, S>(value)));
+#endif
+  store<T>(to, value);
+}
+TDKERN_INLINE void fence() {  // after a thread's streams, before another reads: once, since it waits for all of them
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+template <typename T, typename S>
+TDKERN_INLINE void store(S* to, Vec<T> value, int64_t count) {
+  const auto raw = narrow<T, S>(value);
+  memcpy(to, &raw, count * sizeof(S));
+}
+
+// The sum of the lanes in float64, as a tree: a chain of scalar adds between two samples would hold up the loads behind it.
+TDKERN_INLINE double sum(Vec<double> v) {
+  using Half4 = typename VecOf<double, 4>::type;
+  const Half4 four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (four[0] + four[2]) + (four[1] + four[3]);
+}
+TDKERN_INLINE double sum(Vec<float> v) {
+  return sum(__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>) +
+             __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>));
 }
 
 }  // namespace tdkern

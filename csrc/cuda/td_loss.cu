@@ -1,0 +1,179 @@
+// td_loss on CUDA: a block a chunk of a sample; where a sample is several chunks, a second small kernel adds their sums in order.
+#include <string>
+#include <tuple>
+
+#include "launch.cuh"
+#include "td_loss.h"
+#include "vec.cuh"
+
+namespace tdkern {
+namespace {
+
+constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
+
+template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
+__device__ __forceinline__ void elements(const TdLossRows<N, D>& in, const Sample<T>& sample, int64_t b, int64_t i, T& td, T& base) {
+  Pack<N, vec> F_p{}, dF;
+  Pack<D, vec> x_tp{};
+  if constexpr (TD || CONSISTENCY) {
+    F_p = load_pack<vec>(in.F_p.data + b * in.F_p.stride + i);
+    x_tp = load_pack<vec>(in.x_tp.data + b * in.x_tp.stride + i);
+  }
+  const auto F = load_pack<vec>(in.F.data + b * in.F.stride + i);
+  const auto x0 = load_pack<vec>(in.x0.data + b * in.x0.stride + i), x_t = load_pack<vec>(in.x_t.data + b * in.x_t.stride + i);
+#pragma unroll
+  for (int lane = 0; lane < vec; ++lane) {
+    dF.lane[lane] = narrow<N, T>(td_element<TD, BASE, CONSISTENCY, T, T>(sample, widen(F.lane[lane]), widen(F_p.lane[lane]), widen(x0.lane[lane]), widen(x_t.lane[lane]),
+                                                                         widen(x_tp.lane[lane]), td, base));
+  }
+  if (in.dF.data) store_pack<vec>(in.dF.data + b * in.dF.stride + i, dF);
+}
+
+// Elements [begin, end) of sample b; what is left behind the last whole pack one by one.
+template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
+__device__ __forceinline__ void loop(const TdLossRows<N, D>& in, const Sample<T>& sample, int64_t b, int64_t begin, int64_t end, T& td, T& base) {
+  const int64_t packed = begin + (end - begin) / vec * vec;
+  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * vec; i < packed; i += kThreads * vec) elements<TD, BASE, CONSISTENCY, vec>(in, sample, b, i, td, base);
+  if constexpr (vec > 1) {
+    const int64_t i = packed + threadIdx.x;
+    if (i < end) elements<TD, BASE, CONSISTENCY, 1>(in, sample, b, i, td, base);
+  }
+}
+
+template <int vec, typename N, typename D, typename T>
+__device__ __forceinline__ void chunk(const TdLossRows<N, D>& in, int64_t b, int64_t begin, int64_t end, T& td, T& base) {
+  const double* coef = in.coef + 8 * b;
+  const double g_td = in.upstream ? in.upstream[2 * b] : 1, g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
+  const Sample<T> sample = make_sample<T>(coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
+  const bool has_td = coef[6] != 0 && g_td != 0, has_base = coef[7] != 0 && g_base != 0;
+  if (has_td && has_base && in.consistency) return loop<true, true, true, vec>(in, sample, b, begin, end, td, base);
+  if (has_td && has_base) return loop<true, true, false, vec>(in, sample, b, begin, end, td, base);
+  if (has_td) return loop<true, false, false, vec>(in, sample, b, begin, end, td, base);
+  if (has_base && in.consistency) return loop<false, true, true, vec>(in, sample, b, begin, end, td, base);
+  if (has_base) return loop<false, true, false, vec>(in, sample, b, begin, end, td, base);
+  if (in.dF.data)
+    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) in.dF.data[b * in.dF.stride + i] = narrow<N, T>(0);
+}
+
+template <typename T>
+__device__ __forceinline__ void write_loss(T* loss, const double* coef, int64_t b, int64_t n, double td, double base) {
+  const double w_td = coef[8 * b + 6], w_base = coef[8 * b + 7];
+  loss[2 * b] = static_cast<T>(w_td == 0 || n == 0 ? 0 : w_td * td / static_cast<double>(n));
+  loss[2 * b + 1] = static_cast<T>(w_base == 0 || n == 0 ? 0 : w_base * base / static_cast<double>(n));
+}
+
+// sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
+template <int vec, typename N, typename D, typename T>
+__global__ void __launch_bounds__(kThreads) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
+  for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
+    const int64_t b = task / chunks, begin = task % chunks * kChunk;
+    T td = 0, base = 0;
+    chunk<vec>(in, b, begin, begin + kChunk < in.n ? begin + kChunk : in.n, td, base);
+    block_sum<kThreads>(td, base);
+    if (threadIdx.x == 0) {
+      if (sums) {
+        sums[2 * task] = td;
+        sums[2 * task + 1] = base;
+      } else {
+        write_loss(loss, in.coef, b, in.n, td, base);
+      }
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sum_kernel(const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
+  for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
+    double td = 0, base = 0;
+    for (int64_t c = threadIdx.x; c < chunks; c += kThreads) {
+      td += sums[2 * (b * chunks + c)];
+      base += sums[2 * (b * chunks + c) + 1];
+    }
+    block_sum<kThreads>(td, base);
+    if (threadIdx.x == 0) write_loss(loss, coef, b, n, td, base);
+  }
+}
+
+template <int vec, typename N, typename D>
+__global__ void __launch_bounds__(kThreads) backward_kernel(TdLossRows<N, D> in, int64_t chunks) {
+  using T = typename TdLossRows<N, D>::T;
+  for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
+    const int64_t b = task / chunks, begin = task % chunks * kChunk, end = begin + kChunk < in.n ? begin + kChunk : in.n;
+    const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
+    if (g_td == 1 && g_base == 1) continue;
+    if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
+      if (g_td == g_base && g_td != 0) {
+        for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) in.dF.data[b * in.dF.stride + i] *= g_td;
+        continue;
+      }
+    }
+    T td = 0, base = 0;
+    chunk<vec>(in, b, begin, end, td, base);
+  }
+}
+
+template <typename N, typename D>
+constexpr int kVec = 16 / (sizeof(N) < sizeof(D) ? sizeof(N) : sizeof(D));
+
+template <typename N, typename D>
+bool packed(const TdLossRows<N, D>& in) {
+  const auto fits = [](const auto& rows) { return packs_fit(rows.data, rows.stride, kVec<N, D>); };
+  return fits(in.F) && fits(in.F_p) && fits(in.x0) && fits(in.x_t) && fits(in.x_tp) && fits(in.dF);
+}
+
+int64_t chunks_per_sample(int64_t n) { return std::max<int64_t>(1, (n + kChunk - 1) / kChunk); }
+
+std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp, bool consistency,
+                                   bool want_grad) {
+  const Launch launch(out);
+  const Tensor layout = empty_rows_like(out);
+  const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, layout);
+  const ScalarType wide = x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, wide);
+  const int64_t chunks = chunks_per_sample(in.n);
+  const Tensor sums = torch::stable::new_empty(out, {chunks > 1 ? in.batch * chunks : 0, 2}, wide);
+  if (in.batch == 0) return {loss, grad};
+  by_storage<__nv_bfloat16, __half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+    using N = decltype(net);
+    using D = decltype(data);
+    using T = typename TdLossRows<N, D>::T;
+    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
+    T* to = rows<T>(loss).data;
+    T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
+    const auto kernel = packed(view) ? forward_kernel<kVec<N, D>, N, D, T> : forward_kernel<1, N, D, T>;
+    kernel<<<grid_of(in.batch * chunks), kThreads, 0, launch.stream>>>(view, to, partial, chunks);
+    check_launch("td_loss");
+    if (partial) {
+      sum_kernel<<<grid_of(in.batch), kThreads, 0, launch.stream>>>(partial, view.coef, to, in.batch, in.n, chunks);
+      check_launch("td_loss");
+    }
+  });
+  return {loss, grad};
+}
+
+// dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient is another.
+void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
+                       bool consistency) {
+  const Launch launch(grad);
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, grad);
+  check_upstream(upstream, in);
+  if (in.batch * in.n == 0) return;
+  by_storage<__nv_bfloat16, __half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+    using N = decltype(net);
+    using D = decltype(data);
+    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
+    const auto kernel = packed(view) ? backward_kernel<kVec<N, D>, N, D> : backward_kernel<1, N, D>;
+    const int64_t chunks = chunks_per_sample(in.n);
+    kernel<<<grid_of(in.batch * chunks), kThreads, 0, launch.stream>>>(view, chunks);
+    check_launch("td_loss_backward_");
+  });
+}
+
+}  // namespace
+}  // namespace tdkern
+
+STABLE_TORCH_LIBRARY_IMPL(tdkern, CUDA, m) {
+  m.impl("td_loss.cuda", TORCH_BOX(&tdkern::td_loss));
+  m.impl("td_loss_backward_.cuda", TORCH_BOX(&tdkern::td_loss_backward_));
+}
