@@ -1,0 +1,122 @@
+"""What every loss shares: the draws, the noisy pair, and one evaluation for every family, prediction and coupling."""
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import td_loss
+
+
+class TDBatch(NamedTuple):
+    """Clean data with every draw made: what a loss needs beside the networks."""
+
+    x0: Tensor  # [B, ...] float32 or float64, clean data
+    x_t: Tensor  # as x0, the online network's input
+    x_tp: Tensor | None  # as x0, the target network's input; None where the loss has no TD term
+    coef: Tensor  # [B, 8] float64, the eight numbers of `td_loss`
+    levels: Tensor  # [B, 4] float64, the noise levels at t, tau, t', tau'
+
+
+class TDTerms(NamedTuple):
+    """A loss and its parts, one number a sample."""
+
+    loss: Tensor  # [B], td + base
+    td: Tensor  # [B], weighted; 0 where not valid
+    base: Tensor  # [B], weighted
+    valid: Tensor  # [B] bool, whether the sample has a TD term
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] numbers as a column that multiplies `like`, [B, ...], in its dtype."""
+    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def noisy_pair(x0: Tensor, sigma: Tensor, sigma_p: Tensor, noise: Tensor, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(x_t, x_t'): one Markov path with `noise_p` up to x_t' and `noise` from there, or with `noise_p=None` shared noise."""
+    if noise_p is None:
+        return x0 + per_sample(sigma, x0) * noise, x0 + per_sample(sigma_p, x0) * noise
+    x_tp = x0 + per_sample(sigma_p, x0) * noise_p
+    return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
+
+
+@dataclass(frozen=True)
+class Loss(ABC):
+    """A loss of a network's output over noisy data. A family gives `prediction` and `pair`; the rest is here."""
+
+    backend: str = field(default="auto", kw_only=True)  # of the ops
+
+    @property
+    @abstractmethod
+    def prediction(self) -> dict:
+        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for."""
+
+    @abstractmethod
+    def pair(self, images: Tensor) -> TDBatch:
+        """The noisy pair for `images`; every draw may be given by keyword, and the rest is drawn with torch's global generator."""
+
+    def __call__(self, net, target_net, images: Tensor, labels: Tensor | None = None, augment_pipe=None) -> Tensor:
+        """Loss of each sample [B] for fresh draws, differentiable in `net`'s parameters. See the class."""
+        augment_labels = None
+        if augment_pipe is not None:
+            images, augment_labels = augment_pipe(images)
+        return self.evaluate(net, target_net, self.pair(images), labels, augment_labels).loss
+
+    def evaluate(self, net, target_net, batch: TDBatch, labels: Tensor | None = None, augment_labels: Tensor | None = None) -> TDTerms:
+        """The loss of a given pair, in its parts.
+
+        Args:
+            net: the online network, `net(x, sigma, class_labels, augment_labels) -> D` with x [B, ...] and sigma [B] in
+                x's dtype. One that also has `raw`, with the same arguments, giving F, and whose attributes equal
+                `self.prediction`, is called through `raw`: its preconditioning is then part of the one fused launch.
+            target_net: the same for the target network; it runs without gradients, and not at all without a TD term.
+            batch: from `pair`.
+            labels, augment_labels: passed to both networks, or None.
+
+        Returns:
+            `TDTerms`. A term whose weight is 0 is left out, so the target network may give NaN there.
+
+        Raises:
+            ValueError: a TD term without a target network, or a network's output has the wrong shape or dtype.
+
+        Gradient to `net`'s parameters only. Deterministic if the networks are. No host synchronisation.
+        """
+        conditions = {"class_labels": labels, "augment_labels": augment_labels}
+        coef = batch.coef.clone()
+        out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
+        if batch.x_tp is None:
+            out_target, x_tp = out.detach(), None  # never read: every w_td is 0
+        elif target_net is None:
+            raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
+        else:
+            with torch.no_grad():
+                out_target, x_tp = self._predict(target_net, batch.x_tp, batch.levels[:, 2], coef[:, 2:4], conditions)
+        dtype = torch.promote_types(out.dtype, out_target.dtype)
+        terms = td_loss(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp, backend=self.backend)
+        td, base = terms.unbind(1)
+        return TDTerms(terms.sum(1), td, base, coef[:, 6] != 0)
+
+    def _predict(self, net, x: Tensor, sigma: Tensor, skip_scale: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets skip = 0, scale = 1."""
+        sigma = sigma.to(x.dtype)
+        if hasattr(net, "raw") and all(getattr(net, name, None) == value for name, value in self.prediction.items()):
+            return net.raw(x, sigma, **conditions), x
+        skip_scale[:, 0].fill_(0)
+        skip_scale[:, 1].fill_(1)
+        return net(x, sigma, **conditions), None
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:
+            raise ValueError(f"{type(self).__name__}: images must be [B, ...] of float32 or float64, got {list(images.shape)} of {images.dtype}")
+
+    def _check_shape(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
+        if tensor.shape != shape:
+            raise ValueError(f"{type(self).__name__}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+    def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:
+        """Unit noise like `images`: the one given, or a draw."""
+        if given is None:
+            return torch.randn_like(images)
+        self._check_shape(name, given, images.shape)
+        return given.to(images.dtype)

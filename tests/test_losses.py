@@ -1,0 +1,414 @@
+"""The losses against golden vectors of the published code, and against what the mathematics says of them."""
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdkern._library import resolve
+from tdkern.losses import EDMLoss, TDEDMLoss
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = sorted(path.stem for path in DATA.glob("td_edm_*.npz"))
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# a file that ends in w0 was published without w_td
+CASES = [(name, weight) for name in GOLDEN for weight in ("online", "pairwise", "none") if weight == "none" or not name.endswith("w0")]
+RUNS = [("reference", "cpu"), *(("auto", device) for device in DEVICES)]
+
+
+def load(name):
+    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+class Raw:
+    """A network with EDM's preconditioning whose raw output is given."""
+
+    precond = "edm"
+
+    def __init__(self, out, sigma_data=0.5):
+        self.out, self.sigma_data, self.calls = out, sigma_data, []
+
+    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+        self.calls.append((x, sigma, class_labels, augment_labels))
+        self.grad_enabled = torch.is_grad_enabled()
+        return self.out
+
+
+class Linear(torch.nn.Module):
+    """A small network with EDM's preconditioning, both as F and as D."""
+
+    precond = "edm"
+
+    def __init__(self, sigma_data=0.5, seed=0):
+        super().__init__()
+        self.sigma_data = sigma_data
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+
+    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+        c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, 1, 1, 1)
+        return torch.tanh(self.conv(c_in * x) + sigma.log().reshape(-1, 1, 1, 1) / 4)
+
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        s, sd = sigma.reshape(-1, 1, 1, 1), self.sigma_data
+        return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * self.raw(x, sigma)
+
+
+def plain(net):
+    """The same denoiser as a bare callable, which gives D only."""
+    return lambda x, sigma, class_labels=None, augment_labels=None: net(x, sigma, class_labels, augment_labels)
+
+
+def error(ours, theirs, tolerance=1e-12):
+    """The worst sample's relative L2 distance, in units of `tolerance`."""
+    ours, theirs = (tensor.detach().cpu().double().reshape(len(tensor), -1) for tensor in (ours, theirs))
+    return ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-300) / tolerance).max().item()
+
+
+def golden_loss(golden, weight, backend):
+    return TDEDMLoss(float(golden["P_mean"]), float(golden["P_std"]), float(golden["sigma_data"]), float(golden["lambda_edm"]), float(golden["sigma_min"]),
+                     float(golden["sigma_max"]), float(golden["rho"]), int(golden["steps"]), float(golden["k_idx"]), float(golden["one_idx"]),
+                     "shared" if golden["coupling_shared"] else "markov", weight, backend=backend)
+
+
+def golden_batch(loss, golden, device, dtype=torch.float64):
+    n1, n2 = (golden[name].to(device, dtype) for name in ("n1", "n2"))
+    noises = {"noise": n1} if loss.td_coupling == "shared" else {"noise": n2, "noise_p": n1}
+    return loss.pair(golden["x0"].to(device, dtype), sigma=golden["sigma_t"].to(device), **noises)
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize("name", GOLDEN)
+def test_pair_golden(name, backend, device):
+    golden = load(name)
+    loss = golden_loss(golden, "online", backend)
+    batch = golden_batch(loss, golden, device)
+    valid = golden["td_valid"].bool()
+    skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (column.cpu() for column in batch.coef.unbind(1))
+
+    assert error((loss.P_mean + loss.P_std * golden["z"]).exp(), golden["sigma_t"]) <= 1
+    for column, key in enumerate(("sigma_t", "sigma_prev", "sigma_prime", "sigma_p_prev")):
+        assert error(batch.levels[:, column], golden[key]) <= 1, key
+    assert error(1 - A, golden["kappa_t"]) <= 1
+    assert error(1 - A_p, golden["kappa_tp"]) <= 1
+    assert error(A, golden["A_t"], 1e-11) <= 1  # 1 - kappa
+    assert error(A_p, golden["A_tp"], 1e-11) <= 1
+    assert error(w_base, golden["w_edm"] * (loss.lambda_edm + (~valid).double())) <= 1
+    assert torch.equal(w_td != 0, valid)
+    for key, skip_, scale_, x, F in (("D_t", skip, scale, batch.x_t, golden["F_t"]), ("D_tp", skip_p, scale_p, batch.x_tp, golden["F_tp"])):
+        D = skip_.reshape(-1, 1, 1, 1) * x.cpu() + scale_.reshape(-1, 1, 1, 1) * F
+        assert error(D, golden[key]) <= 1, key
+    assert error(batch.x_t, golden["x_t"], 1e-7) <= 1  # stored as float32
+    assert error(batch.x_tp, golden["x_tp"], 1e-7) <= 1
+
+
+def check_golden(name, weight, backend, device, dtype):
+    golden = load(name)
+    valid, lambda_edm = golden["td_valid"].bool(), golden["lambda_edm"]
+    weighted = bool(golden["weight_td"])
+    if weight == "none":
+        w_td = valid.double()
+        losses = golden["td_mse_per"] + (lambda_edm + (~valid).double()) * golden["recon_per"]
+        grad = None if weighted else golden["grad_F_t"]
+        if not weighted:
+            assert error(losses, golden["losses_per"]) <= 1
+    else:
+        suffix = "_pairwise" if weight == "pairwise" else ""
+        w_td, losses, grad = (golden[key + suffix] for key in ("w_td", "losses_per", "grad_F_t"))
+        assert error(losses.mean().reshape(1), golden["loss" + suffix].reshape(1)) <= 1
+
+    loss = golden_loss(golden, weight, backend)
+    batch = golden_batch(loss, golden, device, dtype)
+    F, F_p = (golden[key].to(device, dtype, copy=True).requires_grad_() for key in ("F_t", "F_tp"))
+    terms = loss.evaluate(Raw(F), Raw(F_p), batch)
+    terms.loss.mean().backward()
+    # in float32, an x_t of about 1 carries an error of 2^-24 and the denoising error is about sigma
+    tolerance = 1e-12 if dtype == torch.float64 else (2**-24 / golden["sigma_t"]).clamp(min=1e-5)
+    assert terms.loss.dtype == dtype
+    assert torch.equal(terms.valid.cpu(), valid)
+    assert error(batch.coef[:, 6], w_td, 1e-11) <= 1  # 1 / A^2
+    assert error(terms.td, w_td * golden["td_mse_per"], tolerance) <= 1
+    assert error(terms.base, (lambda_edm + (~valid).double()) * golden["recon_per"], tolerance) <= 1
+    assert error(terms.loss, losses, tolerance) <= 1
+    if grad is not None:
+        assert error(F.grad, grad, tolerance) <= 1
+    assert F_p.grad is None
+
+
+@pytest.mark.parametrize(("backend", "device"), RUNS)
+@pytest.mark.parametrize(("name", "weight"), CASES)
+def test_loss_golden(name, weight, backend, device):
+    check_golden(name, weight, backend, device, torch.float64)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "weight"), CASES)
+def test_loss_golden_float32(name, weight, device):
+    if resolve("td_loss", "auto", torch.device(device)) == "reference":
+        pytest.skip("the reference's four means cancel too much in float32")
+    check_golden(name, weight, "auto", device, torch.float32)
+
+
+def test_edm_golden():
+    golden = load("precond_loss_edm")
+    loss = EDMLoss(float(golden["P_mean"]), float(golden["P_std"]), float(golden["sigma_data"]))
+    assert error((loss.P_mean + loss.P_std * golden["draw"]).exp(), golden["sigma"]) <= 1
+    y, n, D = (golden[key].double() for key in ("y", "n", "D"))
+    D.requires_grad_()
+    batch = loss.pair(y, sigma=golden["sigma"], noise=n)
+    terms = loss.evaluate(lambda x, sigma, class_labels, augment_labels: D, None, batch)
+    terms.loss.sum().backward()
+    n_elements = y[0].numel()
+    assert error(batch.x_t, golden["x_noisy"]) <= 1
+    assert error(batch.coef[:, 7], golden["weight"]) <= 1
+    assert error(terms.loss, golden["loss_elementwise"].mean((1, 2, 3))) <= 1
+    assert error(D.grad * n_elements / len(y), golden["grad_D"]) <= 1
+    assert not terms.valid.any() and (terms.td == 0).all()
+
+
+def make_batch(loss, dtype=torch.float64, B=6, seed=0):
+    torch.manual_seed(seed)
+    images = torch.randn(B, 3, 4, 4, dtype=dtype) / 2
+    sigma = torch.tensor([0.001, 0.05, 0.4, 2.0, 30.0, 100.0])[:B]
+    return loss.pair(images, sigma=sigma)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss])
+def test_raw_and_plain_networks_agree(make, backend):
+    """F through the fused preconditioning and D from any callable: one value, one gradient; also with one of each."""
+    loss = make(backend=backend)
+    batch = make_batch(loss)
+    results = []
+    for wrap, wrap_target in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        net, target = Linear(seed=1).double(), Linear(seed=2).double()
+        terms = loss.evaluate(plain(net) if wrap else net, plain(target) if wrap_target else target, batch)
+        terms.loss.sum().backward()
+        assert all(parameter.grad is None for parameter in target.parameters())
+        results.append((terms.loss, terms.td, terms.base, net.conv.weight.grad, net.conv.bias.grad))
+    assert (results[0][4].abs() > 0.01).all()
+    for other in results[1:]:
+        for ours, theirs in zip(other, results[0], strict=True):
+            assert error(ours, theirs) <= 1
+
+
+def test_raw_is_used_only_where_it_fits():
+    class Refuses(Linear):
+        def raw(self, *args, **kwargs):
+            raise AssertionError("raw was called")
+
+        def forward(self, x, sigma, class_labels=None, augment_labels=None):
+            return x
+
+    batch = make_batch(TDEDMLoss())
+    other_precond = Refuses()
+    other_precond.precond = "vp"
+    for net in (Refuses(sigma_data=0.25), other_precond):
+        assert TDEDMLoss().evaluate(net, net, batch).loss.isfinite().all()
+    with pytest.raises(AssertionError, match="raw was called"):
+        TDEDMLoss().evaluate(Refuses(), Refuses(), batch)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+def test_networks_may_answer_in_half_precision(dtypes):
+    loss = TDEDMLoss()
+    batch = make_batch(loss, torch.float32)
+    out, out_target = (torch.randn_like(batch.x0).to(dtype) for dtype in dtypes)
+    expected = loss.evaluate(Raw(out.float()), Raw(out_target.float()), batch).loss
+    ours = loss.evaluate(Raw(out), Raw(out_target), batch).loss
+    assert ours.dtype == torch.float32
+    assert error(ours, expected, 1e-6) <= 1
+
+
+def test_what_the_networks_are_given():
+    images, labels = torch.randn(4, 3, 2, 2), torch.eye(4)
+    net, target = Raw(torch.zeros_like(images)), Raw(torch.zeros_like(images))
+    loss = TDEDMLoss()
+    torch.manual_seed(0)
+    value = loss(net, target, images, labels, augment_pipe=lambda images: (2 * images, torch.ones(4, 9)))
+    torch.manual_seed(0)
+    batch = loss.pair(2 * images)
+    assert value.shape == (4,)
+    assert torch.equal(value, loss.evaluate(Raw(net.out), Raw(target.out), batch).loss)
+    assert net.grad_enabled and not target.grad_enabled
+    for network, x, sigma in ((net, batch.x_t, batch.levels[:, 0]), (target, batch.x_tp, batch.levels[:, 2])):
+        (call,) = network.calls
+        for given, expected in zip(call, (x, sigma.float(), labels, torch.ones(4, 9)), strict=True):
+            assert torch.equal(given, expected)
+
+
+def test_pair_draws():
+    """Draws: ln sigma ~ N(P_mean, P_std^2), the noise of each level has its sigma, and the pair is coupled as named."""
+    B = 200_000
+    images = torch.zeros(B, 1, dtype=torch.float64)
+    torch.manual_seed(0)
+    z = (EDMLoss(-1.0, 0.7).pair(images).levels[:, 0].log() + 1.0) / 0.7
+    assert abs(z.mean()) < 4 * B**-0.5 and abs(z.var() - 1) < 4 * (2 / B) ** 0.5
+    for coupling in ("markov", "shared"):
+        batch = TDEDMLoss(td_coupling=coupling).pair(images, index=torch.full((B,), 6.5))
+        sigma, _, sigma_p, _ = batch.levels[0]
+        expected = sigma_p**2 if coupling == "markov" else sigma * sigma_p
+        for product, mean in ((batch.x_t**2, sigma**2), (batch.x_tp**2, sigma_p**2), (batch.x_t * batch.x_tp, expected)):
+            assert abs(product.mean() - mean) < 4 * product.std() / B**0.5, coupling
+
+
+def test_index_and_sigma_are_one_level():
+    loss = TDEDMLoss(steps=12, k_idx=2.0)
+    images, noise = torch.randn(5, 2, 2), torch.randn(2, 5, 2, 2)
+    by_index = loss.pair(images, index=torch.tensor([0, 1, 5, 8, 11]), noise=noise[0], noise_p=noise[1])
+    by_sigma = loss.pair(images, sigma=by_index.levels[:, 0], noise=noise[0], noise_p=noise[1])
+    assert error(by_index.x_t, by_sigma.x_t, 1e-6) <= 1 and error(by_index.x_tp, by_sigma.x_tp, 1e-6) <= 1
+    torch.testing.assert_close(by_index.coef[1:], by_sigma.coef[1:])
+
+
+def test_td_sigma_window():
+    """Outside the window the loss is (1 + lambda) EDM's; inside, it is as without a window."""
+    everywhere, window = TDEDMLoss(), TDEDMLoss(td_sigma=(0.3, 5.0))
+    net, target = Linear(seed=1).double(), Linear(seed=2).double()
+    batch = make_batch(everywhere)
+    sigma = batch.levels[:, 0]
+    windowed = batch._replace(coef=window.pair(batch.x0, sigma=sigma).coef)
+    inside = (sigma >= 0.3) & (sigma <= 5)
+    terms, full = window.evaluate(net, target, windowed), everywhere.evaluate(net, target, batch)
+    edm = EDMLoss().evaluate(net, None, EDMLoss().pair(batch.x0, sigma=sigma)._replace(x_t=batch.x_t)).loss
+    assert torch.equal(terms.valid, inside) and 0 < inside.sum() < full.valid.sum()
+    assert error(terms.loss[inside], full.loss[inside]) <= 1
+    assert error(terms.loss[~inside], 1.5 * edm[~inside]) <= 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_nan_of_samples_without_td_stays_out(backend):
+    loss = TDEDMLoss(backend=backend)
+    batch = make_batch(loss)
+    net = Linear(seed=1).double()
+    clean = loss.evaluate(net, Linear(seed=2).double(), batch)
+    batch.x_tp[~clean.valid] = torch.nan
+    assert 0 < clean.valid.sum() < 6
+    terms = loss.evaluate(net, Linear(seed=2).double(), batch)
+    assert torch.equal(terms.loss, clean.loss)
+    (grad,) = torch.autograd.grad(terms.loss.sum(), net.conv.weight)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss])
+@pytest.mark.parametrize("B", [0, 1])
+def test_small_batches(make, B):
+    """The published code fails on one valid sample."""
+    images = torch.randn(B, 3, 4, 4)
+    net = Linear()
+    value = make()(net, Linear(seed=1), images)
+    assert value.shape == (B,)
+    value.sum().backward()
+    assert net.conv.weight.grad.isfinite().all()
+    terms = TDEDMLoss().evaluate(net, Linear(seed=1), TDEDMLoss().pair(images, sigma=torch.full((B,), 0.5)))
+    assert terms.valid.shape == (B,) and terms.valid.all() and terms.loss.isfinite().all()
+
+
+def test_bad_arguments():
+    images = torch.zeros(2, 3)
+    pair = TDEDMLoss().pair
+    for call, message in (
+        (lambda: EDMLoss(P_std=-1.0), "EDMLoss: P_std must be a number >= 0, got -1.0"),
+        (lambda: EDMLoss(sigma_data=0.0), "sigma_data must be a positive number, got 0.0"),
+        (lambda: TDEDMLoss(lambda_edm=-0.5), "TDEDMLoss: lambda_edm must be a number >= 0, got -0.5"),
+        (lambda: TDEDMLoss(weight="both"), "weight must be one of pairwise, pairwise_x0, online, none, got 'both'"),
+        (lambda: TDEDMLoss(td_coupling="none"), "coupling must be 'markov' or 'shared', got 'none'"),
+        (lambda: TDEDMLoss(td_sigma=(5.0, 0.3)), r"td_sigma must be \(lo, hi\) with lo < hi, got \(5.0, 0.3\)"),
+        (lambda: TDEDMLoss(steps=1), "steps must be at least 2, got 1"),
+        (lambda: pair(images.byte()), r"TDEDMLoss: images must be \[B, ...\] of float32 or float64, got \[2, 3\] of torch.uint8"),
+        (lambda: EDMLoss().pair(torch.tensor(0.0)), r"EDMLoss: images must be \[B, ...\]"),
+        (lambda: pair(images, sigma=torch.ones(3)), r"TDEDMLoss: sigma must have shape \[2\], got \[3\]"),
+        (lambda: pair(images, index=torch.ones(2, 1)), r"TDEDMLoss: index must have shape \[2\], got \[2, 1\]"),
+        (lambda: pair(images, noise=torch.ones(2)), r"TDEDMLoss: noise must have shape \[2, 3\], got \[2\]"),
+        (lambda: pair(images, noise_p=torch.ones(2)), r"TDEDMLoss: noise_p must have shape \[2, 3\], got \[2\]"),
+        (lambda: pair(images, sigma=torch.ones(2), index=torch.ones(2)), "only one of sigma and index may be given, got both"),
+        (lambda: TDEDMLoss(td_coupling="shared").pair(images, noise_p=images), "noise_p must be None with shared coupling"),
+        (lambda: TDEDMLoss()(Raw(images), None, images), "TDEDMLoss: target_net must be a network, got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(ValueError, match="backend must be one of"):
+        EDMLoss(backend="cupy").pair(images)
+
+
+# ---- what TD does to the regression target, by Monte Carlo with 4 standard errors ---------------------------------------
+
+SIGMAS = (0.1, 0.4, 0.8, 1.6, 4.0)
+SD = 0.5
+
+
+def gaussian(B):
+    """Data N(0, SD^2) and its optimal denoiser."""
+    return SD * torch.randn(B, 1, dtype=torch.float64), lambda x, sigma, **_: SD**2 / (SD**2 + sigma[:, None] ** 2) * x
+
+
+def mixture(B):
+    """Data 0.3 N(-0.8, 0.1^2) + 0.7 N(0.3, 0.2^2) and its optimal denoiser."""
+    means, sds, weights = (torch.tensor(values, dtype=torch.float64) for values in ((-0.8, 0.3), (0.1, 0.2), (0.3, 0.7)))
+
+    def denoiser(x, sigma, **_):
+        variance = sds**2 + sigma[:, None] ** 2
+        p = (weights.log() - variance.log() / 2 - (x - means) ** 2 / (2 * variance)).softmax(1)
+        return (p * (means + sds**2 / variance * (x - means))).sum(1, keepdim=True)
+
+    component = torch.multinomial(weights, B, replacement=True)
+    return (means[component] + sds[component] * torch.randn(B, dtype=torch.float64))[:, None], denoiser
+
+
+def at_the_optimum(data, coupling, sigma, B=100_000):
+    """x_t, TD's regression residual D - target there, EDM's D - x0, and the pair, with the optimal network as both networks."""
+    x0, denoiser = data(B)
+    loss = TDEDMLoss(td_coupling=coupling)
+    batch = loss.pair(x0, sigma=torch.full((B,), sigma, dtype=torch.float64))
+    D = denoiser(batch.x_t, batch.levels[:, 0]).requires_grad_()
+    terms = loss.evaluate(lambda *_, **__: D, denoiser, batch)
+    (grad,) = torch.autograd.grad(terms.td.sum(), D)
+    A, w_td = batch.coef[0, 4], batch.coef[0, 6]
+    assert terms.valid.all()
+    return batch.x_t, grad / (2 * w_td * A**2), D.detach() - x0, batch
+
+
+def z_scores(x_t, residual):
+    """Mean over its standard error of the gradient in three directions of D: a constant, a slope, a curve."""
+    u = x_t / x_t.std()
+    products = torch.cat([residual, residual * u, residual * torch.tanh(u) ** 2], 1)
+    return (products.mean(0) / (products.std(0) / len(products) ** 0.5)).abs()
+
+
+@pytest.mark.parametrize("data", [gaussian, mixture])
+def test_markov_target_is_unbiased_and_varies_less(data):
+    torch.manual_seed(0)
+    for sigma in SIGMAS:
+        x_t, residual, edm, _ = at_the_optimum(data, "markov", sigma)
+        assert (z_scores(x_t, residual) < 4).all(), sigma
+        assert residual.var() < 0.9 * edm.var(), sigma
+
+
+def test_markov_variance():
+    """Var / EDM's = 1 - (2 r - r^2) v' / v, with r = A' / A and v the posterior variance: .83 .67 .43 .17 .03."""
+    torch.manual_seed(0)
+    for sigma, rounded in zip(SIGMAS, (0.83, 0.67, 0.43, 0.17, 0.03), strict=True):
+        _, residual, _, batch = at_the_optimum(gaussian, "markov", sigma)
+        r = batch.coef[0, 5] / batch.coef[0, 4]
+        v, v_p = (SD**2 * level**2 / (SD**2 + level**2) for level in (sigma, batch.levels[0, 2]))
+        expected = 1 - (2 * r - r**2) * v_p / v
+        assert abs(expected - rounded) < 0.005
+        assert abs(residual.var() / v / expected - 1) < 4 * (2 / len(residual)) ** 0.5, sigma
+
+
+def test_shared_target_is_biased():
+    """Its slope is off by r s' (s - s') / (sd^2 + s'^2) of the optimal one: +15 +41 +65 +68 %, as the docstring says."""
+    torch.manual_seed(0)
+    for sigma, rounded in zip(SIGMAS[1:], (0.15, 0.41, 0.65, 0.68), strict=True):
+        x_t, residual, _, batch = at_the_optimum(gaussian, "shared", sigma)
+        r, sigma_p = batch.coef[0, 5] / batch.coef[0, 4], batch.levels[0, 2]
+        expected = r * sigma_p * (sigma - sigma_p) / (SD**2 + sigma_p**2)
+        optimal = SD**2 / (SD**2 + sigma**2)
+        slope = -(residual * x_t).mean() / (x_t**2).mean() / optimal
+        standard_error = (residual + slope * optimal * x_t).std() / x_t.std() / len(x_t) ** 0.5 / optimal
+        assert abs(expected - rounded) < 0.006
+        assert abs(slope - expected) < 4 * standard_error, sigma
+        assert z_scores(x_t, residual).max() > 40, sigma
