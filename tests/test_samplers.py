@@ -1,0 +1,154 @@
+"""The samplers against golden vectors with analytic denoisers, and against the exact solution of the ODE."""
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdkern.samplers import euler, heun
+from tdkern.schedules import EDM
+
+DATA = Path(__file__).parent / "data"
+
+
+def load(name):
+    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def iso(golden):
+    def denoiser(x, sigma):
+        variance, s2 = golden["sd"] ** 2, sigma.reshape(-1, 1, 1, 1) ** 2
+        return (variance * x + s2 * golden["mean"]) / (variance + s2)
+
+    return denoiser
+
+
+def gmm(golden):
+    means, sds, weights = golden["means"], golden["sds"], golden["weights"]
+
+    def denoiser(x, sigma):
+        variance = sds**2 + sigma[:, None] ** 2  # [B, K]
+        distance = x[:, None] - means  # [B, K, C, H, W]
+        log_p = weights.log() - distance.square().sum((2, 3, 4)) / (2 * variance) - means[0].numel() / 2 * variance.log()
+        parts = means + (sds**2 / variance)[:, :, None, None, None] * distance
+        return (log_p.softmax(1)[:, :, None, None, None] * parts).sum(1)
+
+    return denoiser
+
+
+def test_gmm_probe():
+    golden = load("heun_gmm")
+    D = gmm(golden)(golden["probe_x"].double(), golden["probe_sigma"])
+    torch.testing.assert_close(D, golden["probe_D"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["det", "churn"])
+@pytest.mark.parametrize("steps", [3, 5, 9, 18])
+@pytest.mark.parametrize("case", [iso, gmm])
+def test_heun_golden(case, steps, kind):
+    """Every state, and the level of every call, to 1e-12."""
+    golden = load(f"heun_{case.__name__}")
+    sigmas = EDM(steps, float(golden["sigma_min"]), float(golden["sigma_max"]), float(golden["rho"])).sigmas()
+    torch.testing.assert_close(sigmas, golden[f"t_steps{steps}"], rtol=1e-12, atol=0)
+    churn, noises = {}, iter(golden["noise"].double())
+    if kind == "churn":
+        churn = {key: float(golden[key]) for key in ("S_churn", "S_min", "S_max", "S_noise")} | {"randn_like": lambda x: next(noises)}
+    calls, states, exact = [], [], case(golden)
+
+    def denoiser(x, sigma):
+        calls.append(sigma)
+        return exact(x, sigma)
+
+    def callback(seen):
+        assert seen["step"] == len(states) and seen["sigma"] == sigmas[len(states)]
+        states.append(seen["x"])
+
+    x = heun(denoiser, golden["latents"].double() * sigmas[0], sigmas, callback=callback, **churn)
+    torch.testing.assert_close(torch.stack([*states, x]), golden[f"{kind}_steps{steps}_x"], rtol=1e-12, atol=1e-12)
+    calls = torch.stack(calls)
+    assert calls.shape == (2 * steps - 1, 4) and (calls == calls[:, :1]).all()
+    torch.testing.assert_close(calls[:, 0], golden[f"{kind}_steps{steps}_sigma_calls"], rtol=1e-12, atol=0)
+
+
+def test_callback_sees_the_denoised_of_the_step():
+    golden = load("heun_iso")
+    denoiser, sigmas, seen = iso(golden), EDM(5).sigmas(), []
+    for sampler in (heun, euler):
+        seen.clear()
+        sampler(denoiser, golden["latents"].double() * 80, sigmas, callback=seen.append)
+        for step in seen:
+            assert torch.equal(step["denoised"], denoiser(step["x"], torch.full((4,), step["sigma"], dtype=torch.float64)))
+        assert len(seen) == 5
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_order_of_convergence(sampler, order):
+    """For data N(0, sd^2) the ODE's solution is x sqrt((sd^2 + s^2) / (sd^2 + s0^2)); the error falls with the steps^order."""
+    sd, x0 = 0.5, torch.tensor([[1.0]], dtype=torch.float64)
+    exact = ((sd**2 + 0.1**2) / (sd**2 + 4**2)) ** 0.5
+
+    def error(steps):
+        sigmas = torch.linspace(4**0.5, 0.1**0.5, steps + 1, dtype=torch.float64) ** 2
+        return abs(sampler(lambda x, sigma: sd**2 / (sd**2 + sigma[:, None] ** 2) * x, x0, sigmas).item() - exact)
+
+    assert math.log2(error(200) / error(400)) == pytest.approx(order, abs=0.05)
+
+
+def test_euler_last_step_is_the_denoised():
+    x = euler(lambda x, sigma: x / (1 + sigma[:, None] ** 2), torch.ones(2, 1, dtype=torch.float64), [2.0, 0.0])
+    torch.testing.assert_close(x, torch.full((2, 1), 0.2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sampler", [heun, euler])
+def test_churn_keeps_the_distribution(sampler):
+    """Noise in, noise out: with an exact denoiser the samples' variance stays that of the data."""
+    B, sd, sigmas = 100_000, 0.5, EDM(64).sigmas()
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(B, 1, dtype=torch.float64, generator=generator) * sigmas[0]
+    x = sampler(lambda x, sigma: sd**2 / (sd**2 + sigma[:, None] ** 2) * x, start, sigmas, S_churn=10.0, generator=generator)
+    assert abs(x.var() / sd**2 - 1) < (0.02 if sampler is heun else 0.2)  # discretisation, above 4 standard errors of 0.45 %
+    assert abs((x * start).mean() / x.std() / start.std()) < 0.9  # without churn it is 1
+
+
+def test_generator_and_global_generator():
+    sigmas, x = EDM(6).sigmas(), torch.randn(3, 2, generator=torch.Generator().manual_seed(1)) * 80
+
+    def sample(**noise):
+        return heun(lambda x, sigma: x / (1 + sigma[:, None] ** 2), x, sigmas, S_churn=5.0, **noise)
+
+    seeded = [sample(generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    torch.manual_seed(0)
+    assert torch.equal(seeded[0], seeded[1]) and torch.equal(seeded[0], sample())
+    assert not torch.equal(seeded[0], seeded[2])
+
+
+@pytest.mark.parametrize("S_max", [0.0, 1.0, math.inf])
+def test_noise_of_a_step_does_not_depend_on_the_window(S_max):
+    draws = []
+
+    def randn_like(x):
+        draws.append(x)
+        return torch.zeros_like(x)
+
+    heun(lambda x, sigma: x / 2, torch.ones(1, 1), EDM(6).sigmas(), S_churn=5.0, S_max=S_max, randn_like=randn_like)
+    assert len(draws) == 6
+
+
+@pytest.mark.parametrize("sampler", [heun, euler])
+def test_state_keeps_its_dtype_and_input(sampler):
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True)
+    out = sampler(lambda x, sigma: (weight * x / 2).float(), x, [2.0, 1.0, 0.0])
+    assert out.dtype == torch.float64 and not out.requires_grad
+    assert (x == 1).all()
+    narrow = sampler(lambda x, sigma: x.double() / 2, torch.ones(0, 3), [2.0, 1.0, 0.0])
+    assert narrow.dtype == torch.float32 and narrow.shape == (0, 3)
+
+
+@pytest.mark.parametrize("sampler", [heun, euler])
+def test_bad_sigmas(sampler):
+    for sigmas in ([80.0], [[1.0, 0.0]], [1.0, 0.0, 0.0], [-1.0, 0.0], [math.inf, 1.0], [1.0, math.nan], [1.0, -0.5]):
+        with pytest.raises(ValueError, match=f"{sampler.__name__}: sigmas must"):
+            sampler(lambda x, sigma: x, torch.ones(1, 1), sigmas)
