@@ -14,6 +14,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace tdkern {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 3;  // an SM, at the least: 80 registers a thread
 
 struct Launch {
   torch::stable::accelerator::DeviceGuard guard;

@@ -8,7 +8,7 @@
 namespace tdkern {
 namespace {
 
-__global__ void __launch_bounds__(kThreads) td_coef_kernel(CoefOptions options, const double* noise, double* coef, double* levels, int64_t batch) {
+__global__ void __launch_bounds__(kThreads, kBlocks) td_coef_kernel(CoefOptions options, const double* noise, double* coef, double* levels, int64_t batch) {
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; b < batch; b += static_cast<int64_t>(gridDim.x) * kThreads)
     td_coef_sample(options, noise[b], coef + 8 * b, levels + 4 * b);
 }

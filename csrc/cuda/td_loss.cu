@@ -11,48 +11,64 @@ namespace {
 
 constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
 
+// `count` elements of one sample: at most kChunk, so that an int indexes them.
+template <typename N, typename D>
+struct Chunk {
+  const N *F, *F_p;
+  const D *x0, *x_t, *x_tp;
+  N* dF;  // null where no gradient is wanted
+  int count;
+};
+
+template <typename N, typename D>
+__device__ __forceinline__ Chunk<N, D> chunk_at(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
+  const auto at = [=](const auto& rows) { return rows.data + b * rows.stride + begin; };
+  return {at(in.F), at(in.F_p), at(in.x0), at(in.x_t), at(in.x_tp), in.dF.data ? at(in.dF) : nullptr, static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
+}
+
 template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void elements(const TdLossRows<N, D>& in, const Sample<T>& sample, int64_t b, int64_t i, T& td, T& base) {
+__device__ __forceinline__ void elements(const Chunk<N, D>& c, const Sample<T>& sample, int i, T& td, T& base) {
   Pack<N, vec> F_p{}, dF;
   Pack<D, vec> x_tp{};
   if constexpr (TD || CONSISTENCY) {
-    F_p = load_pack<vec>(in.F_p.data + b * in.F_p.stride + i);
-    x_tp = load_pack<vec>(in.x_tp.data + b * in.x_tp.stride + i);
+    F_p = load_pack<vec>(c.F_p + i);
+    x_tp = load_pack<vec>(c.x_tp + i);
   }
-  const auto F = load_pack<vec>(in.F.data + b * in.F.stride + i);
-  const auto x0 = load_pack<vec>(in.x0.data + b * in.x0.stride + i), x_t = load_pack<vec>(in.x_t.data + b * in.x_t.stride + i);
+  const auto F = load_pack<vec>(c.F + i);
+  const auto x0 = load_pack<vec>(c.x0 + i), x_t = load_pack<vec>(c.x_t + i);
 #pragma unroll
   for (int lane = 0; lane < vec; ++lane) {
     dF.lane[lane] = narrow<N, T>(td_element<TD, BASE, CONSISTENCY, T, T>(sample, widen(F.lane[lane]), widen(F_p.lane[lane]), widen(x0.lane[lane]), widen(x_t.lane[lane]),
                                                                          widen(x_tp.lane[lane]), td, base));
   }
-  if (in.dF.data) store_pack<vec>(in.dF.data + b * in.dF.stride + i, dF);
+  if (c.dF) store_pack<vec>(c.dF + i, dF);
 }
 
-// Elements [begin, end) of sample b; what is left behind the last whole pack one by one.
+// Whole packs first, what is left behind them one by one.
 template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void loop(const TdLossRows<N, D>& in, const Sample<T>& sample, int64_t b, int64_t begin, int64_t end, T& td, T& base) {
-  const int64_t packed = begin + (end - begin) / vec * vec;
-  for (int64_t i = begin + static_cast<int64_t>(threadIdx.x) * vec; i < packed; i += kThreads * vec) elements<TD, BASE, CONSISTENCY, vec>(in, sample, b, i, td, base);
+__device__ __forceinline__ void loop(const Chunk<N, D>& c, const Sample<T>& sample, T& td, T& base) {
+  const int packed = c.count / vec * vec;
+#pragma unroll 1  // a pack of every tensor is enough in flight; more of them spill
+  for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec) elements<TD, BASE, CONSISTENCY, vec>(c, sample, i, td, base);
   if constexpr (vec > 1) {
-    const int64_t i = packed + threadIdx.x;
-    if (i < end) elements<TD, BASE, CONSISTENCY, 1>(in, sample, b, i, td, base);
+    const int i = packed + threadIdx.x;
+    if (i < c.count) elements<TD, BASE, CONSISTENCY, 1>(c, sample, i, td, base);
   }
 }
 
 template <int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void chunk(const TdLossRows<N, D>& in, int64_t b, int64_t begin, int64_t end, T& td, T& base) {
+__device__ __forceinline__ void compute(const TdLossRows<N, D>& in, const Chunk<N, D>& c, int64_t b, T& td, T& base) {
   const double* coef = in.coef + 8 * b;
   const double g_td = in.upstream ? in.upstream[2 * b] : 1, g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
   const Sample<T> sample = make_sample<T>(coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
   const bool has_td = coef[6] != 0 && g_td != 0, has_base = coef[7] != 0 && g_base != 0;
-  if (has_td && has_base && in.consistency) return loop<true, true, true, vec>(in, sample, b, begin, end, td, base);
-  if (has_td && has_base) return loop<true, true, false, vec>(in, sample, b, begin, end, td, base);
-  if (has_td) return loop<true, false, false, vec>(in, sample, b, begin, end, td, base);
-  if (has_base && in.consistency) return loop<false, true, true, vec>(in, sample, b, begin, end, td, base);
-  if (has_base) return loop<false, true, false, vec>(in, sample, b, begin, end, td, base);
-  if (in.dF.data)
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) in.dF.data[b * in.dF.stride + i] = narrow<N, T>(0);
+  if (has_td && has_base && in.consistency) return loop<true, true, true, vec>(c, sample, td, base);
+  if (has_td && has_base) return loop<true, true, false, vec>(c, sample, td, base);
+  if (has_td) return loop<true, false, false, vec>(c, sample, td, base);
+  if (has_base && in.consistency) return loop<false, true, true, vec>(c, sample, td, base);
+  if (has_base) return loop<false, true, false, vec>(c, sample, td, base);
+  if (c.dF)
+    for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] = narrow<N, T>(0);
 }
 
 template <typename T>
@@ -64,11 +80,11 @@ __device__ __forceinline__ void write_loss(T* loss, const double* coef, int64_t 
 
 // sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
 template <int vec, typename N, typename D, typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
-    const int64_t b = task / chunks, begin = task % chunks * kChunk;
+    const int64_t b = task / chunks;
     T td = 0, base = 0;
-    chunk<vec>(in, b, begin, begin + kChunk < in.n ? begin + kChunk : in.n, td, base);
+    compute<vec>(in, chunk_at(in, b, task % chunks * kChunk), b, td, base);
     block_sum<kThreads>(td, base);
     if (threadIdx.x == 0) {
       if (sums) {
@@ -82,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(TdLossRows<N, D> in, 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) sum_kernel(const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     double td = 0, base = 0;
     for (int64_t c = threadIdx.x; c < chunks; c += kThreads) {
@@ -95,20 +111,21 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const T* sums, const doub
 }
 
 template <int vec, typename N, typename D>
-__global__ void __launch_bounds__(kThreads) backward_kernel(TdLossRows<N, D> in, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<N, D> in, int64_t chunks) {
   using T = typename TdLossRows<N, D>::T;
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
-    const int64_t b = task / chunks, begin = task % chunks * kChunk, end = begin + kChunk < in.n ? begin + kChunk : in.n;
+    const int64_t b = task / chunks;
+    const Chunk<N, D> c = chunk_at(in, b, task % chunks * kChunk);
     const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
     if (g_td == 1 && g_base == 1) continue;
     if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
       if (g_td == g_base && g_td != 0) {
-        for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) in.dF.data[b * in.dF.stride + i] *= g_td;
+        for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g_td;
         continue;
       }
     }
     T td = 0, base = 0;
-    chunk<vec>(in, b, begin, end, td, base);
+    compute<vec>(in, c, b, td, base);
   }
 }
 

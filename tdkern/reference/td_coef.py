@@ -49,5 +49,5 @@ def td_coef(noise: Tensor, from_index: bool, steps: int, sigma_min: float, sigma
     in_range = index >= 0 if from_index else (sigma >= sigma_min) & (sigma <= sigma_max)
     valid = in_range & (index <= steps - 1 - (k_idx + one_idx)) & (sigma >= td_lo) & (sigma <= td_hi)
     w_td = torch.where(valid, td_weighting(weight, A, A_p, scale, scale_p), 0.0)
-    w_base = base_weighting(sigma, base_weight, sigma_data) * torch.where(valid, lambda_base, 1 + lambda_base)
+    w_base = base_weighting(sigma, base_weight, sigma_data) * (lambda_base + (~valid).double())
     return torch.stack([skip, scale, skip_p, scale_p, A, A_p, w_td, w_base], 1), torch.stack([sigma, sigma_tau, sigma_p, sigma_tau_p], 1)
