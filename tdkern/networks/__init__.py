@@ -1,6 +1,7 @@
 """Networks: EDM's U-Nets and preconditioning under the names of its checkpoints, and an MLP for points."""
+from .mlp import MLP
 from .precond import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from .presets import unet
 from .unet import DhariwalUNet, SongUNet
 
-__all__ = ["DhariwalUNet", "EDMPrecond", "SongUNet", "VEPrecond", "VPPrecond", "iDDPMPrecond", "unet"]
+__all__ = ["MLP", "DhariwalUNet", "EDMPrecond", "SongUNet", "VEPrecond", "VPPrecond", "iDDPMPrecond", "unet"]
