@@ -1,0 +1,7 @@
+"""Training with and without the temporal-difference term: options, loop, checkpoints."""
+from .checkpoint import CheckpointError, load_network
+from .loop import Trainer, train
+from .options import Options
+from .sampling import sample
+
+__all__ = ["CheckpointError", "Options", "Trainer", "load_network", "sample", "train"]

@@ -1,0 +1,239 @@
+"""The training loop. Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same bits."""
+import json
+import math
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
+from ..data.files import write_atomic
+from ..ema import EMA, edm_decay, target_decay
+from ..losses import EDMLoss, TDEDMLoss
+from ..schedules import EDM
+from . import checkpoint
+from .distributed import Process, broadcast_, sum_
+from .options import Options
+from .sampling import sample
+
+SIGMA_DATA = 0.5
+ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
+
+
+def make_loss(options: Options) -> EDMLoss:
+    """The loss that the options describe."""
+    if options.loss_type == "edm":
+        return EDMLoss(sigma_data=SIGMA_DATA)
+    return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, steps=options.steps, k_idx=options.k_idx, one_idx=options.one_idx,
+                     td_coupling=options.td_coupling, weight=options.td_weight, td_sigma=options.td_sigma and tuple(options.td_sigma))
+
+
+def learning_rate(options: Options, nimg: int) -> float:
+    """EDM's learning rate after `nimg` images: a linear ramp, then constant or, with "cosine", falling to 0 over the duration."""
+    ramp = 1000 * options.lr_rampup_kimg
+    lr = options.lr * (min(nimg / ramp, 1) if ramp else 1)
+    if options.lr_decay == "cosine":
+        lr *= (1 + math.cos(math.pi * min(nimg / (1e6 * options.duration), 1))) / 2
+    return lr
+
+
+class Trainer:
+    """Data, networks, averages and optimizer of a run, and one step of it.
+
+    Args:
+        options: the run's.
+        process: this process's place; every process of the run makes one Trainer.
+        state: the training state to go on from; None starts.
+
+    Raises:
+        ValueError: the data, the network or the loss cannot be made as the options say, or the state does not fit.
+    """
+
+    def __init__(self, options: Options, process: Process, state: Path | None = None):
+        self.options, self.process, self.step = options, process, 0
+        self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
+        channels, resolution, _ = self.dataset.image_shape
+        self.network = {"arch": options.arch, "img_resolution": resolution, "img_channels": channels, "label_dim": self.dataset.label_dim,
+                        "cbase": options.cbase, "cres": options.cres, "dropout": options.dropout, "precond": options.precond, "sigma_data": SIGMA_DATA,
+                        "precision": options.precision}
+        self.loss = make_loss(options)
+        torch.manual_seed(derive_seed(options.seed, "init"))
+        self.net = checkpoint.build_network(self.network).to(process.device)
+        if options.transfer and state is None:
+            source, _ = checkpoint.load_network(options.transfer)
+            checkpoint.restore(self.net, source.state_dict(), Path(options.transfer))
+        if process.world > 1:
+            broadcast_(self.net)  # before the copies below, which must start equal in all processes
+        self.ema = EMA(self.net)
+        self.target = EMA(self.net) if options.loss_type == "td" else None
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, fused=process.device.type == "cuda")
+        self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
+        self.counted = 0
+        if state is not None:
+            self._restore(state)
+
+    @property
+    def nimg(self) -> int:
+        """Images trained on so far."""
+        return self.step * self.options.batch
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step on this process's share of the batch: images [B, C, H, W] uint8, labels [B, label_dim]."""
+        options, device = self.options, self.process.device
+        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which this sets both: what a step
+        # draws depends on nothing before it, so a resumed run needs no generator's state. Each process draws its own noise.
+        torch.manual_seed(derive_seed(options.seed, "step", self.step, self.process.rank))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(options, self.nimg)
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
+            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(to_float(x)), y if y.shape[1] else None)
+            # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
+            (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
+            self.sums += torch.stack([part.detach().double().sum() for part in terms])
+        gradients = [param.grad for param in self.net.parameters() if param.grad is not None]
+        if self.process.world > 1:
+            sum_(gradients)
+        for gradient in gradients:
+            torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
+        self.optimizer.step()
+        self.ema.update(self.net, edm_decay(options.batch, 1e6 * options.ema, self.nimg))
+        if self.target:
+            self.target.update(self.net, target_decay(options.target_ema_tau, self.step))
+        self.step += 1
+
+    def statistics(self) -> dict[str, float]:
+        """Means a sample since the last call, over all processes; the one place that waits for the device."""
+        if self.process.world > 1:
+            sum_([self.sums])
+        loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
+        self.sums.zero_()
+        self.counted = self.nimg
+        return {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training goes on from, beside the step."""
+        modules = {"net": self.net, "ema": self.ema.module} | ({"target": self.target.module} if self.target else {})
+        tensors = {f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
+        moments = {f"{key}.{name}": self.optimizer.state[param][key] for name, param in self.net.named_parameters() for key in ADAM}
+        return tensors | moments
+
+    def _restore(self, path: Path) -> None:
+        meta, tensors = checkpoint.read(path, checkpoint.STATE)
+        parts = defaultdict(dict)
+        for name, tensor in tensors.items():
+            prefix, _, rest = name.partition(".")
+            parts[prefix][rest] = tensor
+        checkpoint.restore(self.net, parts["net"], path)
+        checkpoint.restore(self.ema.module, parts["ema"], path)
+        if self.target:
+            checkpoint.restore(self.target.module, parts["target"], path)
+        try:
+            state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(self.net.named_parameters())}
+        except KeyError as error:
+            raise checkpoint.CheckpointError(f"{path}: damaged: Adam's state of {error} is not there; give another {checkpoint.STATE}") from error
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self.step = meta["step"]
+        self.counted = self.nimg
+
+
+def train(trainer: Trainer, run_dir: Path | None) -> None:
+    """Train to the end of the options' duration, saving on the way.
+
+    Args:
+        trainer: new, or going on from a training state.
+        run_dir: where the first process writes; the others need none.
+    """
+    options, process = trainer.options, trainer.process
+    main = process.rank == 0
+    record = Record(trainer, run_dir) if main else None
+    order = StepBatches(len(trainer.dataset), options.batch, options.seed, trainer.step, options.total_steps, process.rank, process.world)
+    loader = torch.utils.data.DataLoader(trainer.dataset, batch_sampler=order, num_workers=options.workers, pin_memory=process.device.type == "cuda")
+
+    def crossed(ticks: int) -> bool:  # whether the last step went past a multiple of so many ticks: the same in a resumed run
+        every = max(round(1000 * options.tick), 1) * ticks
+        return trainer.step == options.total_steps or (every > 0 and trainer.nimg // every > (trainer.nimg - options.batch) // every)
+
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; in a file each is a line
+    with tqdm(total=options.total_steps * options.batch, initial=trainer.nimg, unit="img", unit_scale=True, mininterval=pause, disable=not main) as bar:
+        for images, labels in loader:
+            trainer.train_step(images, labels)
+            bar.update(options.batch)
+            if not crossed(1):
+                continue
+            statistics = trainer.statistics()
+            if main:
+                bar.set_postfix({name: f"{value:.4g}" for name, value in statistics.items()}, refresh=False)
+                record.tick(statistics)
+                if crossed(options.snap):
+                    record.snapshot()
+                if crossed(options.dump):
+                    record.state()
+
+
+class Record:
+    """What the first process writes into the run directory."""
+
+    def __init__(self, trainer: Trainer, run_dir: Path):
+        self.trainer, self.run_dir = trainer, run_dir
+        self.time, self.nimg = time.monotonic(), trainer.nimg
+        checkpoint.clean(run_dir)
+        write_atomic(run_dir / "training_options.json", json.dumps(asdict(trainer.options), indent=2).encode())
+        self._drop_later_statistics()
+        self.side = 8 if trainer.process.device.type == "cuda" else 4  # a grid of 64 would hold a CPU for minutes
+        chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
+        save_grid(run_dir / "reals.png", torch.stack([trainer.dataset[i][0] for i in chosen]), self.side)
+
+    def tick(self, statistics: dict[str, float]) -> None:
+        """Add a line to stats.jsonl and to log.txt."""
+        trainer, now = self.trainer, time.monotonic()
+        seconds, images = now - self.time, trainer.nimg - self.nimg
+        self.time, self.nimg = now, trainer.nimg
+        line = {"kimg": trainer.nimg / 1000, **statistics, "lr": learning_rate(trainer.options, trainer.nimg),
+                "images_per_s": images / seconds, "time": time.time()}
+        if trainer.process.device.type == "cuda":
+            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self._append("stats.jsonl", json.dumps(line))
+        self.log("  ".join(f"{name} {value:.5g}" for name, value in line.items() if name != "time"))
+
+    def log(self, text: str) -> None:
+        """Add a line to log.txt."""
+        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+
+    def snapshot(self) -> None:
+        """Save the EMA network and a grid of its images."""
+        trainer = self.trainer
+        net = trainer.ema.module
+        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
+        seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
+        images = torch.cat([sample(net, trainer.network, part.tolist(), EDM().sigmas()) for part in seeds])
+        save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
+
+    def state(self) -> None:
+        """Save the training state and, once that is durable, remove the older ones."""
+        trainer = self.trainer
+        path = checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), self._meta())
+        for older in sorted(self.run_dir.glob(f"{checkpoint.STATE}-*")):
+            if older.name < path.name:
+                checkpoint.remove(older)
+
+    def _meta(self) -> dict:
+        return {"step": self.trainer.step, "network": self.trainer.network, "options": asdict(self.trainer.options)}
+
+    def _append(self, name: str, line: str) -> None:
+        with open(self.run_dir / name, "a") as file:
+            file.write(line + "\n")
+
+    def _drop_later_statistics(self) -> None:
+        """Keep of stats.jsonl what was written up to where training goes on: the rest comes again."""
+        path = self.run_dir / "stats.jsonl"
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["kimg"] <= self.trainer.nimg / 1000]
+            write_atomic(path, "".join(kept).encode())

@@ -1,0 +1,42 @@
+"""Images from a network, each a function of its own seed."""
+import torch
+from torch import Tensor
+
+from ..data import to_uint8
+from ..samplers import heun
+
+
+def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, class_idx: int | None = None, **churn: float) -> Tensor:
+    """Draw one image a seed with EDM's second-order sampler, all in one batch.
+
+    Args:
+        net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
+        network: its description, with img_resolution, img_channels and label_dim.
+        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the churn's noise through a CPU generator
+            of its own, so an image depends on its seed and not on its batch or device, beyond rounding.
+        sigmas: the noise levels, as for `samplers.heun`.
+        class_idx: the class of all images; None draws one an image. For class-conditional networks.
+        **churn: S_churn, S_min, S_max and S_noise of `samplers.heun`.
+
+    Returns:
+        [B, C, H, W] uint8 on the network's device.
+
+    Raises:
+        ValueError: class_idx is not a class of the network.
+    """
+    device = next(net.parameters()).device
+    label_dim = network["label_dim"]
+    if class_idx is not None and not 0 <= class_idx < label_dim:
+        raise ValueError(f"sample: class must be one of the network's {label_dim} classes, counted from 0, got {class_idx}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def draw(like: Tensor) -> Tensor:
+        return torch.stack([torch.randn(like.shape[1:], generator=generator, dtype=like.dtype) for generator in generators]).to(device)
+
+    shape = (len(seeds), network["img_channels"], network["img_resolution"], network["img_resolution"])
+    x = draw(torch.empty(shape, dtype=torch.float64)) * float(sigmas[0])
+    labels = None
+    if label_dim:
+        drawn = [int(torch.randint(label_dim, (), generator=generator)) for generator in generators]
+        labels = torch.eye(label_dim, device=device)[drawn if class_idx is None else [class_idx] * len(seeds)]
+    return to_uint8(heun(lambda x, sigma: net(x, sigma, labels), x, sigmas, randn_like=draw, **churn))
