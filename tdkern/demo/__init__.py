@@ -1,0 +1,6 @@
+"""`tdkern demo`: EDM with and without the TD term on a problem whose exact denoiser is known."""
+from .picture import draw_picture
+from .report import conclusion, report, to_json
+from .study import Config, Study, run_study
+
+__all__ = ["Config", "Study", "conclusion", "draw_picture", "report", "run_study", "to_json"]

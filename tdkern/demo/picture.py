@@ -1,0 +1,106 @@
+"""The demo's numbers as a picture."""
+import io
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .report import BAND_NAMES, CLEAR, Difference
+from .study import BUDGETS, Levels, Study
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart without colour
+EXACT = "#A85585"
+STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#8C8C8C", "v"))
+
+
+def draw_picture(study: Study) -> bytes:
+    """A PNG file: samples of every method, denoiser error by noise level, sample distance by steps, error over training."""
+    figure = Figure(figsize=(16, 9.4), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.45])
+    _samples(study, top)
+    axes = bottom.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
+    for panel, axis in zip((_error, _difference, _distance, _training), axes, strict=True):
+        panel(study, axis)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0].get_legend_handles_labels()
+    bottom.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def _lines(study: Study):
+    """(name, outcome, style of its line) of every method."""
+    for (name, outcome), (color, marker) in zip(study.outcomes.items(), STYLES, strict=True):
+        yield name, outcome, {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
+
+
+def _spread(values):
+    """Mean and standard error over the seeds, the first dimension."""
+    return values.mean(0).numpy(), (values.std(0) / len(values) ** 0.5).numpy()
+
+
+def _samples(study: Study, figure) -> None:
+    ticks = torch.linspace(-1.5, 1.3, 141, dtype=torch.float64)
+    grid = torch.cartesian_prod(ticks, ticks)
+    density = study.mixture.log_prob(grid, 0.0).unflatten(0, (141, 141)).T.exp()
+    mass = density.flatten().sort(descending=True).values
+    levels = [mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)]
+    figure.suptitle(f"Samples after {BUDGETS[-1]} steps, first seed; lines hold 50, 90 and 99 % of the data", fontsize=12)
+    panels = [("exact denoiser", study.exact_samples, study.exact_distance[-1])]
+    panels += [(name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()]
+    colors = [EXACT] + [color for color, _ in STYLES]
+    for axis, (name, samples, distance), color in zip(figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=True):
+        axis.scatter(*samples.T.numpy(), s=1.5, color=color, alpha=0.45, linewidths=0)
+        axis.contour(ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7)
+        axis.set(title=f"{name}\nsliced W2 {distance:.3f}", aspect="equal", xlim=(-1.5, 1.3), ylim=(-1.5, 1.3), xlabel="$x_1$")
+        axis.label_outer()
+    figure.axes[0].set_ylabel("$x_2$")
+
+
+def _error(study: Study, axis) -> None:
+    sigma = Levels.sigma.numpy()
+    for name, outcome, style in _lines(study):
+        mean, error = _spread(outcome.error)
+        axis.plot(sigma, mean, label=name, **style)
+        axis.fill_between(sigma, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
+    axis.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", ylabel="excess EDM loss",
+             title=f"Denoiser error\nmean ± standard error, {study.config.seeds} seeds")
+
+
+def _difference(study: Study, axis) -> None:
+    baseline = Levels.by_band(next(iter(study.outcomes.values())).error)
+    places = range(len(BAND_NAMES) + 1)
+    for i, (_, outcome, style) in enumerate(_lines(study)):
+        if i == 0:
+            continue
+        differences = Difference.of(Levels.by_band(outcome.error), baseline)
+        x = [place + 0.19 * (i - 2.5) for place in places]
+        percent, error = [d.percent for d in differences], [d.error for d in differences]
+        axis.errorbar(x, percent, [CLEAR * e for e in error], fmt="none", ecolor=style["color"], elinewidth=1)
+        axis.errorbar(x, percent, error, fmt=style["marker"], color=style["color"], markersize=6, elinewidth=3)
+    axis.axhline(0, color=STYLES[0][0], linewidth=1)
+    axis.set(xticks=list(places), xticklabels=[*BAND_NAMES, "all"], xlabel=r"noise level $\sigma$", ylabel="% of EDM's error",
+             title=f"Paired difference from EDM, equal steps\nbars: 1 and {CLEAR} standard errors")
+
+
+def _distance(study: Study, axis) -> None:
+    axis.axhline(1, color=EXACT, linestyle="--", linewidth=2)
+    axis.annotate("exact denoiser", (0, 1), (6, 5), xycoords=("axes fraction", "data"), textcoords="offset points", color=EXACT)
+    for i, (_, outcome, style) in enumerate(_lines(study)):
+        mean, error = _spread(outcome.distance / study.exact_distance)
+        axis.errorbar([place + 0.07 * (i - 2) for place in range(len(BUDGETS))], mean, error, **style)
+    axis.set(xticks=range(len(BUDGETS)), xticklabels=BUDGETS, xlabel="sampling steps (Heun)", yscale="log",
+             ylabel="sliced W2 / sliced W2 of the exact denoiser", title="Distance of samples from the data\nmean ± standard error")
+
+
+def _training(study: Study, axis) -> None:
+    edm_ms = next(iter(study.outcomes.values())).step_ms
+    for _, outcome, style in _lines(study):
+        mean, error = _spread(outcome.curve.T)
+        cost = torch.tensor(outcome.curve_steps).numpy() * (outcome.step_ms / edm_ms) / 1000
+        axis.errorbar(cost, mean, error, **style)
+    axis.set(yscale="log", xlabel="training time, in 1,000 steps of EDM", ylabel="excess EDM loss, all noise levels",
+             title="Error over training\nmean ± standard error")

@@ -1,0 +1,118 @@
+"""The demo's numbers as tables, as one sentence and as JSON."""
+import textwrap
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from .study import BANDS, BUDGETS, Levels, Study
+
+CLEAR = 2.5  # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
+BAND_NAMES = [f"{lo:g}-{hi:g}" for lo, hi, _ in BANDS]
+
+
+class Difference(NamedTuple):
+    """How a method differs from another, seed by seed, in % of the other's mean."""
+
+    percent: float
+    error: float  # standard error of `percent`
+    won: int  # seeds with the smaller value
+
+    @classmethod
+    def of(cls, values: Tensor, baseline: Tensor) -> list["Difference"]:
+        """One a column of [seeds, columns], the rows of both being paired."""
+        gap = 100 * (values - baseline) / baseline.mean(0)
+        return [cls(*numbers) for numbers in zip(gap.mean(0).tolist(), (gap.std(0) / len(gap) ** 0.5).tolist(), (gap < 0).sum(0).tolist(), strict=True)]
+
+    def __str__(self) -> str:
+        digits = 1 if abs(self.percent) < 9.95 and self.error < 9.95 else 0
+        return f"{self.percent:+.{digits}f} ± {self.error:.{digits}f} ({self.won})"
+
+    @property
+    def clear(self) -> bool:
+        return abs(self.percent) > CLEAR * self.error
+
+
+def report(study: Study) -> str:
+    """The tables and the conclusion, as text of at most 120 columns."""
+    config, outcomes = study.config, study.outcomes
+    edm, *td, longer = outcomes
+    errors = {name: Levels.by_band(outcome.error) for name, outcome in outcomes.items()}
+    distances = {name: outcome.distance for name, outcome in outcomes.items()}
+    shares = [f"{100 * Levels.share[Levels.band == i].sum():.2g} %" for i in range(len(BANDS))]
+
+    def table(values: dict[str, Tensor], columns: list[str], reference: tuple[str, list[str]]) -> list[str]:
+        lines = [_row("", columns), _row(*reference)]
+        lines += [_row(name, [f"{mean:.3g}" for mean in value.mean(0).tolist()]) for name, value in values.items()]
+        for title, baseline, names in (("equal steps", edm, [*td, longer]), ("equal compute", longer, td)):
+            lines += [f" Difference from {baseline}, at {title}, in %"]
+            lines += [_row(name, map(str, Difference.of(values[name], values[baseline]))) for name in names]
+        return lines
+
+    return "\n".join([
+        "Four unequal Gaussians on a ring, standard deviation 0.5 a coordinate: their exact denoiser is known.",
+        f"{config.iterations} iterations of batch {config.batch}, {config.seeds} seeds, averaged weights. "
+        "A seed's initial weights, data, noise levels and noise are the same in every method.",
+        f"Differences are paired: mean ± standard error over the seeds, and in brackets how many of the {config.seeds} are better.",
+        "",
+        "DENOISER ERROR by sigma: excess of EDM's loss over the exact denoiser's; 'all' weighs the levels as training does",
+        *table(errors, [*BAND_NAMES, "all"], ("share of training", shares)),
+        "",
+        f"SAMPLE DISTANCE by steps of Heun's method: sliced W2 of {config.points} samples to the data, evenly spread latents",
+        *table(distances, [f"{steps}" for steps in BUDGETS], ("the exact denoiser", [f"{value:.3g}" for value in study.exact_distance.tolist()])),
+        f" {config.points} independent draws of the data: {study.random_distance:.3g}. What the exact denoiser has as well is the sampler's error.",
+        "",
+        f"TIME of a training step, all seeds in one thread: {', '.join(f'{name} {outcomes[name].step_ms:.2f} ms' for name in (edm, *td))}",
+        f"EDM at equal compute has {study.compute:.2f} times the iterations{'' if config.compute else ': the measured ratio of a TD step to one of EDM'}.",
+        "",
+        *textwrap.wrap(conclusion(study), 118),
+    ])
+
+
+def conclusion(study: Study) -> str:
+    """What the numbers say of TD with its default weight, in one sentence."""
+    edm, *_, longer = study.outcomes
+    clauses = []
+    for title, baseline in (("equal steps", edm), (f"equal compute ({longer})", longer)):
+        errors = Difference.of(*(Levels.by_band(study.outcomes[name].error) for name in ("TD", baseline)))
+        distances = Difference.of(*(study.outcomes[name].distance for name in ("TD", baseline)))
+        clauses.append(f"at {title} its denoiser error is {_verdict(errors, [f'sigma {name}' for name in BAND_NAMES] + ['all sigma together'])}, "
+                       f"its sample distance {_verdict(distances, [f'{steps} steps' for steps in BUDGETS])}")
+    return f"TD with its default weight against EDM, counting differences beyond {CLEAR} standard errors: {'; '.join(clauses)}."
+
+
+def to_json(study: Study) -> dict:
+    """The study's numbers, seed by seed: all that the tables and the picture are made of, the samples apart."""
+    return {
+        "tdkern": __version__,
+        "torch": torch.__version__,
+        "config": asdict(study.config),
+        "compute": study.compute,
+        "levels": {"sigma": Levels.sigma.tolist(), "band": [BAND_NAMES[i] for i in Levels.band], "share_of_training": Levels.share.tolist()},
+        "steps": BUDGETS,
+        "exact_denoiser_distance": study.exact_distance.tolist(),
+        "independent_draws_distance": study.random_distance,
+        "methods": {
+            name: {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(outcome).items() if key != "samples"}
+            for name, outcome in study.outcomes.items()
+        },
+        "conclusion": conclusion(study),
+    }
+
+
+def _row(name: str, cells) -> str:
+    return f"  {name:<23}" + "".join(f"{cell:>15}" for cell in cells)
+
+
+def _verdict(differences: list[Difference], places: list[str]) -> str:
+    """Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different elsewhere"."""
+    clear = [(place, difference) for place, difference in zip(places, differences, strict=True) if difference.clear]
+    parts = []
+    for word, sign in (("lower", -1), ("higher", 1)):
+        found = [f"{place} ({difference.percent:+.0f} %)" for place, difference in clear if difference.percent * sign > 0]
+        parts += [f"{word} at {', '.join(found)}"] * bool(found)
+    if len(clear) < len(places):
+        parts.append("not clearly different " + ("elsewhere" if clear else "anywhere"))
+    return ", ".join(parts)
