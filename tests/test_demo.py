@@ -165,7 +165,7 @@ def test_command_writes_tables_picture_and_numbers(tmp_path):
 
 
 def test_report_fits_a_terminal(study):
-    assert max(map(len, report(study).splitlines())) <= 140
+    assert max(map(len, report(study).splitlines())) <= 120
 
 
 def test_command_refuses_before_it_works(tmp_path):

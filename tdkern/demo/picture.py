@@ -48,7 +48,8 @@ def _samples(study: Study, figure) -> None:
     density = study.mixture.log_prob(grid, 0.0).unflatten(0, (141, 141)).T.exp()
     mass = density.flatten().sort(descending=True).values
     levels = [mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)]
-    figure.suptitle(f"Samples after {BUDGETS[-1]} steps, first seed; lines hold 50, 90 and 99 % of the data", fontsize=12)
+    figure.suptitle(f"{study.config.seeds} paired seeds, {study.config.iterations} iterations of batch {study.config.batch}.  "
+                    f"Samples of the first seed after {BUDGETS[-1]} steps; the lines hold 50, 90 and 99 % of the data", fontsize=12)
     panels = [("exact denoiser", study.exact_samples, study.exact_distance[-1])]
     panels += [(name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()]
     colors = [EXACT] + [color for color, _ in STYLES]
@@ -83,16 +84,16 @@ def _difference(study: Study, axis) -> None:
         axis.errorbar(x, percent, error, fmt=style["marker"], color=style["color"], markersize=6, elinewidth=3)
     axis.axhline(0, color=STYLES[0][0], linewidth=1)
     axis.set(xticks=list(places), xticklabels=[*BAND_NAMES, "all"], xlabel=r"noise level $\sigma$", ylabel="% of EDM's error",
-             title=f"Paired difference from EDM, equal steps\nbars: 1 and {CLEAR} standard errors")
+             title=f"Paired difference from EDM\nbars: 1 and {CLEAR} standard errors")
 
 
 def _distance(study: Study, axis) -> None:
     axis.axhline(1, color=EXACT, linestyle="--", linewidth=2)
-    axis.annotate("exact denoiser", (0, 1), (6, 5), xycoords=("axes fraction", "data"), textcoords="offset points", color=EXACT)
+    axis.annotate("exact denoiser", (1, 1), (-4, -13), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=EXACT)
     for i, (_, outcome, style) in enumerate(_lines(study)):
         mean, error = _spread(outcome.distance / study.exact_distance)
         axis.errorbar([place + 0.07 * (i - 2) for place in range(len(BUDGETS))], mean, error, **style)
-    axis.set(xticks=range(len(BUDGETS)), xticklabels=BUDGETS, xlabel="sampling steps (Heun)", yscale="log",
+    axis.set(xticks=range(len(BUDGETS)), xticklabels=BUDGETS, xlabel="sampling steps (Heun)",
              ylabel="sliced W2 / sliced W2 of the exact denoiser", title="Distance of samples from the data\nmean ± standard error")
 
 

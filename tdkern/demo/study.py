@@ -22,7 +22,7 @@ METHODS = {
     "EDM": EDMLoss(),
     "TD": TDEDMLoss(),
     "TD, online weight": TDEDMLoss(weight="online"),
-    "TD, online, .3<sigma<5": TDEDMLoss(weight="online", td_sigma=(0.3, 5.0)),
+    "TD, online, .3<sigma<5": TDEDMLoss(weight="online", td_sigma=(0.3, 5.0)),  # its target network runs on the whole batch all the same
 }
 BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40.0, 3))  # noise levels from, to, and how many are measured
 BUDGETS = (4, 6, 9, 12, 18)  # sampling steps
