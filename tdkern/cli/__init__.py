@@ -1,0 +1,38 @@
+"""The command line: `tdkern train`, `tdkern generate`, `tdkern demo`."""
+import importlib
+import sys
+
+COMMANDS = ("train", "generate", "demo")
+EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
+
+try:
+    import click
+except ModuleNotFoundError:
+
+    def main():
+        sys.exit("tdkern: click is not installed; run: pip install 'tdkern[train]'")
+else:
+
+    class Commands(click.Group):
+        """Commands that are imported when they are called."""
+
+        def list_commands(self, ctx):
+            return list(COMMANDS)
+
+        def get_command(self, ctx, name):
+            if name not in COMMANDS:
+                return None
+            try:
+                return getattr(importlib.import_module(f".{name}", __name__), name)
+            except ModuleNotFoundError as error:
+                if error.name not in EXTRAS:
+                    raise
+                raise click.ClickException(f"{error.name} is not installed; run: pip install 'tdkern[train]'") from error
+
+    def hyphens(token: str) -> str:
+        """--target_ema_tau is --target-ema-tau, and td-weight's pairwise-x0 is pairwise_x0."""
+        return token.replace("_", "-")
+
+    @click.group(cls=Commands, context_settings={"token_normalize_func": hyphens, "max_content_width": 120})
+    def main():
+        """Train diffusion models with a temporal-difference loss, and sample from them."""

@@ -1,0 +1,139 @@
+"""`tdkern train`."""
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+
+import click
+from click.core import ParameterSource
+
+from ..data import DatasetError
+from ..ops.td_coef import WEIGHTS
+from ..training import CheckpointError, Options, Trainer, checkpoint
+from ..training import train as run
+from ..training.distributed import joined
+from .types import Numbers, boolean
+
+
+@click.command()
+@click.option("--outdir", metavar="DIR", help="Where run directories are made.")
+@click.option("--data", metavar="ZIP|DIR", help="Images, in EDM's layout.")
+@boolean("--cond", "Train a class-conditional network.")
+@click.option("--arch", type=click.Choice(["ddpmpp", "ncsnpp", "adm"]), default="ddpmpp", show_default=True, help="Network.")
+@click.option("--precond", type=click.Choice(["edm"]), default="edm", show_default=True, help="Preconditioning.")
+@click.option("--duration", type=float, default=200.0, show_default=True, metavar="MIMG", help="Training duration, million images.")
+@click.option("--batch", type=int, default=512, show_default=True, help="Images a step, over all processes.")
+@click.option("--batch-gpu", type=int, help="Images of one forward pass; smaller needs less memory. [default: the process's share]")
+@click.option("--cbase", type=int, help="Base width of the network. [default: by --arch]")
+@click.option("--cres", type=Numbers(int), metavar="LIST", help="Width of each resolution, times the base. [default: by --arch]")
+@click.option("--lr", type=float, default=1e-3, show_default=True, help="Learning rate.")
+@click.option("--lr-rampup-kimg", type=float, metavar="KIMG", help="The learning rate rises for so long. [default: 5% of the duration, at most 10000]")
+@click.option("--lr-decay", type=click.Choice(["none", "cosine"]), default="none", show_default=True, help="Fall of the learning rate over the duration.")
+@click.option("--ema", type=float, default=0.5, show_default=True, metavar="MIMG", help="Half-life of the averaged weights.")
+@click.option("--dropout", type=float, default=0.13, show_default=True, help="Dropout probability.")
+@boolean("--xflip", "Add every image's mirror image.")
+@boolean("--fp16", "Half precision inside the network.")
+@boolean("--bf16", "bfloat16 inside the network.")
+@click.option("--loss-type", type=click.Choice(["edm", "td"]), default="td", show_default=True, help="EDM's loss, alone or with the TD term.")
+@click.option("--lambda-edm", type=float, default=0.5, show_default=True, help="Weight of EDM's loss beside the TD term.")
+@click.option("--k-idx", type=float, default=1.0, show_default=True, help="Index distance from t to t'.")
+@click.option("--one-idx", type=float, default=0.25, show_default=True, help="Index distance from t to tau.")
+@click.option("--td-coupling", type=click.Choice(["markov", "shared"]), default="markov", show_default=True, help="Noise of the pair; shared is biased.")
+@click.option("--td-weight", type=click.Choice(WEIGHTS), default="pairwise", show_default=True, help="Weight of the TD term.")
+@click.option("--td-sigma", type=Numbers(float, 2), metavar="LO,HI", help="TD only at these noise levels. [default: at all]")
+@click.option("--target-ema-tau", type=float, default=0.999, show_default=True, help="Decay of the target network, reached by a ramp.")
+@click.option("--steps", type=int, default=18, show_default=True, help="Noise levels of the TD term's index space.")
+@click.option("--tick", type=float, metavar="KIMG", help="How often to print progress. [default: 1% of the duration, at most 50]")
+@click.option("--snap", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the averaged network and a grid; 0: at the end.")
+@click.option("--dump", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the training state; 0: at the end.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
+@click.option("--workers", type=int, default=1, show_default=True, help="Processes that read images.")
+@click.option("--transfer", metavar="DIR", help="Start from the weights of a network snapshot, or of a run's newest.")
+@click.option("--resume", metavar="DIR", help="Go on with a run, or from a training state, in its own directory and with its own options.")
+@click.option("--desc", metavar="TEXT", help="Added to the run directory's name.")
+@click.option("--nosubdirs", is_flag=True, help="Write into --outdir itself.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print the options and exit.")
+@click.pass_context
+def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
+    """Train a diffusion model on images.
+
+    Flags that EDM has keep its meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
+
+    \b
+    tdkern train --outdir runs --data cifar10-train-32x32.zip --cond 1 --batch 256 --bf16
+    tdkern train --resume runs/00000-cifar10-train-32x32-cond-ddpmpp-edm-td-gpus1-batch256-bf16
+    """
+    if fp16 and bf16:
+        raise click.UsageError("--fp16 and --bf16 exclude each other")
+    values["precision"] = "fp16" if fp16 else "bf16" if bf16 else "fp32"
+    values |= {name: os.path.abspath(values[name]) for name in ("data", "transfer") if values[name]}  # a run may be resumed from elsewhere
+    with joined() as process:
+        values["gpus"] = process.world
+        try:
+            if resume:
+                if any(map(_given, ("outdir", "desc", "nosubdirs"))):
+                    raise click.UsageError("--resume goes on in the run's own directory; leave out --outdir, --desc and --nosubdirs")
+                switches = {"precision"} if _given("fp16") or _given("bf16") else set()
+                given = {name: value for name, value in values.items() if name in switches | {"gpus"} or _given(name)}
+                run_dir, state, options = _find_run(Path(resume), given)
+            else:
+                if not values["data"] or not outdir:
+                    raise click.UsageError("give --data and --outdir, or --resume")
+                state, options = None, Options(**values)
+            trainer = Trainer(options, process, state)
+            if process.rank == 0:
+                click.echo(json.dumps(dataclasses.asdict(options), indent=2))
+                click.echo(f"{len(trainer.dataset)} images {list(trainer.dataset.image_shape)}, {trainer.dataset.label_dim} label columns, "
+                           f"{sum(p.numel() for p in trainer.net.parameters()):,} parameters, {process.world} x {process.device}")
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+        if dry_run:
+            return
+        if process.rank == 0 and not resume:
+            run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
+        if process.rank == 0:
+            click.echo(f"{'Going on' if resume else 'Training'} in {run_dir}, image {trainer.nimg} of {options.total_steps * options.batch}")
+        try:
+            run(trainer, run_dir if process.rank == 0 else None)
+        except (DatasetError, CheckpointError) as error:  # from a worker process the message is a whole traceback, which ends in ours
+            raise click.ClickException(str(error).strip().splitlines()[-1]) from error
+
+
+def _given(name: str) -> bool:
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
+    """The run's directory, its training state (none if it was killed before the first) and its options with those given."""
+    run_dir = path.resolve().parent if path.resolve().name.startswith(checkpoint.STATE + "-") else path
+    saved = run_dir / "training_options.json"
+    if path == run_dir and saved.exists() and not any(run_dir.glob(f"{checkpoint.STATE}-*")):
+        state, options = None, json.loads(saved.read_bytes())
+    else:
+        state = checkpoint.find(path, checkpoint.STATE)
+        options = checkpoint.read_meta(state, checkpoint.STATE)["options"]
+    try:
+        return run_dir, state, Options(**options).resumed(**given)
+    except TypeError as error:
+        raise CheckpointError(f"{state or saved}: does not hold options of this version of tdkern ({error})") from error
+
+
+def _name(trainer: Trainer, desc: str | None) -> str:
+    options = trainer.options
+    parts = [trainer.dataset.name, "cond" if options.cond else "uncond", options.arch, options.precond, options.loss_type,
+             f"gpus{options.gpus}", f"batch{options.batch}", options.precision]
+    return "-".join(parts + [desc] if desc else parts)
+
+
+def _make_run_dir(outdir: Path, name: str | None) -> Path:
+    """The next numbered directory in `outdir`, or without a name `outdir` itself, which must not hold a run yet."""
+    outdir.mkdir(parents=True, exist_ok=True)
+    if name is None:
+        if (outdir / "training_options.json").exists():
+            raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
+        return outdir
+    numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
+    run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
+    run_dir.mkdir()
+    return run_dir
