@@ -170,6 +170,15 @@ def test_train_needs_to_know_where(data):
     assert "no network-snapshot-* in it" in tdkern_("generate", "--network", "nowhere", "--outdir", "a", code=1)
 
 
+def test_directories_that_cannot_be_made_are_refused(tmp_path, data):
+    (tmp_path / "file").write_text("")
+    output = tdkern_("train", "--data", data, "--outdir", tmp_path / "file" / "runs", "--duration", "8e-6", *FLAGS, code=1)
+    assert "--outdir cannot be made" in output.strip().splitlines()[-1]
+    tdkern_("train", "--data", data, "--outdir", tmp_path / "run", "--nosubdirs", "--duration", "8e-6", *FLAGS)
+    output = tdkern_("generate", "--network", tmp_path / "run", "--outdir", tmp_path / "file" / "images", "--seeds", "0", "--steps", "2", code=1)
+    assert "Not a directory" in output.strip().splitlines()[-1]
+
+
 def test_a_broken_image_stops_a_run_in_one_line(tmp_path):
     path = raw_data_set(tmp_path / "a.zip", {"0.png": png(pixels(1)[0]), "1.png": b"no image"})
     for workers in ("0", "1"):

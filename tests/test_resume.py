@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -11,17 +10,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import TINY, data_set, pixels
+from tiny import TINY, children, data_set, pixels
 from tqdm import tqdm
 
 from tdkern.schedules import EDM
 from tdkern.training import Options, Trainer, loop, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read
 from tdkern.training.distributed import this_process
-
-# a fresh process for every run without importing torch anew: the children are forks of a process that has only imported
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
 
 
 @pytest.fixture(autouse=True)
@@ -174,8 +169,8 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
     expected = contents(tmp_path / "straight")
     choose = random.Random(0)
     calls = {"fsync": 30, "replace": 8, "rename": 5, "save_file": 4, "unlink": 4, "rmdir": 2}  # about as many as three steps make
-    kills = [{"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(3)]
-    kills += [{"after": choose.uniform(0.1, 0.9) * seconds} for _ in range(12)]
+    kills = [{"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(2)]
+    kills += [{"after": choose.uniform(0.1, 0.9) * seconds} for _ in range(10)]
     choose.shuffle(kills)
     run, killed = 0, 0
     for kill in [*kills, {}]:

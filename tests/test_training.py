@@ -1,6 +1,5 @@
 import json
 import math
-import multiprocessing
 import os
 import socket
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import TINY, data_set, pixels
+from tiny import TINY, children, data_set, pixels
 
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
@@ -17,8 +16,6 @@ from tdkern.training import Options, Trainer, loop, sample, train
 from tdkern.training.checkpoint import STATE, find, read, write
 from tdkern.training.distributed import Process, joined, this_process
 
-children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
 CPU = torch.device("cpu")
 
 

@@ -1,6 +1,7 @@
 """Small images and runs for the driver's tests."""
 import io
 import json
+import multiprocessing
 import zipfile
 
 import numpy as np
@@ -8,6 +9,10 @@ import PIL.Image
 
 # every step is a tick, with a training state after each and a snapshot after every third
 TINY = {"arch": "ddpmpp", "cbase": 4, "cres": [1], "batch": 8, "lr_rampup_kimg": 0.024, "ema": 2e-4, "tick": 0.008, "snap": 3, "dump": 1, "workers": 0}
+
+# a fresh process for every run without importing torch anew: the children are forks of a process that has only imported
+children = multiprocessing.get_context("forkserver")
+children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
 
 
 def pixels(count=10, shape=(3, 8, 8), seed=0):

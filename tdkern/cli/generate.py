@@ -57,5 +57,5 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
         if grid:
             images = torch.cat(images)
             save_grid(grid, images, columns=round(len(images) ** 0.5))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

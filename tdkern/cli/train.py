@@ -90,9 +90,9 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
             raise click.ClickException(str(error)) from error
         if dry_run:
             return
-        if process.rank == 0 and not resume:
-            run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
         if process.rank == 0:
+            if not resume:
+                run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
             click.echo(f"{'Going on' if resume else 'Training'} in {run_dir}, image {trainer.nimg} of {options.total_steps * options.batch}")
         try:
             run(trainer, run_dir if process.rank == 0 else None)
@@ -128,7 +128,10 @@ def _name(trainer: Trainer, desc: str | None) -> str:
 
 def _make_run_dir(outdir: Path, name: str | None) -> Path:
     """The next numbered directory in `outdir`, or without a name `outdir` itself, which must not hold a run yet."""
-    outdir.mkdir(parents=True, exist_ok=True)
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.ClickException(f"--outdir cannot be made ({error})") from error
     if name is None:
         if (outdir / "training_options.json").exists():
             raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
