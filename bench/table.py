@@ -1,6 +1,6 @@
-"""Turns a results file into Markdown, and puts it into the README between its markers.
+"""Puts measured tables into the README, between their markers.
 
-    python bench/table.py bench/results/<device>.json [--readme README.md]
+    python bench/table.py bench/results/<device>.json --demo demo/demo.txt
 """
 import argparse
 import json
@@ -24,20 +24,25 @@ def markdown(path: Path) -> str:
     return "\n".join(lines)
 
 
+def fill(readme: Path, marker: str, text: str) -> None:
+    """Put `text` between the markers of a README."""
+    whole = readme.read_text()
+    marked = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
+    if not marked.search(whole):
+        raise SystemExit(f"{readme}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between")
+    readme.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--readme", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="*", help="results files, for the bench tables")
+    parser.add_argument("--demo", type=Path, help="the demo's demo.txt")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
     args = parser.parse_args()
-    table = markdown(args.results)
-    if args.readme is None:
-        print(table)
-        return
-    text = args.readme.read_text()
-    marked = re.compile(r"(<!-- bench -->\n).*?(\n<!-- /bench -->)", re.S)
-    if not marked.search(text):
-        raise SystemExit(f"{args.readme}: has no <!-- bench --> … <!-- /bench --> to put the table between")
-    args.readme.write_text(marked.sub(lambda found: found[1] + table + found[2], text))
+    if args.results:
+        fill(args.readme, "bench", "\n\n".join(map(markdown, args.results)))
+    if args.demo:
+        fill(args.readme, "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
 
 
 if __name__ == "__main__":

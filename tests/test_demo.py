@@ -149,7 +149,7 @@ def test_conclusion_tells_bands_apart(study):
 def test_command_writes_tables_picture_and_numbers(tmp_path):
     result = CliRunner().invoke(main, ["demo", "--outdir", str(tmp_path / "new"), "--seeds", "2", "--iterations", "20", "--compute", "1.2"])
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["demo.json", "demo.png"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["demo.json", "demo.png", "demo.txt"]
     numbers = json.loads((tmp_path / "new/demo.json").read_bytes())
     assert numbers["config"] | {"seeds": 2, "iterations": 20, "seed": 0, "compute": 1.2} == numbers["config"]
     names = [*METHODS, "EDM, 1.20x iterations"]

@@ -23,9 +23,11 @@ def demo(outdir, **values):
     try:
         outdir.mkdir(parents=True, exist_ok=True)  # before the work
         study = run_study(Config(**values))
-        click.echo("\n" + report(study) + "\n")
+        text = report(study)
+        click.echo(f"\n{text}\n")
+        write_atomic(outdir / "demo.txt", f"{text}\n".encode())
         write_atomic(outdir / "demo.json", json.dumps(to_json(study), indent=1).encode())
         write_atomic(outdir / "demo.png", draw_picture(study))
     except (OSError, FloatingPointError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"The picture is {outdir / 'demo.png'}, the numbers are in {outdir / 'demo.json'}.")
+    click.echo(f"The picture is {outdir / 'demo.png'}, the tables are in {outdir / 'demo.txt'}, the numbers in {outdir / 'demo.json'}.")
