@@ -20,7 +20,8 @@ def torch_package() -> Path:
     try:
         import torch
     except ImportError:
-        sys.exit("tdkern: building needs torch, which is not installed here: `pip install torch`, then `pip install --no-build-isolation .`")
+        sys.exit("tdkern: building needs torch, which is not installed here: `pip install torch`, "
+                 "then `pip install --no-build-isolation .`")
     check_cuda(torch.version.cuda)
     return Path(torch.__file__).parent
 
@@ -32,8 +33,8 @@ def check_cuda(torch_cuda: str | None) -> None:
         return
     found = re.search(r"release (\d+)\.(\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     if found and found[1] != torch_cuda.split(".")[0]:
-        sys.exit(f"tdkern: nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch_cuda}: put an nvcc {torch_cuda} first on PATH (or set CUDACXX), "
-                 f"install a torch for CUDA {found[1]}, or build without CUDA: TDKERN_CUDA=0")
+        sys.exit(f"tdkern: nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch_cuda}: put an nvcc {torch_cuda} first on PATH "
+                 f"(or set CUDACXX), install a torch for CUDA {found[1]}, or build without CUDA: TDKERN_CUDA=0")
 
 
 class CMakeBuild(build_ext):
@@ -44,7 +45,8 @@ class CMakeBuild(build_ext):
         import pybind11
 
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DTDKERN_TORCH={torch_package()}", f"-DTDKERN_CUDA={cuda}", f"-DTDKERN_PACKAGE={package}",
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DTDKERN_TORCH={torch_package()}", f"-DTDKERN_CUDA={cuda}", f"-DTDKERN_PACKAGE={package}",
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

@@ -50,7 +50,7 @@ def compare(benchmark):
 
 
 def pytest_sessionfinish(session):
-    benches = [b for b in getattr(session.config, "_benchmarksession").benchmarks if b.extra_info and not b.has_error]
+    benches = [b for b in session.config._benchmarksession.benchmarks if b.extra_info and not b.has_error]
     if not benches:
         return
     device = device_name()
@@ -62,7 +62,8 @@ def pytest_sessionfinish(session):
     for b in benches:
         info = dict(b.extra_info)
         rows[info["op"], info["size"], info["competitor"]] = info | {
-            "median_us": b.stats.median * 1e6, "min_us": b.stats.min * 1e6, "rounds": b.stats.rounds, "gb_per_s": info["moved"] / b.stats.median / 1e9, "commit": commit,
+            "median_us": b.stats.median * 1e6, "min_us": b.stats.min * 1e6, "rounds": b.stats.rounds,
+            "gb_per_s": info["moved"] / b.stats.median / 1e9, "commit": commit,
         }
     for (op, size, _), row in rows.items():
         ours, copy = rows.get((op, size, "tdkern")), rows.get((op, size, "copy"))

@@ -11,7 +11,8 @@ def _column(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def eager_td_edm(F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, levels: Tensor, valid: Tensor, *, sigma_data: float = 0.5, lambda_edm: float = 0.5) -> Tensor:
+def eager_td_edm(F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, levels: Tensor, valid: Tensor, *,
+                 sigma_data: float = 0.5, lambda_edm: float = 0.5) -> Tensor:
     """Per-sample TD+EDM loss [B]: online weight, Markov coupling, `levels` [B, 4] as `td_coef` returns them."""
     sigma, sigma_tau, sigma_p, sigma_tau_p = (_column(level, x0) for level in levels.unbind(1))
 

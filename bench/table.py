@@ -12,7 +12,8 @@ def markdown(path: Path) -> str:
     """The table of one results file: a row an op, size and competitor; ratios are to tdkern's median in the same run."""
     result = json.loads(Path(path).read_text())
     lines = [
-        f"{result['device']}, {result['threads']} thread(s), torch {result['versions']['torch']}, {result['date'][:10]}; from `bench/results/{Path(path).name}`",
+        f"{result['device']}, {result['threads']} thread(s), torch {result['versions']['torch']}, {result['date'][:10]}; "
+        f"from `bench/results/{Path(path).name}`",
         "",
         "| op | size | what | median | slower than tdkern | GB/s | of a copy's |",
         "| --- | --- | --- | ---: | ---: | ---: | ---: |",

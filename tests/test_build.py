@@ -72,7 +72,7 @@ net = torch.nn.Linear(2, 2)
 before = net.weight.clone()
 optimizer = torch.optim.Adam(net.parameters(), 1e-2)
 for _ in range(3):
-    loss = TDEDMLoss()(lambda x, sigma, class_labels=None, augment_labels=None: net(x), lambda x, sigma, class_labels=None, augment_labels=None: x, torch.randn(16, 2))
+    loss = TDEDMLoss()(lambda x, sigma, **labels: net(x), lambda x, sigma, **labels: x, torch.randn(16, 2))
     optimizer.zero_grad()
     loss.mean().backward()
     optimizer.step()
@@ -151,5 +151,5 @@ def test_backends_refuse_by_name():
     with pytest.raises(ValueError, match="td_loss: backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"):
         tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="fast")
     if _library.MISSING["cuda"]:
-        with pytest.raises(RuntimeError, match="td_loss: backend 'cuda' is not available: .*torch"):
+        with pytest.raises(RuntimeError, match=r"td_loss: backend 'cuda' is not available: .*torch"):
             tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="cuda")

@@ -12,9 +12,9 @@ BASE_WEIGHTS = ("karras", "uniform", "snr", "snr+1", "truncated-snr")
 WEIGHTS = ("pairwise", "pairwise_x0", "online", "none")
 
 
-def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, sigma_data: float = 0.5,
-            k_idx: float = 1.0, one_idx: float = 0.25, lambda_base: float = 0.5, precond: str = "edm", base_weight: str = "karras", coupling: str = "markov",
-            weight: str = "pairwise", td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
+            sigma_data: float = 0.5, k_idx: float = 1.0, one_idx: float = 0.25, lambda_base: float = 0.5, precond: str = "edm",
+            base_weight: str = "karras", coupling: str = "markov", weight: str = "pairwise", td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The columns of `td_loss`'s `coef` and the four noise levels, from one noise level (or index) a sample.
 
     With i the real index of sigma on the EDM schedule: t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx;
@@ -60,7 +60,8 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
     td_lo, td_hi = (0.0, math.inf) if td_sigma is None else td_sigma
     if not td_lo < td_hi:
         raise ValueError(f"td_coef: td_sigma must be (lo, hi) with lo < hi, got {td_sigma}")
-    args = (noise.detach(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, eta_of(coupling), weight, td_lo, td_hi)
+    args = (noise.detach(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight,
+            eta_of(coupling), weight, td_lo, td_hi)
     backend = _library.resolve("td_coef", backend, noise.device)
     if backend == "reference":
         return reference.td_coef(*args)

@@ -33,8 +33,8 @@ def td_weighting(weight: str, A: Tensor, A_p: Tensor, scale: Tensor, scale_p: Te
     }[weight]
 
 
-def td_coef(noise: Tensor, from_index: bool, steps: int, sigma_min: float, sigma_max: float, rho: float, sigma_data: float, k_idx: float, one_idx: float, lambda_base: float,
-            precond: str, base_weight: str, eta: float, weight: str, td_lo: float, td_hi: float) -> tuple[Tensor, Tensor]:
+def td_coef(noise: Tensor, from_index: bool, steps: int, sigma_min: float, sigma_max: float, rho: float, sigma_data: float, k_idx: float, one_idx: float,
+            lambda_base: float, precond: str, base_weight: str, eta: float, weight: str, td_lo: float, td_hi: float) -> tuple[Tensor, Tensor]:
     schedule = EDM(steps, sigma_min, sigma_max, rho)
     noise = noise.double()
     index = noise if from_index else schedule.index(noise)
