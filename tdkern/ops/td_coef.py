@@ -14,7 +14,8 @@ WEIGHTS = ("pairwise", "pairwise_x0", "online", "none")
 
 def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
             sigma_data: float = 0.5, k_idx: float = 1.0, one_idx: float = 0.25, lambda_base: float = 0.5, precond: str = "edm",
-            base_weight: str = "karras", coupling: str = "markov", weight: str = "pairwise", td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
+            base_weight: str = "karras", coupling: str = "markov", weight: str = "pairwise",
+            td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """The columns of `td_loss`'s `coef` and the four noise levels, from one noise level (or index) a sample.
 
     With i the real index of sigma on the EDM schedule: t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx;
