@@ -51,9 +51,9 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
     if noise.ndim != 1:
         raise ValueError(f"td_coef: noise must have shape [B], got {list(noise.shape)}")
     for name, value in (("sigma_data", sigma_data), ("k_idx", k_idx), ("one_idx", one_idx)):
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < math.inf:
             raise ValueError(f"td_coef: {name} must be a positive number, got {value}")
-    if not (lambda_base >= 0 and math.isfinite(lambda_base)):
+    if not 0 <= lambda_base < math.inf:
         raise ValueError(f"td_coef: lambda_base must be a number >= 0, got {lambda_base}")
     for name, value, names in (("precond", precond, PRECONDS), ("base_weight", base_weight, BASE_WEIGHTS), ("weight", weight, WEIGHTS)):
         if value not in names:

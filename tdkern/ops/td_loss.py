@@ -40,17 +40,24 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
     """
     backend = _library.resolve("td_loss", backend, out.device)
     compiling = torch.compiler.is_compiling()
-    if backend not in ("cpp", "cuda") or base not in BASES or compiling:  # these two check for themselves
+    one_device = out_target.device == x0.device == coef.device == out.device and (x_t is None or x_t.device == out.device) and (
+        x_tp is None or x_tp.device == out.device)
+    if backend not in ("cpp", "cuda") or base not in BASES or compiling or not one_device:  # of the rest these two check themselves
         _check(out, out_target, x0, coef, x_t, x_tp, base)
     if backend == "reference":
-        return reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base)
-    rest = (out_target, x0, coef, x_t, x_tp, base == "consistency")
+        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base)
     want_grad = out.requires_grad and torch.is_grad_enabled()
     try:
-        return _TDLoss.apply(out, rest, backend) if want_grad and not compiling else _library.op("td_loss", backend)(out, *rest, want_grad)[0]
+        if want_grad and not compiling:
+            return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, base == "consistency"), backend)
+        return _library.op("td_loss", backend)(out, *_detached(out_target, x0, coef, x_t, x_tp), base == "consistency", want_grad)[0]
     except RuntimeError:
         _check(out, out_target, x0, coef, x_t, x_tp, base)  # says in full which argument is wrong
         raise
+
+
+def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str) -> None:

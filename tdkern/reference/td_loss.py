@@ -10,7 +10,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str) -> Tensor:
     """Per-sample [B, 2]: w_td mean(delta^2) and w_base mean(base^2), four means written out (design, section 1)."""
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    out, out_target, x0 = out.to(dtype), out_target.detach().to(dtype), x0.to(dtype)
+    out, out_target, x0 = out.to(dtype), out_target.to(dtype), x0.to(dtype)
     x_t = torch.zeros_like(x0) if x_t is None else x_t.to(dtype)
     x_tp = torch.zeros_like(x0) if x_tp is None else x_tp.to(dtype)
     skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (_column(c, x0) for c in coef.unbind(1))

@@ -1,0 +1,123 @@
+"""td_coef in Triton: float64 throughout, a lane a sample."""
+import torch
+import triton
+import triton.language as tl
+
+from .. import _library
+from ..schedules import EDM
+
+BLOCK = 128
+
+
+@triton.jit
+def _f64(value):  # a Python float, which every scalar is in the interpreter, is float32 to min, max and where before Triton 3.9
+    return tl.full([], value, tl.float64)
+
+
+@triton.jit
+def _pow(x, y):  # x >= 0, y > 0
+    return tl.exp(y * tl.log(x))
+
+
+# sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho): EDM's schedule.
+@triton.jit
+def _sigma(index, intervals, a, b, rho):
+    return _pow(tl.minimum(tl.maximum(a + index / intervals * (b - a), _f64(b)), _f64(a)), rho)
+
+
+# Of the two-moment mean with alpha = 1: A = 1 - kappa, kappa = r sqrt(1 - eta^2 + (eta r)^2), r = sigma_tau / sigma_t.
+@triton.jit
+def _A(sigma, sigma_tau, eta):
+    r = sigma_tau / sigma
+    return 1 - r * tl.sqrt(1 - eta * eta + eta * r * (eta * r))
+
+
+# (skip, scale) of D = skip x + scale F.
+@triton.jit
+def _preconditioning(sigma, sigma_data, sigma_min, PRECOND: tl.constexpr):
+    shifted = sigma - sigma_min if PRECOND == "ct" else sigma
+    return sigma_data * sigma_data / (shifted * shifted + sigma_data * sigma_data), shifted * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+
+
+@triton.jit
+def _base_weighting(sigma, sigma_data, BASE_WEIGHT: tl.constexpr):
+    snr = 1 / (sigma * sigma)
+    if BASE_WEIGHT == "karras":
+        snr += 1 / (sigma_data * sigma_data)
+    elif BASE_WEIGHT == "uniform":
+        snr = tl.full(snr.shape, 1, tl.float64)
+    elif BASE_WEIGHT == "snr+1":
+        snr += 1
+    elif BASE_WEIGHT == "truncated-snr":
+        snr = tl.maximum(snr, 1)
+    return snr
+
+
+@triton.jit
+def _td_weighting(A, A_p, scale, scale_p, WEIGHT: tl.constexpr):
+    online, target = A * scale * (A * scale), A_p * scale_p * (A_p * scale_p)
+    if WEIGHT == "pairwise":
+        w = 1 / (online + target)
+    elif WEIGHT == "pairwise_x0":
+        w = 1 / tl.maximum(A * A + A_p * A_p, _f64(0.01))
+    elif WEIGHT == "online":
+        w = 1 / tl.maximum(online, _f64(1e-8))
+    else:
+        w = tl.full(A.shape, 1, tl.float64)
+    return w
+
+
+# The scalars' types are given, since Triton would pass a Python float as float32.
+@triton.jit
+def coef_kernel(noise, coef, levels, batch, intervals: tl.float64, sigma_min: tl.float64, sigma_max: tl.float64, a: tl.float64, b: tl.float64, rho: tl.float64,
+                inverse_rho: tl.float64, sigma_data: tl.float64, k_idx: tl.float64, one_idx: tl.float64, lambda_base: tl.float64, eta: tl.float64,
+                td_lo: tl.float64, td_hi: tl.float64,
+                FROM_INDEX: tl.constexpr, PRECOND: tl.constexpr, BASE_WEIGHT: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < batch
+    sample = tl.load(noise + i, inside, other=1.0)
+    if FROM_INDEX:
+        index, sigma = sample, _sigma(sample, intervals, a, b, rho)
+        in_range = index >= 0
+    else:
+        index, sigma = tl.minimum(tl.maximum((_pow(sample, inverse_rho) - a) / (b - a), 0), 1) * intervals, sample
+        in_range = (sigma >= sigma_min) & (sigma <= sigma_max)
+    valid = in_range & (index <= intervals - (k_idx + one_idx)) & (sigma >= td_lo) & (sigma <= td_hi)
+    sigma_tau, sigma_p = _sigma(index + one_idx, intervals, a, b, rho), _sigma(index + k_idx, intervals, a, b, rho)
+    sigma_tau_p = _sigma(index + (k_idx + one_idx), intervals, a, b, rho)
+
+    A, A_p = _A(sigma, sigma_tau, eta), _A(sigma_p, sigma_tau_p, eta)
+    skip, scale = _preconditioning(sigma, sigma_data, sigma_min, PRECOND)
+    skip_p, scale_p = _preconditioning(sigma_p, sigma_data, sigma_min, PRECOND)
+    w_td = tl.where(valid, _td_weighting(A, A_p, scale, scale_p, WEIGHT), 0)
+    w_base = _base_weighting(sigma, sigma_data, BASE_WEIGHT) * tl.where(valid, _f64(lambda_base), 1 + _f64(lambda_base))
+
+    coef += 8 * i
+    tl.store(coef, skip, inside)
+    tl.store(coef + 1, scale, inside)
+    tl.store(coef + 2, skip_p, inside)
+    tl.store(coef + 3, scale_p, inside)
+    tl.store(coef + 4, A, inside)
+    tl.store(coef + 5, A_p, inside)
+    tl.store(coef + 6, w_td, inside)
+    tl.store(coef + 7, w_base, inside)
+    levels += 4 * i
+    tl.store(levels, sigma, inside)
+    tl.store(levels + 1, sigma_tau, inside)
+    tl.store(levels + 2, sigma_p, inside)
+    tl.store(levels + 3, sigma_tau_p, inside)
+
+
+def td_coef(noise, from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, eta, weight, td_lo, td_hi):
+    batch = len(noise)
+    noise, coef, levels = noise.contiguous(), noise.new_empty(batch, 8), noise.new_empty(batch, 4)
+    a, b = EDM(steps, sigma_min, sigma_max, rho)._ends
+    if batch > 0:
+        with torch.cuda.device_of(noise):
+            coef_kernel[(triton.cdiv(batch, BLOCK),)](
+                noise, coef, levels, batch, steps - 1.0, sigma_min, sigma_max, a, b, rho, 1 / rho, sigma_data, k_idx, one_idx, lambda_base, eta, td_lo, td_hi,
+                from_index, precond, base_weight, weight, BLOCK, enable_fp_fusion=True)
+    return coef, levels
+
+
+_library.library.impl("td_coef.triton", td_coef, "CPU" if _library.interpreted() else "CUDA")

@@ -1,0 +1,152 @@
+"""td_loss in Triton: a program a chunk of a sample; where a sample is several chunks, a second small kernel adds their sums in order."""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import _library
+from ..ops.td_loss import _empty_grad
+
+CHUNK = 8192  # elements a program; this and the two blocks set the order of summation
+BLOCK = 2048  # elements in registers at a time
+SUM_BLOCK = 1024
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion in words: Triton 3.10 turns its default off
+
+
+@triton.jit
+def _load(pointer, i, end, T: tl.constexpr):
+    return tl.load(pointer + i, i < end, other=0.0).to(T)
+
+
+# One chunk of sample b, from element `begin`: its sums of delta^2 and base^2; writes dF for the upstream gradient g_td, g_base. A term
+# that is off adds exactly 0, whatever its error is, and what only terms that are off need is not read.
+@triton.jit
+def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
+           T: tl.constexpr, CONSISTENCY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    skip, scale, skip_p, scale_p = tl.load(coef).to(T), tl.load(coef + 1).to(T), tl.load(coef + 2).to(T), tl.load(coef + 3).to(T)
+    A, A_p, w_td, w_base = tl.load(coef + 4).to(T), tl.load(coef + 5).to(T), tl.load(coef + 6), tl.load(coef + 7)
+    has_td, has_base = (w_td != 0) & (g_td != 0), (w_base != 0) & (g_base != 0)
+    rest = n - begin
+    td_end, base_end, end = tl.where(has_td, rest, 0), tl.where(has_base, rest, 0), tl.where(has_td | has_base, rest, 0)
+    target_end = end if CONSISTENCY else td_end
+    unit = -2 * tl.load(coef + 1) * inverse_n
+    grad_td = tl.where(has_td, unit * w_td * g_td * tl.load(coef + 4), 0).to(T)
+    grad_base = tl.where(has_base, unit * w_base * g_base, 0).to(T)
+
+    sum_td, sum_base = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
+    for start in range(0, tl.minimum(rest, CHUNK).to(tl.int32), BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        D = scale * _load(F, i, end, T)
+        D_p = scale_p * _load(F_p, i, target_end, T)
+        if x_t is not None:
+            D += skip * _load(x_t, i, end, T)
+        if x_tp is not None:
+            D_p += skip_p * _load(x_tp, i, target_end, T)
+        clean = _load(x0, i, end, T)
+        e, e_p = clean - D, clean - D_p
+
+        delta = tl.where(i < td_end, A * e - A_p * e_p, 0)
+        base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
+        sum_td += delta * delta
+        sum_base += base * base
+        if dF is not None:
+            tl.store(dF + i, (grad_td * delta + grad_base * base).to(dF.dtype.element_ty), i < rest)
+    return tl.sum(sum_td), tl.sum(sum_base)
+
+
+@triton.jit
+def _store_loss(loss, coef, b, inverse_n, td, base):
+    tl.store(loss + 2 * b, tl.load(coef + 6) * td * inverse_n)
+    tl.store(loss + 2 * b + 1, tl.load(coef + 7) * base * inverse_n)
+
+
+# Forward, where upstream is None: writes dF unless it is None, and the sums, or at once the loss where a sample is one chunk (sums is None).
+# Backward: dF holds the gradient for an upstream gradient of 1; corrects the samples whose upstream gradient is another.
+@triton.jit
+def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_tp_row, dF_row, coef, upstream, sums, loss, n, inverse_n: tl.float64, chunks,
+                 CONSISTENCY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    task = tl.program_id(0).to(tl.int64)
+    b, begin = task // chunks, task % chunks * CHUNK
+    F += b * F_row + begin
+    F_p += b * F_p_row + begin
+    x0 += b * x0_row + begin
+    if x_t is not None:
+        x_t += b * x_t_row + begin
+    if x_tp is not None:
+        x_tp += b * x_tp_row + begin
+    if dF is not None:
+        dF += b * dF_row + begin
+    coef += 8 * b
+
+    if upstream is None:
+        td, base = _chunk(F, F_p, x0, x_t, x_tp, dF, coef, tl.full([], 1, T), tl.full([], 1, T), n, inverse_n, begin, T, CONSISTENCY, CHUNK, BLOCK)
+        if sums is not None:
+            tl.store(sums + 2 * task, td)
+            tl.store(sums + 2 * task + 1, base)
+        else:
+            _store_loss(loss, coef, b, inverse_n, td, base)
+    else:
+        g_td, g_base = tl.load(upstream + 2 * b), tl.load(upstream + 2 * b + 1)
+        can_scale: tl.constexpr = dF.dtype.element_ty == T  # half precision is computed anew: before a loss scale, dF may have underflowed
+        if (g_td != 1) | (g_base != 1):
+            if can_scale & (g_td == g_base) & (g_td != 0):
+                for start in range(0, tl.minimum(n - begin, CHUNK).to(tl.int32), BLOCK):
+                    i = start + tl.arange(0, BLOCK)
+                    tl.store(dF + i, g_td * tl.load(dF + i, i < n - begin), i < n - begin)
+            else:
+                _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin, T, CONSISTENCY, CHUNK, BLOCK)
+
+
+@triton.jit
+def sum_kernel(sums, coef, loss, inverse_n: tl.float64, chunks, SUM_BLOCK: tl.constexpr):
+    b = tl.program_id(0).to(tl.int64)
+    sums += 2 * b * chunks
+    td, base = tl.zeros([SUM_BLOCK], tl.float64), tl.zeros([SUM_BLOCK], tl.float64)
+    for start in range(0, chunks, SUM_BLOCK):
+        c = start + tl.arange(0, SUM_BLOCK)
+        td += tl.load(sums + 2 * c, c < chunks, other=0.0)
+        base += tl.load(sums + 2 * c + 1, c < chunks, other=0.0)
+    _store_loss(loss, coef + 8 * b, b, inverse_n, tl.sum(td), tl.sum(base))
+
+
+def _rows(tensor: Tensor | None, layout: Tensor) -> tuple[Tensor | None, int]:
+    """A tensor whose samples lie as `layout`'s do, copied only if they do not, and the distance from one to the next."""
+    if tensor is None:
+        return None, 0
+    if any(size > 1 and a != b for size, a, b in zip(layout.shape[1:], tensor.stride()[1:], layout.stride()[1:], strict=True)):
+        tensor = torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
+    return tensor, tensor.stride(0)
+
+
+def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, layout, upstream, loss) -> None:
+    batch, n = len(out), out[0].numel()
+    chunks = triton.cdiv(n, CHUNK)
+    coef = coef.double().contiguous()
+    tensors, rows = zip(*(_rows(tensor, layout) for tensor in (out, out_target, x0, x_t, x_tp, grad)), strict=True)
+    sums = loss.new_empty(batch * chunks, 2) if loss is not None and chunks > 1 else None
+    with torch.cuda.device_of(out):
+        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, CHUNK, BLOCK, **OPTIONS)
+        if sums is not None:
+            sum_kernel[(batch,)](sums, coef, loss, 1 / n, chunks, SUM_BLOCK, enable_fp_fusion=True)
+
+
+def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, want_grad):
+    loss = out.new_empty(len(out), 2, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
+    layout = _empty_grad(out)
+    grad = layout if want_grad else None
+    if out.numel() > 0:
+        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, layout, None, loss)
+    else:
+        loss.zero_()
+    return loss, grad if want_grad else out.new_empty(0)
+
+
+def td_loss_backward_(grad, upstream, out, out_target, x0, coef, x_t, x_tp, consistency):
+    if out.numel() > 0:
+        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, grad, upstream, None)
+
+
+_KEY = "CPU" if _library.interpreted() else "CUDA"
+_library.library.impl("td_loss.triton", td_loss, _KEY)
+_library.library.impl("td_loss_backward_.triton", td_loss_backward_, _KEY)

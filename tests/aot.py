@@ -1,0 +1,76 @@
+"""Triton's kernels compiled ahead of time: `report(capability)`, or as a script the same in JSON. Needs no GPU."""
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def report(capability: int) -> dict[str, dict[str, int]]:
+    """{kernel: {"registers", "stack", "local"}} of cubins built afresh, in a process of its own: outside Triton's interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = str(Path(__file__).parent.parent)
+        env = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+        done = subprocess.run([sys.executable, __file__, str(capability)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compile_kernel(kernel, capability: int, types: dict[str, str], constants: dict, options: dict) -> dict[str, int]:
+    """types: of arguments by name; pointers and what is marked "!" are multiples of 16. constants: what is known at compile time."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else types[name].rstrip("!") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants and (types[name].startswith("*") or types[name].endswith("!"))]
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"{key}:(\d+)", usage)[1]) for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))}
+
+
+def td_loss(capability: int):
+    from tdkern.triton.td_loss import BLOCK, CHUNK, OPTIONS, SUM_BLOCK, chunk_kernel, sum_kernel
+
+    def chunk(net: str, data: str, *, consistency=False, stride="i32!", **constants):
+        wide = "*fp64" if data == "*fp64" else "*fp32"
+        strides = dict.fromkeys(("n", "F_row", "F_p_row", "x0_row", "x_t_row", "x_tp_row", "dF_row"), stride)
+        types = {"F": net, "F_p": net, "dF": net, "x0": data, "x_t": data, "x_tp": data, "coef": "*fp64", "upstream": wide, "sums": wide, "loss": wide,
+                 "inverse_n": "fp64", "chunks": "i32", **strides}
+        return compile_kernel(chunk_kernel, capability, types, {"CONSISTENCY": consistency, "CHUNK": CHUNK, "BLOCK": BLOCK, **constants}, OPTIONS)
+
+    forward, backward = {"upstream": None}, {"sums": None, "loss": None}
+    yield "forward float32", chunk("*fp32", "*fp32", **forward, sums=None, chunks=1)
+    yield "forward float32, unaligned, many chunks", chunk("*fp32", "*fp32", stride="i64", consistency=True, **forward)
+    yield "forward bfloat16 of float32, no dF, no states", chunk("*bf16", "*fp32", **forward, sums=None, chunks=1, dF=None, x_t=None, x_tp=None)
+    yield "forward float16", chunk("*fp16", "*fp16", **forward)
+    yield "forward float64", chunk("*fp64", "*fp64", consistency=True, **forward)
+    yield "backward float32", chunk("*fp32", "*fp32", **backward)
+    yield "backward bfloat16 of float32", chunk("*bf16", "*fp32", consistency=True, **backward)
+    types = {"sums": "*fp32", "coef": "*fp64", "loss": "*fp32", "inverse_n": "fp64", "chunks": "i32"}
+    yield "sum", compile_kernel(sum_kernel, capability, types, {"SUM_BLOCK": SUM_BLOCK}, {"enable_fp_fusion": True})
+
+
+def td_coef(capability: int):
+    from tdkern.triton.td_coef import BLOCK, coef_kernel
+
+    types = {**dict.fromkeys(coef_kernel.arg_names, "fp64"), "noise": "*fp64", "coef": "*fp64", "levels": "*fp64", "batch": "i32"}
+    for from_index, precond, base_weight, weight in ((False, "edm", "karras", "pairwise"), (True, "ct", "truncated-snr", "pairwise_x0")):
+        constants = {"FROM_INDEX": from_index, "PRECOND": precond, "BASE_WEIGHT": base_weight, "WEIGHT": weight, "BLOCK": BLOCK}
+        yield precond, compile_kernel(coef_kernel, capability, types, constants, {"enable_fp_fusion": True})
+
+
+if __name__ == "__main__":
+    import tdkern.triton  # noqa: F401  (without a GPU the package does not import it by itself)
+
+    print(json.dumps({f"{op.__name__} {name}": facts for op in (td_loss, td_coef) for name, facts in op(int(sys.argv[1]))}))

@@ -1,0 +1,29 @@
+"""Without a GPU, Triton's kernels run in its interpreter, which must be said before anything imports triton."""
+import os
+
+import pytest
+import torch
+
+if torch.cuda.device_count() == 0:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from tdkern import _library
+
+
+def _params(backends):
+    built = (_library.LIB_DIR / "libtdkern_cpu.so").exists()  # then the C++ backend has to work: never skipped
+    for name in backends:
+        missing = _library.MISSING[name]
+        yield pytest.param(name, marks=pytest.mark.skipif(bool(missing) and not (name == "cpp" and built), reason=missing))
+
+
+@pytest.fixture(params=_params(_library.BACKENDS))
+def backend(request):
+    """Each backend; skipped with the reason where it is missing."""
+    return request.param
+
+
+@pytest.fixture(params=_params(_library.COMPILED))
+def compiled(request):
+    """Each backend but the reference."""
+    return request.param
