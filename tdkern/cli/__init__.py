@@ -1,8 +1,8 @@
-"""The command line: `tdkern train`, `tdkern generate`, `tdkern demo`."""
+"""The command line: `tdkern train`, `tdkern generate`, `tdkern convert`, `tdkern demo`."""
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "demo")
+COMMANDS = ("train", "generate", "convert", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

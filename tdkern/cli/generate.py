@@ -13,7 +13,7 @@ from .types import Numbers
 
 
 @click.command()
-@click.option("--network", required=True, metavar="DIR", help="A network snapshot, or a run directory, whose newest is taken.")
+@click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
 @click.option("--outdir", metavar="DIR", help="Where the images go, one PNG a seed.")
 @click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image a seed, such as 1,2,5-10.")
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
@@ -42,8 +42,8 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
     if grid and process.world > 1:
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     try:
-        sigmas = EDM(steps, sigma_min, sigma_max, rho).sigmas()
         net, meta = load_network(network, process.device)
+        sigmas = net.round_sigma(EDM(steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).sigmas())  # the levels that it knows
         batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
         images = []
         for part in tqdm(batches, unit="batch", disable=process.rank > 0):

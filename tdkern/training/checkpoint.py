@@ -148,7 +148,7 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     """The EMA network of a network snapshot, ready to sample from, and the snapshot's meta.
 
     Args:
-        path: a network-snapshot directory, or a run directory, whose newest is taken.
+        path: a network-snapshot directory, a run directory, whose newest is taken, or a file of `tdkern convert`.
         device: where the network goes.
 
     Returns:
@@ -158,6 +158,10 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     Raises:
         CheckpointError: there is none, or it cannot be used.
     """
+    if Path(path).is_file():
+        from ..integrations import load_converted
+
+        return load_converted(path, device)
     path = find(path, SNAPSHOT)
     meta, tensors = read(path, SNAPSHOT)
     try:

@@ -1,0 +1,291 @@
+"""Pickles read as data: no name in them is imported, nothing is called, and no more memory is taken than the file has bytes, times a few.
+
+The pickle is run by a machine of our own over `pickletools.genops`. It knows the operations that build plain values and containers; a call
+of a global becomes a `Call`, which says what would have been called. The globals that saved networks name are a fixed list; any other, and
+any other operation, is refused.
+"""
+import io
+import mmap
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch.save's first format
+MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
+
+RECORD = "torch_utils.persistence._reconstruct_persistent_obj"
+MODULE_DICT = "torch.nn.modules.container.ModuleDict"
+TENSOR, PARAMETER, STORAGE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage._load_from_bytes"
+DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
+SETS = ("builtins.set", "__builtin__.set")
+SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray")
+DTYPES = {f"torch.{name}Storage": dtype for name, dtype in {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
+    "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
+GLOBALS = {RECORD, MODULE_DICT, TENSOR, PARAMETER, STORAGE, *DICTS, *SETS, *SCALARS, *ARRAYS, *DTYPES, "numpy.dtype", "_codecs.encode"}
+
+VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+
+
+class PickleError(ValueError):
+    """A pickle that was not read; the message names the file and what was refused in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Global:
+    """A name that a pickle refers to."""
+
+    name: str
+
+
+@dataclass(eq=False)
+class Call:
+    """A call that a pickle asks for, and the state that the result would have been given."""
+
+    name: str
+    args: tuple
+    state: object = None
+
+
+@dataclass(eq=False)
+class Storage:
+    """The memory of a tensor, read when it is wanted."""
+
+    dtype: torch.dtype
+    numel: int
+    read: Callable[[], bytes]
+
+
+class Refused(Exception):
+    """What was refused; `PickleFile` adds the file."""
+
+
+class _Machine:
+    """Runs one pickle after another of a stream."""
+
+    def __init__(self, stream, names: set[str], storage: Callable[[tuple], Storage] | None = None):
+        self.stream, self.names, self.storage = stream, names, storage
+
+    def run(self):
+        """The value of the next pickle."""
+        self.stack, self.marks, self.memo = [], [], {}
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(self.stream)):
+            if count >= MAX_OPERATIONS:
+                raise Refused(f"it has more than {MAX_OPERATIONS:,} operations")
+            self._step(opcode.name, arg)
+        return self.stack.pop()
+
+    def _step(self, name: str, arg) -> None:
+        stack = self.stack
+        if name in VALUES:
+            stack.append(arg)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        elif name in EMPTY:
+            stack.append(EMPTY[name]())
+        elif name == "MARK":
+            self.marks.append(len(stack))
+        elif name == "TUPLE":
+            stack.append(tuple(self._marked()))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(reversed([stack.pop() for _ in range(int(name[-1]))])))
+        elif name in ("APPEND", "APPENDS"):
+            items = [stack.pop()] if name == "APPEND" else self._marked()
+            _is(stack[-1], list).extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._marked()
+            _is(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
+        elif name == "ADDITEMS":
+            items = self._marked()
+            _is(stack[-1], set).update(map(_key, items))
+        elif name == "MEMOIZE":
+            self.memo[len(self.memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            self.memo[arg] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(self.memo[arg])
+        elif name == "GLOBAL":
+            self._global(arg.replace(" ", "."))
+        elif name == "STACK_GLOBAL":
+            attribute, module = _is(stack.pop(), str), _is(stack.pop(), str)
+            self._global(f"{module}.{attribute}")
+        elif name in ("REDUCE", "NEWOBJ"):
+            args, function = _is(stack.pop(), tuple), _is(stack.pop(), Global)
+            stack.append(self._call(function.name, args))
+        elif name == "BUILD":
+            state = stack.pop()
+            if type(stack[-1]) is not dict:  # what an OrderedDict has beside its items is not wanted
+                _is(stack[-1], Call).state = state
+        elif name == "BINPERSID" and self.storage:
+            stack.append(self.storage(_is(stack.pop(), tuple)))
+        elif name not in ("PROTO", "FRAME", "STOP"):
+            raise Refused(f"it has the operation {name}, which no saved network needs")
+
+    def _marked(self) -> list:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def _global(self, name: str) -> None:
+        if name not in self.names:
+            raise Refused(f"it names {name[:100]!a}, which no saved network needs")
+        self.stack.append(Global(name))
+
+    def _call(self, name: str, args: tuple):
+        if name in DICTS and not args:
+            return {}
+        if name in SETS:
+            return set(map(_key, _is(args[0], list)))
+        if name == "_codecs.encode":  # how the older protocols write bytes
+            return _is(args[0], str).encode("latin1")
+        if name == STORAGE:
+            stream = io.BytesIO(_is(args[0], bytes))
+            if _Machine(stream, set()).run() != MAGIC:
+                raise Refused("it is damaged (a storage is not as torch.save writes it)")
+            return _is(_after_magic(stream, set(DTYPES)), Storage)
+        return Call(name, args)
+
+
+def _is(value, kind: type):
+    if type(value) is not kind:
+        raise Refused(f"it is damaged (a {kind.__name__} should be where a {type(value).__name__} is)")
+    return value
+
+
+def _key(value):
+    if type(value) not in (str, int, float, bool, type(None)):  # also keeps deep tuples from being hashed
+        raise Refused(f"it is damaged (a {type(value).__name__} is a key)")
+    return value
+
+
+def _storage(pid: tuple, read: Callable[[str], bytes] | None = None) -> tuple[str, Storage]:
+    """The storage that torch.save wrote beside the pickle, and its key."""
+    kind, dtype, key, _, numel = pid[:5]
+    if kind != "storage" or _is(dtype, Global).name not in DTYPES or any(pid[5:]):
+        raise Refused("it is damaged (a persistent id does not name a storage)")
+    return _is(key, str), Storage(DTYPES[dtype.name], _is(numel, int), read and partial(read, key))
+
+
+def _after_magic(stream, names: set[str]):
+    """The value in torch.save's first format: after the magic number come version, system, the value and the storages' keys, then each storage."""
+    storages = {}
+
+    def persistent(pid: tuple) -> Storage:
+        key, storage = _storage(pid)
+        return storages.setdefault(key, storage)
+
+    def read(start: int, size: int) -> bytes:
+        stream.seek(start)
+        return stream.read(size)
+
+    machine = _Machine(stream, names, persistent)
+    _, _, value, keys = (machine.run() for _ in range(4))
+    for key in _is(keys, list):
+        storage = storages[_key(key)]
+        if int.from_bytes(stream.read(8), "little") != storage.numel:
+            raise Refused("it is damaged (a storage has another size than the pickle says)")
+        size = storage.numel * storage.dtype.itemsize
+        storage.read = partial(read, stream.tell(), size)
+        stream.seek(size, os.SEEK_CUR)
+    return value
+
+
+class PickleFile:
+    """A file of pickle, or of `torch.save` in either of its formats, read as data. See the module.
+
+    Args:
+        path: the file.
+
+    `value` is what it holds, of None, bool, int, float, str, bytes, tuple, list, dict and set, `Global`, `Call` and `Storage`. It may be
+    deep, share its parts and contain itself: walk it with care, and take what is wanted through the methods.
+
+    Raises:
+        PickleError: the file cannot be read, is damaged, or asks for what no saved network needs.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.size = self.path.stat().st_size
+            with open(self.path, "rb") as file:
+                if file.read(2) == b"PK":
+                    self.value = self._zip()
+                    return
+                stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.value = _Machine(stream, GLOBALS).run()
+            if self.value == MAGIC:
+                self.value = _after_magic(stream, GLOBALS)
+        except OSError as error:
+            raise PickleError(f"{self.path}: cannot be read ({error}); give another file") from error
+        except Exception as error:  # whatever a hostile file leads to
+            raise self.refuse(error) from error
+
+    def refuse(self, why: str | Exception) -> PickleError:
+        """The error that names this file."""
+        if not isinstance(why, (str, Refused)):
+            why = f"it is damaged ({type(why).__name__}: {why!s:.100})"
+        return PickleError(f"{self.path}: refused: {why}; nothing in it was executed; give another file")
+
+    def _zip(self):
+        """The value in torch.save's second format: a zip, not compressed, of data.pkl and the storages."""
+        archive = zipfile.ZipFile(self.path)
+        names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+        if any(info.compress_type != zipfile.ZIP_STORED for info in names.values()):
+            raise Refused("it is a zip that torch.save did not write")
+        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+            raise Refused("its bytes are not in little-endian order")
+
+        def persistent(pid: tuple) -> Storage:
+            return _storage(pid, lambda key: archive.read(names[f"data/{key}"]))[1]
+
+        return _Machine(io.BytesIO(archive.read(names["data.pkl"])), GLOBALS, persistent).run()
+
+    @staticmethod
+    def is_tensor(value) -> bool:
+        """Whether a value is a tensor or a parameter."""
+        return type(value) is Call and value.name in (TENSOR, PARAMETER)
+
+    def tensor(self, value: Call) -> Tensor:
+        """The tensor or parameter, on the CPU, in memory of its own; raises PickleError."""
+        try:
+            if value.name == PARAMETER:
+                value = _is(value.args[0], Call)
+            storage, offset, size, stride = value.args[:4]
+            buffer, count = bytearray(_is(storage, Storage).read()), storage.numel
+            if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > count:
+                raise Refused("it is damaged (a tensor is larger than its storage)")
+            flat = torch.frombuffer(buffer, dtype=storage.dtype, count=count) if count else torch.empty(0, dtype=storage.dtype)
+            return flat.as_strided(size, _is(stride, tuple), _is(offset, int)).contiguous()
+        except Exception as error:
+            raise self.refuse(error) from error
+
+    def plain(self, value):
+        """A number, string, truth value or None, or a list of them; NumPy's become Python's. Raises PickleError."""
+        try:
+            return [_scalar(item) for item in value] if type(value) in (list, tuple) else _scalar(value)
+        except Exception as error:
+            raise self.refuse(error) from error
+
+
+def _scalar(value):
+    if type(value) is Call and value.name in SCALARS:
+        dtype, data = value.args
+        dtype = np.dtype(_is(dtype.state[1], str) + _is(dtype.args[0], str))
+        if dtype.kind in "biuf":
+            return np.frombuffer(data, dtype, 1)[0].item()
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise Refused(f"it is damaged (a {type(value).__name__} should be a number or a word)")

@@ -1,0 +1,91 @@
+"""Any network that predicts x0, eps, v or a flow's velocity, as a denoiser in EDM's convention."""
+import torch
+from torch import Tensor, nn
+
+from .precond import _Precond
+
+
+class _Called(nn.Module):
+    """The module behind the one way in which the preconditioning wrappers call a model."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+        if augment_labels is not None:
+            raise ValueError("Denoiser: augment_labels must be None, as the module takes none")
+        labels = {} if class_labels is None or class_labels.shape[1] == 0 else {"class_labels": class_labels.argmax(1)}
+        out = self.module(x, t, **labels)
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+        return out[:, :x.shape[1]]
+
+
+class Denoiser(_Precond):
+    """D(x, sigma) of a module that predicts x0, eps, v or a velocity at a scaled x and a time of its own.
+
+    EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x, where sigma_t = alpha_t sigma.
+    On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1, so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's,
+    alpha_t = 1 - t and sigma_t = t, so t = sigma/(1 + sigma). With F the module's output,
+
+    | prediction | F | path | D |
+    | --- | --- | --- | --- |
+    | "x0" | x0 | VP | F |
+    | "eps" | eps | VP | x - sigma F |
+    | "v" (arXiv 2202.00512) | alpha_t eps - sigma_t x0 | VP | x/(1 + sigma^2) - sigma/sqrt(1 + sigma^2) F |
+    | "velocity" (arXiv 2210.02747) | eps - x0 | flow | (x - sigma F)/(1 + sigma) |
+
+    Args:
+        module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class labels are given, with t [B] and index
+            [B] int64. It returns F, a tuple that begins with it, or an object that has it as `sample`, as diffusers' models do. Of
+            more channels than x has, the first are taken: the rest are a learned variance. Its parameters are then under "model.module.".
+        prediction: what F is; see the table.
+        alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and 1, as a diffusers scheduler has
+            it. t is then real: ln sigma is interpolated, and held at the ends. Not for "velocity".
+        time_scale: for "velocity", t is time_scale sigma/(1 + sigma); 1000 for networks that count so.
+        dtype: of the image inside the module; None is x's.
+
+    Call it as `net(x, sigma, class_labels=None, augment_labels=None) -> D`; class_labels are one-hot, [B, classes]. See `EDMPrecond`, which
+    also says what `raw` gives and where gradients go.
+
+    Raises:
+        ValueError: an argument is not as said, or augment_labels are given.
+    """
+
+    PREDICTIONS = ("x0", "eps", "v", "velocity")
+
+    def __init__(self, module: nn.Module, prediction: str = "eps", *, alphas_cumprod=None, time_scale: float = 1.0, dtype: torch.dtype | None = None):
+        super().__init__(_Called(module), dtype=dtype)
+        if prediction not in self.PREDICTIONS:
+            raise ValueError(f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got {prediction!r}")
+        if (alphas_cumprod is None) != (prediction == "velocity"):
+            needed = "None" if prediction == "velocity" else "given"
+            raise ValueError(f"Denoiser: alphas_cumprod must be {needed} with prediction {prediction!r}")
+        self.precond, self.prediction, self.time_scale = prediction, prediction, time_scale
+        self.sigma_min, self.sigma_max = 0.0, float("inf")
+        if alphas_cumprod is not None:
+            squares = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
+            if squares.ndim != 1 or len(squares) < 2 or not (0 < squares[-1] and squares[0] < 1 and (squares.diff() < 0).all()):
+                raise ValueError(f"Denoiser: alphas_cumprod must be [T] falling numbers between 0 and 1, got {list(squares.shape)} from "
+                                 f"{squares.flatten()[:1].tolist()} to {squares.flatten()[-1:].tolist()}")
+            log_sigmas = (1 / squares - 1).log() / 2
+            self.register_buffer("log_sigmas", log_sigmas, persistent=False)
+            self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
+
+    def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        if self.prediction == "velocity":
+            return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
+        table = self.log_sigmas.to(sigma.dtype)
+        log_sigma = sigma.log().clamp(table[0], table[-1])
+        right = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
+        return (1 + sigma**2).rsqrt(), right - (table[right] - log_sigma) / (table[right] - table[right - 1])
+
+    def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.ones_like(sigma)
+        if self.prediction == "x0":
+            return 0 * one, one
+        if self.prediction == "eps":
+            return one, -sigma
+        if self.prediction == "v":
+            return 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
+        return 1 / (1 + sigma), -sigma / (1 + sigma)
