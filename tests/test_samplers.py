@@ -1,11 +1,14 @@
 """The samplers against golden vectors with analytic denoisers, and against the exact solution of the ODE."""
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tdkern.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from tdkern.samplers import euler, heun
 from tdkern.schedules import EDM
 
@@ -36,6 +39,32 @@ def gmm(golden):
         return (log_p.softmax(1)[:, :, None, None, None] * parts).sum(1)
 
     return denoiser
+
+
+class Exact(torch.nn.Module):
+    """The raw network, of EDM's input and output scaling, whose D is `denoiser`; keeps what it was given as x and sigma."""
+
+    def __init__(self, denoiser, sigma_data=0.5):
+        super().__init__()
+        self.denoiser, self.sigma_data, self.seen = denoiser, sigma_data, []
+
+    def forward(self, scaled, c_noise, class_labels=None, augment_labels=None):
+        sigma = (4 * c_noise).exp()
+        s = sigma.reshape(-1, *[1] * (scaled.ndim - 1))
+        total = s**2 + self.sigma_data**2
+        x = scaled * total.sqrt()
+        self.seen.append((x, sigma))
+        return (self.denoiser(x, sigma) - self.sigma_data**2 / total * x) / (s * self.sigma_data / total.sqrt())
+
+
+class Steps(TorchDispatchMode):
+    """Counts the calls of heun_step."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += str(func).startswith("tdkern.heun_step")
+        return func(*args, **(kwargs or {}))
 
 
 def test_gmm_probe():
@@ -70,6 +99,87 @@ def test_heun_golden(case, steps, kind):
     calls = torch.stack(calls)
     assert calls.shape == (2 * steps - 1, 4) and (calls == calls[:, :1]).all()
     torch.testing.assert_close(calls[:, 0], golden[f"{kind}_steps{steps}_sigma_calls"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["det", "churn"])
+@pytest.mark.parametrize("steps", [3, 5, 9, 18])
+@pytest.mark.parametrize("case", [iso, gmm])
+def test_heun_golden_from_the_raw_output(case, steps, kind):
+    """The same through `heun_step`: what the network is asked about, and the result."""
+    golden = load(f"heun_{case.__name__}")
+    sigmas = EDM(steps, float(golden["sigma_min"]), float(golden["sigma_max"]), float(golden["rho"])).sigmas()
+    churn, noises = {}, iter(golden["noise"].double())
+    if kind == "churn":
+        churn = {key: float(golden[key]) for key in ("S_churn", "S_min", "S_max", "S_noise")} | {"randn_like": lambda x: next(noises)}
+    model = Exact(case(golden))
+    with Steps() as calls:
+        x = heun(EDMPrecond(model), golden["latents"].double() * sigmas[0], sigmas, **churn)
+    assert calls.count == len(model.seen) == 2 * steps - 1
+    torch.testing.assert_close(x, golden[f"{kind}_steps{steps}_x"][-1], rtol=1e-12, atol=1e-12)
+    levels = golden[f"{kind}_steps{steps}_sigma_calls"]
+    torch.testing.assert_close(torch.stack([sigma for _, sigma in model.seen]), levels[:, None].expand(-1, 4), rtol=1e-12, atol=0)
+    for step, (x_hat, _) in enumerate(model.seen[::2]):
+        churn = golden["S_noise"] * (levels[2 * step] ** 2 - golden[f"t_steps{steps}"][step] ** 2).clamp(min=0).sqrt()
+        torch.testing.assert_close(x_hat, golden[f"{kind}_steps{steps}_x"][step] + churn * golden["noise"][step].double(), rtol=1e-12, atol=1e-12)
+
+
+class Small(torch.nn.Module):
+    """A network of points with labels, in the dtype it is given."""
+
+    label_dim = 3
+
+    def __init__(self, outputs=4):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer = torch.nn.Linear(8, outputs)
+        for parameter in self.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
+
+    def forward(self, scaled, c_noise, class_labels, augment_labels):
+        given = torch.cat([scaled, c_noise[:, None].to(scaled.dtype), class_labels.to(scaled.dtype)], 1)
+        return torch.nn.functional.linear(given, self.layer.weight.to(scaled.dtype), self.layer.bias.to(scaled.dtype)).tanh()
+
+
+@pytest.mark.parametrize("churn", [{}, {"S_churn": 4.0, "S_min": 0.1, "S_max": 20.0, "S_noise": 1.01}], ids=["det", "churn"])
+@pytest.mark.parametrize("precision", ["float32 net", "float64", "float32", "bfloat16 net"])
+@pytest.mark.parametrize("precond", [EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond])
+@pytest.mark.parametrize("sampler", [heun, euler])
+def test_a_network_and_a_callable_of_it_give_the_same(sampler, precond, precision, churn):
+    """To the rounding of the less precise of network and state; whether the last level is 0 or not."""
+    net = precond(Small(8 if precond is iDDPMPrecond else 4))
+    if precision == "float64":
+        net.double()
+    if precision == "bfloat16 net":
+        net.dtype = torch.bfloat16
+    labels = torch.eye(3)
+    x = torch.randn(3, 4, dtype=torch.float32 if precision == "float32" else torch.float64, generator=torch.Generator().manual_seed(0))
+    for sigmas in ([20.0, 5.0, 1.0, 0.2, 0.0], [20.0, 5.0, 1.0]):
+        def run(denoiser, sigmas=sigmas, **kwargs):
+            with Steps() as calls:
+                return sampler(denoiser, x * sigmas[0], sigmas, generator=torch.Generator().manual_seed(1), **churn, **kwargs), calls.count
+
+        plain, none = run(lambda x, sigma: net(x, sigma, labels))
+        fused, count = run(partial(net, class_labels=labels))
+        shown, other = run(partial(net, class_labels=labels), callback=lambda seen: None)
+        assert none == other == 0 and torch.equal(plain, shown)
+        assert count == (len(sigmas) - 1) * (2 if sampler is heun else 1) - (sampler is heun and sigmas[-1] == 0)
+        tolerance = {"float64": 1e-11, "bfloat16 net": 0.1}.get(precision, 2e-5)
+        torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance)
+        assert fused.dtype == x.dtype and not torch.equal(fused, x * sigmas[0])
+
+
+def test_what_a_network_changes_about_its_denoised_is_kept():
+    """A subclass with another D and a compiled network are called as they are."""
+
+    class Guided(EDMPrecond):
+        def forward(self, x, sigma, *labels):
+            return 2 * super().forward(x, sigma, *labels)
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    for net in (Guided(Small()), torch.compile(EDMPrecond(Small()), backend="eager")):
+        with Steps() as calls:
+            seen = heun(net, x, [2.0, 1.0, 0.0])
+        assert calls.count == 0 and torch.equal(seen, heun(lambda x, sigma, net=net: net(x, sigma), x, [2.0, 1.0, 0.0]))
 
 
 def test_callback_sees_the_denoised_of_the_step():

@@ -32,11 +32,17 @@ using Vec = typename VecOf<T, kLanes<T>>::type;
 // How S lies in a register before it is converted.
 template <typename S>
 using Raw = std::conditional_t<std::is_same_v<S, BFloat16>, uint16_t, S>;
+// As many floats as T has lanes: half precision goes through them to and from float64 too, as in torch.
+template <typename T>
+using Floats = typename VecOf<float, kLanes<T>>::type;
 
 template <typename T, typename S>
 TDKERN_INLINE Vec<T> widen(typename VecOf<Raw<S>, kLanes<T>>::type raw) {
   if constexpr (std::is_same_v<S, BFloat16>) {
-    return reinterpret_cast<Vec<T>>(__builtin_convertvector(raw, Vec<uint32_t>) << 16);
+    const auto bits = __builtin_convertvector(raw, typename VecOf<uint32_t, kLanes<T>>::type) << 16;
+    return __builtin_convertvector(reinterpret_cast<Floats<T>>(bits), Vec<T>);
+  } else if constexpr (sizeof(S) < 4) {
+    return __builtin_convertvector(__builtin_convertvector(raw, Floats<T>), Vec<T>);
   } else {
     return __builtin_convertvector(raw, Vec<T>);
   }
@@ -45,9 +51,13 @@ TDKERN_INLINE Vec<T> widen(typename VecOf<Raw<S>, kLanes<T>>::type raw) {
 template <typename T, typename S>
 TDKERN_INLINE typename VecOf<Raw<S>, kLanes<T>>::type narrow(Vec<T> value) {
   if constexpr (std::is_same_v<S, BFloat16>) {
-    const auto bits = reinterpret_cast<Vec<uint32_t>>(value);
-    const Vec<uint32_t> nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
-    return __builtin_convertvector(value == value ? nearest : Vec<uint32_t>{} + 0x7fc0, typename VecOf<uint16_t, kLanes<T>>::type);
+    using Bits = typename VecOf<uint32_t, kLanes<T>>::type;
+    const auto single = __builtin_convertvector(value, Floats<T>);
+    const auto bits = reinterpret_cast<Bits>(single);
+    const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
+    return __builtin_convertvector(single == single ? nearest : Bits{} + 0x7fc0, typename VecOf<uint16_t, kLanes<T>>::type);
+  } else if constexpr (sizeof(S) < 4) {
+    return __builtin_convertvector(__builtin_convertvector(value, Floats<T>), typename VecOf<S, kLanes<T>>::type);
   } else {
     return __builtin_convertvector(value, typename VecOf<S, kLanes<T>>::type);
   }

@@ -44,15 +44,22 @@ class _Precond(nn.Module):
 
     def raw(self, x: Tensor, sigma, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
         """The network's own output F(c_in x, c_noise) [B, ...], in the dtype it came in. Arguments, errors and gradients as `forward`'s."""
+        return self.raw_scaled(*self.scaled(x, sigma), class_labels, augment_labels)
+
+    def scaled(self, x: Tensor, sigma) -> tuple[Tensor, Tensor]:
+        """The model's own input: c_in x in the model's dtype and c_noise [B]. Arguments, errors and gradients as `forward`'s."""
         x, sigma = self._inputs(x, sigma)
+        c_in, c_noise = self.input_scaling(sigma)
+        return (c_in.reshape(-1, *[1] * (x.ndim - 1)) * x).to(self.dtype or x.dtype), c_noise
+
+    def raw_scaled(self, scaled: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+        """`raw` from what `scaled` gives, for a caller who has c_in x already (`tdkern.heun_step`)."""
         label_dim = getattr(self.model, "label_dim", None)
         if label_dim == 0:
             class_labels = None
         elif label_dim and class_labels is None:
-            class_labels = x.new_zeros(x.shape[0], label_dim)
-        c_in, c_noise = self.input_scaling(sigma)
-        scaled = c_in.reshape(-1, *[1] * (x.ndim - 1)) * x
-        return self.model(scaled.to(self.dtype or x.dtype), c_noise, class_labels, augment_labels)
+            class_labels = c_noise.new_zeros(len(c_noise), label_dim)
+        return self.model(scaled, c_noise, class_labels, augment_labels)
 
     def round_sigma(self, sigma) -> Tensor:
         """The noise levels, any shape, moved to the nearest that the network knows."""
@@ -152,6 +159,6 @@ class iDDPMPrecond(_Precond):
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), -sigma
 
-    def raw(self, x: Tensor, sigma, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def raw_scaled(self, scaled: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
         """As in the other wrappers; F has x's channels."""
-        return super().raw(x, sigma, class_labels, augment_labels)[:, :x.shape[1]]
+        return super().raw_scaled(scaled, c_noise, class_labels, augment_labels)[:, :scaled.shape[1]]

@@ -1,5 +1,6 @@
 """The ops' Python API: arguments checked, backend chosen, one launch."""
+from .heun_step import heun_step
 from .td_coef import td_coef
 from .td_loss import td_loss
 
-__all__ = ["td_coef", "td_loss"]
+__all__ = ["heun_step", "td_coef", "td_loss"]

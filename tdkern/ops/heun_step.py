@@ -1,0 +1,93 @@
+"""`heun_step`: from the network's raw output to its next input, in one launch."""
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+
+STATE_DTYPES = (torch.float32, torch.float64)
+NET_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, noise: Tensor | None = None, *, net_dtype: torch.dtype | None = None,
+              backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+    """One Euler step, or the correction that makes it Heun's, and the network's next input.
+
+    D = skip x + scale F,  d = (x - D) / sigma,  x_next = x + h d  or, with x_hat,  (x_hat + x + h d) / 2;
+    then x_next += churn noise and net_input = c_in x_next (arXiv 2206.00364, algorithm 2). Any network with D = skip x + scale F.
+
+    A step of the sampler from x_hat at sigma_hat to sigma_next is two calls, with F and F' the network's outputs:
+
+        x_next, net_input = heun_step(F, x_hat, coef, net_dtype=dtype)                  # sigma = sigma_hat, h = sigma_next - sigma_hat
+        x_hat, net_input = heun_step(F', x_next, coef', x_hat, noise, net_dtype=dtype)  # sigma = sigma_next, the same h
+
+    The second also raises the state to the coming step's sigma_hat, by churn = S_noise sqrt(sigma_hat^2 - sigma_next^2). Euler's
+    sampler is the first call alone, with the noise. The last call of a sampler needs no noise, c_in and net_dtype.
+
+    Args:
+        F: the network's raw output at x, of any shape. float32, float64, bfloat16 or float16; any strides.
+        x: as `F`, the state that the network was asked about. float32 or float64, the precision of all arithmetic.
+        coef: [6] float64, may change between the replays of a CUDA graph: sigma, skip, scale, h, churn, c_in.
+            sigma > 0, skip and scale are x's; c_in is that of the level that the state has after this call.
+        x_hat: as `x`, the state from which the step began; makes this call the correction. None: an Euler step.
+        noise: as `x`, unit noise. None: churn is not used.
+        net_dtype: dtype of the network's next input, any of F's; None: it is not made.
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
+
+    Returns:
+        x_next: as `x`, in its memory layout if that is dense. net_input: the same in `net_dtype`, or None.
+
+    Raises:
+        ValueError: an argument has the wrong shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+
+    No gradients. Deterministic. No host synchronisation.
+    """
+    backend = _library.resolve("heun_step", backend, x.device)
+    if torch.is_grad_enabled():
+        F, x, coef, x_hat, noise = (tensor if tensor is None else tensor.detach() for tensor in (F, x, coef, x_hat, noise))
+    if backend not in ("cpp", "cuda"):  # these two check for themselves
+        _check(F, x, coef, x_hat, noise, net_dtype)
+    if backend == "reference":
+        return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
+    try:
+        x_next, net_input = _library.op("heun_step", backend)(F, x, coef, x_hat, noise, net_dtype)
+    except RuntimeError:
+        _check(F, x, coef, x_hat, noise, net_dtype)  # says in full which argument is wrong
+        raise
+    return x_next, None if net_dtype is None else net_input
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _check(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tensor | None, net_dtype: torch.dtype | None) -> None:
+    if x.dtype not in STATE_DTYPES:
+        raise ValueError(f"heun_step: x must be one of {_names(STATE_DTYPES)}, got {x.dtype}")
+    if F.dtype not in NET_DTYPES:
+        raise ValueError(f"heun_step: F must be one of {_names(NET_DTYPES)}, got {F.dtype}")
+    if net_dtype is not None and net_dtype not in NET_DTYPES:
+        raise ValueError(f"heun_step: net_dtype must be None or one of {_names(NET_DTYPES)}, got {net_dtype}")
+    for name, tensor, dtype in (("F", F, F.dtype), ("x_hat", x_hat, x.dtype), ("noise", noise, x.dtype)):
+        if tensor is None:
+            continue
+        if tensor.shape != x.shape:
+            raise ValueError(f"heun_step: {name} must have x's shape {list(x.shape)}, got {list(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"heun_step: {name} must be {dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"heun_step: {name} must be on {x.device}, got {tensor.device}")
+    if coef.shape != (6,):
+        raise ValueError(f"heun_step: coef must have shape [6], got {list(coef.shape)}")
+    if coef.dtype != torch.float64:
+        raise ValueError(f"heun_step: coef must be float64, got {coef.dtype}")
+    if coef.device != x.device:
+        raise ValueError(f"heun_step: coef must be on {x.device}, got {coef.device}")
+
+
+def _fake(F, x, coef, x_hat, noise, net_dtype):
+    _check(F, x, coef, x_hat, noise, net_dtype)
+    return torch.empty_like(x), x.new_empty(0) if net_dtype is None else torch.empty_like(x, dtype=net_dtype)
+
+
+_SIGNATURE = "(Tensor F, Tensor x, Tensor coef, Tensor? x_hat, Tensor? noise, ScalarType? net_dtype) -> (Tensor x_next, Tensor net_input)"
+_library.define("heun_step", _SIGNATURE, _fake)
