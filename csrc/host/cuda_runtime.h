@@ -3,6 +3,7 @@
 // Every block has an OS thread of its own, so that its __shared__ begins as zeros: what an earlier block left would hide a missing barrier.
 #pragma once
 
+#include <math.h>  // as CUDA's own does
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#define CUDART_VERSION 13000
 #define __global__
 #define __device__
 #define __host__
@@ -34,7 +36,7 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_host {
 
 constexpr int kFinished = 0;
-constexpr size_t kStack = 64 << 10;
+constexpr size_t kStack = 256 << 10;  // arguments take up to 32 KB of it
 
 struct Thread {
   ucontext_t context;
