@@ -38,6 +38,10 @@ def check_cuda(torch_cuda: str | None) -> None:
 
 
 class CMakeBuild(build_ext):
+    def run(self):
+        self.targets = ["all", "tdkern_host"] if self.inplace else ["all"]  # the CUDA kernels for the host serve the tests of a checkout
+        super().run()
+
     def build_extension(self, ext):
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(self.build_temp).resolve()
@@ -50,7 +54,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        for command in (configure, ["cmake", "--build", str(build), *jobs]):
+        for command in (configure, ["cmake", "--build", str(build), "--target", *self.targets, *jobs]):
             if subprocess.run(command).returncode:
                 sys.exit(f"tdkern: `{command[0]} {command[1]}` failed, see above; TDKERN_CPP=0 installs the Python part alone")
         shutil.copyfile(build / "compile_commands.json", ROOT / "compile_commands.json")

@@ -17,6 +17,7 @@ library = torch.library.Library("tdkern", "DEF")
 COMPILED = ("cuda", "triton", "cpp")  # the order in which "auto" takes them
 BACKENDS = (*COMPILED, "reference")
 LIB_DIR = Path(__file__).parent / "lib"
+CUDA_HOST = os.environ.get("TDKERN_CUDA_HOST")  # for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
 
 
 def _missing_cpp() -> str:
@@ -27,6 +28,8 @@ def _missing_cpp() -> str:
 
 
 def _missing_cuda() -> str:
+    if CUDA_HOST:
+        return _load(Path(CUDA_HOST)) if os.path.exists(CUDA_HOST) else f"{CUDA_HOST} was not built; run `python setup.py build_ext --inplace`"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
     if torch.cuda.device_count() == 0:  # asks NVML, so a later fork stays possible
@@ -80,7 +83,7 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
         raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if MISSING[backend]:
         raise RuntimeError(f"{op}: backend {backend!r} is not available: {MISSING[backend]}")
-    wanted = {"cpp": "cpu", "cuda": "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(backend, device.type)
+    wanted = {"cpp": "cpu", "cuda": "cpu" if CUDA_HOST else "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(backend, device.type)
     if device.type != wanted:
         raise ValueError(f"{op}: backend {backend!r} takes tensors on {wanted}, got {device.type}")
     return backend

@@ -29,6 +29,8 @@ def test_the_compiled_part_is_here():
     assert _library.MISSING["cpp"] == "", _library.MISSING["cpp"]
     if shutil.which("nvcc"):
         assert CUDA.exists(), "nvcc is here, but the CUDA library was not built"
+    if _library.CUDA_HOST:
+        assert _library.MISSING["cuda"] == "", _library.MISSING["cuda"]
 
 
 @needs_cuda_build
@@ -138,18 +140,22 @@ def test_td_math_header_over_numpy():
         np.testing.assert_allclose(dF, F.grad[0], rtol=1e-12)
 
 
-def test_a_library_that_does_not_load_says_what_to_do(tmp_path):
+def test_a_library_that_does_not_load_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "broken.so").write_bytes(b"not a library")
     message = _library._load(tmp_path / "broken.so")
     assert message.startswith("broken.so does not load") and "pip install" in message
     with pytest.raises(OSError):
         ctypes.CDLL(str(tmp_path / "broken.so"))
+    monkeypatch.setattr(_library, "CUDA_HOST", "host.so")
+    assert _library._missing_cuda() == "host.so was not built; run `python setup.py build_ext --inplace`"
 
 
-def test_backends_refuse_by_name():
+def test_backends_refuse_by_name(monkeypatch):
     zeros = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="td_loss: backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"):
         tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="fast")
+    monkeypatch.setattr(_library, "CUDA_HOST", None)
+    monkeypatch.setitem(_library.MISSING, "cuda", _library._missing_cuda())
     if _library.MISSING["cuda"]:
         with pytest.raises(RuntimeError, match=r"td_loss: backend 'cuda' is not available: .*torch"):
             tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="cuda")

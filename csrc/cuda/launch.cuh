@@ -1,4 +1,5 @@
 // Where and how a kernel runs: torch's current stream on the tensor's device, and a check after every launch.
+// Compiled for the host (csrc/host), the same kernels run on CPU tensors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,30 +9,56 @@
 
 #include "checks.h"
 
+#if defined(__CUDACC__)
+#define TDKERN_CUDA_KEY CUDA
 // Weak: a torch without CUDA, against which this library builds and loads too, has no such symbol.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#else
+#define TDKERN_CUDA_KEY CPU
+#endif
 
 namespace tdkern {
 
 constexpr int kThreads = 256;
 constexpr int kBlocks = 3;  // an SM, at the least: 80 registers a thread
 
-struct Launch {
-  torch::stable::accelerator::DeviceGuard guard;
-  cudaStream_t stream = nullptr;
+#if defined(__CUDACC__)
+constexpr int64_t kMaxGrid = 0x7fffffff;
 
-  explicit Launch(const Tensor& tensor) : guard(tensor.get_device_index()) {
+class Launch {
+ public:
+  explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "tdkern was built against a torch without CUDA: build it again, `pip install --no-build-isolation .`");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream)));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
+  }
+
+  // Runs kernel(args...) on `blocks` blocks of kThreads. op: whom to name in an error.
+  template <typename... Params, typename... Args>
+  void operator()(const char* op, void (*kernel)(Params...), int blocks, const Args&... args) const {
+    if (blocks == 0) return;
+    kernel<<<blocks, kThreads, 0, stream_>>>(args...);
+    const cudaError_t error = cudaGetLastError();
+    STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
+  }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cudaStream_t stream_ = nullptr;
+};
+#else
+constexpr int64_t kMaxGrid = 3;  // so that tests see blocks of several tasks
+
+struct Launch {
+  explicit Launch(const Tensor&) {}
+
+  template <typename... Params, typename... Args>
+  void operator()(const char*, void (*kernel)(Params...), int blocks, const Args&... args) const {
+    cuda_host::run(blocks, kThreads, [&] { kernel(args...); });
   }
 };
+#endif
 
 // Blocks for `tasks`, which the kernel strides over where they are more than a grid holds.
-inline int grid_of(int64_t tasks) { return static_cast<int>(std::min<int64_t>(tasks, 0x7fffffff)); }
-
-inline void check_launch(const char* op) {
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(error));
-}
+inline int grid_of(int64_t tasks) { return static_cast<int>(std::min(tasks, kMaxGrid)); }
 
 }  // namespace tdkern

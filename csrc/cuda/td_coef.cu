@@ -20,15 +20,12 @@ std::tuple<Tensor, Tensor> td_coef(Tensor noise, bool from_index, int64_t steps,
   const Launch launch(noise);
   const auto [from, coef, levels] = td_coef_tensors(noise);
   const int64_t batch = noise.size(0);
-  if (batch > 0) {
-    td_coef_kernel<<<grid_of((batch + kThreads - 1) / kThreads), kThreads, 0, launch.stream>>>(
-        options, static_cast<const double*>(from.data_ptr()), static_cast<double*>(coef.data_ptr()), static_cast<double*>(levels.data_ptr()), batch);
-    check_launch("td_coef");
-  }
+  launch("td_coef", td_coef_kernel, grid_of((batch + kThreads - 1) / kThreads), options, static_cast<const double*>(from.data_ptr()), static_cast<double*>(coef.data_ptr()),
+         static_cast<double*>(levels.data_ptr()), batch);
   return {coef, levels};
 }
 
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, CUDA, m) { m.impl("td_coef.cuda", TORCH_BOX(&tdkern::td_coef)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) { m.impl("td_coef.cuda", TORCH_BOX(&tdkern::td_coef)); }

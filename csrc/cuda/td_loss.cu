@@ -159,12 +159,8 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
     T* to = rows<T>(loss).data;
     T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
     const auto kernel = packed(view) ? forward_kernel<kVec<N, D>, N, D, T> : forward_kernel<1, N, D, T>;
-    kernel<<<grid_of(in.batch * chunks), kThreads, 0, launch.stream>>>(view, to, partial, chunks);
-    check_launch("td_loss");
-    if (partial) {
-      sum_kernel<<<grid_of(in.batch), kThreads, 0, launch.stream>>>(partial, view.coef, to, in.batch, in.n, chunks);
-      check_launch("td_loss");
-    }
+    launch("td_loss", kernel, grid_of(in.batch * chunks), view, to, partial, chunks);
+    if (partial) launch("td_loss", sum_kernel<T>, grid_of(in.batch), partial, view.coef, to, in.batch, in.n, chunks);
   });
   return {loss, grad};
 }
@@ -182,15 +178,14 @@ void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_targ
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
     const auto kernel = packed(view) ? backward_kernel<kVec<N, D>, N, D> : backward_kernel<1, N, D>;
     const int64_t chunks = chunks_per_sample(in.n);
-    kernel<<<grid_of(in.batch * chunks), kThreads, 0, launch.stream>>>(view, chunks);
-    check_launch("td_loss_backward_");
+    launch("td_loss_backward_", kernel, grid_of(in.batch * chunks), view, chunks);
   });
 }
 
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) {
   m.impl("td_loss.cuda", TORCH_BOX(&tdkern::td_loss));
   m.impl("td_loss_backward_.cuda", TORCH_BOX(&tdkern::td_loss_backward_));
 }

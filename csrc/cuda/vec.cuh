@@ -50,7 +50,7 @@ __device__ __forceinline__ void block_sum(T& a, T& b) {
   shared[0][threadIdx.x] = a;
   shared[1][threadIdx.x] = b;
   __syncthreads();
-  for (int half = threads / 2; half > 0; half /= 2) {
+  for (unsigned half = threads / 2; half > 0; half /= 2) {
     if (threadIdx.x < half) {
       shared[0][threadIdx.x] += shared[0][threadIdx.x + half];
       shared[1][threadIdx.x] += shared[1][threadIdx.x + half];
