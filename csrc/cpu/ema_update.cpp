@@ -1,13 +1,10 @@
 // ema_update_ on the CPU: chunks of all tensors over the threads, the averages two at a time while a chunk's parameter is in the cache.
 #include "ema_update.h"
+#include "ema_chunk.h"
 #include "tensor_chunks.h"
 #include "vec.h"
 
 namespace tdkern {
-
-// Elements of one row: row[0] the parameter, row[1 + k] average k.
-using EmaChunk = void (*)(void* const* row, const double* decays, int64_t averages, int64_t begin, int64_t count);
-
 namespace TDKERN_ISA {
 
 template <int K, typename N, typename D>
@@ -47,28 +44,18 @@ TDKERN_EMA(Half, float)
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
-namespace avx2 {
-template <typename N, typename D> void ema_chunk(void* const*, const double*, int64_t, int64_t, int64_t);
-}  // namespace avx2
-namespace avx512 {
-template <typename N, typename D> void ema_chunk(void* const*, const double*, int64_t, int64_t, int64_t);
-}  // namespace avx512
-
 namespace {
 
 void ema_update_(std::vector<Tensor> averages, std::vector<Tensor> params, Tensor decays) {
-  const Tensor wide = ema_decays(decays, averages, params);
+  const Tensor wide = list_decays("ema_update_", decays);
   const int64_t K = wide.size(0);
+  STD_TORCH_CHECK(averages.size() == K * params.size(), "ema_update_: averages must hold K lists of as many tensors as params");
   if (K == 0 || params.empty()) return;
   STD_TORCH_CHECK(wide.is_cpu(), "ema_update_: decays must be on the CPU or on the parameters' device");
   TensorLists lists = ema_lists(averages, params, 0, K);
-  std::vector<EmaChunk> compute(params.size());
-  for (size_t i = 0; i < params.size(); ++i)
-    by_list_storage<BFloat16, Half>("ema_update_", lists.rows[i].first, lists.rows[i].last, [&](auto param, auto average) {
-      compute[i] = TDKERN_PICK(ema_chunk<decltype(param), decltype(average)>);
-    });
+  const std::vector<EmaChunk> compute = ema_chunks("ema_update_", lists);
   const auto* values = static_cast<const double*>(wide.data_ptr());
-  each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) { compute[row](lists.pointers.data() + row * lists.columns, values, K, begin, count); });
+  each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) { compute[row](lists.row(row), values, K, begin, count); });
   lists.finish();
 }
 

@@ -13,7 +13,7 @@ constexpr int64_t kListChunk = 8192;  // elements a block
 
 struct TensorTable {
   static constexpr int kTensors = 768, kPointers = 2816;
-  void* pointers[kPointers];  // [tensors, columns]
+  void* pointers[kPointers];  // [tensors, columns]: a row of TensorLists with its tail
   int64_t numel[kTensors];
   int first[kTensors + 1];  // the block that a tensor starts with; behind the last tensor, the count of blocks
   int tensors, columns;
@@ -42,12 +42,12 @@ __device__ __forceinline__ TableChunk table_chunk(const TensorTable& table) {
   return {table.pointers + low * table.columns, begin, low, static_cast<int>(left < kListChunk ? left : kListChunk)};
 }
 
-// Calls launch(row of its storage, table) for tables that together hold every row that is not empty, each of one storage.
+// Calls launch(row of its storage, table) for tables that together hold every row, each of one storage; the blocks of one may be 0.
 template <typename Launch>
 void each_table(const TensorLists& lists, const Launch& launch) {
   std::vector<bool> done(lists.rows.size());
   TensorTable table;
-  table.columns = static_cast<int>(lists.columns);
+  table.columns = static_cast<int>(lists.width);
   for (size_t start = 0; start < lists.rows.size(); ++start) {
     const TensorLists::Row& kind = lists.rows[start];
     if (done[start]) continue;
@@ -56,12 +56,11 @@ void each_table(const TensorLists& lists, const Launch& launch) {
       const TensorLists::Row& row = lists.rows[i];
       if (done[i] || row.first != kind.first || row.last != kind.last) continue;
       done[i] = true;
-      if (row.numel == 0) continue;
       if (table.tensors == TensorTable::kTensors || (table.tensors + 1) * table.columns > TensorTable::kPointers) {
         launch(kind, table);
         table.tensors = 0;
       }
-      std::copy_n(lists.pointers.begin() + i * lists.columns, lists.columns, table.pointers + table.tensors * table.columns);
+      std::copy_n(lists.row(i), lists.width, table.pointers + table.tensors * table.columns);
       table.numel[table.tensors] = row.numel;
       table.first[table.tensors + 1] = table.first[table.tensors] + static_cast<int>((row.numel + kListChunk - 1) / kListChunk);
       ++table.tensors;

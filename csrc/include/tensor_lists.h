@@ -29,43 +29,38 @@ inline bool same_memory(const Tensor& a, const Tensor& b) {
   return is_dense(a);
 }
 
-// Rows of `columns` tensors of equal shape. Column 0 is only read. A row whose tensors do not lie alike goes through contiguous
-// copies, which `finish` writes back.
+// Rows of `columns` tensors of equal shape, behind which a row may hold `tail` more pointers. Column 0 is only read. A row whose
+// tensors do not lie alike in memory goes through contiguous copies, which `finish` writes back.
 class TensorLists {
  public:
   struct Row {
     int64_t numel;
     ScalarType first, last;  // storage of the first column and of the last
   };
-  const int64_t columns;
+  const int64_t columns, width;
   std::vector<Row> rows;
-  std::vector<void*> pointers;  // [rows, columns]
+  std::vector<void*> pointers;  // [rows, width]
 
-  TensorLists(int64_t columns, size_t count) : columns(columns) {
+  TensorLists(int64_t columns, size_t count, int64_t tail = 0) : columns(columns), width(columns + tail) {
     rows.reserve(count);
-    pointers.reserve(count * columns);
+    pointers.reserve(count * width);
   }
 
-  // tensors: pointers to the row's `columns` tensors, whose shapes and devices are checked here. names: what to call a column.
-  template <typename Names>
-  void add(const char* op, const Tensor* const* tensors, const Names& names) {
+  void* const* row(size_t i) const { return pointers.data() + i * width; }
+
+  // The row of `columns` tensors, whose shapes and devices are checked here; the caller adds its tail to `pointers`.
+  void add(const char* op, const Tensor* const* tensors) {
     const Tensor& first = *tensors[0];
-    bool alike = true;
+    bool alike = columns > 1 || is_dense(first);
     for (int64_t c = 1; c < columns; ++c) {
-      STD_TORCH_CHECK(same_sizes(*tensors[c], first), op, ": ", names(c), " must have the shape of its ", names(0));
-      STD_TORCH_CHECK(tensors[c]->device() == first.device(), op, ": ", names(c), " must be on the device of its ", names(0));
+      STD_TORCH_CHECK(same_sizes(*tensors[c], first), op, ": tensors that belong together must have one shape");
+      STD_TORCH_CHECK(tensors[c]->device() == first.device(), op, ": tensors that belong together must be on one device");
       alike = alike && same_memory(first, *tensors[c]);
     }
-    alike = alike && (columns > 1 || is_dense(first));
     rows.push_back({first.numel(), first.scalar_type(), tensors[columns - 1]->scalar_type()});
     for (int64_t c = 0; c < columns; ++c) {
-      if (alike) {
-        pointers.push_back(tensors[c]->data_ptr());
-      } else {
-        Tensor copy = torch::stable::contiguous(*tensors[c]);
-        pointers.push_back(copy.data_ptr());
-        copies_.emplace_back(*tensors[c], copy);
-      }
+      if (!alike) copies_.emplace_back(*tensors[c], torch::stable::contiguous(*tensors[c]));
+      pointers.push_back(alike ? tensors[c]->data_ptr() : copies_.back().second.data_ptr());
     }
   }
 
@@ -78,6 +73,12 @@ class TensorLists {
  private:
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };
+
+inline Tensor list_decays(const char* op, const Tensor& decays) {  // float64, where they are
+  STD_TORCH_CHECK(decays.dim() == 1 && (decays.scalar_type() == ScalarType::Double || decays.scalar_type() == ScalarType::Float), op,
+                  ": decays must be float32 or float64 of shape [K]");
+  return torch::stable::contiguous(decays.scalar_type() == ScalarType::Double ? decays : torch::stable::to(decays, ScalarType::Double));
+}
 
 // Calls fn(N{}, D{}): N the storage of a parameter, D that of its averages.
 template <typename BF16, typename F16, typename Fn>

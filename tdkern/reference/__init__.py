@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: literal, slow, the only oracle."""
+from .adam_ema import adam_ema_, found_inf
 from .ema_update import ema_update_
 from .td_coef import td_coef
 from .td_loss import td_loss
 
-__all__ = ["ema_update_", "td_coef", "td_loss"]
+__all__ = ["adam_ema_", "ema_update_", "found_inf", "td_coef", "td_loss"]

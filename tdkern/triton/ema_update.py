@@ -16,11 +16,12 @@ def ema_element(avg, param, weight):
     return tl.where(param - param == 0, tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change), avg)
 
 
+# skip: 1, nothing is done; 0 or None, all is.
 @triton.jit
-def ema_kernel(param, averages, decays, n, BLOCK: tl.constexpr):
+def ema_kernel(param, averages, decays, skip, n, BLOCK: tl.constexpr):
     T: tl.constexpr = tl.float64 if averages[0].dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < n
+    inside = i < (n if skip is None else n * (1 - tl.load(skip)))
     value = tl.load(param + i, inside).to(T)
     for k in tl.static_range(len(averages)):
         avg = averages[k] + i
@@ -36,7 +37,7 @@ def ema_update_(averages, params, decays):
         for i, param in enumerate(params):
             if param.numel() > 0:
                 with flat([param, *averages[i :: len(params)]]) as (param, *row):
-                    ema_kernel[(triton.cdiv(param.numel(), BLOCK),)](param, tuple(row), decays, param.numel(), BLOCK)
+                    ema_kernel[(triton.cdiv(param.numel(), BLOCK),)](param, tuple(row), decays, None, param.numel(), BLOCK)
 
 
 _library.library.impl("ema_update_.triton", ema_update_, "CPU" if _library.interpreted() else "CUDA")
