@@ -69,10 +69,10 @@ class AdamEMA(torch.optim.Adam):
             if not params:
                 continue
             states = [self._state(param) for param in params]
+            averages = list(zip(*(self._averages_of(param) for param in params), strict=True))
             adam_ema_(params, [param.grad for param in params], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-                      list(zip(*(self._averages_of(param) for param in params), strict=True)), self.decays, lr=group["lr"], betas=group["betas"], eps=group["eps"],
-                      weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"], grad_scale=grad_scale, clip=clip, found_inf=found,
-                      skipped=skipped, backend=self.backend)
+                      averages, self.decays, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
+                      decoupled=group["decoupled_weight_decay"], grad_scale=grad_scale, clip=clip, found_inf=found, skipped=skipped, backend=self.backend)
             skipped = None  # counted once, not once a group
         return loss
 

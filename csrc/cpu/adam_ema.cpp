@@ -72,7 +72,8 @@ Tensor found_inf(std::vector<Tensor> grads) {
   for (const Tensor& grad : grads) {
     const Tensor* row[] = {&grad};
     lists.add("found_inf", row);
-    by_list_storage<BFloat16, Half>("found_inf", grad.scalar_type(), grad.scalar_type(), [&](auto param, auto) { check.push_back(TDKERN_PICK(finite<decltype(param)>)); });
+    by_list_storage<BFloat16, Half>("found_inf", grad.scalar_type(), grad.scalar_type(),
+                                    [&](auto storage, auto) { check.push_back(TDKERN_PICK(finite<decltype(storage)>)); });
   }
   std::atomic<bool> all{true};
   each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) {

@@ -76,7 +76,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) adam_kernel(const __grid_co
   ema_chunk<N, D>(c.row + kAdamColumns - 1, c, a.decays, a.averages);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocks) count_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a, int64_t* skipped) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+count_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a, int64_t* skipped) {
   if (a.skip()) {
     if (skipped && threadIdx.x == 0) ++*skipped;
     return;
@@ -119,15 +120,16 @@ void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   const Tensor wide = list_decays("adam_ema_", decays);
   const int64_t K = wide.size(0);
   STD_TORCH_CHECK(K <= kAverages, "adam_ema_: on CUDA at most ", kAverages, " averages, got ", K);
-  STD_TORCH_CHECK(found_inf.device() == params[0].device() && (!skipped || skipped->device() == params[0].device()) && (wide.is_cpu() || wide.device() == params[0].device()),
+  const auto device = params[0].device();
+  STD_TORCH_CHECK(found_inf.device() == device && (!skipped || skipped->device() == device) && (wide.is_cpu() || wide.device() == device),
                   "adam_ema_: found_inf and skipped must be on the parameters' device, decays there or on the CPU");
   const Launch launch(params[0]);
   TensorLists lists = adam_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages, K);
   const auto [device_lr, host_lr] = on_device("lr", lr, params[0]);
   const auto [device_scale, host_scale] = on_device("grad_scale", grad_scale, params[0]);
   const auto [device_clip, host_clip] = on_device("clip", clip, params[0]);
-  const AdamArguments arguments = {{beta1, beta2, eps, weight_decay, decoupled}, make_decays(wide, 0, K), number("found_inf", found_inf), device_lr, device_scale,
-                                   device_clip, host_lr, host_scale, host_clip, static_cast<int>(K)};
+  const AdamArguments arguments = {{beta1, beta2, eps, weight_decay, decoupled}, make_decays(wide, 0, K), number("found_inf", found_inf),
+                                   device_lr, device_scale, device_clip, host_lr, host_scale, host_clip, static_cast<int>(K)};
   int64_t* count = skipped ? counter(*skipped) : nullptr;
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
     by_list_storage<__nv_bfloat16, __half>("adam_ema_", row.first, row.last, [&](auto param, auto average) {

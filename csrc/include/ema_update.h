@@ -13,8 +13,9 @@ inline TensorLists ema_lists(const std::vector<Tensor>& averages, const std::vec
   for (size_t i = 0; i < params.size(); ++i) {
     row[0] = &params[i];
     for (int64_t k = begin; k < end; ++k) {
-      row[1 + k - begin] = &averages[k * params.size() + i];
-      STD_TORCH_CHECK(averages[k * params.size() + i].scalar_type() == averages[i].scalar_type(), "ema_update_: the averages of one parameter must have one dtype");
+      const Tensor& average = averages[k * params.size() + i];
+      row[1 + k - begin] = &average;
+      STD_TORCH_CHECK(average.scalar_type() == averages[i].scalar_type(), "ema_update_: the averages of one parameter must have one dtype");
     }
     STD_TORCH_CHECK(params[i].device() == params[0].device(), "ema_update_: params must be on one device");
     lists.add("ema_update_", row.data());

@@ -39,15 +39,16 @@ _found_inf = found_inf  # adam_ema_'s argument has the op's name
 
 
 def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor],
-              averages: Sequence[Sequence[Tensor]] = (), decays: Sequence[float] | Tensor = (), *, lr: float | Tensor, betas: tuple[float, float] = (0.9, 0.999),
-              eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = True, grad_scale: Tensor | None = None, clip: Tensor | None = None,
-              found_inf: Tensor | None = None, skipped: Tensor | None = None, backend: str = "auto") -> None:
+              averages: Sequence[Sequence[Tensor]] = (), decays: Sequence[float] | Tensor = (), *, lr: float | Tensor,
+              betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = True,
+              grad_scale: Tensor | None = None, clip: Tensor | None = None, found_inf: Tensor | None = None, skipped: Tensor | None = None, backend: str = "auto") -> None:
     """One step of AdamW (arXiv 1711.05101) or Adam (arXiv 1412.6980), and the averages of the new parameters, in place.
 
     g = grad clip / grad_scale;  decoupled: p <- (1 - lr weight_decay) p, else g <- g + weight_decay p;
     m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);
-    average_k <- decay_k average_k + (1 - decay_k) p, as `ema_update_`. Rounds where torch.optim.Adam(foreach=False) rounds: in
-    float64 on a CPU the bits are its. If any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
+    average_k <- decay_k average_k + (1 - decay_k) p, as `ema_update_`. The C++ backend rounds where torch.optim.Adam(foreach=False) does,
+    so float32 and float64 give its bits, up to the square root, which torch's own (MKL's) does not always round correctly.
+    If any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: P tensors each; those of one parameter have its shape, device and dtype (float32, float64,
@@ -114,7 +115,8 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
     device = params[0].device if params else decays.device
     if device.type == "cuda" and len(averages) > 16:
         raise ValueError(f"adam_ema_: on CUDA at most 16 averages, got {len(averages)}")
-    columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **{f"averages[{k}]": average for k, average in enumerate(averages)}}
+    columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    columns |= {f"averages[{k}]": average for k, average in enumerate(averages)}
     for name, column in {**columns, "steps": steps}.items():
         if len(column) != len(params):
             raise ValueError(f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}")
@@ -127,10 +129,11 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
                 raise ValueError(f"adam_ema_: {name}[{i}] must be on {device}, got {tensor.device}")
             dtype = averages[0][i].dtype if name.startswith("averages") else param.dtype
             if tensor.dtype != dtype or (param.dtype, dtype) not in DTYPES:
-                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, float32, float64, bfloat16 or float16, or all averages of a bfloat16 or "
-                                 f"float16 parameter float32; got {tensor.dtype} beside {param.dtype}")
-        if steps[i].numel() != 1 or steps[i].dtype != torch.float32 or steps[i].device != device:
-            raise ValueError(f"adam_ema_: steps[{i}] must be one float32 on {device}, got {steps[i].dtype} of shape {list(steps[i].shape)} on {steps[i].device}")
+                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, float32, float64, bfloat16 or float16, or all averages of a "
+                                 f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside {param.dtype}")
+        step = steps[i]
+        if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
+            raise ValueError(f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape {list(step.shape)} on {step.device}")
     for name, scalar in {**scalars, "decays": decays}.items():
         if scalar is None:
             continue
@@ -143,6 +146,6 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
 
 
 _library.define("found_inf", "(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32))
-_library.define("adam_ema_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, Tensor(e!)[] averages, "
-                "Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, float beta1, float beta2, float eps, "
+_library.define("adam_ema_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+                "Tensor(e!)[] averages, Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, float beta1, float beta2, float eps, "
                 "float weight_decay, bool decoupled) -> ()", lambda *_: None)

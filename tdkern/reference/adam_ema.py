@@ -25,8 +25,8 @@ def adam_ema_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
     half = (torch.float16, torch.bfloat16)
     wide = [[t.float() if t.dtype in half else t for t in column] for column in (params, grads, exp_avgs, exp_avg_sqs)]
     wide[1] = [grad * factor for grad in wide[1]]
-    adam(*wide, [], steps, foreach=False, fused=False, capturable=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr.item(), weight_decay=weight_decay, eps=eps,
-         maximize=False, decoupled_weight_decay=decoupled)
+    adam(*wide, [], steps, foreach=False, fused=False, capturable=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr.item(),
+         weight_decay=weight_decay, eps=eps, maximize=False, decoupled_weight_decay=decoupled)
     for column, new in zip((params, exp_avgs, exp_avg_sqs), (wide[0], *wide[2:]), strict=True):
         for tensor, value in zip(column, new, strict=True):
             tensor.copy_(value)

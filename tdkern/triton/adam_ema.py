@@ -50,7 +50,8 @@ def found_inf(grads):
     return found
 
 
-def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, beta1, beta2, eps, weight_decay, decoupled):
+def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, beta1, beta2, eps, weight_decay,
+              decoupled):
     if not params:
         return
     device = params[0].device
