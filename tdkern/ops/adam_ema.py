@@ -41,7 +41,8 @@ _found_inf = found_inf  # adam_ema_'s argument has the op's name
 def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor],
               averages: Sequence[Sequence[Tensor]] = (), decays: Sequence[float] | Tensor = (), *, lr: float | Tensor,
               betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = True,
-              grad_scale: Tensor | None = None, clip: Tensor | None = None, found_inf: Tensor | None = None, skipped: Tensor | None = None, backend: str = "auto") -> None:
+              grad_scale: Tensor | None = None, clip: Tensor | None = None, found_inf: Tensor | None = None,
+              skipped: Tensor | None = None, backend: str = "auto") -> None:
     """One step of AdamW (arXiv 1711.05101) or Adam (arXiv 1412.6980), and the averages of the new parameters, in place.
 
     g = grad clip / grad_scale;  decoupled: p <- (1 - lr weight_decay) p, else g <- g + weight_decay p;
@@ -147,5 +148,5 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
 
 _library.define("found_inf", "(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32))
 _library.define("adam_ema_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-                "Tensor(e!)[] averages, Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, float beta1, float beta2, float eps, "
-                "float weight_decay, bool decoupled) -> ()", lambda *_: None)
+                "Tensor(e!)[] averages, Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, "
+                "float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()", lambda *_: None)
