@@ -61,6 +61,11 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def triton_key() -> str:
+    """The dispatch key under which Triton's kernels are registered."""
+    return "CPU" if interpreted() else "CUDA"
+
+
 @cache
 def missing() -> dict[str, str]:
     """For each backend, why it cannot be used here and how to get it; "" where it can."""

@@ -1,9 +1,12 @@
 """Averages of a network's weights, and the decays that drive them."""
 import copy
+from collections.abc import Collection
 
 import numpy as np
 import torch
 from torch import nn
+
+from .ops import ema_update_
 
 
 class EMA:
@@ -11,13 +14,12 @@ class EMA:
 
     `module` is a frozen copy of the network, in evaluation mode; it is what to evaluate, to use as the target network and to
     save (`module.state_dict()`). Parameters are averaged in their own dtype, so keep them float32: in half precision a
-    change of 1 - decay rounds away. Buffers are copied.
+    change of 1 - decay rounds away. An element that is not finite does not enter (`ema_update_`). Buffers are copied.
     """
 
     def __init__(self, net: nn.Module):
         self.module = copy.deepcopy(net).eval().requires_grad_(False)
 
-    @torch.no_grad()
     def update(self, net: nn.Module, decay: float) -> None:
         """Take `net`'s parameters into the average, and its buffers as they are.
 
@@ -30,9 +32,16 @@ class EMA:
         """
         if not 0 <= decay <= 1:
             raise ValueError(f"EMA.update: decay must be in [0, 1], got {decay}")
-        torch._foreach_lerp_(list(self.module.parameters()), list(net.parameters()), 1 - decay)
-        for average, buffer in zip(self.module.buffers(), net.buffers(), strict=True):
-            average.copy_(buffer)
+        update([self], net, [decay])
+
+
+@torch.no_grad()
+def update(averages: Collection[EMA], net: nn.Module, decays: Collection[float]) -> None:
+    """Take `net` into several averages, each with its own decay, reading its parameters once."""
+    ema_update_([list(average.module.parameters()) for average in averages], list(net.parameters()), decays)
+    for average in averages:
+        for copied, buffer in zip(average.module.buffers(), net.buffers(), strict=True):
+            copied.copy_(buffer)
 
 
 class PowerFunctionEMA:
@@ -57,8 +66,7 @@ class PowerFunctionEMA:
         """Take `net` into every average. `step`: the count of updates so far with this one, from 1; the first copies."""
         if step < 1:
             raise ValueError(f"PowerFunctionEMA.update: step must be at least 1, got {step}")
-        for width, average in self.averages.items():
-            average.update(net, (1 - 1 / step) ** (self.gammas[width] + 1))
+        update(self.averages.values(), net, [(1 - 1 / step) ** (gamma + 1) for gamma in self.gammas.values()])
 
 
 def power_function_gamma(sigma_rel: float) -> float:

@@ -95,8 +95,9 @@ def test_td_loss_upstream_lifts_what_half_precision_would_lose(compiled):
     judge(compiled, "odd", "float16", torch.full((5, 2), 65536.0, device=device_of(compiled)), scale=1e-6)
 
 
-def test_td_loss_upstream_of_one_leaves_what_forward_wrote(compiled):
-    args = [None if a is None else a.detach() for a in inputs("odd", device=device_of(compiled))]
+@pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
+def test_td_loss_upstream_of_one_leaves_what_forward_wrote(compiled, dtypes):
+    args = [arg.detach() for arg in inputs("odd", dtypes, device_of(compiled))]
     marked = torch.full_like(args[0], 7.0)
     upstream = torch.ones(5, 2, device=marked.device)
     upstream[3] = 0

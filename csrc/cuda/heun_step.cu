@@ -61,8 +61,7 @@ std::tuple<Tensor, Tensor> heun_step(Tensor F, Tensor x, Tensor coef, std::optio
     const bool packed = fits(in.F) && fits(in.x) && fits(in.x_hat) && fits(in.noise) && fits(in.x_next) && fits(in.net_input);
     const auto kernel = packed ? heun_step_kernel<kVec, N, D, I> : heun_step_kernel<1, N, D, I>;
     const int64_t packs = packed ? (in.n + kVec - 1) / kVec : in.n;
-    kernel<<<grid_of((packs + kThreads - 1) / kThreads), kThreads, 0, launch.stream>>>(in);
-    check_launch("heun_step");
+    launch("heun_step", kernel, grid_of((packs + kThreads - 1) / kThreads), in);
   });
   return {tensors.x_next, tensors.net_input};
 }
@@ -70,4 +69,4 @@ std::tuple<Tensor, Tensor> heun_step(Tensor F, Tensor x, Tensor coef, std::optio
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, CUDA, m) { m.impl("heun_step.cuda", TORCH_BOX(&tdkern::heun_step)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) { m.impl("heun_step.cuda", TORCH_BOX(&tdkern::heun_step)); }

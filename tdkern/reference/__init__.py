@@ -1,6 +1,8 @@
 """Every op in plain PyTorch: literal, slow, the only oracle."""
+from .adam_ema import adam_ema_, found_inf
+from .ema_update import ema_update_
 from .heun_step import heun_step
 from .td_coef import td_coef
 from .td_loss import td_loss
 
-__all__ = ["heun_step", "td_coef", "td_loss"]
+__all__ = ["adam_ema_", "ema_update_", "found_inf", "heun_step", "td_coef", "td_loss"]

@@ -120,4 +120,4 @@ def td_coef(noise, from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_i
     return coef, levels
 
 
-_library.library.impl("td_coef.triton", td_coef, "CPU" if _library.interpreted() else "CUDA")
+_library.library.impl("td_coef.triton", td_coef, _library.triton_key())

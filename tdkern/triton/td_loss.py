@@ -147,6 +147,5 @@ def td_loss_backward_(grad, upstream, out, out_target, x0, coef, x_t, x_tp, cons
         _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, grad, upstream, None)
 
 
-_KEY = "CPU" if _library.interpreted() else "CUDA"
-_library.library.impl("td_loss.triton", td_loss, _KEY)
-_library.library.impl("td_loss_backward_.triton", td_loss_backward_, _KEY)
+_library.library.impl("td_loss.triton", td_loss, _library.triton_key())
+_library.library.impl("td_loss_backward_.triton", td_loss_backward_, _library.triton_key())

@@ -1,0 +1,69 @@
+// ema_update_ on the CPU: chunks of all tensors over the threads, the averages two at a time while a chunk's parameter is in the cache.
+#include "ema_update.h"
+#include "ema_chunk.h"
+#include "tensor_chunks.h"
+#include "vec.h"
+
+namespace tdkern {
+namespace TDKERN_ISA {
+
+template <int K, typename N, typename D>
+TDKERN_INLINE void averages(const N* param, void* const* row, const double* decays, int64_t begin, int64_t n) {
+  using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
+  T weight[K];
+  D* avg[K];
+  for (int k = 0; k < K; ++k) {
+    weight[k] = static_cast<T>(1 - decays[k]);
+    avg[k] = static_cast<D*>(row[k]) + begin;
+  }
+  const auto step = [&](int64_t i, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
+    const Vec<T> p = load<T>(param + i, count...);
+    for (int k = 0; k < K; ++k) store<T>(avg[k] + i, ema_element<T>(load<T>(avg[k] + i, count...), p, weight[k]), count...);
+  };
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
+  if (i < n) step(i, n - i);
+}
+
+template <typename N, typename D>
+void ema_chunk(void* const* row, const double* decays, int64_t K, int64_t begin, int64_t n) {
+  const N* param = static_cast<const N*>(row[0]) + begin;
+  int64_t k = 0;
+  for (; k + 2 <= K; k += 2) averages<2, N, D>(param, row + 1 + k, decays + k, begin, n);
+  if (k < K) averages<1, N, D>(param, row + 1 + k, decays + k, begin, n);
+}
+
+#define TDKERN_EMA(N, D) template void ema_chunk<N, D>(void* const*, const double*, int64_t, int64_t, int64_t);
+TDKERN_EMA(float, float)
+TDKERN_EMA(double, double)
+TDKERN_EMA(BFloat16, BFloat16)
+TDKERN_EMA(Half, Half)
+TDKERN_EMA(BFloat16, float)
+TDKERN_EMA(Half, float)
+
+}  // namespace TDKERN_ISA
+
+#if defined(TDKERN_LAUNCHER)
+namespace {
+
+void ema_update_(std::vector<Tensor> averages, std::vector<Tensor> params, Tensor decays) {
+  const Tensor wide = list_decays("ema_update_", decays);
+  const int64_t K = wide.size(0);
+  STD_TORCH_CHECK(averages.size() == K * params.size(), "ema_update_: averages must hold K lists of as many tensors as params");
+  if (K == 0 || params.empty()) return;
+  STD_TORCH_CHECK(wide.is_cpu(), "ema_update_: decays must be on the CPU or on the parameters' device");
+  TensorLists lists = ema_lists(averages, params, 0, K);
+  const std::vector<EmaChunk> compute = ema_chunks("ema_update_", lists);
+  const auto* values = static_cast<const double*>(wide.data_ptr());
+  each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) { compute[row](lists.row(row), values, K, begin, count); });
+  lists.finish();
+}
+
+}  // namespace
+#endif  // TDKERN_LAUNCHER
+
+}  // namespace tdkern
+
+#if defined(TDKERN_LAUNCHER)
+STABLE_TORCH_LIBRARY_IMPL(tdkern, CPU, m) { m.impl("ema_update_.cpp", TORCH_BOX(&tdkern::ema_update_)); }
+#endif

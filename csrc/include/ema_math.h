@@ -1,0 +1,20 @@
+// The average of one element, without torch; CPU and CUDA both call it.
+#pragma once
+
+#include "fused.h"
+
+namespace tdkern {
+
+// a + weight (b - a), from the nearer end and rounded as torch.lerp does.
+template <typename T, typename V>
+TDKERN_HD V lerp_element(V a, V b, T weight) {
+  return weight < T(0.5) ? fused(V() + weight, b - a, a) : fused(V() + (weight - T(1)), b - a, b);
+}
+
+// A parameter that is not finite leaves avg as it is.
+template <typename T, typename V>
+TDKERN_HD V ema_element(V avg, V param, T weight) {
+  return param - param == T(0) ? lerp_element(avg, param, weight) : avg;
+}
+
+}  // namespace tdkern

@@ -1,0 +1,95 @@
+// Lists of tensors that one launch works through: tensors that belong together (a parameter, its averages) as flat memory.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "checks.h"
+
+namespace tdkern {
+
+// Whether the elements fill one stretch of memory, their dimensions in any order.
+inline bool is_dense(const Tensor& tensor) {
+  const int64_t n = tensor.numel();
+  for (int64_t reach = 1; reach < n;) {
+    int64_t size = 0;
+    for (int64_t d = 0; d < tensor.dim(); ++d)
+      if (tensor.size(d) > 1 && tensor.stride(d) == reach) size = tensor.size(d);
+    if (size == 0) return false;
+    reach *= size;
+  }
+  return true;
+}
+
+// Whether two tensors of one shape keep the same element at every place of their memory.
+inline bool same_memory(const Tensor& a, const Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return is_dense(a);
+}
+
+// Rows of `columns` tensors of equal shape, behind which a row may hold `tail` more pointers. Column 0 is only read. A row whose
+// tensors do not lie alike in memory goes through contiguous copies, which `finish` writes back.
+class TensorLists {
+ public:
+  struct Row {
+    int64_t numel;
+    ScalarType first, last;  // storage of the first column and of the last
+  };
+  const int64_t columns, width;
+  std::vector<Row> rows;
+  std::vector<void*> pointers;  // [rows, width]
+
+  TensorLists(int64_t columns, size_t count, int64_t tail = 0) : columns(columns), width(columns + tail) {
+    rows.reserve(count);
+    pointers.reserve(count * width);
+  }
+
+  void* const* row(size_t i) const { return pointers.data() + i * width; }
+
+  // The row of `columns` tensors, whose shapes and devices are checked here; the caller adds its tail to `pointers`.
+  void add(const char* op, const Tensor* const* tensors) {
+    const Tensor& first = *tensors[0];
+    bool alike = columns > 1 || is_dense(first);
+    for (int64_t c = 1; c < columns; ++c) {
+      STD_TORCH_CHECK(same_sizes(*tensors[c], first), op, ": tensors that belong together must have one shape");
+      STD_TORCH_CHECK(tensors[c]->device() == first.device(), op, ": tensors that belong together must be on one device");
+      alike = alike && same_memory(first, *tensors[c]);
+    }
+    rows.push_back({first.numel(), first.scalar_type(), tensors[columns - 1]->scalar_type()});
+    for (int64_t c = 0; c < columns; ++c) {
+      if (!alike) copies_.emplace_back(*tensors[c], torch::stable::contiguous(*tensors[c]));
+      pointers.push_back(alike ? tensors[c]->data_ptr() : copies_.back().second.data_ptr());
+    }
+  }
+
+  void finish() {
+    int64_t c = 0;
+    for (auto& [tensor, copy] : copies_)
+      if (c++ % columns != 0 && tensor.data_ptr() != copy.data_ptr()) torch::stable::copy_(tensor, copy);
+  }
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> copies_;
+};
+
+inline Tensor list_decays(const char* op, const Tensor& decays) {  // float64, where they are
+  STD_TORCH_CHECK(decays.dim() == 1 && (decays.scalar_type() == ScalarType::Double || decays.scalar_type() == ScalarType::Float), op,
+                  ": decays must be float32 or float64 of shape [K]");
+  return torch::stable::contiguous(decays.scalar_type() == ScalarType::Double ? decays : torch::stable::to(decays, ScalarType::Double));
+}
+
+// Calls fn(N{}, D{}): N the storage of a parameter, D that of its averages.
+template <typename BF16, typename F16, typename Fn>
+void by_list_storage(const char* op, ScalarType param, ScalarType average, const Fn& fn) {
+  if (param == ScalarType::Float && average == param) return fn(float{}, float{});
+  if (param == ScalarType::Double && average == param) return fn(double{}, double{});
+  if (param == ScalarType::BFloat16 && average == param) return fn(BF16{}, BF16{});
+  if (param == ScalarType::Half && average == param) return fn(F16{}, F16{});
+  if (param == ScalarType::BFloat16 && average == ScalarType::Float) return fn(BF16{}, float{});
+  if (param == ScalarType::Half && average == ScalarType::Float) return fn(F16{}, float{});
+  STD_TORCH_CHECK(false, op, ": an average must have its parameter's dtype, or float32 beside a bfloat16 or float16 parameter");
+}
+
+}  // namespace tdkern

@@ -1,0 +1,81 @@
+"""`ema_update_`: any number of averages of a whole parameter list, reading the parameters once."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _library, reference
+
+# (dtype of a parameter, dtype of its averages): an average in half precision hardly moves, so float32 beside it is allowed
+DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+          (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
+
+
+def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Sequence[float] | Tensor, *, backend: str = "auto") -> None:
+    """Exponential moving averages of a parameter list, in place: average_k <- decay_k average_k + (1 - decay_k) parameter.
+
+    An element of a parameter that is not finite leaves that element of every average as it is. Computed as torch.lerp is,
+    in float32, or in float64 for float64 averages.
+
+    Args:
+        averages: K sequences of tensors, each as long as `params`; tensor i with the shape and device of parameter i and with its
+            dtype, or float32 beside a bfloat16 or float16 parameter (an average in half precision loses changes smaller than its rounding).
+        params: tensors of any shapes, on one device. float32, float64, bfloat16 or float16, also mixed. A parameter and its averages
+            that lie in memory alike (dense, any order of dimensions) are worked on where they are; others go through copies.
+        decays: K floats in [0, 1]; or a float32 or float64 tensor [K] on the CPU, read during the call, or on the parameters' device,
+            where a CUDA graph reads it anew at each replay.
+        backend: "auto", "cuda", "triton", "cpp" or "reference".
+
+    Raises:
+        ValueError: an argument has the wrong length, shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+
+    No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch for up to 768 tensors of one dtype;
+    Triton: one for every tensor.
+    """
+    backend = _library.resolve("ema_update_", backend, params[0].device if params else torch.device("cpu"))
+    if not isinstance(decays, Tensor):
+        if not all(0 <= decay <= 1 for decay in decays):
+            raise ValueError(f"ema_update_: decays must be in [0, 1], got {list(decays)}")
+        decays = torch.tensor(decays, dtype=torch.float64)
+    if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # these two check for themselves
+        _check(averages, params, decays)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference.ema_update_(averages, params, decays)
+        flat = [avg for average in averages for avg in average]
+        try:
+            _library.op("ema_update_", backend)(flat, params, decays)
+        except RuntimeError:
+            _check(averages, params, decays)  # says in full which argument is wrong
+            raise
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
+
+
+def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Tensor) -> None:
+    if decays.ndim != 1 or decays.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}")
+    if len(averages) != len(decays):
+        raise ValueError(f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
+    device = params[0].device if params else decays.device
+    if decays.device not in (device, torch.device("cpu")):
+        raise ValueError(f"ema_update_: decays must be on the CPU or on the parameters' device {device}, got {decays.device}")
+    for i, param in enumerate(params):
+        if param.device != device:
+            raise ValueError(f"ema_update_: params[{i}] must be on {device} as params[0] is, got {param.device}")
+    for k, average in enumerate(averages):
+        if len(average) != len(params):
+            raise ValueError(f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each parameter, got {len(average)}")
+        for i, (avg, param) in enumerate(zip(average, params, strict=True)):
+            if avg.shape != param.shape:
+                raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(avg.shape)}")
+            if avg.device != device:
+                raise ValueError(f"ema_update_: averages[{k}][{i}] must be on {device}, got {avg.device}")
+            if (param.dtype, avg.dtype) not in DTYPES:
+                raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 beside a bfloat16 or float16 parameter, "
+                                 f"got {avg.dtype} beside {param.dtype}")
+            if avg.dtype != averages[0][i].dtype:
+                raise ValueError(f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}")
+
+
+_library.define("ema_update_", "(Tensor(a!)[] averages, Tensor[] params, Tensor decays) -> ()", lambda *_: None)

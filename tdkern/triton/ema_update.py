@@ -1,0 +1,43 @@
+"""ema_update_ in Triton: a launch a parameter, a program a block of it with all its averages."""
+import torch
+import triton
+import triton.language as tl
+
+from .. import _library
+from .lists import flat
+
+BLOCK = 2048
+
+
+# lerp from the nearer end as torch.lerp does; where the parameter is not finite, the average as it is (ema_math.h).
+@triton.jit
+def ema_element(avg, param, weight):
+    change = param - avg
+    return tl.where(param - param == 0, tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change), avg)
+
+
+# skip: 1, nothing is done; 0 or None, all is.
+@triton.jit
+def ema_kernel(param, averages, decays, skip, n, BLOCK: tl.constexpr):
+    T: tl.constexpr = tl.float64 if averages[0].dtype.element_ty == tl.float64 else tl.float32
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < (n if skip is None else n * (1 - tl.load(skip)))
+    value = tl.load(param + i, inside).to(T)
+    for k in tl.static_range(len(averages)):
+        avg = averages[k] + i
+        new = ema_element(tl.load(avg, inside).to(T), value, (1 - tl.load(decays + k)).to(T))
+        tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
+
+
+def ema_update_(averages, params, decays):
+    if not averages:
+        return
+    decays = decays.double().contiguous().to(params[0].device, non_blocking=True)
+    with torch.cuda.device_of(params[0]):
+        for i, param in enumerate(params):
+            if param.numel() > 0:
+                with flat([param, *averages[i :: len(params)]]) as (param, *row):
+                    ema_kernel[(triton.cdiv(param.numel(), BLOCK),)](param, tuple(row), decays, None, param.numel(), BLOCK)
+
+
+_library.library.impl("ema_update_.triton", ema_update_, _library.triton_key())
