@@ -39,7 +39,8 @@ def test_td_coef(compiled, precond, base_weight, weight):
 
 OPTIONS = [
     {"steps": 40, "rho": 5.0, "sigma_min": 0.01, "sigma_max": 50.0}, {"steps": 2, "k_idx": 0.5}, {"k_idx": 0.4, "one_idx": 0.05}, {"k_idx": 3.0},
-    {"sigma_data": 1.3, "lambda_base": 0.0}, {"one_idx": 1.0}, {"lambda_base": 2.5}, {"td_sigma": (0.04, 3.0)}, {"td_sigma": (0.3, math.inf), "from_index": True},
+    {"one_idx": 1.0}, {"sigma_data": 1.3, "lambda_base": 0.0}, {"lambda_base": 2.5}, {"td_sigma": (0.04, 3.0)},
+    {"td_sigma": (0.3, math.inf), "from_index": True},
 ]
 
 

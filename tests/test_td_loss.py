@@ -369,7 +369,6 @@ def test_td_loss_twice_is_bit_equal(compiled, name, dtypes):
 
 
 def test_td_loss_sample_does_not_depend_on_its_batch(compiled):
-    """Nor on where its memory begins."""
     args = inputs("odd", device=device_of(compiled))
     loss, dF = with_gradient(loss_of(compiled, "denoise"), args)
     one = with_gradient(loss_of(compiled, "denoise"), [arg.detach()[2:3].requires_grad_(i == 0) for i, arg in enumerate(args)])
