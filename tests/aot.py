@@ -58,7 +58,7 @@ def td_loss(capability: int):
     yield "backward float32", chunk("*fp32", "*fp32", **backward)
     yield "backward bfloat16 of float32", chunk("*bf16", "*fp32", consistency=True, **backward)
     types = {"sums": "*fp32", "coef": "*fp64", "loss": "*fp32", "inverse_n": "fp64", "chunks": "i32"}
-    yield "sum", compile_kernel(sum_kernel, capability, types, {"SUM_BLOCK": SUM_BLOCK}, {"enable_fp_fusion": True})
+    yield "sum", compile_kernel(sum_kernel, capability, types, {"SPAN": SUM_BLOCK, "SUM_BLOCK": SUM_BLOCK}, {"enable_fp_fusion": True})
 
 
 def td_coef(capability: int):

@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import _library
 from ..ops.td_loss import _empty_grad
 
-CHUNK = 8192  # elements a program; this and the two blocks set the order of summation
+CHUNK = 8192  # most elements a program; this and the two blocks set the order of summation
 BLOCK = 2048  # elements in registers at a time
 SUM_BLOCK = 1024
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion in words: Triton 3.10 turns its default off
@@ -34,7 +34,7 @@ def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
     grad_base = tl.where(has_base, unit * w_base * g_base, 0).to(T)
 
     sum_td, sum_base = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
-    for start in range(0, tl.minimum(rest, CHUNK).to(tl.int32), BLOCK):
+    for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
         D = scale * _load(F, i, end, T)
         D_p = scale_p * _load(F_p, i, target_end, T)
@@ -91,7 +91,7 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
         can_scale: tl.constexpr = dF.dtype.element_ty == T  # half precision is computed anew: before a loss scale, dF may have underflowed
         if (g_td != 1) | (g_base != 1):
             if can_scale & (g_td == g_base) & (g_td != 0):
-                for start in range(0, tl.minimum(n - begin, CHUNK).to(tl.int32), BLOCK):
+                for start in range(0, CHUNK, BLOCK):
                     i = start + tl.arange(0, BLOCK)
                     tl.store(dF + i, g_td * tl.load(dF + i, i < n - begin), i < n - begin)
             else:
@@ -99,11 +99,11 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
 
 
 @triton.jit
-def sum_kernel(sums, coef, loss, inverse_n: tl.float64, chunks, SUM_BLOCK: tl.constexpr):
+def sum_kernel(sums, coef, loss, inverse_n: tl.float64, chunks, SPAN: tl.constexpr, SUM_BLOCK: tl.constexpr):
     b = tl.program_id(0).to(tl.int64)
     sums += 2 * b * chunks
     td, base = tl.zeros([SUM_BLOCK], tl.float64), tl.zeros([SUM_BLOCK], tl.float64)
-    for start in range(0, chunks, SUM_BLOCK):
+    for start in range(0, SPAN, SUM_BLOCK):
         c = start + tl.arange(0, SUM_BLOCK)
         td += tl.load(sums + 2 * c, c < chunks, other=0.0)
         base += tl.load(sums + 2 * c + 1, c < chunks, other=0.0)
@@ -119,16 +119,21 @@ def _rows(tensor: Tensor | None, layout: Tensor) -> tuple[Tensor | None, int]:
     return tensor, tensor.stride(0)
 
 
+def _whole(length: int, block: int) -> int:
+    """A length in whole blocks: loops have constant bounds, which Triton's interpreter needs before 3.9 under NumPy 2.4."""
+    return triton.cdiv(length, block) * block
+
+
 def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, layout, upstream, loss) -> None:
     batch, n = len(out), out[0].numel()
-    chunks = triton.cdiv(n, CHUNK)
+    chunks, chunk = triton.cdiv(n, CHUNK), min(CHUNK, _whole(n, BLOCK))
     coef = coef.double().contiguous()
     tensors, rows = zip(*(_rows(tensor, layout) for tensor in (out, out_target, x0, x_t, x_tp, grad)), strict=True)
     sums = loss.new_empty(batch * chunks, 2) if loss is not None and chunks > 1 else None
     with torch.cuda.device_of(out):
-        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, CHUNK, BLOCK, **OPTIONS)
+        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, chunk, BLOCK, **OPTIONS)
         if sums is not None:
-            sum_kernel[(batch,)](sums, coef, loss, 1 / n, chunks, SUM_BLOCK, enable_fp_fusion=True)
+            sum_kernel[(batch,)](sums, coef, loss, 1 / n, chunks, _whole(chunks, SUM_BLOCK), SUM_BLOCK, enable_fp_fusion=True)
 
 
 def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, want_grad):
