@@ -1,11 +1,13 @@
-"""Without a GPU, Triton's kernels run in its interpreter, which must be said before anything imports triton."""
+"""Without a GPU, Triton's kernels run in its interpreter and CUDA's as built for the host, which must be said before tdkern is imported."""
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 if torch.cuda.device_count() == 0:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ.setdefault("TDKERN_CUDA_HOST", str(Path(__file__).parents[1] / "build/host/libtdkern_host.so"))
 
 from tdkern import _library
 

@@ -2,6 +2,7 @@
 // must round where PyTorch's own do. A file of the CPU that uses them is compiled with -ffp-contract=off -fno-math-errno.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #if defined(__FMA__) && !defined(__CUDACC__)
@@ -13,10 +14,8 @@
 namespace tdkern {
 
 template <typename V>
-TDKERN_HD V fused(V a, V b, V c) {
-#if defined(__CUDACC__)
-  return fma(a, b, c);
-#elif defined(__AVX512F__)  // not lane by lane: the compiler does not always make one instruction of that
+TDKERN_HD V fused_lanes(V a, V b, V c) {
+#if defined(__AVX512F__)  // not lane by lane: the compiler does not always make one instruction of that
   if constexpr (std::is_same_v<std::decay_t<decltype(a[0])>, double>) {
     return reinterpret_cast<V>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
   } else {
@@ -42,20 +41,25 @@ TDKERN_HD V fused(V a, V b, V c) {
 }
 
 template <typename V>
-TDKERN_HD V square_root(V x) {
-#if defined(__CUDACC__)
-  return sqrt(x);
-#else
-  V root;
-  for (unsigned lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) {
-    if constexpr (sizeof(x[0]) == 4) {
-      root[lane] = __builtin_sqrtf(x[lane]);
-    } else {
-      root[lane] = __builtin_sqrt(x[lane]);
-    }
+TDKERN_HD V fused(V a, V b, V c) {
+  using std::fma;
+  if constexpr (std::is_arithmetic_v<V>) {
+    return fma(a, b, c);
+  } else {
+    return fused_lanes(a, b, c);
   }
-  return root;
-#endif
+}
+
+template <typename V>
+TDKERN_HD V square_root(V x) {
+  using std::sqrt;
+  if constexpr (std::is_arithmetic_v<V>) {
+    return sqrt(x);
+  } else {
+    V root;
+    for (unsigned lane = 0; lane < sizeof(V) / sizeof(x[0]); ++lane) root[lane] = sqrt(x[lane]);
+    return root;
+  }
 }
 
 }  // namespace tdkern
