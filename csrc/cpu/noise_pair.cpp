@@ -1,5 +1,6 @@
 // noise_pair on the CPU. Normals are drawn a tile at a time into the nearest cache, a Philox call a lane, and then the pair is made from them.
 // CMakeLists.txt compiles this file without contraction into fma, so that every instruction set gives the same bits.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers, GCC bug 105593
 #include <cmath>
 
 #include "noise_pair.h"
@@ -36,7 +37,7 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
   static TDKERN_INLINE To bits(From from) { return reinterpret_cast<To>(from); }
 #if defined(__x86_64__)
   static TDKERN_INLINE W multiply(W word, uint32_t factor) {
-    const auto all = TDKERN_MM(set1_epi32)(static_cast<int>(factor));
+    auto all = TDKERN_MM(set1_epi32)(static_cast<int>(factor));
     return reinterpret_cast<W>(TDKERN_MM(mul_epu32)(reinterpret_cast<decltype(all)>(word), all));
   }
   static TDKERN_INLINE F sqrt(F value) { return TDKERN_MM(sqrt_ps)(value); }
@@ -49,20 +50,18 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
 #endif
 };
 
-// The words of kWidth calls, word w of all of them in words[w]. Lane 4 g + j is call kWidth / 4 j + g, which is what `transpose` wants.
-// block, sample: a counter's first two words for each call. The first half of the calls in even lanes, the second in odd ones.
+// The call of a tile that each lane makes: of kWidth calls at a time, lane 4 g + j makes call kWidth / 4 j + g, which is what `transpose` wants.
+constexpr int call_of(int lane) { return lane / kWidth * kWidth + kWidth / 4 * (lane % 4) + lane % kWidth / 4; }
+
+// The words of kWidth calls, word w of all of them in words[w]. block, sample: the first two words of each lane's counter.
+// A product takes 64 bits, so the even lanes go first and then the odd ones.
 TDKERN_INLINE void philox_calls(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, Lanes::U (&words)[4]) {
-  Lanes::W c[2][4];
-  for (int half = 0; half < 2; ++half) {
-    for (int i = 0; i < kWidth / 2; ++i) {
-      const int lane = 2 * i + half, call = kWidth / 4 * (lane % 4) + lane / 4;
-      c[half][0][i] = block[call];
-      c[half][1][i] = sample[call];
-    }
-    c[half][2] = Lanes::W{} + (offset & 0xffffffff);
-    c[half][3] = Lanes::W{} + (offset >> 32 << 1 | stream);
-    philox<Lanes>(c[half], key);
-  }
+  Lanes::W blocks, samples;
+  memcpy(&blocks, block, sizeof(blocks));
+  memcpy(&samples, sample, sizeof(samples));
+  const Lanes::W low = Lanes::W{} + (offset & 0xffffffff), high = Lanes::W{} + (offset >> 32 << 1 | stream);
+  Lanes::W c[2][4] = {{blocks, samples, low, high}, {blocks >> 32, samples >> 32, low, high}};
+  philox<Lanes>(c, key);
   for (int w = 0; w < 4; ++w) words[w] = Lanes::bits<Lanes::U>((c[0][w] & 0xffffffff) | (c[1][w] << 32));
 }
 
@@ -79,26 +78,26 @@ TDKERN_INLINE void transpose(const Lanes::F (&n)[4], float* to) {
   TDKERN_MM(store_pd)(reinterpret_cast<double*>(to + 3 * kWidth), TDKERN_MM(unpackhi_pd)(c, d));
 #else
   for (int lane = 0; lane < kWidth; ++lane)
-    for (int w = 0; w < 4; ++w) to[4 * (kWidth / 4 * (lane % 4) + lane / 4) + w] = n[w][lane];
+    for (int w = 0; w < 4; ++w) to[4 * call_of(lane) + w] = n[w][lane];
 #endif
 }
 
 TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, float* to) {
-  for (int call = 0; call < kCalls; call += kWidth) {
+  for (int first = 0; first < kCalls; first += kWidth) {
     Lanes::U words[4];
-    philox_calls(block + call, sample + call, offset, stream, key, words);
+    philox_calls(block + first, sample + first, offset, stream, key, words);
     Lanes::F n[4];
     box_muller<Lanes>(words[0], words[1], n[0], n[1]);
     box_muller<Lanes>(words[2], words[3], n[2], n[3]);
-    transpose(n, to + 4 * call);
+    transpose(n, to + 4 * first);
   }
 }
 TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, double* to) {
-  for (int call = 0; call < kCalls; call += kWidth) {
+  for (int first = 0; first < kCalls; first += kWidth) {
     Lanes::U words[4];
-    philox_calls(block + call, sample + call, offset, stream, key, words);
+    philox_calls(block + first, sample + first, offset, stream, key, words);
     for (int lane = 0; lane < kWidth; ++lane) {
-      double* four = to + 4 * (call + kWidth / 4 * (lane % 4) + lane / 4);
+      double* four = to + 4 * (first + call_of(lane));
       box_muller(words[0][lane], words[1][lane], four[0], four[1]);
       box_muller(words[2][lane], words[3][lane], four[2], four[3]);
     }
@@ -108,7 +107,7 @@ TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t 
 template <typename T>
 struct Tile {
   alignas(64) T n1[kTile], n2[kTile];
-  uint32_t block[kCalls], sample[kCalls];
+  alignas(64) uint32_t block[kCalls], sample[kCalls];  // of each lane
 
   TDKERN_INLINE void draw_both(uint64_t offset, uint64_t key, bool shared) {
     draw(block, sample, offset, 0, key, n1);
@@ -128,9 +127,9 @@ TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64
   const PairSample<T> s = in.sample(b);
   const uint64_t key = in.key(), offset = in.counter();
   Tile<T> tile;
-  for (int call = 0; call < kCalls; ++call) tile.sample[call] = static_cast<uint32_t>(b);
+  for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = static_cast<uint32_t>(b);
   for (int64_t k = begin; k < end; k += kTile) {
-    for (int call = 0; call < kCalls; ++call) tile.block[call] = static_cast<uint32_t>(k / 4 + call);
+    for (int lane = 0; lane < kCalls; ++lane) tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
     tile.draw_both(offset, key, kShared);
     const auto step = [&](int64_t v, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
       Vec<T> t, t_p;
@@ -189,16 +188,15 @@ void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t ca
   Tile<T> tile = {};
   for (int64_t first = begin; first < end; first += kCalls) {
     const int count = static_cast<int>(std::min<int64_t>(kCalls, end - first));
-    int64_t b = first / calls, block = first % calls;
-    for (int call = 0; call < count; ++call) {
-      tile.block[call] = static_cast<uint32_t>(block);
-      tile.sample[call] = static_cast<uint32_t>(b);
-      if (++block == calls) block = 0, ++b;
+    for (int lane = 0; lane < kCalls; ++lane) {
+      tile.block[lane] = static_cast<uint32_t>((first + call_of(lane)) % calls);
+      tile.sample[lane] = static_cast<uint32_t>((first + call_of(lane)) / calls);
     }
     tile.draw_both(offset, key, in.shared);
     PairSample<T> s = {};
-    for (int call = 0; call < count; ++call) {
-      const int64_t b = tile.sample[call], k = 4 * static_cast<int64_t>(tile.block[call]);
+    int64_t b = first / calls, k = 4 * (first % calls);
+    for (int call = 0; call < count; ++call, k += 4) {
+      if (k >= in.n) k = 0, ++b;
       if (call == 0 || k == 0) s = in.sample(b);
       int64_t inner = k % in.plane, outer = k / in.plane;
       for (int w = 0; w < 4 && k + w < in.n; ++w) {

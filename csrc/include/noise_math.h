@@ -10,6 +10,12 @@
 
 #include "td_math.h"
 
+#if defined(__CUDACC__)
+#define TDKERN_UNROLL _Pragma("unroll")
+#else
+#define TDKERN_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace tdkern {
 
 // ---- Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) -----------------------------
@@ -33,17 +39,21 @@ struct Lane {
   }
 };
 
-template <typename L>
-TDKERN_HD void philox(typename L::W (&c)[4], uint64_t key) {
+// `chains` independent counters a lane, in step: one alone would wait for its products.
+template <typename L, int chains>
+TDKERN_HD void philox(typename L::W (&c)[chains][4], uint64_t key) {
   using W = typename L::W;
   uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
-#pragma GCC unroll 10
+  TDKERN_UNROLL
   for (int round = 0; round < 10; ++round) {
-    const W product_0 = L::multiply(c[0], 0xD2511F53u), product_1 = L::multiply(c[2], 0xCD9E8D57u);
-    c[0] = (product_1 >> 32) ^ c[1] ^ static_cast<uint64_t>(key_0);
-    c[1] = product_1;
-    c[2] = (product_0 >> 32) ^ c[3] ^ static_cast<uint64_t>(key_1);
-    c[3] = product_0;
+    TDKERN_UNROLL
+    for (int i = 0; i < chains; ++i) {
+      const W product_0 = L::multiply(c[i][0], 0xD2511F53u), product_1 = L::multiply(c[i][2], 0xCD9E8D57u);
+      c[i][0] = (product_1 >> 32) ^ c[i][1] ^ static_cast<uint64_t>(key_0);
+      c[i][1] = product_1;
+      c[i][2] = (product_0 >> 32) ^ c[i][3] ^ static_cast<uint64_t>(key_1);
+      c[i][3] = product_0;
+    }
     key_0 += 0x9E3779B9u;
     key_1 += 0xBB67AE85u;
   }
@@ -89,9 +99,7 @@ TDKERN_HD void box_muller(typename L::U a, typename L::U b, typename L::F& n_0, 
 
 // The same in float64.
 TDKERN_HD void box_muller(uint32_t a, uint32_t b, double& n_0, double& n_1) {
-  const bool high = a >> 31;
-  const double x = (static_cast<double>(high ? ~a : a) + 0.5) * 0x1p-32;
-  const double radius = sqrt(-2.0 * (high ? log1p(-x) : log(x))), y = static_cast<int32_t>(b << 2) * 0x1p-31;
+  const double radius = sqrt(-2.0 * log((a + 0.5) * 0x1p-32)), y = static_cast<int32_t>(b << 2) * 0x1p-31;
 #if defined(__CUDA_ARCH__)
   double sine, cosine;
   sincospi(0.25 * y, &sine, &cosine);  // sin() itself would reserve a stack for large angles

@@ -26,8 +26,8 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     b's low 30 bits, as a signed number, are an angle in [-pi/4, pi/4); bit 31 is its cosine's sign, and bit 30 swaps cosine and sine.
     """
-    radius = torch.sqrt(-2 * torch.log((a + 0.5) / 2**32))
-    angle = math.pi / 4 * ((b + 2**29 & 2**30 - 1) - 2**29) / 2**29
+    radius = torch.sqrt(-2 * torch.log((a.double() + 0.5) / 2**32))
+    angle = ((b + 2**29 & 2**30 - 1) - 2**29).double() * (math.pi / 4 / 2**29)
     cosine, sine = torch.cos(angle) * (1 - 2 * (b >> 31)), torch.sin(angle)
     swap = (b >> 30 & 1).bool()
     return radius * torch.where(swap, sine, cosine), radius * torch.where(swap, cosine, sine)
