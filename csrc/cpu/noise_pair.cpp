@@ -266,8 +266,8 @@ void each_call(const PairRows<N, D>& in) {
   torch::stable::parallel_for(0, in.batch * calls, kGrain / 4, [&](int64_t begin, int64_t end) { kernel(in, begin, end, calls); });
 }
 
-PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at, int64_t offset,
-                       std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
+PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,
+                       int64_t offset, std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
   return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net, [](const auto& view) {
     if (view.step == 1 && view.n >= kTile) return each_row(view);
     each_call(view);

@@ -108,8 +108,8 @@ void launch_pair(const PairRows<N, D>& view, cudaStream_t stream) {
   check_launch("noise_pair");
 }
 
-PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at, int64_t offset,
-                       std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
+PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,
+                       int64_t offset, std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
   const Launch launch(x0);
   return noise_pair_with<__nv_bfloat16, __half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net,
                                                 [&](const auto& view) { launch_pair(view, launch.stream); });

@@ -10,7 +10,7 @@
 
 #include "td_math.h"
 
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define TDKERN_UNROLL _Pragma("unroll")
 #else
 #define TDKERN_UNROLL _Pragma("GCC unroll 16")

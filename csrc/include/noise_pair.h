@@ -53,8 +53,8 @@ inline Tensor empty_pair_like(const Tensor& x0, ScalarType dtype) {
 }
 
 inline Column column(const char* name, const Tensor& values, const Tensor& x0) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == x0.size(0) && values.scalar_type() == ScalarType::Double && values.device() == x0.device(), "noise_pair: ", name,
-                  " must be float64 of shape [B] on x0's device");
+  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == x0.size(0) && values.scalar_type() == ScalarType::Double && values.device() == x0.device(),
+                  "noise_pair: ", name, " must be float64 of shape [B] on x0's device");
   return {static_cast<const double*>(values.data_ptr()), values.stride(0)};
 }
 
@@ -69,16 +69,17 @@ using PairTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // x_t, x_tp, i
 
 // Checks everything, makes the outputs and, where there is anything to compute, calls compute(rows) with their storage types.
 template <typename BF16, typename F16, typename Compute>
-PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& alpha_p, const Tensor& sigma_p, bool shared, int64_t seed,
-                            const std::optional<Tensor>& seed_at, int64_t offset, const std::optional<Tensor>& offset_at, const std::optional<Tensor>& c_in,
-                            const std::optional<Tensor>& c_in_p, ScalarType net, const Compute& compute) {
+PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& alpha_p, const Tensor& sigma_p, bool shared,
+                            int64_t seed, const std::optional<Tensor>& seed_at, int64_t offset, const std::optional<Tensor>& offset_at,
+                            const std::optional<Tensor>& c_in, const std::optional<Tensor>& c_in_p, ScalarType net, const Compute& compute) {
   STD_TORCH_CHECK(x0.dim() >= 1, "noise_pair: x0 must have shape [B, ...]");
   STD_TORCH_CHECK(c_in.has_value() == c_in_p.has_value(), "noise_pair: c_in and c_in_p must be given together");
   const ScalarType data = x0.scalar_type();
   const int64_t batch = x0.size(0), n = elements_per_sample(x0);
   STD_TORCH_CHECK(batch <= int64_t{1} << 32 && n <= int64_t{1} << 34, "noise_pair: x0 must have at most 2^32 samples of 2^34 elements");
   const Tensor x_t = empty_pair_like(x0, data), x_tp = empty_like(x_t, data);
-  const Tensor in_t = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net), in_tp = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
+  const Tensor in_t = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
+  const Tensor in_tp = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
   const Tensor from = as_rows(x0, x_t);
   const int64_t channels = channels_of(x_t);
   by_storage<BF16, F16>(net, data, [&](auto net, auto data) {

@@ -10,8 +10,9 @@ DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch
           (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 
 
-def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, *, coupling: str = "markov", seed: int | Tensor, offset: int | Tensor = 0,
-               c_in: Tensor | None = None, c_in_p: Tensor | None = None, net_dtype: torch.dtype | None = None, backend: str = "auto") -> tuple[Tensor, ...]:
+def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, *, coupling: str = "markov", seed: int | Tensor,
+               offset: int | Tensor = 0, c_in: Tensor | None = None, c_in_p: Tensor | None = None, net_dtype: torch.dtype | None = None,
+               backend: str = "auto") -> tuple[Tensor, ...]:
     """The coupled pair (x_t, x_t') of noisy data, x_t' nearer to the data.
 
     x_tp = alpha_p x0 + sigma_p n1, and for "markov" the forward transition from there, x_t = a x_tp + sqrt(max(sigma^2 - a^2 sigma_p^2, 0)) n2
@@ -74,8 +75,8 @@ def _offset(offset: int) -> int:
     return offset
 
 
-def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, seed: int | Tensor | None, offset: int | Tensor | None, c_in: Tensor | None,
-           c_in_p: Tensor | None, net_dtype: torch.dtype) -> None:
+def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, seed: int | Tensor | None, offset: int | Tensor | None,
+           c_in: Tensor | None, c_in_p: Tensor | None, net_dtype: torch.dtype) -> None:
     if x0.ndim < 1:
         raise ValueError("noise_pair: x0 must have shape [B, ...], got []")
     if (x0.dtype, x0.dtype) not in DTYPES:
@@ -106,6 +107,7 @@ def _empty(x0: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fake(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
+    _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, c_in, c_in_p, net_dtype)  # a tensor on "meta" brings an eager call here too
     inputs = (x0.new_empty(0, dtype=net_dtype) for _ in range(2)) if c_in is None else (_empty(x0, net_dtype) for _ in range(2))
     return _empty(x0, x0.dtype), _empty(x0, x0.dtype), *inputs
 

@@ -35,10 +35,13 @@ def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def words(batch: int, blocks: int, seed: int | Tensor, offset: int | Tensor = 0, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """[batch, blocks, 4] int64: Philox at the counters (block, sample, offset, offset >> 32 << 1 | stream), with the 64 bits of `seed` as its key."""
-    seed, offset = (torch.as_tensor(value, dtype=torch.int64, device=device).reshape(()) for value in (seed, offset))
+
+    def number(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value & WORD, device=device).reshape(())
+
     block, sample = torch.arange(blocks, device=device), torch.arange(batch, device=device)[:, None]
-    counter = torch.stack(torch.broadcast_tensors(block, sample, offset & WORD, (offset >> 32 << 1 | stream) & WORD), -1)
-    return philox4x32(counter, torch.stack([seed & WORD, seed >> 32 & WORD]))
+    counter = torch.stack(torch.broadcast_tensors(block, sample, number(offset), number(offset >> 32 << 1 | stream)), -1)
+    return philox4x32(counter, torch.stack([number(seed), number(seed >> 32)]))
 
 
 def normals(batch: int, n: int, seed: int | Tensor, offset: int | Tensor = 0, stream: int = 0, device: torch.device | str = "cpu") -> Tensor:
