@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import aot
 import numpy as np
 import pytest
 import scipy.stats
@@ -291,6 +292,15 @@ def test_noise_pair_in_torch_compile(compiled):
     torch._dynamo.reset()
     for seed in (1, 2**63 + 1):
         assert torch.equal(step(x0, args, seed, 7, args[0])[0], traced(x0, args, seed, 7, args[0])[0])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_noise_pair_triton_ahead_of_time(capability):
+    """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""
+    pytest.importorskip("triton")
+    report = {name: facts for name, facts in aot.report(capability).items() if "noise_pair" in name}
+    assert len(report) == 4
+    assert all(facts["stack"] == 0 and facts["local"] == 0 and facts["registers"] <= 128 for facts in report.values()), report
 
 
 # ---- the same bits --------------------------------------------------------------------------------------------------

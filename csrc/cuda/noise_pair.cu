@@ -99,23 +99,22 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlo
 }
 
 template <typename N, typename D>
-void launch_pair(const PairRows<N, D>& view, cudaStream_t stream) {
+void launch_pair(const Launch& launch, const PairRows<N, D>& view) {
   const auto fits = [](const auto& rows) { return packs_fit(rows.data, rows.stride, 4); };
   const bool packed = view.step == 1 && fits(view.x0) && fits(view.x_t) && fits(view.x_tp) && fits(view.in_t) && fits(view.in_tp);
   const int64_t chunks = (view.n + kChunk - 1) / kChunk;
   const auto kernel = packed ? pair_kernel<true, N, D> : pair_kernel<false, N, D>;
-  kernel<<<grid_of(view.batch * chunks), kThreads, 0, stream>>>(view, chunks);
-  check_launch("noise_pair");
+  launch("noise_pair", kernel, grid_of(view.batch * chunks), view, chunks);
 }
 
 PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,
                        int64_t offset, std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
   const Launch launch(x0);
   return noise_pair_with<__nv_bfloat16, __half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net,
-                                                [&](const auto& view) { launch_pair(view, launch.stream); });
+                                                [&](const auto& view) { launch_pair(launch, view); });
 }
 
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, CUDA, m) { m.impl("noise_pair.cuda", TORCH_BOX(&tdkern::noise_pair)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) { m.impl("noise_pair.cuda", TORCH_BOX(&tdkern::noise_pair)); }

@@ -12,6 +12,8 @@
 
 #if defined(__CUDA_ARCH__)
 #define TDKERN_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // the host's pass, in which nothing of this runs
+#define TDKERN_UNROLL
 #else
 #define TDKERN_UNROLL _Pragma("GCC unroll 16")
 #endif

@@ -88,7 +88,8 @@ PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor&
     const PairRows<N, D> view = {rows<const D>(from), rows<D>(x_t), rows<D>(x_tp), c_in ? rows<N>(in_t) : Rows<N>{}, c_in ? rows<N>(in_tp) : Rows<N>{},
                                  column("alpha", alpha, x0), column("sigma", sigma, x0), column("alpha_p", alpha_p, x0), column("sigma_p", sigma_p, x0),
                                  c_in ? column("c_in", *c_in, x0) : Column{}, c_in ? column("c_in_p", *c_in_p, x0) : Column{}, seed, offset,
-                                 integer("seed", seed_at, x0), integer("offset", offset_at, x0), batch, n, std::max<int64_t>(1, n / channels), channels, shared};
+                                 integer("seed", seed_at, x0), integer("offset", offset_at, x0), batch, n,
+                                 std::max<int64_t>(1, n / channels), channels, shared};
     if (batch * n > 0) compute(view);
   });
   return {x_t, x_tp, in_t, in_tp};

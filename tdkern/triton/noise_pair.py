@@ -119,4 +119,4 @@ def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset
     return x_t, x_tp, in_t, in_tp
 
 
-_library.library.impl("noise_pair.triton", noise_pair, "CPU" if _library.interpreted() else "CUDA")
+_library.library.impl("noise_pair.triton", noise_pair, _library.triton_key())
