@@ -1,6 +1,7 @@
 """CUDA's kernels as compiled for the host (csrc/host): no result depends on the order of threads and blocks, no access is out of bounds, and the stand-in
 finds what it is there to find. That the results are right is for the op tests, which run through it too."""
 import ctypes
+import math
 import os
 import shutil
 import subprocess
@@ -34,7 +35,16 @@ def td_loss():
             yield from with_gradient(lambda *args, base=CASES[name].base: tdkern.td_loss(*args, base=base, backend="cuda"), args, upstream)
 
 
-CALLS = {function.__name__: function for function in (td_coef, td_loss)}
+def noise_pair():
+    image, float32 = (3, 3, 20, 20), torch.float32
+    for shape, dtype in ((image, F64), (image, float32), ((2, 1030), torch.bfloat16), ((20, 2), torch.float16), ((0, 3), float32)):
+        x0, level = torch.linspace(-1, 1, math.prod(shape)).to(dtype).view(shape), torch.linspace(0.5, 2, shape[0], dtype=F64)
+        for x in (x0, x0.contiguous(memory_format=torch.channels_last)) if len(shape) == 4 else (x0,):
+            yield from tdkern.noise_pair(x, level / 2, level, level / 3, level / 2, seed=1, c_in=level, c_in_p=level, backend="cuda")
+            yield from tdkern.noise_pair(x, level / 2, level, level / 3, level / 2, coupling="shared", seed=torch.tensor([1]), backend="cuda")
+
+
+CALLS = {function.__name__: function for function in (noise_pair, td_coef, td_loss)}
 
 
 @pytest.mark.skipif(not _library.CUDA_HOST, reason="there is a GPU, on which the CUDA kernels run")
