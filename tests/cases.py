@@ -94,6 +94,7 @@ CASES = {
     "no samples": Case((0, 3, 4, 4)),
     "no elements": Case((3, 0, 4)),
     "one sample": Case((1, 3, 8, 8)),
+    "one odd sample": Case((1, 107), "consistency", sigma=VALID),  # aligned, since there is no next row: packs, and a tail behind them
     "one element": Case((20, 1)),
     "1-D": Case((20,), "consistency"),
     "5-D": Case((2, 3, 2, 5, 3), "consistency"),

@@ -9,11 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_adam_ema
+import test_ema_update
+import test_heun_step
 import torch
-from cases import CASES, DTYPES, F64, inputs, with_gradient
+from cases import CASES, DTYPES, F64, inputs, offset, with_gradient
 
 import tdkern
 from tdkern import _library
+from tdkern.ops import adam_ema_
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
@@ -28,7 +32,7 @@ def td_coef():
 
 
 def td_loss():
-    for name in ("odd", "several chunks", "a chunk and one", "misaligned", "channels_last of some", "no elements", "no samples"):
+    for name in ("odd", "one odd sample", "several chunks", "a chunk and one", "misaligned", "channels_last of some", "no elements", "no samples"):
         for dtypes in DTYPES:
             args = inputs(name, dtypes)
             upstream = torch.tensor([[1, 1], [2, 2], [0, 1], [0.5, 0], [0, 0]])[: len(args[0])]
@@ -44,7 +48,30 @@ def noise_pair():
             yield from tdkern.noise_pair(x, level / 2, level, level / 3, level / 2, coupling="shared", seed=torch.tensor([1]), backend="cuda")
 
 
-CALLS = {function.__name__: function for function in (noise_pair, td_coef, td_loss)}
+def heun_step():
+    for name in ("odd", "chunks and a bit", "misaligned", "channels_last of some", "no elements"):
+        for dtypes in test_heun_step.DTYPES:
+            results = tdkern.heun_step(*test_heun_step.inputs(name, dtypes=dtypes), net_dtype=dtypes[2], backend="cuda")
+            yield from (result for result in results if result is not None)
+
+
+def ema_update():
+    for dtypes in DTYPES:
+        for lie in (torch.Tensor.contiguous, offset):
+            averages, params = test_ema_update.lists(dtypes, "cpu", lie=(lie, lie))
+            tdkern.ema_update_(averages, params, test_ema_update.DECAYS[:3], backend="cuda")
+            yield from (average for column in averages for average in column)
+
+
+def adam_ema():
+    for dtypes in DTYPES:
+        for lie in (torch.Tensor.contiguous, offset):
+            lists = test_adam_ema.problem(dtypes, lie=(lie,) * 5)
+            adam_ema_(*lists, lr=0.01, backend="cuda")
+            yield from test_adam_ema.flatten(lists)
+
+
+CALLS = {function.__name__: function for function in (adam_ema, ema_update, heun_step, noise_pair, td_coef, td_loss)}
 
 
 @pytest.mark.skipif(not _library.CUDA_HOST, reason="there is a GPU, on which the CUDA kernels run")
