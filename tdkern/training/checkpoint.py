@@ -85,6 +85,12 @@ def remove(path: Path) -> None:
     shutil.rmtree(beside(path))
 
 
+def keep_newest(run_dir: Path, kind: str) -> None:
+    """Remove a run's checkpoints of a kind but the newest; all are whole, so nothing is lost at any moment."""
+    for older in sorted(run_dir.glob(f"{kind}-*"))[:-1]:
+        remove(older)
+
+
 def clean(run_dir: Path) -> None:
     """Remove what killed runs left unfinished in their directory."""
     for path in run_dir.glob(".*.tmp"):

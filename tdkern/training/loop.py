@@ -184,6 +184,7 @@ class Record:
         self.trainer, self.run_dir = trainer, run_dir
         self.time, self.nimg = time.monotonic(), trainer.nimg
         checkpoint.clean(run_dir)
+        checkpoint.keep_newest(run_dir, checkpoint.STATE)  # a kill may have come between writing one and removing its elder
         write_atomic(run_dir / "training_options.json", json.dumps(asdict(trainer.options), indent=2).encode())
         self._drop_later_statistics()
         self.side = 8 if trainer.process.device.type == "cuda" else 4  # a grid of 64 would hold a CPU for minutes
@@ -218,10 +219,8 @@ class Record:
     def state(self) -> None:
         """Save the training state and, once that is durable, remove the older ones."""
         trainer = self.trainer
-        path = checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), self._meta())
-        for older in sorted(self.run_dir.glob(f"{checkpoint.STATE}-*")):
-            if older.name < path.name:
-                checkpoint.remove(older)
+        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), self._meta())
+        checkpoint.keep_newest(self.run_dir, checkpoint.STATE)
 
     def _meta(self) -> dict:
         return {"step": self.trainer.step, "network": self.trainer.network, "options": asdict(self.trainer.options)}

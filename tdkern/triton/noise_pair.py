@@ -6,7 +6,7 @@ import triton.language as tl
 from .. import _library
 from ..ops.noise_pair import _empty
 
-BLOCK = 1024  # elements a program
+BLOCK = 512  # elements a program: four a thread, which float64 too holds in registers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
