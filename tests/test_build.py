@@ -65,6 +65,8 @@ def test_python_part_alone_imports_and_trains(tmp_path):
     """A copy of the package without anything compiled falls back to the reference and takes gradient steps."""
     shutil.copytree(PACKAGE, tmp_path / "tdkern", ignore=shutil.ignore_patterns("lib", "*.so", "__pycache__"))
     code = """
+import sys
+sys.modules["tdkern._C"] = None  # an editable install's finder would find it beside the copy
 import torch, tdkern
 from tdkern.losses import TDEDMLoss
 facts = tdkern.info()
