@@ -15,6 +15,7 @@ from ..data import ImageDataset, StepBatches, derive_seed, save_grid, step_indic
 from ..data.files import write_atomic
 from ..ema import EMA, edm_decay, target_decay
 from ..losses import EDMLoss, TDEDMLoss
+from ..optim import AdamEMA
 from ..schedules import EDM
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
@@ -71,7 +72,9 @@ class Trainer:
             broadcast_(self.net)  # before the copies below, which must start equal in all processes
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.loss_type == "td" else None
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, fused=process.device.type == "cuda")
+        self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, decays=[1.0] * len(self.averages),
+                                 averages=[average.module.parameters() for average in self.averages])
         self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
         self.counted = 0
         if state is not None:
@@ -97,25 +100,26 @@ class Trainer:
             # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
             (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
-        gradients = [param.grad for param in self.net.parameters() if param.grad is not None]
         if self.process.world > 1:
-            sum_(gradients)
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
-        self.optimizer.step()
-        self.ema.update(self.net, edm_decay(options.batch, 1e6 * options.ema, self.nimg))
-        if self.target:
-            self.target.update(self.net, target_decay(options.target_ema_tau, self.step))
+            sum_([param.grad for param in self.net.parameters() if param.grad is not None])
+        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg), target_decay(options.target_ema_tau, self.step)]
+        self.optimizer.decays.copy_(torch.tensor(decays[:len(self.averages)], dtype=torch.float64))
+        self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        for average in self.averages:
+            average.copy_buffers(self.net)
         self.step += 1
 
     def statistics(self) -> dict[str, float]:
-        """Means a sample since the last call, over all processes; the one place that waits for the device."""
+        """Means a sample since the last call, over all processes, and the steps skipped; the one place that waits for the device."""
         if self.process.world > 1:
             sum_([self.sums])
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
+        skipped = self.optimizer.skipped.item()
         self.sums.zero_()
+        self.optimizer.skipped.zero_()
         self.counted = self.nimg
-        return {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+        terms = {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+        return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training goes on from, beside the step."""
