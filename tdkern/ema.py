@@ -94,6 +94,11 @@ def target_decay(rate: float, step: int) -> float:
     return min(rate, (1 + step) / (10 + step))
 
 
+def copy_decay(every: int, step: int) -> float:
+    """Decay of a target network that is copied from the network at every `every`th update, from 0, and stays as it is between: 0 or 1."""
+    return 1.0 if step % every else 0.0
+
+
 def edm_decay(batch_size: int, halflife_img: float, cur_nimg: int, rampup_ratio: float = 0.05) -> float:
     """EDM's decay of one update: the average's half-life is `halflife_img` images (arXiv 2206.00364, appendix F.2).
 

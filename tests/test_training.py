@@ -69,6 +69,15 @@ def test_one_step_updates_network_and_averages(data):
     assert 1e-4 < changes.max() < 1e-3  # Adam's first steps are of the size of the learning rate
 
 
+def test_hard_target_copies(data):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 2, "lr_rampup_kimg": 0}), this_process())
+    for copied in (True, False, True, False):
+        before = [parameter.clone() for parameter in trainer.target.module.parameters()]
+        trainer.train_step(*batch(trainer))
+        expected = trainer.net.parameters() if copied else before
+        assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True))
+
+
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypatch):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from ..data import ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
-from ..ema import EMA, edm_decay, target_decay
+from ..ema import EMA, copy_decay, edm_decay, target_decay
 from ..losses import EDMLoss, TDEDMLoss
 from ..optim import AdamEMA
 from ..schedules import EDM
@@ -102,7 +102,8 @@ class Trainer:
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
-        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg), target_decay(options.target_ema_tau, self.step)]
+        target = copy_decay(options.target_copy, self.step) if options.target_copy else target_decay(options.target_ema_tau, self.step)
+        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg), target]
         self.optimizer.decays.copy_(torch.tensor(decays[:len(self.averages)], dtype=torch.float64))
         self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
         for average in self.averages:
