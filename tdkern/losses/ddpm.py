@@ -28,7 +28,7 @@ class DDPMLoss(PathLoss):
     Raises:
         ValueError: an argument is out of its range.
 
-    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise.
+    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise's seed.
     """
 
     T: int = 1000

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.td_coef import WEIGHTS
 from ..predictions import PRECONDS, skip_scale
 from ..schedules import Schedule, eta_of
-from .base import Loss, TDBatch, noisy_pair, path_coef, per_sample
+from .base import Loss, TDBatch, path_coef
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PathLoss(Loss):
         skip, scale = skip_scale(self.prediction, level)
         zero = torch.zeros_like(level)
         coef = torch.stack([skip, scale, zero, zero, zero, zero, zero, scale**-2], 1)
-        x_t = images + per_sample(level, images) * self._noise("noise", noise, images)
+        x_t, _ = self._noisy_pair(images, level, level, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, level[:, None].expand(-1, 4))
 
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class TDPathLoss(PathLoss):
         eta: DDIM's eta of the means, in [0, 1]; None is 1 for "markov", 0 for "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0" 1/(A^2 + A'^2), "online" 1/(A scale)^2 or "none".
 
-    The draws: t, then the noise.
+    The draws: t, then the seed of the pair's noise.
     """
 
     lambda_base: float = 0.5
@@ -123,17 +123,13 @@ class TDPathLoss(PathLoss):
             ValueError: a wrong shape or dtype, or `noise_p` with "shared".
         """
         self._check_images(images)
-        shared = self.coupling == "shared"
-        if shared and noise_p is not None:
-            raise ValueError(f"{type(self).__name__}: noise_p must be None with shared coupling, where noise serves both levels")
         t, (delta, k), path = self._time(t, images), self.distances, self.schedule
         valid = t - k - delta >= path.t_end
         t_p = (t - k).clamp(min=path.t_min)
         times = torch.stack([t, (t - delta).clamp(min=path.t_end), t_p, (t_p - delta).clamp(min=path.t_end)])
         coef, levels = path_coef(path.alpha(times), path.sigma(times), valid, prediction=self.prediction, weight=self.weight,
                                  eta=eta_of(self.coupling) if self.eta is None else self.eta, lambda_base=self.lambda_base, mean_matching=self.mean_matching)
-        noise = self._noise("noise", noise, images)
-        x_t, x_tp = noisy_pair(images, levels[:, 0], levels[:, 2], noise, None if shared else self._noise("noise_p", noise_p, images))
+        x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.coupling, noise, noise_p)
         return TDBatch(images, x_t, x_tp, coef, levels)
 
 

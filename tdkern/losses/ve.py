@@ -19,7 +19,7 @@ class VELoss(PathLoss):
     Raises:
         ValueError: an argument is out of its range.
 
-    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise.
+    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise's seed.
     """
 
     sigma_min: float = 0.02

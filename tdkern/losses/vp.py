@@ -19,7 +19,7 @@ class VPLoss(PathLoss):
     Raises:
         ValueError: an argument is out of its range.
 
-    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise.
+    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise's seed.
     """
 
     beta_d: float = 19.9
