@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -61,6 +62,30 @@ def test_train_then_generate(tmp_path, data):
     again = np.array(PIL.Image.open(tmp_path / "again" / "001000" / "001005.png"))
     assert np.abs(again.astype(int) - grid[8:, 8:]).max() <= 1
     assert "class must be one of the network's 3 classes" in tdkern_("generate", "--network", run_dir, "--outdir", images, "--class", "3", code=1)
+
+
+def test_generate_with_every_sampler(tmp_path, data):
+    tdkern_("train", "--data", data, "--outdir", tmp_path, "--nosubdirs", "--duration", "8e-6", "--lr", "0.1", *FLAGS)
+    images = {}
+
+    def generate(*args, name, code=0):
+        output = tdkern_("generate", "--network", tmp_path, "--grid", tmp_path / f"{name}.png", "--seeds", "0-3", *args, code=code)
+        images[name] = None if code else np.array(PIL.Image.open(tmp_path / f"{name}.png")).astype(int)
+        return output
+
+    for sampler in ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep"):
+        generate("--sampler", sampler, "--steps", "5", name=sampler)
+    generate("--sampler", "onestep", name="onestep")
+    generate("--sampler", "ddim", "--steps", "5", "--eta", "1", name="ddim 1")
+    generate("--sampler", "unipc", "--steps", "5", "--order", "3", name="unipc 3")
+    generate("--sampler", "multistep", "--steps", "5", "--clip_denoised", "--sigma_max", "20", name="clipped")
+    generate("--steps", "5", name="default")
+    same = [(a, b) for a, b in itertools.combinations(images, 2) if np.abs(images[a] - images[b]).max() <= 1]
+    assert same == [("heun", "default"), ("euler", "ddim"), ("ddpm", "ddim 1")]
+    for sampler, flag, value in (("heun", "eta", "0"), ("ddpm", "eta", "1"), ("ddim", "S_churn", "1"), ("dpmpp", "order", "2"), ("unipc", "S_min", "0"),
+                                 ("onestep", "steps", "2"), ("onestep", "rho", "7"), ("heun", "clip_denoised", "1")):
+        output = generate("--sampler", sampler, f"--{flag}", value, name="refused", code=2)
+        assert f"--{flag} does nothing with --sampler {sampler}" in output
 
 
 def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):

@@ -1,15 +1,18 @@
 """`tdkern generate`."""
+from inspect import signature
 from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 from tqdm import tqdm
 
+from .. import samplers
 from ..data import save_grid, save_image
 from ..schedules import EDM
 from ..training import load_network, sample
 from ..training.distributed import this_process
-from .types import Numbers
+from .types import Numbers, boolean
 
 
 @click.command()
@@ -19,6 +22,8 @@ from .types import Numbers
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
+@click.option("--sampler", type=click.Choice(["heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "onestep", "multistep"]), default="heun", show_default=True,
+              help="How; the last two are for consistency models.")
 @click.option("--steps", type=click.IntRange(min=2), default=18, show_default=True, help="Sampling steps.")
 @click.option("--sigma_min", type=float, default=0.002, show_default=True, help="Lowest noise level.")
 @click.option("--sigma_max", type=float, default=80.0, show_default=True, help="Highest noise level.")
@@ -27,15 +32,20 @@ from .types import Numbers
 @click.option("--S_min", "S_min", type=float, default=0.0, show_default=True, help="Lowest noise level with added noise.")
 @click.option("--S_max", "S_max", type=float, default=float("inf"), show_default=True, help="Highest noise level with added noise.")
 @click.option("--S_noise", "S_noise", type=float, default=1.0, show_default=True, help="Inflation of the added noise.")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Share of new noise in a step of ddim.")
+@click.option("--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc.")
+@boolean("--clip_denoised", "Clamp what onestep and multistep denoise to the images' range.")
 @click.option("--grid", metavar="FILE.png", help="Also write all images into one file.")
-def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min, sigma_max, rho, grid, **churn):
-    """Draw images from a trained network with EDM's second-order sampler.
+def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, sigma_min, sigma_max, rho, grid, **options):
+    """Draw images from a trained network, by default with EDM's second-order sampler.
 
     An image depends on its seed, not on the others. Start with torchrun to use several GPUs.
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
+    tdkern generate --network model.safetensors --outdir images --sampler unipc --steps 8
     """
+    options = _options(sampler, options)
     if not outdir and not grid:
         raise click.UsageError("give --outdir, --grid or both")
     process = this_process()
@@ -43,11 +53,15 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     try:
         net, meta = load_network(network, process.device)
-        sigmas = net.round_sigma(EDM(steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).sigmas())  # the levels that it knows
+        levels = EDM(steps + (sampler == "multistep"), max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).sigmas()
+        sigmas = net.round_sigma(levels)  # to those that it knows
+        if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
+            sigmas = sigmas[:-1]
+            options["sigma_min"] = sigmas[-1].item()
         batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
         images = []
         for part in tqdm(batches, unit="batch", disable=process.rank > 0):
-            images.append(sample(net, meta["network"], part.tolist(), sigmas, class_idx=class_idx, **churn))
+            images.append(sample(net, meta["network"], part.tolist(), sigmas, sampler=getattr(samplers, sampler), class_idx=class_idx, **options))
             for seed, image in zip(part.tolist(), images[-1] if outdir else (), strict=bool(outdir)):
                 folder = Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,3 +73,13 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
             save_grid(grid, images, columns=round(len(images) ** 0.5))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _options(sampler: str, values: dict) -> dict:
+    """The sampler's own options; one given on the command line that it does not have is refused."""
+    known = signature(getattr(samplers, sampler)).parameters
+    source = click.get_current_context().get_parameter_source
+    for name in [*values, *(("steps", "sigma_min", "rho") if sampler == "onestep" else ())]:
+        if name not in known and source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} does nothing with --sampler {sampler}")
+    return {name: value for name, value in values.items() if name in known}
