@@ -71,7 +71,7 @@ class Loss(ABC):
     @property
     @abstractmethod
     def prediction(self) -> dict:
-        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for."""
+        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for; a loss with its own `_fits` may have a name here."""
 
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
