@@ -213,7 +213,7 @@ def test_bad_arguments():
     images = torch.zeros(2, 3)
     pair = TDFlowLoss().pair
     for call, message in (
-        (lambda: VPLoss(beta_min=0.0), "VP: beta_d must be >= 0 and beta_min > 0"),
+        (lambda: VPLoss(beta_min=-1.0), "VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2"),
         (lambda: TDVELoss(sigma_min=200.0), "VE: sigma_min and sigma_max must satisfy"),
         (lambda: FlowLoss(t_min=0.0), "FlowMatching: t_min and t_max must satisfy"),
         (lambda: DDPMLoss(prediction="score"), "DDPMLoss: prediction must be one of eps, x0, v, got 'score'"),
