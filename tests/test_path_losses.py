@@ -1,4 +1,5 @@
 """The losses along a schedule's time, DDPM, VP, VE and flow matching: golden vectors, draws, ends of the path, networks."""
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -185,8 +186,6 @@ def test_mean_matching(weight):
 @pytest.mark.parametrize("loss", TD, ids=name)
 def test_couplings_and_eta(loss):
     """"shared" has one noise and DDIM's mean; `eta` changes the mean alone."""
-    import dataclasses
-
     x0, noise, noise_p = torch.randn(3, 4, 2, dtype=torch.float64)
     t = torch.linspace(0.3, 1, 4, dtype=torch.float64) * loss.schedule.t_max
     t = t.round() if isinstance(loss, DDPMLoss) else t
