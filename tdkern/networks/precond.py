@@ -142,7 +142,8 @@ class iDDPMPrecond(_Precond):
         alpha_bar = [sin(pi / 2 * j / (M * (C_2 + 1))) ** 2 for j in range(M + 1)]
         u = [0.0]
         for j in range(M, 0, -1):
-            u.insert(0, sqrt((u[0] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
+            u.append(sqrt((u[-1] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
+        u.reverse()
         self.register_buffer("u", torch.tensor(u, dtype=torch.float64))
         self.sigma_min, self.sigma_max = u[M - 1], u[0]
 
