@@ -32,6 +32,7 @@ from .types import Numbers, boolean
 @click.option("--lr-decay", type=click.Choice(["none", "cosine"]), default="none", show_default=True, help="Fall of the learning rate over the duration.")
 @click.option("--ema", type=float, default=0.5, show_default=True, metavar="MIMG", help="Half-life of the averaged weights.")
 @click.option("--dropout", type=float, default=0.13, show_default=True, help="Dropout probability.")
+@click.option("--augment", type=float, default=0.12, show_default=True, metavar="P", help="Probability of each augmentation, as in EDM; 0 for none.")
 @boolean("--xflip", "Add every image's mirror image.")
 @boolean("--fp16", "Half precision inside the network.")
 @boolean("--bf16", "bfloat16 inside the network.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
+from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
 from ..ema import EMA, copy_decay, edm_decay, target_decay
 from ..losses import EDMLoss, TDEDMLoss
@@ -32,6 +32,11 @@ def make_loss(options: Options) -> EDMLoss:
         return EDMLoss(sigma_data=SIGMA_DATA)
     return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, steps=options.steps, k_idx=options.k_idx, one_idx=options.one_idx,
                      td_coupling=options.td_coupling, weight=options.td_weight, td_sigma=options.td_sigma and tuple(options.td_sigma))
+
+
+def make_augment_pipe(options: Options) -> AugmentPipe | None:
+    """EDM's augmentation, whose 9 labels both networks are told (arXiv 2206.00364, appendix F.2); None where its probability is 0."""
+    return AugmentPipe(p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) if options.augment else None
 
 
 def learning_rate(options: Options, nimg: int) -> float:
@@ -59,7 +64,11 @@ class Trainer:
         self.options, self.process, self.step = options, process, 0
         self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
         channels, resolution, _ = self.dataset.image_shape
+        self.augment_pipe = make_augment_pipe(options)
+        if self.augment_pipe:
+            self.augment_pipe.to(process.device)
         self.network = {"arch": options.arch, "img_resolution": resolution, "img_channels": channels, "label_dim": self.dataset.label_dim,
+                        "augment_dim": self.augment_pipe.label_dim if self.augment_pipe else 0,
                         "cbase": options.cbase, "cres": options.cres, "dropout": options.dropout, "precond": options.precond, "sigma_data": SIGMA_DATA,
                         "precision": options.precision}
         self.loss = make_loss(options)
@@ -96,7 +105,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
-            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(to_float(x)), y if y.shape[1] else None)
+            x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
+            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(x), y if y.shape[1] else None, augment_labels)
             # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
             (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
