@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from ..ops import td_loss
+from ..predictions import skip_scale
+from ..reference.td_coef import td_weighting
+from ..schedules import two_moment
 
 
 class TDBatch(NamedTuple):
@@ -39,6 +42,32 @@ def noisy_pair(x0: Tensor, sigma: Tensor, sigma_p: Tensor, noise: Tensor, noise_
         return x0 + per_sample(sigma, x0) * noise, x0 + per_sample(sigma_p, x0) * noise
     x_tp = x0 + per_sample(sigma_p, x0) * noise_p
     return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
+
+
+def path_coef(alpha: Tensor, sigma: Tensor, valid: Tensor, *, prediction: str, eta: float, weight: str, lambda_base: float,
+              mean_matching: bool = False) -> tuple[Tensor, Tensor]:
+    """The columns of `td_loss`'s `coef` and the noise levels, for pairs on any path: what `td_coef` is for EDM's.
+
+    A = alpha_tau - kappa alpha_t by `two_moment`, D = skip x + scale F by `skip_scale` in EDM's state, w_td by `weight`; the base loss has the
+    weight w = 1/scale^2, in which it is the mean square error of F. Where the pair leaves the path w_td = 0 and w_base is (1 + lambda_base) w
+    or, with `mean_matching`, lambda_base w plus the weight of A^2 |x0 - D|^2, the TD term of a pair whose x_t' is the data itself.
+
+    Args:
+        alpha, sigma: [4, B] float64, the levels at t, tau, t', tau'.
+        valid: [B] bool, whether the sample has a TD term.
+        prediction, eta, weight, lambda_base: as in the losses; `eta` is of the means.
+
+    Returns:
+        coef [B, 8] and levels [B, 4] = sigma / alpha, float64.
+    """
+    levels = sigma / alpha
+    A, A_p = two_moment(alpha[0::2], sigma[0::2], alpha[1::2], sigma[1::2], eta=eta)[0]
+    skip, scale = skip_scale(prediction, levels[0::2])
+    w = scale[0] ** -2
+    w_end = A**2 * td_weighting(weight, A, 0 * A, scale[0], 0 * A) if mean_matching else w
+    w_td = torch.where(valid, td_weighting(weight, A, A_p, *scale), 0.0)
+    w_base = lambda_base * w + torch.where(valid, 0.0, w_end)
+    return torch.stack([skip[0], scale[0], skip[1], scale[1], A, A_p, w_td, w_base], 1), levels.T
 
 
 @dataclass(frozen=True)
@@ -100,11 +129,15 @@ class Loss(ABC):
     def _predict(self, net, x: Tensor, sigma: Tensor, skip_scale: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
         """A network's output and the x of D = skip x + scale output; where the output is D itself, sets skip = 0, scale = 1."""
         sigma = sigma.to(x.dtype)
-        if hasattr(net, "raw") and all(getattr(net, name, None) == value for name, value in self.prediction.items()):
+        if hasattr(net, "raw") and self._fits(net):
             return net.raw(x, sigma, **conditions), x
         skip_scale[:, 0].fill_(0)
         skip_scale[:, 1].fill_(1)
         return net(x, sigma, **conditions), None
+
+    def _fits(self, net) -> bool:
+        """Whether a network's `raw` output is the F that `TDBatch.coef` is made for."""
+        return all(getattr(net, name, None) == value for name, value in self.prediction.items())
 
     def _check_images(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:
