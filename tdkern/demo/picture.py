@@ -16,9 +16,9 @@ STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D")
 
 def draw_picture(study: Study) -> bytes:
     """A PNG file: samples of every method, denoiser error by noise level, sample distance by steps, error over training."""
-    figure = Figure(figsize=(16, 9.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(16, 9.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.45])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.45])
     _samples(study, top)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
     for panel, axis in zip((_error, _difference, _distance, _training), axes, strict=True):
