@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import td_loss
+from ..ops import noise_pair, td_loss
 from ..predictions import skip_scale
 from ..reference.td_coef import td_weighting
 from ..schedules import two_moment
@@ -34,14 +34,6 @@ class TDTerms(NamedTuple):
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] numbers as a column that multiplies `like`, [B, ...], in its dtype."""
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
-
-
-def noisy_pair(x0: Tensor, sigma: Tensor, sigma_p: Tensor, noise: Tensor, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x_t, x_t'): one Markov path with `noise_p` up to x_t' and `noise` from there, or with `noise_p=None` shared noise."""
-    if noise_p is None:
-        return x0 + per_sample(sigma, x0) * noise, x0 + per_sample(sigma_p, x0) * noise
-    x_tp = x0 + per_sample(sigma_p, x0) * noise_p
-    return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
 
 
 def path_coef(alpha: Tensor, sigma: Tensor, valid: Tensor, *, prediction: str, eta: float, weight: str, lambda_base: float,
@@ -146,6 +138,23 @@ class Loss(ABC):
     def _check_shape(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
         if tensor.shape != shape:
             raise ValueError(f"{type(self).__name__}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+    def _noisy_pair(self, x0: Tensor, sigma: Tensor, sigma_p: Tensor, coupling: str, noise: Tensor | None, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x_t, x_t') in EDM's state: one Markov path with `noise_p` up to x_t' and `noise` from there, or one shared noise.
+
+        With neither noise given the pair comes from the `noise_pair` op, and its seed from torch's global generator on x0's device.
+        """
+        shared = coupling == "shared"
+        if shared and noise_p is not None:
+            raise ValueError(f"{type(self).__name__}: noise_p must be None with shared coupling, where noise serves both levels")
+        if noise is None and noise_p is None:
+            one, seed = torch.ones_like(sigma), torch.randint(2**63 - 1, (1,), device=x0.device)
+            return noise_pair(x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend)
+        noise = self._noise("noise", noise, x0)
+        x_tp = x0 + per_sample(sigma_p, x0) * (noise if shared else self._noise("noise_p", noise_p, x0))
+        if shared:
+            return x0 + per_sample(sigma, x0) * noise, x_tp
+        return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
 
     def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:
         """Unit noise like `images`: the one given, or a draw."""

@@ -28,7 +28,7 @@ class DDPMLoss(PathLoss):
     Raises:
         ValueError: an argument is out of its range.
 
-    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise.
+    Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the noise's seed.
     """
 
     T: int = 1000
@@ -56,6 +56,12 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
 
     Where t <= k the whole return is known: the error is A^2 |x0 - D|^2, "mean matching", weighed as a TD term whose A' is 0; with the
     weights "pairwise" and "online" that is the simple loss again. The DDPM loss comes beside both, lambda_base times.
+
+    Coupling (Gaussian data of standard deviation 0.5): with "markov" the target is unbiased. For k = 1 its variance is below the baseline's at every
+    t (r from 1.00 to 1.83 with linear betas, 1.89 with cosine); for k > 1 it exceeds it just above t = k, where A' is near 1 and A is not: r is
+    2.6 at t = 3 for k = 2, and above 2 from t = 11 to 17 for k = 10, where the variance reaches 2.8 times the baseline's. With "shared" its slope is
+    off by +0.4, +0.4, +0.5 and +0.6 % at sigma_hat .5, 1, 2 and 4 for T = 1000 and k = 1, which adds up over the steps, and by +13, +17, +23 and
+    +40 % for T = 50, cosine, k = 3.
 
     `TDPathLoss` has the equations and the arguments `lambda_base`, `coupling`, `eta`, `weight`; `DDPMLoss` the schedule and the rest.
     `target_net` is needed.

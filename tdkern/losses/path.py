@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops.td_coef import WEIGHTS
 from ..predictions import PRECONDS, skip_scale
 from ..schedules import Schedule, eta_of
-from .base import Loss, TDBatch, noisy_pair, path_coef, per_sample
+from .base import Loss, TDBatch, path_coef
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PathLoss(Loss):
         skip, scale = skip_scale(self.prediction, level)
         zero = torch.zeros_like(level)
         coef = torch.stack([skip, scale, zero, zero, zero, zero, zero, scale**-2], 1)
-        x_t = images + per_sample(level, images) * self._noise("noise", noise, images)
+        x_t, _ = self._noisy_pair(images, level, level, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, level[:, None].expand(-1, 4))
 
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
@@ -71,9 +71,12 @@ class TDPathLoss(PathLoss):
     A = alpha_tau (1 - kappa alpha_t / alpha_tau), hence the ratio r = A' / A. The TD target of D is x0 - r (x0 - D').
 
     coupling "markov": x_t' lies on the Markov path to x_t, so E[x0 - D'(x_t') | x_t] = 0 at the optimum for any r: the target is unbiased,
-    and its variance is 1 - (2 r - r^2) v'/v of the baseline's, v the mean square of x0 - E[x0 | x_t]: below it as long as r < 2.
+    and its variance is 1 - (2 r - r^2) v'/v of the baseline's, v and v' the mean squares of x0 - E[x0 | x_t] at the two levels: below it as
+    long as r < 2, whatever the data.
     "shared": one noise for both states, and the target is biased: for Gaussian data of standard deviation s its slope in x_t is off by the
-    share r sigma_hat' (sigma_hat - sigma_hat') / (s^2 + sigma_hat'^2) of the optimal one. It is here for comparison.
+    share r sigma_hat' (sigma_hat - sigma_hat') / (s^2 + sigma_hat'^2) of the optimal one, of which each loss gives numbers (s = 0.5). From
+    level to level this adds up: with r = 1 and small steps it leads to the ODE's end, a consistency model, in place of a denoiser. It is here
+    for comparison.
     `eta` is of the means alone: eta = 0 with "markov" states takes DDIM's drift, and is as unbiased.
 
     Args:
@@ -82,7 +85,7 @@ class TDPathLoss(PathLoss):
         eta: DDIM's eta of the means, in [0, 1]; None is 1 for "markov", 0 for "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0" 1/(A^2 + A'^2), "online" 1/(A scale)^2 or "none".
 
-    The draws: t, then the noise.
+    The draws: t, then the seed of the pair's noise.
     """
 
     lambda_base: float = 0.5
@@ -123,17 +126,13 @@ class TDPathLoss(PathLoss):
             ValueError: a wrong shape or dtype, or `noise_p` with "shared".
         """
         self._check_images(images)
-        shared = self.coupling == "shared"
-        if shared and noise_p is not None:
-            raise ValueError(f"{type(self).__name__}: noise_p must be None with shared coupling, where noise serves both levels")
         t, (delta, k), path = self._time(t, images), self.distances, self.schedule
         valid = t - k - delta >= path.t_end
         t_p = (t - k).clamp(min=path.t_min)
         times = torch.stack([t, (t - delta).clamp(min=path.t_end), t_p, (t_p - delta).clamp(min=path.t_end)])
         coef, levels = path_coef(path.alpha(times), path.sigma(times), valid, prediction=self.prediction, weight=self.weight,
                                  eta=eta_of(self.coupling) if self.eta is None else self.eta, lambda_base=self.lambda_base, mean_matching=self.mean_matching)
-        noise = self._noise("noise", noise, images)
-        x_t, x_tp = noisy_pair(images, levels[:, 0], levels[:, 2], noise, None if shared else self._noise("noise_p", noise_p, images))
+        x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.coupling, noise, noise_p)
         return TDBatch(images, x_t, x_tp, coef, levels)
 
 
