@@ -80,12 +80,17 @@ def test_generate_with_every_sampler(tmp_path, data):
     generate("--sampler", "unipc", "--steps", "5", "--order", "3", name="unipc 3")
     generate("--sampler", "multistep", "--steps", "5", "--clip_denoised", "--sigma_max", "20", name="clipped")
     generate("--steps", "5", name="default")
+    generate("--steps", "5", "--solver", "heun", name="ablation")
+    generate("--steps", "5", "--disc", "iddpm", name="iddpm")
+    generate("--steps", "5", "--disc", "vp", "--schedule", "vp", "--scaling", "vp", "--solver", "euler", "--S_churn", "1", name="vp")
     same = [(a, b) for a, b in itertools.combinations(images, 2) if np.abs(images[a] - images[b]).max() <= 1]
-    assert same == [("heun", "default"), ("euler", "ddim"), ("ddpm", "ddim 1")]
-    for sampler, flag, value in (("heun", "eta", "0"), ("ddpm", "eta", "1"), ("ddim", "S_churn", "1"), ("dpmpp", "order", "2"), ("unipc", "S_min", "0"),
-                                 ("onestep", "steps", "2"), ("onestep", "rho", "7"), ("heun", "clip_denoised", "1")):
-        output = generate("--sampler", sampler, f"--{flag}", value, name="refused", code=2)
+    assert same == [("heun", "default"), ("heun", "ablation"), ("euler", "ddim"), ("ddpm", "ddim 1"), ("default", "ablation")]
+    refused = {"heun": ("eta", "clip_denoised"), "ddpm": ("eta",), "ddim": ("S_churn", "scaling"), "dpmpp": ("order",), "onestep": ("steps", "rho", "disc")}
+    values = {"scaling": "vp", "disc": "vp", "steps": "2"}
+    for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
+        output = generate("--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2)
         assert f"--{flag} does nothing with --sampler {sampler}" in output
+    assert "--rho does nothing with --disc vp" in generate("--disc", "vp", "--rho", "7", name="refused", code=2)
 
 
 def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):

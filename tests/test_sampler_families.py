@@ -7,8 +7,9 @@ import pytest
 import torch
 from analytic import gmm, load
 
-from tdkern.networks import EDMPrecond, VPPrecond, iDDPMPrecond
-from tdkern.samplers import ablation, ddim, ddpm, dpmpp, euler, heun, multistep, onestep, unipc
+from tdkern.networks import EDMPrecond, VPPrecond
+from tdkern.samplers import ablation, ablation_sigmas, ddim, ddpm, dpmpp, euler, heun, multistep, onestep, unipc
+from tdkern.samplers.ablation import RANGES
 from tdkern.schedules import EDM
 
 
@@ -179,26 +180,22 @@ def test_order_of_convergence(sampler, low, high):
 
 # EDM's generalised sampler
 
-BETA_D, BETA_MIN = 19.9, 0.1
-RANGES = {"vp": [math.sqrt(math.expm1(BETA_D * t**2 / 2 + BETA_MIN * t)) for t in (1e-3, 1)], "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
-
-
-def ablated(golden, discretisation, **options):
-    sigmas = torch.cat([golden[f"sigma_steps__{discretisation}"], torch.zeros(1)])
-    lo, hi = RANGES[discretisation]
+def ablated(golden, discretization, **options):
+    sigmas = ablation_sigmas(discretization, int(golden["num_steps"]))
+    lo, hi = RANGES[discretization]
     return ablation(gmm(golden), golden["latents"].double() * sigmas[0], sigmas, sigma_min=lo, sigma_max=hi, **options)
 
 
-@pytest.mark.parametrize("discretisation", RANGES)
-def test_ablation_golden(discretisation):
+@pytest.mark.parametrize("discretization", RANGES)
+def test_ablation_golden(discretization):
     """Every solver, schedule and scaling."""
     golden = load("heun_ablation")
     cases = [key.removeprefix("x__").split("_") for key in golden if key.startswith("x__") and key.count("_") == 5]
-    cases = [(solver, schedule, scaling) for solver, schedule, disc, scaling in cases if disc == discretisation]
+    cases = [(solver, schedule, scaling) for solver, schedule, disc, scaling in cases if disc == discretization]
     assert len(cases) == 12
     for solver, schedule, scaling in cases:
-        x = ablated(golden, discretisation, solver=solver, schedule=schedule, scaling=scaling)
-        torch.testing.assert_close(x, golden[f"x__{solver}_{schedule}_{discretisation}_{scaling}"], rtol=1e-12, atol=1e-12)
+        x = ablated(golden, discretization, solver=solver, schedule=schedule, scaling=scaling)
+        torch.testing.assert_close(x, golden[f"x__{solver}_{schedule}_{discretization}_{scaling}"], rtol=1e-12, atol=1e-12)
 
 
 def test_ablation_golden_alpha_and_churn():
@@ -221,14 +218,20 @@ def test_ablation_is_heun_by_default_and_stays_in_edms_state():
         torch.testing.assert_close(step["denoised"], denoiser(step["x"], torch.full((4,), step["sigma"], dtype=torch.float64)), rtol=1e-9, atol=1e-9)
 
 
-def test_ablation_takes_levels_of_iddpm():
-    """Of the levels in range, so many evenly; single precision, as in a default run of the published code, moves them by less than 1e-3."""
+def test_ablation_sigmas_golden():
+    """Of iDDPM, single precision, as in a default run of the published code, moves them by less than 1e-3."""
     golden = load("heun_ablation")
-    u = iDDPMPrecond(torch.nn.Identity()).u
-    u = u[(u >= RANGES["iddpm"][0]) & (u <= RANGES["iddpm"][1])]
-    sigmas = u[(torch.arange(6) * (len(u) - 1) / 5).round().long()]
-    torch.testing.assert_close(sigmas, golden["sigma_steps__iddpm"], rtol=1e-12, atol=0)
-    torch.testing.assert_close(sigmas, golden["sigma_steps__iddpm_f32alphabar"], rtol=1e-3, atol=0)
+    for discretization in RANGES:
+        sigmas = ablation_sigmas(discretization, 6)
+        torch.testing.assert_close(sigmas[:-1], golden[f"sigma_steps__{discretization}"], rtol=1e-11, atol=0)
+        assert sigmas[-1] == 0
+    torch.testing.assert_close(ablation_sigmas("iddpm", 6)[:-1], golden["sigma_steps__iddpm_f32alphabar"], rtol=1e-3, atol=0)
+    narrow = [ablation_sigmas(discretization, 6, 0.1, 20.0, 5.0) for discretization in RANGES]
+    for sigmas in narrow:
+        assert len(sigmas) == 7 and (sigmas.diff() < 0).all()
+        torch.testing.assert_close(sigmas[[0, 5]], torch.tensor([20.0, 0.1], dtype=torch.float64), rtol=0.05, atol=0)  # iDDPM's are the nearest
+    with pytest.raises(ValueError, match="ablation_sigmas: discretization must be one of vp, ve, iddpm, edm, got 'cosine'"):
+        ablation_sigmas("cosine", 6)
 
 
 # all

@@ -15,10 +15,10 @@ sigma (its level) and denoised.
 input from F in one launch. The result is the same to rounding. A callback, which is shown what that launch does not make, takes
 the plain path, and so does every other callable: for a compiled network, compile the `model` inside it.
 """
-from .ablation import ablation
+from .ablation import ablation, ablation_sigmas
 from .consistency import multistep, onestep
 from .ddim import ddim, ddpm
 from .edm import euler, heun
 from .fewstep import dpmpp, unipc
 
-__all__ = ["ablation", "ddim", "ddpm", "dpmpp", "euler", "heun", "multistep", "onestep", "unipc"]
+__all__ = ["ablation", "ablation_sigmas", "ddim", "ddpm", "dpmpp", "euler", "heun", "multistep", "onestep", "unipc"]

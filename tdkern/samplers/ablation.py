@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from ..schedules import EDM, VE, VP, iDDPM
 from .base import checked_levels, denoise, unit_noise
 from .edm import raised_levels
 
@@ -24,6 +25,35 @@ def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3):
     return sigma, time, lambda t: (beta_d * t + beta_min) * (sigma(t) + 1 / sigma(t)) / 2
 
 
+RANGES = {"vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+
+
+def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Tensor:
+    """The levels of one of EDM's discretizations (arXiv 2206.00364, table 1): [steps + 1] float64, falling to 0.
+
+    Args:
+        discretization: "vp", evenly spread times of the VP path that fits the range; "ve", a geometric sequence; "iddpm", of
+            `schedules.iDDPM`; "edm", of `schedules.EDM`.
+        steps: >= 2.
+        sigma_min, sigma_max: lowest positive level and highest; None is the discretization's own, see RANGES.
+        rho: of "edm".
+
+    Raises:
+        ValueError: no such discretization, or the range or the steps are not to be had.
+    """
+    if discretization not in RANGES:
+        raise ValueError(f"ablation_sigmas: discretization must be one of {', '.join(RANGES)}, got {discretization!r}")
+    lo, hi = RANGES[discretization]
+    lo, hi = lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max
+    edm = EDM(steps, lo, hi, rho)  # checks them all
+    if discretization == "vp":
+        sigma, _, _ = _vp(lo, hi)
+        return torch.tensor([*map(sigma, torch.linspace(1, 1e-3, steps, dtype=torch.float64).tolist()), 0.0], dtype=torch.float64)
+    if discretization == "iddpm":
+        return iDDPM().sigmas(steps, sigma_min=lo, sigma_max=hi)
+    return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
+
+
 SCHEDULES = {  # sigma(t), t(sigma), sigma'(t) for a range of levels
     "vp": _vp,
     "ve": lambda sigma_min, sigma_max: (math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
@@ -39,7 +69,7 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
              S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
     """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 81, algorithms 1 to 3, table 1).
 
-    `sigmas` is the discretisation: the levels t_i = t(sigma_i) of `schedules.EDM`, `VP`, `VE` or `iDDPM`. The defaults are `heun`.
+    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The defaults are `heun`.
 
     | schedule | sigma(t) | | scaling | s(t) |
     | --- | --- | --- | --- | --- |
