@@ -111,5 +111,5 @@ def pytest_sessionfinish():
 def pytest_terminal_summary(terminalreporter):
     from table import markdown
 
-    if results_file().exists():
+    if ROWS:
         terminalreporter.write_line("\n" + markdown(results_file()))
