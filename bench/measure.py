@@ -39,9 +39,9 @@ def copy_of(moved: int):
     return lambda: target.copy_(source)
 
 
-def peak_extra(step) -> int:
-    """The most bytes of tensors that step() holds at any time beside what there was before, what it returns included."""
-    if DEVICE == "cuda":
+def peak_extra(step, device: str = DEVICE) -> int:
+    """The most bytes of tensors on the device that step() holds at any time beside what there was before, what it returns included."""
+    if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

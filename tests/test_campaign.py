@@ -177,5 +177,5 @@ def test_peak_extra():
             del_me = there + 1
         return del_me * 2
 
-    assert 2 * size <= measure.peak_extra(step) <= 3 * size
-    assert measure.peak_extra(lambda: None) == 0
+    assert 2 * size <= measure.peak_extra(step, "cpu") <= 3 * size
+    assert measure.peak_extra(lambda: None, "cpu") == 0
