@@ -43,8 +43,9 @@ def test_gradients_are_a_sum_over_elements_and_a_mean_over_the_batch(data):
     torch.manual_seed(derive_seed(0, "step", 0, 0))
     total = 0
     for x0 in to_float(images).split(4):  # EDM's loss, arXiv 2206.00364, written out
-        sigma = (-1.2 + 1.2 * torch.randn(4, dtype=torch.float64)).exp().float()[:, None, None, None]
-        D = trainer.net(x0 + sigma * torch.randn_like(x0), sigma.flatten())
+        pair = trainer.loss.pair(x0)
+        sigma = pair.levels[:, 0].float()[:, None, None, None]
+        D = trainer.net(pair.x_t, sigma.flatten())
         total = total + ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * (D - x0) ** 2).sum() / 8
     expected = torch.autograd.grad(total, list(trainer.net.parameters()))
     trainer.train_step(images, labels)
