@@ -36,4 +36,4 @@ def bench_ct_step(compare, competitor):
 
     # Read each parameter for three passes, write and read its gradient, read and write it, Adam's two states and the target.
     moved = (3 + 2 + 8) * 4 * sum(parameter.numel() for parameter in net.parameters())
-    compare("ct_step", f"SongUNet {BATCH}x3x32x32", competitor, step, moved=moved, seconds=5.0)
+    compare("ct_step", f"SongUNet {BATCH}x3x32x32", competitor, step, moved=moved, seconds=10.0)
