@@ -267,10 +267,10 @@ class VP(VariancePreserving):
     t_max = 1.0
 
     def __post_init__(self):
-        if not (self.beta_d >= 0 and self.beta_min > 0):
-            raise ValueError(f"VP: beta_d must be >= 0 and beta_min > 0, got {self.beta_d} and {self.beta_min}")
         if not 0 < self.epsilon_t < 1:
             raise ValueError(f"VP: epsilon_t must be between 0 and 1, got {self.epsilon_t}")
+        if not (self.beta_d >= 0 and self.beta_d * self.epsilon_t / 2 + self.beta_min > 0):  # so that the noise is there and rises from epsilon_t on
+            raise ValueError(f"VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2, got {self.beta_d} and {self.beta_min}")
 
     @property
     def t_min(self) -> float:

@@ -97,8 +97,8 @@ def ddpm(beta_schedule, T, k):
         return abar.sqrt(), (1 - abar).sqrt()
 
     return Family(f"ddpm {beta_schedule} T={T} k={k}",
-                  lambda coupling, prediction, weight, eta: TDDDPMLoss(T, prediction, beta_schedule, k=k, coupling=coupling, weight=weight, eta=eta,
-                                                                      terminal="simple"),
+                  lambda coupling, prediction, weight, eta: TDDDPMLoss(T, k, prediction=prediction, beta_schedule=beta_schedule, terminal="simple",
+                                                                      coupling=coupling, weight=weight, eta=eta),
                   levels, (-1, -k), [0.95 * T // 1, T // 2, k + 1, k], ("eps", "x0", "v"))
 
 

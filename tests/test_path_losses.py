@@ -1,11 +1,12 @@
 """The losses along a schedule's time, DDPM, VP, VE and flow matching: golden vectors, draws, ends of the path, networks."""
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tdkern.losses import DDPMLoss, FlowLoss, TDDDPMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from tdkern.losses import DDPMLoss, EDMLoss, FlowLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
 from tdkern.networks import MLP, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from tdkern.schedules import DDPM
 
@@ -113,6 +114,31 @@ def test_raw_and_plain_networks_agree(loss):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_a_denoiser_is_asked_at_the_schedules_own_time():
+    """Times 1 .. T here are 0 .. T - 1 in a network's own count, and its input is the path's own state."""
+    class Record(torch.nn.Module):
+        def forward(self, x, t):
+            self.call = x, t
+            return torch.zeros_like(x)
+
+    loss, module, t = TDDDPMLoss(50, beta_schedule="cosine"), Record(), torch.arange(1, 51)
+    net = Denoiser(module, alphas_cumprod=loss.schedule.alphas_cumprod).double()
+    batch = loss.pair(torch.randn(50, 2, dtype=torch.float64), t=t)
+    loss.evaluate(net, net, batch)
+    x, times = module.call
+    torch.testing.assert_close(times, (t - 2).clamp(min=0).double())  # of t', the last call
+    torch.testing.assert_close(x, loss.schedule.alpha((t - 1).clamp(min=1))[:, None] * batch.x_tp)
+
+
+@pytest.mark.parametrize("loss", [*BASELINES, *TD, TDDDPMLoss(20, 3, coupling="shared"), EDMLoss(), TDEDMLoss()], ids=name)
+def test_nothing_waits_for_the_device(loss):
+    """On the device "meta" there are no values, so whatever asked for one would raise."""
+    images = torch.zeros(4, 3, device="meta")
+    batch = loss.pair(images)
+    assert batch.coef.shape == (4, 8) and batch.levels.shape == (4, 4) and batch.x_t.shape == (4, 3) and batch.coef.device.type == "meta"
+    assert loss.evaluate(lambda x, *_, **__: x, lambda x, *_, **__: x, batch).loss.shape == (4,)
+
+
 def test_iddpm_networks_predict_eps():
     assert DDPMLoss()._fits(iDDPMPrecond(MLP(2, 8, 1))) and not DDPMLoss(prediction="v")._fits(iDDPMPrecond(MLP(2, 8, 1)))
 
@@ -133,7 +159,7 @@ def test_without_a_target_it_is_the_base_loss(loss):
 
 
 def test_td_k_reaches_the_data_where_t_is_k():
-    loss = TDDDPMLoss(10, k=3)
+    loss = TDDDPMLoss(10, 3)
     batch = loss.pair(torch.zeros(10, 1), t=torch.arange(1, 11))
     assert torch.equal(batch.coef[:, 6] != 0, torch.arange(1, 11) > 3)
     path = DDPM(10)
@@ -160,8 +186,6 @@ def test_mean_matching(weight):
 @pytest.mark.parametrize("loss", TD, ids=name)
 def test_couplings_and_eta(loss):
     """"shared" has one noise and DDIM's mean; `eta` changes the mean alone."""
-    import dataclasses
-
     x0, noise, noise_p = torch.randn(3, 4, 2, dtype=torch.float64)
     t = torch.linspace(0.3, 1, 4, dtype=torch.float64) * loss.schedule.t_max
     t = t.round() if isinstance(loss, DDPMLoss) else t
@@ -188,7 +212,7 @@ def test_bad_arguments():
     images = torch.zeros(2, 3)
     pair = TDFlowLoss().pair
     for call, message in (
-        (lambda: VPLoss(beta_min=0.0), "VP: beta_d must be >= 0 and beta_min > 0"),
+        (lambda: VPLoss(beta_min=-1.0), "VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2"),
         (lambda: TDVELoss(sigma_min=200.0), "VE: sigma_min and sigma_max must satisfy"),
         (lambda: FlowLoss(t_min=0.0), "FlowMatching: t_min and t_max must satisfy"),
         (lambda: DDPMLoss(prediction="score"), "DDPMLoss: prediction must be one of eps, x0, v, got 'score'"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tdkern.schedules import DDPM, EDM, VE, VP, FlowMatching, iDDPM, two_moment
 
-PATHS = [DDPM(), DDPM(50, "cosine"), VP(), VE(), FlowMatching()]
+PATHS = [DDPM(), DDPM(50, "cosine"), VP(), VP(17.5, -0.005, 1e-3), VE(), FlowMatching()]
 
 
 def golden(name):
@@ -143,7 +143,7 @@ def test_golden_levels():
         (lambda: DDPM(2, (0.1, 1.0)), "DDPM: beta_schedule must be"),
         (lambda: DDPM(10).times(11), "DDPM: steps must be from 1 to T = 10, got 11"),
         (lambda: iDDPM().sigmas(2000), "iDDPM: steps must be from 1 to 9.., the levels between 0.002 and 81.0, got 2000"),
-        (lambda: VP(beta_min=0.0), "VP: beta_d must be >= 0 and beta_min > 0, got 19.9 and 0.0"),
+        (lambda: VP(beta_min=-0.1), "VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2, got 19.9 and -0.1"),
         (lambda: VP(epsilon_t=1.0), "VP: epsilon_t must be between 0 and 1, got 1.0"),
         (lambda: VE(sigma_min=0.0), "VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 0.0 and 100.0"),
         (lambda: FlowMatching(t_max=1.0), "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got 0.001 and 1.0"),

@@ -71,7 +71,7 @@ class Loss(ABC):
     @property
     @abstractmethod
     def prediction(self) -> dict:
-        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for."""
+        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for; a loss with its own `_fits` may have a name here."""
 
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
@@ -118,13 +118,13 @@ class Loss(ABC):
         td, base = terms.unbind(1)
         return TDTerms(terms.sum(1), td, base, coef[:, 6] != 0)
 
-    def _predict(self, net, x: Tensor, sigma: Tensor, skip_scale: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
-        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets skip = 0, scale = 1."""
+    def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1."""
         sigma = sigma.to(x.dtype)
         if hasattr(net, "raw") and self._fits(net):
             return net.raw(x, sigma, **conditions), x
-        skip_scale[:, 0].fill_(0)
-        skip_scale[:, 1].fill_(1)
+        columns[:, 0].fill_(0)
+        columns[:, 1].fill_(1)
         return net(x, sigma, **conditions), None
 
     def _fits(self, net) -> bool:

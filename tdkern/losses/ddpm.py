@@ -1,5 +1,5 @@
 """DDPM's and DDIM's loss over discrete times, alone and with a temporal-difference term, TD(k)."""
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,8 +32,8 @@ class DDPMLoss(PathLoss):
     """
 
     T: int = 1000
-    prediction: str = "eps"
-    beta_schedule: str | tuple[float, ...] = "linear"
+    prediction: str = field(default="eps", kw_only=True)
+    beta_schedule: str | tuple[float, ...] = field(default="linear", kw_only=True)
 
     def __post_init__(self):
         if self.prediction not in PREDICTIONS:
@@ -72,7 +72,7 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
     """
 
     k: int = 1
-    terminal: str = "mean"
+    terminal: str = field(default="mean", kw_only=True)
 
     def __post_init__(self):
         super().__post_init__()
