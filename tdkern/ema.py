@@ -1,5 +1,6 @@
 """Averages of a network's weights, and the decays that drive them."""
 import copy
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -87,6 +88,15 @@ def target_decay(rate: float, step: int) -> float:
     in a run of 2,000 steps it lags so far behind that training fails.
     """
     return min(rate, (1 + step) / (10 + step))
+
+
+def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:
+    """Decay of consistency training's target (arXiv 2303.01469, appendix C): exp(s0 ln(mu0) / (N - 1)).
+
+    The target lags less as a curriculum's number of scales N = `num_scales` >= 2 grows, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being
+    `start_scales`.
+    """
+    return math.exp(start_scales * math.log(rate) / (num_scales - 1))
 
 
 def edm_decay(batch_size: int, halflife_img: float, cur_nimg: int, rampup_ratio: float = 0.05) -> float:
