@@ -11,10 +11,13 @@ from .edm import raised_levels
 
 
 def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3):
-    """The VP path with sigma(epsilon_s) and sigma(1) at the ends of a range: sigma(t), its inverse and its derivative."""
+    """The VP path with sigma(epsilon_s) and sigma(1) at the ends of a range: sigma(t), its inverse and its derivative.
+
+    Its betas come from the range and may be negative, as beta_min is for EDM's and beta_d for a narrow one: `schedules.VP` is not for these.
+    """
     low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
-    beta_min = high - beta_d / 2  # may be negative, as for EDM's range
+    beta_min = high - beta_d / 2
 
     def sigma(t: float) -> float:
         return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
@@ -48,7 +51,7 @@ def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = N
     edm = EDM(steps, lo, hi, rho)  # checks them all
     if discretization == "vp":
         sigma, _, _ = _vp(lo, hi)
-        return torch.tensor([*map(sigma, torch.linspace(1, 1e-3, steps, dtype=torch.float64).tolist()), 0.0], dtype=torch.float64)
+        return torch.tensor([*map(sigma, VP().times(steps).tolist()), 0.0], dtype=torch.float64)
     if discretization == "iddpm":
         return iDDPM().sigmas(steps, sigma_min=lo, sigma_max=hi)
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
