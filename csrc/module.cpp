@@ -36,19 +36,20 @@ double two_moment_kappa(double alpha_t, double sigma_t, double alpha_tau, double
   return kappa;
 }
 
-// One sample: (delta^2 mean, base^2 mean, dF), unweighted sums over n elements with coef's eight numbers.
-std::tuple<double, double, Doubles> td_sample(Doubles coef, Doubles F, Doubles F_p, Doubles x0, Doubles x_t, Doubles x_tp, bool consistency) {
+// One sample: (delta^2 mean, base^2 or |base| mean, dF), unweighted sums over n elements with coef's eight numbers.
+std::tuple<double, double, Doubles> td_sample(Doubles coef, Doubles F, Doubles F_p, Doubles x0, Doubles x_t, Doubles x_tp, bool consistency, bool l1) {
   const py::ssize_t n = F.size();
   if (coef.size() != 8) throw py::value_error("td_sample: coef must have 8 numbers, got " + std::to_string(coef.size()));
   for (const Doubles* array : {&F_p, &x0, &x_t, &x_tp})
     if (array->size() != n) throw py::value_error("td_sample: every array must have F's size");
-  const Sample<double> sample = make_sample<double>(coef.data(), n, 1, 1, true, true);
+  const Sample<double> sample = make_sample<double>(l1 ? Norm::l1 : Norm::l2, coef.data(), n, 1, 1, true, true);
+  const auto element = consistency ? (l1 ? td_element<true, Norm::l1, true, double, double> : td_element<true, Norm::l2, true, double, double>)
+                                   : (l1 ? td_element<true, Norm::l1, false, double, double> : td_element<true, Norm::l2, false, double, double>);
   Doubles dF(n);
   double td = 0, base = 0;
   for (py::ssize_t i = 0; i < n; ++i) {
     const double args[] = {F.data()[i], F_p.data()[i], x0.data()[i], x_t.data()[i], x_tp.data()[i]};
-    dF.mutable_data()[i] = consistency ? td_element<true, true, true>(sample, args[0], args[1], args[2], args[3], args[4], td, base)
-                                       : td_element<true, true, false>(sample, args[0], args[1], args[2], args[3], args[4], td, base);
+    dF.mutable_data()[i] = element(sample, args[0], args[1], args[2], args[3], args[4], td, base);
   }
   return {td / n, base / n, dF};
 }
@@ -60,6 +61,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build", &build, "What this build was made with and for.");
   m.def("two_moment_A", py::vectorize(two_moment_A), py::arg("alpha_t"), py::arg("sigma_t"), py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
   m.def("two_moment_kappa", py::vectorize(two_moment_kappa), py::arg("alpha_t"), py::arg("sigma_t"), py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
-  m.def("td_sample", &td_sample, "mean(delta^2), mean(base^2) and dF of one sample.", py::arg("coef"), py::arg("F"), py::arg("F_p"), py::arg("x0"), py::arg("x_t"),
-        py::arg("x_tp"), py::arg("consistency"));
+  m.def("td_sample", &td_sample, "mean(delta^2), mean(base^2) or mean(|base|), and dF of one sample.", py::arg("coef"), py::arg("F"), py::arg("F_p"), py::arg("x0"), py::arg("x_t"),
+        py::arg("x_tp"), py::arg("consistency"), py::arg("l1"));
 }

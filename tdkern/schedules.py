@@ -1,9 +1,12 @@
 """Noise schedules: alpha(t), sigma(t), their grids and inverses, and the two-moment mean between two levels.
 
-A diffusion path is x_t = alpha_t x0 + sigma_t eps. All functions take and return float64 tensors of any shape,
-or anything `torch.as_tensor` reads.
+A diffusion path is x_t = alpha_t x0 + sigma_t eps. All functions take tensors of any shape, or anything `torch.as_tensor` reads, and
+return float64 tensors on the same device.
 """
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ def eta_of(coupling: str) -> float:
 
 
 def _f64(value) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64)
+    return value.double() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
 
 
 def two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, *, coupling: str = "markov", eta: float | None = None) -> tuple[Tensor, Tensor]:
@@ -90,3 +93,259 @@ class EDM:
     def sigmas(self) -> Tensor:
         """The sampler's levels: sigma(0), ..., sigma(steps - 1), 0."""
         return torch.cat([self.sigma(torch.arange(self.steps)), torch.zeros(1, dtype=torch.float64)])
+
+
+class Schedule(ABC):
+    """A path x_t = alpha(t) x0 + sigma(t) eps whose noise rises with the time t. A family gives these two, `time` and `times`.
+
+    Networks, losses and samplers work in EDM's state x_t / alpha(t) = x0 + sigma_hat(t) eps, which is one and the same for every family.
+    """
+
+    t_end: float  # where tau may go to: 0 is the data itself where sigma(0) = 0
+    t_min: float  # the least time that a network is asked about
+    t_max: float
+
+    @abstractmethod
+    def alpha(self, t) -> Tensor:
+        """Signal level at a time."""
+
+    @abstractmethod
+    def sigma(self, t) -> Tensor:
+        """Noise level at a time, beside alpha(t)."""
+
+    def sigma_hat(self, t) -> Tensor:
+        """sigma(t) / alpha(t): the noise level in EDM's state, which rises with t."""
+        return self.sigma(t) / self.alpha(t)
+
+    @abstractmethod
+    def time(self, sigma_hat) -> Tensor:
+        """The inverse of `sigma_hat`, real."""
+
+    @abstractmethod
+    def times(self, steps: int) -> Tensor:
+        """[steps] falling times of a sampler, from t_max."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """[steps + 1], the sampler's levels: sigma_hat at `times(steps)`, and 0."""
+        return torch.cat([self.sigma_hat(self.times(steps)), torch.zeros(1, dtype=torch.float64)])
+
+
+class VariancePreserving(Schedule):
+    """alpha^2 + sigma^2 = 1: a family gives `decay`, from which all levels come without cancellation."""
+
+    @abstractmethod
+    def decay(self, t) -> Tensor:
+        """-ln alpha(t)^2 >= 0, which rises with t."""
+
+    def alpha(self, t) -> Tensor:
+        return (-self.decay(t) / 2).exp()
+
+    def sigma(self, t) -> Tensor:
+        return (-torch.expm1(-self.decay(t))).sqrt()
+
+    def sigma_hat(self, t) -> Tensor:
+        return torch.expm1(self.decay(t)).sqrt()
+
+
+@lru_cache(maxsize=64)
+def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.device) -> Tensor:
+    """[T + 1] float64 -ln alpha_bar at 0 .. T, kept on each device: a copy for each call would wait for the device."""
+    t = torch.arange(T + 1, dtype=torch.float64, device="cpu")
+    if beta_schedule == "cosine":
+        angle = (t / T + s) / (1 + s) * math.pi / 2
+        beta = 1 - (angle[1:].cos() / angle[:-1].cos()) ** 2
+    elif beta_schedule == "linear":
+        beta = (1e-4 + (t[1:] - 1) / (T - 1) * (0.02 - 1e-4)) * (1000 / T)
+    else:
+        beta = _f64(beta_schedule)
+    return torch.cat([t[:1], -torch.log1p(-beta.clamp(max=beta_max)).cumsum(0)]).to(device)
+
+
+@dataclass(frozen=True)
+class DDPM(VariancePreserving):
+    """DDPM's T discrete times (arXiv 2006.11239): alpha(t)^2 = alpha_bar_t = prod_{s <= t} (1 - beta_s), t in 1 .. T, and alpha(0) = 1. DDIM's too.
+
+    Args:
+        T: number of times.
+        beta_schedule: "linear", from 1e-4 to 0.02 for T = 1000 and 1000/T of that else (arXiv 2006.11239; 2102.09672); "cosine", alpha_bar
+            = cos^2((t/T + s)/(1 + s) pi/2) up to a constant (2102.09672, eq. 17); or a tuple of T numbers, beta_1 .. beta_T in (0, 1).
+        s: offset of "cosine".
+        beta_max: bound of every beta.
+
+    `alpha`, `sigma` and `sigma_hat` take whole times 0 .. T, of any dtype.
+    """
+
+    T: int = 1000
+    beta_schedule: str | tuple[float, ...] = "linear"
+    s: float = 0.008
+    beta_max: float = 0.999
+
+    t_end, t_min = 0.0, 1.0
+
+    def __post_init__(self):
+        if self.T < 2:
+            raise ValueError(f"DDPM: T must be at least 2, got {self.T}")
+        betas = self.beta_schedule
+        if betas not in ("linear", "cosine") and not (isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
+            raise ValueError(f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in (0, 1), got {betas!r}")
+
+    @property
+    def t_max(self) -> float:
+        return float(self.T)
+
+    def _table(self, device: torch.device) -> Tensor:
+        return _ddpm_decay(self.T, self.beta_schedule, self.s, self.beta_max, device)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """[T] float64, alpha_bar_t for t = 1 .. T."""
+        return (-self._table(torch.device("cpu"))[1:]).exp()
+
+    def decay(self, t) -> Tensor:
+        t = t if isinstance(t, Tensor) else torch.as_tensor(t, device="cpu")
+        return self._table(t.device)[t.long()]
+
+    def time(self, sigma_hat) -> Tensor:
+        """The real time in [1, T] of a level: ln sigma_hat is linear between whole times, and held at the ends."""
+        sigma_hat = _f64(sigma_hat)
+        return 1 + interpolated_index(torch.expm1(self._table(sigma_hat.device)[1:]).log() / 2, sigma_hat.log())
+
+    def times(self, steps: int) -> Tensor:
+        """[steps] whole times from T down to 1, evenly spread and rounded: DDIM's subsequence (arXiv 2010.02502, appendix D.2)."""
+        if not 1 <= steps <= self.T:
+            raise ValueError(f"DDPM: steps must be from 1 to T = {self.T}, got {steps}")
+        return torch.linspace(self.T, 1, steps, dtype=torch.float64).round()
+
+
+def interpolated_index(table: Tensor, values: Tensor) -> Tensor:
+    """The real index of each value in a rising table, linear between its entries and held at its ends."""
+    values = values.clamp(table[0], table[-1])
+    right = torch.searchsorted(table, values).clamp(1, len(table) - 1)
+    return right - (table[right] - values) / (table[right] - table[right - 1])
+
+
+@dataclass(frozen=True)
+class iDDPM:
+    """EDM's form of improved DDPM (arXiv 2206.00364, table 1): levels u_j of EDM's state, j in 0 .. M, 0 at the most noise, u_M = 0.
+
+    u_{j-1} = sqrt((u_j^2 + 1) / max(alpha_bar(j-1) / alpha_bar(j), C_1) - 1), alpha_bar(j) = sin^2(pi/2 j/(M (C_2 + 1))), which is DDPM's
+    "cosine" read from its end: u_j = sigma_hat(M - j) of `DDPM(M, "cosine", s=C_2, beta_max=1 - C_1)`.
+    """
+
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    @property
+    def ddpm(self) -> DDPM:
+        """The same levels as DDPM's times."""
+        return DDPM(self.M, "cosine", self.C_2, 1 - self.C_1)
+
+    @property
+    def u(self) -> Tensor:
+        """[M + 1] float64, the levels, falling to 0."""
+        return self.ddpm.sigma_hat(torch.arange(self.M, -1, -1, device="cpu"))
+
+    def sigmas(self, steps: int, *, sigma_min: float = 0.002, sigma_max: float = 81.0) -> Tensor:
+        """[steps + 1], the sampler's levels: of the u_j in that range as many, evenly spread and rounded, and 0."""
+        u = self.u
+        u = u[(u >= sigma_min) & (u <= sigma_max)]
+        if not 1 <= steps <= len(u):
+            raise ValueError(f"iDDPM: steps must be from 1 to {len(u)}, the levels between {sigma_min} and {sigma_max}, got {steps}")
+        chosen = torch.linspace(0, len(u) - 1, steps, dtype=torch.float64).round().long()
+        return torch.cat([u[chosen], torch.zeros(1, dtype=torch.float64)])
+
+
+@dataclass(frozen=True)
+class VP(VariancePreserving):
+    """The VP SDE (arXiv 2011.13456; 2206.00364, table 1): sigma_hat(t)^2 = exp(beta_d t^2/2 + beta_min t) - 1, t in [epsilon_t, 1]."""
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    epsilon_t: float = 1e-5
+
+    t_max = 1.0
+
+    def __post_init__(self):
+        if not 0 < self.epsilon_t < 1:
+            raise ValueError(f"VP: epsilon_t must be between 0 and 1, got {self.epsilon_t}")
+        if not (self.beta_d >= 0 and self.beta_d * self.epsilon_t / 2 + self.beta_min > 0):  # so that the noise is there and rises from epsilon_t on
+            raise ValueError(f"VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2, got {self.beta_d} and {self.beta_min}")
+
+    @property
+    def t_min(self) -> float:
+        return self.epsilon_t
+
+    t_end = t_min
+
+    def decay(self, t) -> Tensor:
+        t = _f64(t)
+        return t * (self.beta_d * t / 2 + self.beta_min)
+
+    def time(self, sigma_hat) -> Tensor:
+        exponent = (_f64(sigma_hat) ** 2).log1p()
+        return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
+
+    def times(self, steps: int, *, epsilon_s: float = 1e-3) -> Tensor:
+        """[steps] times from 1 to epsilon_s, evenly spread (arXiv 2206.00364, table 1)."""
+        return torch.linspace(1, epsilon_s, steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class VE(Schedule):
+    """The VE SDE (arXiv 2011.13456): alpha = 1, sigma(t) = sigma_min (sigma_max/sigma_min)^t, t in [0, 1]."""
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    t_end, t_min, t_max = 0.0, 0.0, 1.0
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    def alpha(self, t) -> Tensor:
+        return torch.ones_like(_f64(t))
+
+    def sigma(self, t) -> Tensor:
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** _f64(t)
+
+    def time(self, sigma_hat) -> Tensor:
+        return (_f64(sigma_hat) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+
+    def times(self, steps: int) -> Tensor:
+        """[steps] times from 1 to 0, evenly spread: a geometric sequence of levels."""
+        return torch.linspace(1, 0, steps, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class FlowMatching(Schedule):
+    """The straight path of flow matching (arXiv 2210.02747, 2209.03003): alpha = 1 - t, sigma = t, data at 0, noise at 1.
+
+    t is in [t_min, t_max], away from the ends: at 1 no signal is left and sigma_hat = t / (1 - t) is infinite, at 0 it is 0.
+    """
+
+    t_min: float = 1e-3
+    t_max: float = 0.999
+
+    def __post_init__(self):
+        if not 0 < self.t_min < self.t_max < 1:
+            raise ValueError(f"FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got {self.t_min} and {self.t_max}")
+
+    @property
+    def t_end(self) -> float:
+        return self.t_min
+
+    def alpha(self, t) -> Tensor:
+        return 1 - _f64(t)
+
+    def sigma(self, t) -> Tensor:
+        return _f64(t)
+
+    def time(self, sigma_hat) -> Tensor:
+        sigma_hat = _f64(sigma_hat)
+        return sigma_hat / (1 + sigma_hat)
+
+    def times(self, steps: int) -> Tensor:
+        """[steps] times from t_max to t_min, evenly spread."""
+        return torch.linspace(self.t_max, self.t_min, steps, dtype=torch.float64)

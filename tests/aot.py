@@ -42,12 +42,12 @@ def compile_kernel(kernel, capability: int, types: dict[str, str], constants: di
 def td_loss(capability: int):
     from tdkern.triton.td_loss import BLOCK, CHUNK, OPTIONS, SUM_BLOCK, chunk_kernel, sum_kernel
 
-    def chunk(net: str, data: str, *, consistency=False, stride="i32!", **constants):
+    def chunk(net: str, data: str, *, consistency=False, l1=False, stride="i32!", **constants):
         wide = "*fp64" if data == "*fp64" else "*fp32"
         strides = dict.fromkeys(("n", "F_row", "F_p_row", "x0_row", "x_t_row", "x_tp_row", "dF_row"), stride)
         types = {"F": net, "F_p": net, "dF": net, "x0": data, "x_t": data, "x_tp": data, "coef": "*fp64", "upstream": wide, "sums": wide, "loss": wide,
                  "inverse_n": "fp64", "chunks": "i32", **strides}
-        return compile_kernel(chunk_kernel, capability, types, {"CONSISTENCY": consistency, "CHUNK": CHUNK, "BLOCK": BLOCK, **constants}, OPTIONS)
+        return compile_kernel(chunk_kernel, capability, types, {"CONSISTENCY": consistency, "L1": l1, "CHUNK": CHUNK, "BLOCK": BLOCK, **constants}, OPTIONS)
 
     forward, backward = {"upstream": None}, {"sums": None, "loss": None}
     yield "forward float32", chunk("*fp32", "*fp32", **forward, sums=None, chunks=1)
@@ -57,6 +57,7 @@ def td_loss(capability: int):
     yield "forward float64", chunk("*fp64", "*fp64", consistency=True, **forward)
     yield "backward float32", chunk("*fp32", "*fp32", **backward)
     yield "backward bfloat16 of float32", chunk("*bf16", "*fp32", consistency=True, **backward)
+    yield "forward float32, l1", chunk("*fp32", "*fp32", consistency=True, l1=True, **forward, sums=None, chunks=1)
     types = {"sums": "*fp32", "coef": "*fp64", "loss": "*fp32", "inverse_n": "fp64", "chunks": "i32"}
     yield "sum", compile_kernel(sum_kernel, capability, types, {"SPAN": SUM_BLOCK, "SUM_BLOCK": SUM_BLOCK}, {"enable_fp_fusion": True})
 

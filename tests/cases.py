@@ -75,6 +75,7 @@ VALID, INVALID, MIXED = (0.7, 0.1, 3.0, 12.0, 0.03), (90.0, 0.004, 200.0, 0.001)
 class Case:
     shape: tuple[int, ...]
     base: str = "denoise"
+    norm: dict = field(default_factory=dict)  # td_loss's base_norm and huber_c
     sigma: tuple[float, ...] = MIXED  # repeated over the batch; within td_coef's schedule a sample has a TD term
     lie: dict[str, Callable] = field(default_factory=dict)  # of a tensor, or of "all"
     coef: dict = field(default_factory=dict)  # td_coef's options
@@ -87,12 +88,18 @@ class Case:
 
 X0_PREDICTION = {0: 0.0, 1: 1.0, 2: 0.0, 3: 1.0}
 CT = {"precond": "ct", "weight": "pairwise_x0", "base_weight": "uniform"}
+L1, HUBER = {"base_norm": "l1"}, {"base_norm": "huber", "huber_c": 0.03}
 CASES = {
     "odd": Case((5, 3, 5, 7)),
     "odd, consistency": Case((5, 3, 5, 7), "consistency", coef=CT),
+    "odd, l1": Case((5, 3, 5, 7), "consistency", L1, coef=CT),
+    "odd, l1, denoise": Case((5, 3, 5, 7), norm=L1),
+    "odd, huber": Case((5, 3, 5, 7), "consistency", HUBER, coef=CT),
+    "odd, huber, denoise": Case((5, 3, 5, 7), norm={"base_norm": "huber", "huber_c": 0.5}),
     "image": Case((3, 3, 32, 32)),
     "no samples": Case((0, 3, 4, 4)),
     "no elements": Case((3, 0, 4)),
+    "no elements, huber": Case((3, 0, 4), norm=HUBER),
     "one sample": Case((1, 3, 8, 8)),
     "one odd sample": Case((1, 107), "consistency", sigma=VALID),  # aligned, since there is no next row: packs, and a tail behind them
     "one element": Case((20, 1)),
@@ -102,6 +109,8 @@ CASES = {
     "a chunk": Case((2, 8192)),
     "a chunk and one": Case((2, 8193)),
     "several chunks": Case((2, 2 * 8192 + 77), "consistency", sigma=VALID),
+    "several chunks, l1": Case((2, 8192 + 77), "consistency", L1, sigma=VALID),
+    "several chunks, huber": Case((2, 8192 + 77), "consistency", HUBER, sigma=VALID),
     "a million and one": Case((1, 1_000_001), large=True),
     "misaligned": Case((3, 3, 5, 8), lie={"all": offset}),
     "one misaligned": Case((3, 3, 4, 8), lie={"x_t": offset}),
@@ -125,6 +134,8 @@ CASES = {
     "shared noise": Case((4, 3, 4, 4), sigma=VALID, coef={"coupling": "shared"}),
     "TD alone": Case((3, 3, 4, 4), "consistency", coef={"lambda_base": 0.0}, sigma=VALID),
     "a silent sample": Case((5, 3, 4, 4), silent=(1, 2)),
+    "a silent sample, l1": Case((5, 3, 4, 4), norm=L1, silent=(1, 2)),
+    "a silent sample, huber": Case((5, 3, 4, 4), norm=HUBER, silent=(1, 2)),
     "float32 coef": Case((3, 3, 4, 4), coef_dtype=F32),
     "x0 prediction": Case((4, 3, 4, 4), columns=X0_PREDICTION, absent=("x_t", "x_tp")),
     "x0 prediction, consistency": Case((4, 3, 4, 4), "consistency", columns=X0_PREDICTION, absent=("x_t", "x_tp")),
@@ -171,9 +182,9 @@ def with_gradient(loss_of, args, upstream=None) -> tuple[Tensor, Tensor]:
     return loss.detach(), dF
 
 
-def oracle(args, base: str, upstream=None) -> tuple[Tensor, Tensor]:
+def oracle(args, base: str, upstream=None, **norm) -> tuple[Tensor, Tensor]:
     """(loss, dF) of the reference in float64."""
-    return with_gradient(lambda *a: reference.td_loss(*a, base), widened(args), upstream)
+    return with_gradient(lambda *a: reference.td_loss(*a, base, **norm), widened(args), upstream)
 
 
 # ---- figures --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The build: what was compiled, that it loads, that no kernel spills, and that the package lives without it."""
 import ctypes
+import itertools
 import json
 import re
 import shutil
@@ -145,12 +146,12 @@ def test_td_math_header_over_numpy():
         np.testing.assert_allclose(_C.two_moment_kappa(0.8, sigma, 0.9, tau, eta), kappa, rtol=1e-13)
     coef = rng.uniform(0.1, 1, 8)
     arrays = rng.normal(size=(5, 21))
-    for base in ("denoise", "consistency"):
+    for base, norm in itertools.product(("denoise", "consistency"), ("l2", "l1")):
         F, *rest = (torch.tensor(array)[None] for array in arrays)
         F.requires_grad_()
-        loss = tdkern.td_loss(F, rest[0], rest[1], torch.tensor(coef)[None], rest[2], rest[3], base=base, backend="reference")
+        loss = tdkern.td_loss(F, rest[0], rest[1], torch.tensor(coef)[None], rest[2], rest[3], base=base, base_norm=norm, backend="reference")
         loss.sum().backward()
-        td, other, dF = _C.td_sample(coef, *arrays, base == "consistency")
+        td, other, dF = _C.td_sample(coef, *arrays, base == "consistency", norm == "l1")
         np.testing.assert_allclose([coef[6] * td, coef[7] * other], loss[0].detach(), rtol=1e-13)
         np.testing.assert_allclose(dF, F.grad[0], rtol=1e-12)
 

@@ -32,11 +32,12 @@ def td_coef():
 
 
 def td_loss():
-    for name in ("odd", "one odd sample", "several chunks", "a chunk and one", "misaligned", "channels_last of some", "no elements", "no samples"):
+    for name in ("odd", "one odd sample", "several chunks", "a chunk and one", "misaligned", "channels_last of some", "no elements", "no samples",
+                 "odd, l1", "several chunks, l1", "odd, huber"):
         for dtypes in DTYPES:
-            args = inputs(name, dtypes)
+            args, case = inputs(name, dtypes), CASES[name]
             upstream = torch.tensor([[1, 1], [2, 2], [0, 1], [0.5, 0], [0, 0]])[: len(args[0])]
-            yield from with_gradient(lambda *args, base=CASES[name].base: tdkern.td_loss(*args, base=base, backend="cuda"), args, upstream)
+            yield from with_gradient(lambda *args, case=case: tdkern.td_loss(*args, base=case.base, **case.norm, backend="cuda"), args, upstream)
 
 
 def noise_pair():

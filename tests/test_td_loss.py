@@ -11,7 +11,7 @@ from pathlib import Path
 import aot
 import pytest
 import torch
-from cases import CASES, CLEAN, COEF, DTYPES, F16, F32, F64, NAMES, OUT, SMALL, TARGET, X_T, X_TP, check, device_of, inputs, oracle, rows, with_gradient
+from cases import CASES, CLEAN, COEF, DTYPES, F32, F64, HUBER, L1, NAMES, OUT, SMALL, TARGET, X_T, X_TP, check, device_of, inputs, oracle, rows, with_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tdkern
@@ -19,11 +19,12 @@ from tdkern import _library, reference
 from tdkern.ops.td_loss import _empty_grad
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter masks out afterwards
-LAYOUTS = ("odd", "odd, consistency", "slices of channels", "channels_last of some", "batch inside", "a silent sample", "x0 prediction", "no samples")
+LAYOUTS = ("odd", "odd, consistency", "slices of channels", "channels_last of some", "batch inside", "a silent sample", "x0 prediction", "no samples",
+           "odd, l1")
 
 
-def loss_of(backend, base):
-    return lambda *args: tdkern.td_loss(*args, base=base, backend=backend)
+def loss_of(backend, base, **norm):
+    return lambda *args: tdkern.td_loss(*args, base=base, **norm, backend=backend)
 
 
 def judge(backend, name, dtypes, upstream=None, scale=1.0):
@@ -31,9 +32,9 @@ def judge(backend, name, dtypes, upstream=None, scale=1.0):
     case = CASES[name]
     args = inputs(name, dtypes, device_of(backend))
     args[3][:, 6:] *= scale
-    loss, dF = with_gradient(loss_of(backend, case.base), args, upstream)
-    expected_loss, expected_dF = oracle(args, case.base, None if upstream is None else upstream.to("cpu"))
-    plain_loss, plain_dF = with_gradient(lambda *a: reference.td_loss(*a, case.base), args, upstream)
+    loss, dF = with_gradient(loss_of(backend, case.base, **case.norm), args, upstream)
+    expected_loss, expected_dF = oracle(args, case.base, None if upstream is None else upstream.to("cpu"), **case.norm)
+    plain_loss, plain_dF = with_gradient(lambda *a: reference.td_loss(*a, case.base, **case.norm), args, upstream)
     assert loss.dtype == (F64 if dtypes == "float64" else F32) and dF.dtype == args[0].dtype and dF.shape == args[0].shape
     assert dF.stride() == _empty_grad(args[0]).stride()
     # Every sample by itself, unless it is too few elements to be judged by.
@@ -63,6 +64,35 @@ def test_td_loss_reference_is_the_cancelled_form():
             loss, dF = oracle(args, base)
             torch.testing.assert_close(loss[b], torch.stack([w_td * delta.square().mean(), w_base * error.square().mean()]), rtol=1e-12, atol=0)
             torch.testing.assert_close(dF[b], -2 * scale / x0[b].numel() * (w_td * A * delta + w_base * error), rtol=1e-11, atol=1e-13)
+            norms = {"l1": (error.abs().sum(), error.sign()), "huber": ((total := (error.square().sum() + 0.04).sqrt()) - 0.2, error / total)}
+            for norm, (value, slope) in norms.items():
+                loss, dF = oracle(args, base, base_norm=norm, huber_c=0.2)
+                torch.testing.assert_close(loss[b, 1], w_base * value / x0[b].numel(), rtol=1e-12, atol=0)
+                torch.testing.assert_close(dF[b], -scale / x0[b].numel() * (2 * w_td * A * delta + w_base * slope), rtol=1e-11, atol=1e-13)
+
+
+def test_td_loss_l1_at_its_kink(compiled):
+    """Where the error is exactly 0 so is dF; where it is NaN both are NaN, so that a step of it can be seen and skipped."""
+    F = torch.randn(2, 9)
+    F_p = F.clone()
+    F[1, 3:5] += torch.tensor([1.0, math.nan])
+    coef = torch.tensor([0.0, 1, 0, 1, 0, 0, 0, 1]).repeat(2, 1)
+    loss, dF = with_gradient(lambda *a: tdkern.td_loss(*a, base="consistency", base_norm="l1", backend=compiled),
+                             [t.to(device_of(compiled)) for t in (F.requires_grad_(), F_p, F.detach().nan_to_num(), coef)])
+    assert (loss[0] == 0).all() and loss[1].isnan().tolist() == [False, True]
+    torch.testing.assert_close(dF.cpu(), torch.tensor([[0.0] * 9, [0, 0, 0, 1 / 9, math.nan, 0, 0, 0, 0]]), equal_nan=True)
+
+
+def test_td_loss_huber_is_that_of_improved_consistency_training(backend):
+    """n times the loss is w (sqrt(||b||^2 + c^2) - c), c = 0.00054 sqrt(n); a small error loses no digits."""
+    F, other = (torch.randn(4, 3, 8, 8, device=device_of(backend)) for _ in range(2))
+    coef = torch.tensor([0.0, 1, 0, 1, 0, 0, 0, 2], device=F.device).repeat(4, 1)
+    c = 0.00054 * 192**0.5
+    for target in (other, F + 1e-5 * other):
+        loss = tdkern.td_loss(F, target, torch.zeros_like(F), coef, base="consistency", base_norm="huber", backend=backend)
+        error = (F.double() - target.double()).flatten(1).norm(dim=1)
+        if backend != "reference" or target is other:
+            torch.testing.assert_close(192 * loss[:, 1].double(), 2 * ((error**2 + c**2).sqrt() - c), rtol=1e-5, atol=0)
 
 
 # ---- upstream gradients ---------------------------------------------------------------------------------------------
@@ -82,7 +112,8 @@ def test_td_loss_upstream(compiled, name, kind, dtypes):
 
 
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["several chunks", "channels_last of some", "slices of channels", "batch inside of one", "a silent sample", "x0 prediction"])
+@pytest.mark.parametrize("name", ["several chunks", "channels_last of some", "slices of channels", "batch inside of one", "a silent sample", "x0 prediction",
+                                  "odd, l1", "odd, huber", "several chunks, l1", "several chunks, huber", "a silent sample, l1", "a silent sample, huber"])
 def test_td_loss_upstream_in_every_layout(compiled, name, dtypes):
     judge(compiled, name, dtypes, upstreams(CASES[name].shape[0])["mixed"].flip(0).to(device_of(compiled)))
 
@@ -101,7 +132,7 @@ def test_td_loss_upstream_of_one_leaves_what_forward_wrote(compiled, dtypes):
     marked = torch.full_like(args[0], 7.0)
     upstream = torch.ones(5, 2, device=marked.device)
     upstream[3] = 0
-    _library.op("td_loss_backward_", compiled)(marked, upstream, *args, False)
+    _library.op("td_loss_backward_", compiled)(marked, upstream, *args, False, False)
     assert (marked[[0, 1, 2, 4]] == 7).all() and (marked[3] == 0).all()
 
 
@@ -143,12 +174,12 @@ def test_td_loss_reads_no_target_without_td(backend, value):
     assert torch.equal(clean[0], poison[0]) and torch.equal(clean[1], poison[1])
 
 
-@pytest.mark.parametrize("base", ["denoise", "consistency"])
-def test_td_loss_reads_nothing_of_a_silent_sample(backend, base):
+@pytest.mark.parametrize(("base", "norm"), [("denoise", {}), ("consistency", {}), ("consistency", L1), ("consistency", HUBER)])
+def test_td_loss_reads_nothing_of_a_silent_sample(backend, base, norm):
     args = inputs("a silent sample", device=device_of(backend))
-    loss, dF = with_gradient(loss_of(backend, base), poisoned(args, (OUT, TARGET, CLEAN, X_T, X_TP), [1, 2], math.nan))
+    loss, dF = with_gradient(loss_of(backend, base, **norm), poisoned(args, (OUT, TARGET, CLEAN, X_T, X_TP), [1, 2], math.nan))
     assert (loss[1:3] == 0).all() and (dF[1:3] == 0).all()
-    clean = with_gradient(loss_of(backend, base), args)
+    clean = with_gradient(loss_of(backend, base, **norm), args)
     assert torch.equal(loss, clean[0]) and torch.equal(dF, clean[1])
 
 
@@ -161,12 +192,12 @@ def test_td_loss_coef_of_a_term_that_is_off(compiled):
     assert torch.equal(clean[0], poison[0]) and torch.equal(clean[1], poison[1])
 
 
-@pytest.mark.parametrize("base", ["denoise", "consistency"])
+@pytest.mark.parametrize(("base", "norm"), [("denoise", {}), ("consistency", {}), ("denoise", L1), ("denoise", HUBER)])
 @pytest.mark.parametrize("term", [0, 1])
-def test_td_loss_term_of_weight_zero_is_zero_for_a_nan_error(backend, base, term):
+def test_td_loss_term_of_weight_zero_is_zero_for_a_nan_error(backend, base, norm, term):
     args = poisoned(inputs("all valid", device=device_of(backend)), (OUT,), [2], math.nan)
     args[COEF][:, 6 + term] = 0
-    loss = loss_of(backend, base)(*args).detach()
+    loss = loss_of(backend, base, **norm)(*args).detach()
     assert (loss[:, term] == 0).all() and loss[:, 1 - term].isnan().tolist() == [False, False, True, False, False]
 
 
@@ -242,16 +273,16 @@ def test_td_loss_gradient_to_nothing_but_out(backend):
     assert not loss_of(backend, "consistency")(*args).requires_grad
 
 
-@pytest.mark.parametrize("base", ["denoise", "consistency"])
-def test_td_loss_gradcheck(compiled, base):
+@pytest.mark.parametrize(("base", "norm"), [("denoise", {}), ("consistency", {}), ("consistency", L1), ("consistency", HUBER)])
+def test_td_loss_gradcheck(compiled, base, norm):
     args = [arg.detach()[:3].flatten(1)[:, :2] for arg in inputs("odd", "float64", device_of(compiled))]
     args[COEF] = inputs("odd", "float64", device_of(compiled))[COEF][:3]
-    assert torch.autograd.gradcheck(lambda F: loss_of(compiled, base)(F, *args[1:]), args[0].contiguous().requires_grad_(), atol=1e-6)
+    assert torch.autograd.gradcheck(lambda F: loss_of(compiled, base, **norm)(F, *args[1:]), args[0].contiguous().requires_grad_(), atol=1e-6)
 
 
 def test_td_loss_second_derivative_raises(compiled):
     args = inputs("odd", device=device_of(compiled))
-    for loss in (loss_of(compiled, "denoise")(*args), _library.op("td_loss", compiled)(*args, False, True)[0]):
+    for loss in (loss_of(compiled, "denoise")(*args), _library.op("td_loss", compiled)(*args, False, False, True)[0]):
         dF, = torch.autograd.grad(loss.square().sum(), args[0], create_graph=True)
         with pytest.raises(RuntimeError, match="once_differentiable"):
             dF.sum().backward()
@@ -262,7 +293,7 @@ def test_td_loss_graph_is_freed_without_the_collector(compiled):
     gc.collect()
     gc.disable()
     try:
-        for loss in (loss_of(compiled, "denoise")(*args), _library.op("td_loss", compiled)(*args, False, True)[0]):
+        for loss in (loss_of(compiled, "denoise")(*args), _library.op("td_loss", compiled)(*args, False, False, True)[0]):
             node = weakref.ref(loss.grad_fn)
             del loss
         assert node() is None
@@ -298,7 +329,7 @@ def test_td_loss_computes_a_gradient_only_where_one_is_wanted(compiled):
     op = _library.op("td_loss", compiled)
     assert [func for func, _ in calls.seen] == [op] * 3 and [arguments[-1] for _, arguments in calls.seen] == [False, False, True]
     assert not quiet.requires_grad and loss.requires_grad and torch.equal(quiet, loss)
-    dF = op(*args, False, False)[1]
+    dF = op(*args, False, False, False)[1]
     assert dF.shape == (0,)
 
 
@@ -307,23 +338,23 @@ def test_td_loss_computes_a_gradient_only_where_one_is_wanted(compiled):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_td_loss_opcheck(compiled, name):
-    args, consistency = inputs(name, device=device_of(compiled)), CASES[name].base == "consistency"
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, consistency, True))
-    loss, dF = _library.op("td_loss", compiled)(*(None if arg is None else arg.detach() for arg in args), consistency, True)
-    inner = (dF, upstreams(len(loss))["mixed"].to(loss), *(None if arg is None else arg.detach() for arg in args), consistency)
+    args, kind = inputs(name, device=device_of(compiled)), (CASES[name].base == "consistency", CASES[name].norm == L1)
+    torch.library.opcheck(_library.op("td_loss", compiled), (*args, *kind, True))
+    loss, dF = _library.op("td_loss", compiled)(*(None if arg is None else arg.detach() for arg in args), *kind, True)
+    inner = (dF, upstreams(len(loss))["mixed"].to(loss), *(None if arg is None else arg.detach() for arg in args), *kind)
     torch.library.opcheck(_library.op("td_loss_backward_", compiled), inner)
 
 
 def test_td_loss_opcheck_half_precision_and_no_gradient(compiled):
     args = inputs("odd", "bfloat16 of float32", device_of(compiled))
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, False), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, False, False), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, False, True), test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "no samples"])
+@pytest.mark.parametrize("name", [*(name for name in LAYOUTS if name != "no samples"), "odd, huber"])
 def test_td_loss_in_torch_compile(compiled, name):
     torch._dynamo.reset()
-    loss = loss_of(compiled, CASES[name].base)
+    loss = loss_of(compiled, CASES[name].base, **CASES[name].norm)
     traced = torch.compile(loss, fullgraph=True, backend="aot_eager")
     for upstream in (None, upstreams(CASES[name].shape[0])["mixed"]):
         args = inputs(name, device=device_of(compiled))
@@ -395,13 +426,13 @@ GOOD = {"out": (2, 3, 4), "out_target": (2, 3, 4), "x0": (2, 3, 4), "coef": (2, 
 BESIDE = "x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got"
 BAD = {
     "a scalar": (dict.fromkeys(GOOD, torch.zeros(())), "out must have shape [B, ...], got []"),
-    "x0 of another dtype": ({"x0": torch.zeros(2, 3, 4, dtype=F16)}, f"{BESIDE} torch.float16 beside torch.float32"),
+    "x0 of another dtype": ({"x0": torch.zeros(2, 3, 4, dtype=torch.float16)}, f"{BESIDE} torch.float16 beside torch.float32"),
     "integers": (dict.fromkeys(GOOD, torch.zeros(2, 3, 4, dtype=torch.int64)), f"{BESIDE} torch.int64 beside torch.int64"),
     "a target of another shape": ({"out_target": torch.zeros(2, 6, 4)}, "out_target must have out's shape [2, 3, 4], got [2, 6, 4]"),
     "x0 to be broadcast": ({"x0": torch.zeros(1, 3, 4)}, "x0 must have out's shape [2, 3, 4], got [1, 3, 4]"),
     "x_t with a dimension more": ({"x_t": torch.zeros(2, 3, 4, 1)}, "x_t must have out's shape [2, 3, 4], got [2, 3, 4, 1]"),
     "x_tp of another batch": ({"x_tp": torch.zeros(3, 3, 4)}, "x_tp must have out's shape [2, 3, 4], got [3, 3, 4]"),
-    "a target of another dtype": ({"out_target": torch.zeros(2, 3, 4, dtype=F16)}, "out_target must be torch.float32, got torch.float16"),
+    "a target of another dtype": ({"out_target": torch.zeros(2, 3, 4, dtype=torch.float16)}, "out_target must be torch.float32, got torch.float16"),
     "x_t of another dtype": ({"x_t": torch.zeros(2, 3, 4, dtype=F64)}, "x_t must be torch.float32, got torch.float64"),
     "coef of three columns": ({"coef": torch.zeros(2, 3)}, "coef must have shape [2, 8], got [2, 3]"),
     "coef of another batch": ({"coef": torch.zeros(3, 8)}, "coef must have shape [2, 8], got [3, 8]"),
@@ -410,6 +441,10 @@ BAD = {
     "x_t elsewhere": ({"x_t": torch.zeros(2, 3, 4, device="meta")}, "x_t must be on cpu, got meta"),
     "coef elsewhere": ({"coef": torch.zeros(2, 8, device="meta")}, "coef must be on cpu, got meta"),
     "no such base": ({"base": "eps"}, "base must be one of denoise, consistency, got 'eps'"),
+    "no such norm": ({"base_norm": "l3"}, "base_norm must be one of l2, l1, huber, got 'l3'"),
+    "huber_c of another norm": ({"huber_c": 0.1}, "huber_c must be None with base_norm 'l2', got 0.1"),
+    "huber_c of 0": ({"base_norm": "huber", "huber_c": 0.0}, "huber_c must be a positive number, got 0.0"),
+    "huber, coef of three columns": ({"base_norm": "huber", "coef": torch.zeros(2, 3)}, "coef must have shape [2, 8], got [2, 3]"),
 }
 
 
@@ -453,6 +488,6 @@ def test_td_loss_triton_ahead_of_time(capability):
     """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""
     pytest.importorskip("triton")
     report = {name: facts for name, facts in aot.report(capability).items() if "td_loss" in name}
-    assert len(report) == 8
+    assert len(report) == 9
     assert all(facts["stack"] == 0 and facts["local"] == 0 for facts in report.values()), report
     assert all(facts["registers"] <= 128 or "float64" in name for name, facts in report.items()), report

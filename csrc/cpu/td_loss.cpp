@@ -28,7 +28,7 @@ struct Chunk {  // elements [0, n) of one sample
 
 namespace TDKERN_ISA {
 
-template <bool TD, bool BASE, bool CONSISTENCY, Store kStore, typename N, typename D>
+template <bool TD, Norm BASE, bool CONSISTENCY, Store kStore, typename N, typename D>
 TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
   using T = typename Chunk<N, D>::T;
   const Chunk<N, D> c = chunk;
@@ -54,18 +54,18 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
   chunk.sum_base = sum(sum_base);
 }
 
-template <Store kStore, typename N, typename D>
+template <Norm NORM, Store kStore, typename N, typename D>
 TDKERN_INLINE void terms(Chunk<N, D>& c) {
-  if (c.td && c.base) return c.consistency ? loop<true, true, true, kStore>(c) : loop<true, true, false, kStore>(c);
-  if (c.td) return loop<true, false, false, kStore>(c);
-  if (c.base) return c.consistency ? loop<false, true, true, kStore>(c) : loop<false, true, false, kStore>(c);
+  if (c.td && c.base) return c.consistency ? loop<true, NORM, true, kStore>(c) : loop<true, NORM, false, kStore>(c);
+  if (c.td) return loop<true, Norm::none, false, kStore>(c);
+  if (c.base) return c.consistency ? loop<false, NORM, true, kStore>(c) : loop<false, NORM, false, kStore>(c);
   if (kStore != Store::none) memset(c.dF, 0, c.n * sizeof(N));
 }
 
-template <typename N, typename D>
+template <Norm NORM, typename N, typename D>
 void run(Chunk<N, D>& c) {
-  if (c.store == Store::none) return terms<Store::none>(c);
-  return c.store == Store::cached ? terms<Store::cached>(c) : terms<Store::streamed>(c);
+  if (c.store == Store::none) return terms<NORM, Store::none>(c);
+  return c.store == Store::cached ? terms<NORM, Store::cached>(c) : terms<NORM, Store::streamed>(c);
 }
 
 template <typename T>
@@ -73,7 +73,9 @@ void scale(T* dF, int64_t n, T g) {
   for (int64_t i = 0; i < n; ++i) dF[i] *= g;
 }
 
-#define TDKERN_RUN(N, D) template void run<N, D>(Chunk<N, D>&);
+#define TDKERN_RUN(N, D)                        \
+  template void run<Norm::l2, N, D>(Chunk<N, D>&); \
+  template void run<Norm::l1, N, D>(Chunk<N, D>&);
 TDKERN_RUN(float, float)
 TDKERN_RUN(double, double)
 TDKERN_RUN(BFloat16, BFloat16)
@@ -87,11 +89,11 @@ template void scale<double>(double*, int64_t, double);
 
 #if defined(TDKERN_LAUNCHER)
 namespace avx2 {
-template <typename N, typename D> void run(Chunk<N, D>&);
+template <Norm, typename N, typename D> void run(Chunk<N, D>&);
 template <typename T> void scale(T*, int64_t, T);
 }  // namespace avx2
 namespace avx512 {
-template <typename N, typename D> void run(Chunk<N, D>&);
+template <Norm, typename N, typename D> void run(Chunk<N, D>&);
 template <typename T> void scale(T*, int64_t, T);
 }  // namespace avx512
 
@@ -103,7 +105,7 @@ constexpr int64_t kStream = 1024 * 1024;  // bytes of dF that no core's own cach
 
 // Elements from `begin` of sample b.
 template <typename N, typename D>
-Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
+Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, Norm norm, int64_t b, int64_t begin) {
   using T = typename Chunk<N, D>::T;
   const auto at = [&](const auto& rows) { return rows.data + b * rows.stride + begin; };
   const double* coef = in.coef + 8 * b;
@@ -111,7 +113,7 @@ Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
   N* dF = in.dF.data ? at(in.dF) : nullptr;
   const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(N)) >= kStream && reinterpret_cast<uintptr_t>(dF) % 64 == 0;
   return {at(in.F), at(in.F_p), at(in.x0), at(in.x_t), at(in.x_tp), dF, std::min(in.n - begin, kChunk),
-          make_sample<T>(coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp), coef[6] != 0 && g_td != 0, coef[7] != 0 && g_base != 0, in.consistency,
+          make_sample<T>(norm, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp), coef[6] != 0 && g_td != 0, coef[7] != 0 && g_base != 0, in.consistency,
           dF == nullptr ? Store::none : streamed ? Store::streamed : Store::cached};
 }
 
@@ -129,10 +131,10 @@ void each_chunk(int64_t batch, int64_t n, const Fn& fn) {  // fn(sample, chunk)
 }
 
 std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp, bool consistency,
-                                   bool want_grad) {
+                                   bool l1, bool want_grad) {
   const Tensor layout = empty_rows_like(out);
   const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, layout);
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
   const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   const int64_t chunks = chunks_per_sample(in.n);
   const auto sums = std::make_unique<double[]>(2 * in.batch * chunks);
@@ -140,9 +142,9 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
     using N = decltype(net);
     using D = decltype(data);
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
-    const auto compute = TDKERN_PICK(run<N, D>);
+    const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>) : TDKERN_PICK(run<Norm::l2, N, D>);
     each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
-      Chunk<N, D> chunk = make_chunk(view, b, c * kChunk);
+      Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
       compute(chunk);
       sums[2 * (b * chunks + c)] = chunk.sum_td;
       sums[2 * (b * chunks + c) + 1] = chunk.sum_base;
@@ -162,19 +164,19 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
 
 // dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient is another.
 void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
-                       bool consistency) {
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, grad);
+                       bool consistency, bool l1) {
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_upstream(upstream, in);
   by_storage<BFloat16, Half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     using T = typename Chunk<N, D>::T;
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
-    const auto compute = TDKERN_PICK(run<N, D>);
+    const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>) : TDKERN_PICK(run<Norm::l2, N, D>);
     each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
       const T g_td = view.upstream[2 * b], g_base = view.upstream[2 * b + 1];
       if (g_td == 1 && g_base == 1) return;
-      Chunk<N, D> chunk = make_chunk(view, b, c * kChunk);
+      Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
       if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
         if (g_td == g_base && g_td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g_td);
       }

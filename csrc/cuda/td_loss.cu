@@ -26,7 +26,7 @@ __device__ __forceinline__ Chunk<N, D> chunk_at(const TdLossRows<N, D>& in, int6
   return {at(in.F), at(in.F_p), at(in.x0), at(in.x_t), at(in.x_tp), in.dF.data ? at(in.dF) : nullptr, static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
 }
 
-template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
+template <bool TD, Norm BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
 __device__ __forceinline__ void elements(const Chunk<N, D>& c, const Sample<T>& sample, int i, T& td, T& base) {
   Pack<N, vec> F_p{}, dF;
   Pack<D, vec> x_tp{};
@@ -45,7 +45,7 @@ __device__ __forceinline__ void elements(const Chunk<N, D>& c, const Sample<T>& 
 }
 
 // Whole packs first, what is left behind them one by one.
-template <bool TD, bool BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
+template <bool TD, Norm BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
 __device__ __forceinline__ void loop(const Chunk<N, D>& c, const Sample<T>& sample, T& td, T& base) {
   const int packed = c.count / vec * vec;
 #pragma unroll 1  // a pack of every tensor is enough in flight; more of them spill
@@ -56,17 +56,17 @@ __device__ __forceinline__ void loop(const Chunk<N, D>& c, const Sample<T>& samp
   }
 }
 
-template <int vec, typename N, typename D, typename T>
+template <Norm NORM, int vec, typename N, typename D, typename T>
 __device__ __forceinline__ void compute(const TdLossRows<N, D>& in, const Chunk<N, D>& c, int64_t b, T& td, T& base) {
   const double* coef = in.coef + 8 * b;
   const double g_td = in.upstream ? in.upstream[2 * b] : 1, g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
-  const Sample<T> sample = make_sample<T>(coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
+  const Sample<T> sample = make_sample<T>(NORM, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
   const bool has_td = coef[6] != 0 && g_td != 0, has_base = coef[7] != 0 && g_base != 0;
-  if (has_td && has_base && in.consistency) return loop<true, true, true, vec>(c, sample, td, base);
-  if (has_td && has_base) return loop<true, true, false, vec>(c, sample, td, base);
-  if (has_td) return loop<true, false, false, vec>(c, sample, td, base);
-  if (has_base && in.consistency) return loop<false, true, true, vec>(c, sample, td, base);
-  if (has_base) return loop<false, true, false, vec>(c, sample, td, base);
+  if (has_td && has_base && in.consistency) return loop<true, NORM, true, vec>(c, sample, td, base);
+  if (has_td && has_base) return loop<true, NORM, false, vec>(c, sample, td, base);
+  if (has_td) return loop<true, Norm::none, false, vec>(c, sample, td, base);
+  if (has_base && in.consistency) return loop<false, NORM, true, vec>(c, sample, td, base);
+  if (has_base) return loop<false, NORM, false, vec>(c, sample, td, base);
   if (c.dF)
     for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] = narrow<N, T>(0);
 }
@@ -79,12 +79,12 @@ __device__ __forceinline__ void write_loss(T* loss, const double* coef, int64_t 
 }
 
 // sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
-template <int vec, typename N, typename D, typename T>
+template <Norm NORM, int vec, typename N, typename D, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
     const int64_t b = task / chunks;
     T td = 0, base = 0;
-    compute<vec>(in, chunk_at(in, b, task % chunks * kChunk), b, td, base);
+    compute<NORM, vec>(in, chunk_at(in, b, task % chunks * kChunk), b, td, base);
     block_sum<kThreads>(td, base);
     if (threadIdx.x == 0) {
       if (sums) {
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* sums, c
   }
 }
 
-template <int vec, typename N, typename D>
+template <Norm NORM, int vec, typename N, typename D>
 __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<N, D> in, int64_t chunks) {
   using T = typename TdLossRows<N, D>::T;
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<
       }
     }
     T td = 0, base = 0;
-    compute<vec>(in, c, b, td, base);
+    compute<NORM, vec>(in, c, b, td, base);
   }
 }
 
@@ -138,14 +138,24 @@ bool packed(const TdLossRows<N, D>& in) {
   return fits(in.F) && fits(in.F_p) && fits(in.x0) && fits(in.x_t) && fits(in.x_tp) && fits(in.dF);
 }
 
+template <Norm NORM, typename N, typename D, typename T = typename TdLossRows<N, D>::T>
+auto forward_of(const TdLossRows<N, D>& in) {
+  return packed(in) ? forward_kernel<NORM, kVec<N, D>, N, D, T> : forward_kernel<NORM, 1, N, D, T>;
+}
+
+template <Norm NORM, typename N, typename D>
+auto backward_of(const TdLossRows<N, D>& in) {
+  return packed(in) ? backward_kernel<NORM, kVec<N, D>, N, D> : backward_kernel<NORM, 1, N, D>;
+}
+
 int64_t chunks_per_sample(int64_t n) { return std::max<int64_t>(1, (n + kChunk - 1) / kChunk); }
 
 std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp, bool consistency,
-                                   bool want_grad) {
+                                   bool l1, bool want_grad) {
   const Launch launch(out);
   const Tensor layout = empty_rows_like(out);
   const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, layout);
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
   const ScalarType wide = x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, wide);
   const int64_t chunks = chunks_per_sample(in.n);
@@ -158,7 +168,7 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
     T* to = rows<T>(loss).data;
     T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
-    const auto kernel = packed(view) ? forward_kernel<kVec<N, D>, N, D, T> : forward_kernel<1, N, D, T>;
+    const auto kernel = in.norm == Norm::l1 ? forward_of<Norm::l1>(view) : forward_of<Norm::l2>(view);
     launch("td_loss", kernel, grid_of(in.batch * chunks), view, to, partial, chunks);
     if (partial) launch("td_loss", sum_kernel<T>, grid_of(in.batch), partial, view.coef, to, in.batch, in.n, chunks);
   });
@@ -167,16 +177,16 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
 
 // dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient is another.
 void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
-                       bool consistency) {
+                       bool consistency, bool l1) {
   const Launch launch(grad);
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, grad);
+  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_upstream(upstream, in);
   if (in.batch * in.n == 0) return;
   by_storage<__nv_bfloat16, __half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
-    const auto kernel = packed(view) ? backward_kernel<kVec<N, D>, N, D> : backward_kernel<1, N, D>;
+    const auto kernel = in.norm == Norm::l1 ? backward_of<Norm::l1>(view) : backward_of<Norm::l2>(view);
     const int64_t chunks = chunks_per_sample(in.n);
     launch("td_loss_backward_", kernel, grid_of(in.batch * chunks), view, chunks);
   });

@@ -11,10 +11,11 @@ struct TdLossInputs {
   Tensor F, F_p, x0, x_t, x_tp, coef;  // x_t and x_tp stand for x0 where they are not given: their skip is then 0
   int64_t batch, n;                    // samples, elements a sample
   bool has_x_t, has_x_tp, consistency;
+  Norm norm;  // of the base loss
 };
 
 inline TdLossInputs td_loss_inputs(const Tensor& out, const Tensor& out_target, const Tensor& x0, const Tensor& coef, const std::optional<Tensor>& x_t,
-                                   const std::optional<Tensor>& x_tp, bool consistency, const Tensor& layout) {
+                                   const std::optional<Tensor>& x_tp, bool consistency, bool l1, const Tensor& layout) {
   const ScalarType net = out.scalar_type(), data = x0.scalar_type();
   check_like("td_loss", "out_target", out_target, out, net);
   check_like("td_loss", "x0", x0, out, data);
@@ -25,7 +26,8 @@ inline TdLossInputs td_loss_inputs(const Tensor& out, const Tensor& out_target, 
   const Tensor coef_wide = coef.scalar_type() == ScalarType::Double ? coef : torch::stable::to(coef, ScalarType::Double);
   const Tensor x0_rows = as_rows(x0, layout);
   return {as_rows(out, layout), as_rows(out_target, layout), x0_rows, x_t ? as_rows(*x_t, layout) : x0_rows, x_tp ? as_rows(*x_tp, layout) : x0_rows,
-          coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide), out.size(0), elements_per_sample(out), x_t.has_value(), x_tp.has_value(), consistency};
+          coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide), out.size(0), elements_per_sample(out), x_t.has_value(), x_tp.has_value(), consistency,
+          l1 ? Norm::l1 : Norm::l2};
 }
 
 // The same as plain pointers, for the kernels. N: storage of the network's outputs and of dF, D: of the data.

@@ -4,6 +4,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define TDKERN_HD __host__ __device__ __forceinline__
@@ -15,7 +17,9 @@ namespace tdkern {
 
 // ---- one element -------------------------------------------------------------------------------------------------
 
-// A sample's constants at the precision of its arithmetic. dF = grad_td delta + grad_base base.
+enum class Norm : int { none, l2, l1 };  // of the base loss: off, base^2 or |base|
+
+// A sample's constants at the precision of its arithmetic. dF = grad_td delta + grad_base base, for l1 sign(base).
 template <typename T>
 struct Sample {
   T skip, scale, skip_p, scale_p, A, A_p, grad_td, grad_base;
@@ -23,14 +27,26 @@ struct Sample {
 
 // coef: the sample's eight numbers; n: its element count; g_td, g_base: the upstream gradients of its two losses.
 template <typename T>
-TDKERN_HD Sample<T> make_sample(const double* coef, int64_t n, double g_td, double g_base, bool has_x_t, bool has_x_tp) {
+TDKERN_HD Sample<T> make_sample(Norm base, const double* coef, int64_t n, double g_td, double g_base, bool has_x_t, bool has_x_tp) {
   const double unit = -2.0 * coef[1] / static_cast<double>(n);
   return {static_cast<T>(has_x_t ? coef[0] : 0.0), static_cast<T>(coef[1]), static_cast<T>(has_x_tp ? coef[2] : 0.0), static_cast<T>(coef[3]),
-          static_cast<T>(coef[4]), static_cast<T>(coef[5]), static_cast<T>(unit * coef[6] * g_td * coef[4]), static_cast<T>(unit * coef[7] * g_base)};
+          static_cast<T>(coef[4]), static_cast<T>(coef[5]), static_cast<T>(unit * coef[6] * g_td * coef[4]), static_cast<T>((base == Norm::l1 ? unit / 2 : unit) * coef[7] * g_base)};
 }
 
-// Adds delta^2 and base^2 to the sums and returns dF. V is T or a vector of T. A term that is off is not computed at all.
-template <bool TD, bool BASE, bool CONSISTENCY, typename T, typename V>
+// 0 at 0, and NaN at NaN, so that a step of it can be seen and skipped.
+template <typename T, typename V>
+TDKERN_HD V sign(V x) {
+  if constexpr (std::is_same_v<T, V>) {
+    return x > 0 ? 1 : x < 0 ? -1 : x;
+  } else {  // GCC takes a comparison of vectors wider than the processor's apart, but not this: |x| by its bits, and a division
+    using Bits = decltype(x > x);
+    using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+    return x / (reinterpret_cast<V>(reinterpret_cast<Bits>(x) & (Bits{} + std::numeric_limits<Int>::max())) + std::numeric_limits<T>::min());
+  }
+}
+
+// Adds delta^2 and base^2, or |base|, to the sums and returns dF. V is T or a vector of T. A term that is off is not computed at all.
+template <bool TD, Norm BASE, bool CONSISTENCY, typename T, typename V>
 TDKERN_HD V td_element(const Sample<T>& s, V F, V F_p, V x0, V x_t, V x_tp, V& sum_td, V& sum_base) {
   V dF = {};
   const V e = x0 - (s.skip * x_t + s.scale * F);
@@ -41,11 +57,13 @@ TDKERN_HD V td_element(const Sample<T>& s, V F, V F_p, V x0, V x_t, V x_tp, V& s
     sum_td += delta * delta;
     dF = s.grad_td * delta;
   }
-  if constexpr (BASE) {
+  if constexpr (BASE != Norm::none) {
     V base = e;
     if constexpr (CONSISTENCY) base = e - e_p;
-    sum_base += base * base;
-    dF += s.grad_base * base;
+    V slope = base;
+    if constexpr (BASE == Norm::l1) slope = sign<T>(base);
+    sum_base += slope * base;
+    dF += s.grad_base * slope;
   }
   return dF;
 }

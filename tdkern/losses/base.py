@@ -6,7 +6,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import td_loss
+from ..ops import noise_pair, td_loss
+from ..predictions import skip_scale
+from ..reference.td_coef import td_weighting
+from ..schedules import two_moment
 
 
 class TDBatch(NamedTuple):
@@ -33,12 +36,30 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def noisy_pair(x0: Tensor, sigma: Tensor, sigma_p: Tensor, noise: Tensor, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(x_t, x_t'): one Markov path with `noise_p` up to x_t' and `noise` from there, or with `noise_p=None` shared noise."""
-    if noise_p is None:
-        return x0 + per_sample(sigma, x0) * noise, x0 + per_sample(sigma_p, x0) * noise
-    x_tp = x0 + per_sample(sigma_p, x0) * noise_p
-    return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
+def path_coef(alpha: Tensor, sigma: Tensor, valid: Tensor, *, prediction: str, eta: float, weight: str, lambda_base: float,
+              mean_matching: bool = False) -> tuple[Tensor, Tensor]:
+    """The columns of `td_loss`'s `coef` and the noise levels, for pairs on any path: what `td_coef` is for EDM's.
+
+    A = alpha_tau - kappa alpha_t by `two_moment`, D = skip x + scale F by `skip_scale` in EDM's state, w_td by `weight`; the base loss has the
+    weight w = 1/scale^2, in which it is the mean square error of F. Where the pair leaves the path w_td = 0 and w_base is (1 + lambda_base) w
+    or, with `mean_matching`, lambda_base w plus the weight of A^2 |x0 - D|^2, the TD term of a pair whose x_t' is the data itself.
+
+    Args:
+        alpha, sigma: [4, B] float64, the levels at t, tau, t', tau'.
+        valid: [B] bool, whether the sample has a TD term.
+        prediction, eta, weight, lambda_base: as in the losses; `eta` is of the means.
+
+    Returns:
+        coef [B, 8] and levels [B, 4] = sigma / alpha, float64.
+    """
+    levels = sigma / alpha
+    A, A_p = two_moment(alpha[0::2], sigma[0::2], alpha[1::2], sigma[1::2], eta=eta)[0]
+    skip, scale = skip_scale(prediction, levels[0::2])
+    w = scale[0] ** -2
+    w_end = A**2 * td_weighting(weight, A, 0 * A, scale[0], 0 * A) if mean_matching else w
+    w_td = torch.where(valid, td_weighting(weight, A, A_p, *scale), 0.0)
+    w_base = lambda_base * w + torch.where(valid, 0.0, w_end)
+    return torch.stack([skip[0], scale[0], skip[1], scale[1], A, A_p, w_td, w_base], 1), levels.T
 
 
 @dataclass(frozen=True)
@@ -50,7 +71,7 @@ class Loss(ABC):
     @property
     @abstractmethod
     def prediction(self) -> dict:
-        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for."""
+        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for; a loss with its own `_fits` may have a name here."""
 
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
@@ -97,14 +118,18 @@ class Loss(ABC):
         td, base = terms.unbind(1)
         return TDTerms(terms.sum(1), td, base, coef[:, 6] != 0)
 
-    def _predict(self, net, x: Tensor, sigma: Tensor, skip_scale: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
-        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets skip = 0, scale = 1."""
+    def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1."""
         sigma = sigma.to(x.dtype)
-        if hasattr(net, "raw") and all(getattr(net, name, None) == value for name, value in self.prediction.items()):
+        if hasattr(net, "raw") and self._fits(net):
             return net.raw(x, sigma, **conditions), x
-        skip_scale[:, 0].fill_(0)
-        skip_scale[:, 1].fill_(1)
+        columns[:, 0].fill_(0)
+        columns[:, 1].fill_(1)
         return net(x, sigma, **conditions), None
+
+    def _fits(self, net) -> bool:
+        """Whether a network's `raw` output is the F that `TDBatch.coef` is made for."""
+        return all(getattr(net, name, None) == value for name, value in self.prediction.items())
 
     def _check_images(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:
@@ -113,6 +138,23 @@ class Loss(ABC):
     def _check_shape(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
         if tensor.shape != shape:
             raise ValueError(f"{type(self).__name__}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+    def _noisy_pair(self, x0: Tensor, sigma: Tensor, sigma_p: Tensor, coupling: str, noise: Tensor | None, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x_t, x_t') in EDM's state: one Markov path with `noise_p` up to x_t' and `noise` from there, or one shared noise.
+
+        With neither noise given the pair comes from the `noise_pair` op, and its seed from torch's global generator on x0's device.
+        """
+        shared = coupling == "shared"
+        if shared and noise_p is not None:
+            raise ValueError(f"{type(self).__name__}: noise_p must be None with shared coupling, where noise serves both levels")
+        if noise is None and noise_p is None:
+            one, seed = torch.ones_like(sigma), torch.randint(2**63 - 1, (1,), device=x0.device)
+            return noise_pair(x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend)
+        noise = self._noise("noise", noise, x0)
+        x_tp = x0 + per_sample(sigma_p, x0) * (noise if shared else self._noise("noise_p", noise_p, x0))
+        if shared:
+            return x0 + per_sample(sigma, x0) * noise, x_tp
+        return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
 
     def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:
         """Unit noise like `images`: the one given, or a draw."""

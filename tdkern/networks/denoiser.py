@@ -2,6 +2,8 @@
 import torch
 from torch import Tensor, nn
 
+from ..predictions import skip_scale
+from ..schedules import interpolated_index
 from .precond import _Precond
 
 
@@ -26,20 +28,13 @@ class Denoiser(_Precond):
 
     EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x, where sigma_t = alpha_t sigma.
     On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1, so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's,
-    alpha_t = 1 - t and sigma_t = t, so t = sigma/(1 + sigma). With F the module's output,
-
-    | prediction | F | path | D |
-    | --- | --- | --- | --- |
-    | "x0" | x0 | VP | F |
-    | "eps" | eps | VP | x - sigma F |
-    | "v" (arXiv 2202.00512) | alpha_t eps - sigma_t x0 | VP | x/(1 + sigma^2) - sigma/sqrt(1 + sigma^2) F |
-    | "velocity" (arXiv 2210.02747) | eps - x0 | flow | (x - sigma F)/(1 + sigma) |
+    alpha_t = 1 - t and sigma_t = t, so t = sigma/(1 + sigma). `predictions.skip_scale` has D for each prediction.
 
     Args:
         module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class labels are given, with t [B] and index
             [B] int64. It returns F, a tuple that begins with it, or an object that has it as `sample`, as diffusers' models do. Of
             more channels than x has, the first are taken: the rest are a learned variance. Its parameters are then under "model.module.".
-        prediction: what F is; see the table.
+        prediction: what F is: "x0", "eps", "v" or "velocity".
         alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and 1, as a diffusers scheduler has
             it. t is then real: ln sigma is interpolated, and held at the ends. Not for "velocity".
         time_scale: for "velocity", t is time_scale sigma/(1 + sigma); 1000 for networks that count so.
@@ -75,17 +70,7 @@ class Denoiser(_Precond):
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "velocity":
             return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
-        table = self.log_sigmas.to(sigma.dtype)
-        log_sigma = sigma.log().clamp(table[0], table[-1])
-        right = torch.searchsorted(table, log_sigma).clamp(1, len(table) - 1)
-        return (1 + sigma**2).rsqrt(), right - (table[right] - log_sigma) / (table[right] - table[right - 1])
+        return (1 + sigma**2).rsqrt(), interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
 
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        one = torch.ones_like(sigma)
-        if self.prediction == "x0":
-            return 0 * one, one
-        if self.prediction == "eps":
-            return one, -sigma
-        if self.prediction == "v":
-            return 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
-        return 1 / (1 + sigma), -sigma / (1 + sigma)
+        return skip_scale(self.prediction, sigma)

@@ -1,8 +1,10 @@
 """Preconditioning: a network F inside D(x, sigma) = c_skip x + c_out F(c_in x, c_noise) (EDM, arXiv 2206.00364, eq. 7 and table 1)."""
-from math import expm1, inf, pi, sin, sqrt
+from math import inf
 
 import torch
 from torch import Tensor, nn
+
+from ..schedules import VP, iDDPM
 
 
 class _Precond(nn.Module):
@@ -92,20 +94,18 @@ class EDMPrecond(_Precond):
 
 
 class VPPrecond(_Precond):
-    """VP (arXiv 2011.13456): c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = (M-1) t(s), sigma(t)^2 = exp(beta_d t^2/2 + beta_min t) - 1."""
+    """VP (arXiv 2011.13456): c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = (M-1) t(s) of `schedules.VP`."""
 
     precond = "vp"
 
     def __init__(self, model: nn.Module, beta_d: float = 19.9, beta_min: float = 0.1, M: int = 1000, epsilon_t: float = 1e-5, *,
                  dtype: torch.dtype | None = None):
         super().__init__(model, dtype=dtype)
-        self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
-        self.sigma_min, self.sigma_max = (sqrt(expm1(beta_d * t**2 / 2 + beta_min * t)) for t in (epsilon_t, 1))
+        self.M, self.schedule = M, VP(beta_d, beta_min, epsilon_t)
+        self.sigma_min, self.sigma_max = self.schedule.sigma_hat([epsilon_t, 1]).tolist()
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        exponent = (sigma**2).log1p()
-        t = 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
-        return (sigma**2 + 1).rsqrt(), (self.M - 1) * t
+        return (sigma**2 + 1).rsqrt(), ((self.M - 1) * self.schedule.time(sigma)).to(sigma.dtype)
 
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigma), -sigma
@@ -128,10 +128,8 @@ class VEPrecond(_Precond):
 
 
 class iDDPMPrecond(_Precond):
-    """Improved DDPM (arXiv 2102.09672): c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = M-1-j for the nearest level u_j.
-
-    u_M = 0, u_{j-1} = sqrt((u_j^2 + 1) / max(alpha_bar(j-1)/alpha_bar(j), C_1) - 1), alpha_bar(j) = sin^2(pi/2 j/(M (C_2+1))).
-    Of a model with twice the channels, the second half, which learns variances, is left out of F.
+    """Improved DDPM (arXiv 2102.09672): c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1), c_noise = M-1-j for the nearest level u_j
+    of `schedules.iDDPM`. Of a model with twice the channels, the second half, which learns variances, is left out of F.
     """
 
     precond = "iddpm"
@@ -139,11 +137,8 @@ class iDDPMPrecond(_Precond):
     def __init__(self, model: nn.Module, C_1: float = 0.001, C_2: float = 0.008, M: int = 1000, *, dtype: torch.dtype | None = None):
         super().__init__(model, dtype=dtype)
         self.M = M
-        alpha_bar = [sin(pi / 2 * j / (M * (C_2 + 1))) ** 2 for j in range(M + 1)]
-        u = [0.0]
-        for j in range(M, 0, -1):
-            u.insert(0, sqrt((u[0] ** 2 + 1) / max(alpha_bar[j - 1] / alpha_bar[j], C_1) - 1))
-        self.register_buffer("u", torch.tensor(u, dtype=torch.float64))
+        u = iDDPM(C_1, C_2, M).u.tolist()
+        self.register_buffer("u", torch.tensor(u, dtype=torch.float64))  # on the default device, "meta" perhaps, as the model's parameters
         self.sigma_min, self.sigma_max = u[M - 1], u[0]
 
     def _nearest(self, sigma: Tensor) -> Tensor:

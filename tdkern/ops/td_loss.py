@@ -1,22 +1,29 @@
 """`td_loss`: the per-sample TD and base loss and the gradient of the network's output, in one launch."""
+import math
+
 import torch
 from torch import Tensor
 
 from .. import _library, reference
 
 BASES = ("denoise", "consistency")
+NORMS = ("l2", "l1", "huber")
 # (dtype of out and out_target, dtype of x0, x_t and x_tp): a network may answer in half precision about float32 images
 DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
           (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 
 
 def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None = None, x_tp: Tensor | None = None, *,
-            base: str = "denoise", backend: str = "auto") -> Tensor:
+            base: str = "denoise", base_norm: str = "l2", huber_c: float | None = None, backend: str = "auto") -> Tensor:
     """Per-sample temporal-difference loss and base loss, both weighted.
 
     e = x0 - (skip x_t + scale out),  e' = x0 - (skip' x_tp + scale' out_target),  delta = A e - A' e',
-    td = w_td mean(delta^2),  base = w_base mean(e^2) or, for "consistency", w_base mean((e - e')^2)
+    td = w_td mean(delta^2),  base = w_base mean(b^2),  b = e or, for "consistency", e - e'
     (arXiv 2606.15048; the design, section 1). A term whose weight is 0 is left out: what it would have read may be NaN.
+
+    Two more norms of the base loss: "l1", w_base mean(|b|), and "huber", w_base (sqrt(||b||_2^2 + c^2) - c) / n, the pseudo-Huber
+    metric of improved consistency training (arXiv 2310.14189, table 1). That paper's loss is n times ours, n being a sample's
+    element count: as the others are means, so is this.
 
     Args:
         out: [B, ...], the online network's raw output F at t. float32, float64, bfloat16 or float16; any strides.
@@ -26,6 +33,8 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
         x_t: as `x0`, the noisy data at t; may be None where every skip is 0.
         x_tp: as `x0`, the noisy data at t'; may be None where every skip' is 0.
         base: "denoise" or "consistency".
+        base_norm: "l2", "l1" or "huber". Of "huber" dF needs the sample's sum: its backward pass is a second pass over memory.
+        huber_c: c > 0 of "huber"; None is the paper's 0.00054 sqrt(n).
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
@@ -39,28 +48,49 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
     depend on the number of threads or the launch shape. No host synchronisation.
     """
     backend = _library.resolve("td_loss", backend, out.device)
+    if base_norm == "huber":
+        return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
     compiling = torch.compiler.is_compiling()
     one_device = out_target.device == x0.device == coef.device == out.device and (x_t is None or x_t.device == out.device) and (
         x_tp is None or x_tp.device == out.device)
-    if backend not in ("cpp", "cuda") or base not in BASES or compiling or not one_device:  # of the rest these two check themselves
-        _check(out, out_target, x0, coef, x_t, x_tp, base)
+    known = base in BASES and base_norm in NORMS and huber_c is None
+    if backend not in ("cpp", "cuda") or not known or compiling or not one_device:  # of the rest these two check themselves
+        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
     if backend == "reference":
-        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base)
-    want_grad = out.requires_grad and torch.is_grad_enabled()
+        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base, base_norm)
+    kind, want_grad = (base == "consistency", base_norm == "l1"), out.requires_grad and torch.is_grad_enabled()
     try:
         if want_grad and not compiling:
-            return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, base == "consistency"), backend)
-        return _library.op("td_loss", backend)(out, *_detached(out_target, x0, coef, x_t, x_tp), base == "consistency", want_grad)[0]
+            return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
+        return _library.op("td_loss", backend)(out, *_detached(out_target, x0, coef, x_t, x_tp), *kind, want_grad)[0]
     except RuntimeError:
-        _check(out, out_target, x0, coef, x_t, x_tp, base)  # says in full which argument is wrong
+        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)  # says in full which argument is wrong
         raise
+
+
+def _huber(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str, huber_c: float | None,
+           backend: str) -> Tensor:
+    """Pseudo-Huber from the op's unweighted mean(b^2): w (sqrt(s + c^2) - c) / n with s = n mean(b^2), without the cancellation.
+
+    Its slope in the mean reaches the op as a sample's upstream gradient.
+    """
+    _check(out, out_target, x0, coef, x_t, x_tp, base, "huber", huber_c)
+    n = max(out[0:1].numel(), 1)
+    c = 0.00054 * n**0.5 if huber_c is None else huber_c
+    if backend == "reference":
+        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base, "huber", c)
+    w_base = coef.detach()[:, 7]
+    coef = torch.cat([coef[:, :7], (w_base != 0)[:, None]], 1)
+    td, mean = td_loss(out, out_target, x0, coef, x_t, x_tp, base=base, backend=backend).unbind(1)
+    return torch.stack([td, w_base.to(mean.dtype) * mean / ((n * mean + c**2).sqrt() + c)], 1)
 
 
 def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
     return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
-def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str) -> None:
+def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str, base_norm: str,
+           huber_c: float | None) -> None:
     if out.ndim < 1:
         raise ValueError("td_loss: out must have shape [B, ...], got []")
     if (out.dtype, x0.dtype) not in DTYPES:
@@ -82,6 +112,11 @@ def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
         raise ValueError(f"td_loss: coef must be on {out.device}, got {coef.device}")
     if base not in BASES:
         raise ValueError(f"td_loss: base must be one of {', '.join(BASES)}, got {base!r}")
+    if base_norm not in NORMS:
+        raise ValueError(f"td_loss: base_norm must be one of {', '.join(NORMS)}, got {base_norm!r}")
+    if huber_c is not None and (base_norm != "huber" or not 0 < huber_c < math.inf):
+        wanted = "a positive number" if base_norm == "huber" else f"None with base_norm {base_norm!r}"
+        raise ValueError(f"td_loss: huber_c must be {wanted}, got {huber_c}")
 
 
 def _empty_grad(out: Tensor) -> Tensor:
@@ -91,13 +126,14 @@ def _empty_grad(out: Tensor) -> Tensor:
     return grad if apart else torch.empty(out.shape, dtype=out.dtype, device=out.device)
 
 
-def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, want_grad):
+def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     return out.new_empty(out.shape[0], 2, dtype=dtype), _empty_grad(out) if want_grad else out.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.consistency, want_grad = inputs
+    *tensors, consistency, l1, want_grad = inputs
+    ctx.kind = consistency, l1
     ctx.save_for_backward(*tensors)  # only references to what the caller holds anyway; dF is the one new buffer
     ctx.grad = output[1] if want_grad else None
     ctx.mark_non_differentiable(output[1])  # an output with a grad_fn, held by that grad_fn, would be a reference cycle
@@ -107,15 +143,15 @@ def _setup_context(ctx, inputs, output):
 def _backward(backend, ctx, upstream, _=None):
     """Hand dF out as it is where upstream is 1; a sample whose upstream is not is corrected in place, on the device."""
     if upstream is None:
-        return (None,) * 8
+        return (None,) * 9
     tensors = ctx.saved_tensors
     grad, ctx.grad = ctx.grad, None  # handed out once: whoever gets it owns it
     if grad is None:  # a further backward through a retained graph
-        grad = _library.op("td_loss", backend)(*tensors, ctx.consistency, True)[1]
+        grad = _library.op("td_loss", backend)(*tensors, *ctx.kind, True)[1]
     elif type(grad) is not Tensor:  # traced: a saved activation must not be written
         grad = grad.clone()
-    _library.op("td_loss_backward_", backend)(grad, upstream.contiguous(), *tensors, ctx.consistency)
-    return (grad, *(None,) * 7)
+    _library.op("td_loss_backward_", backend)(grad, upstream.contiguous(), *tensors, *ctx.kind)
+    return (grad, *(None,) * 8)
 
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative raises
@@ -128,8 +164,8 @@ class _TDLoss(torch.autograd.Function):
     def forward(ctx, out, rest, backend):
         with torch._C._AutoDispatchBelowAutograd():
             loss, ctx.grad = _library.op("td_loss", backend)(out, *rest, True)
-        *tensors, ctx.consistency = rest
-        ctx.backend = backend
+        *tensors, consistency, l1 = rest
+        ctx.backend, ctx.kind = backend, (consistency, l1)
         ctx.save_for_backward(out, *tensors)
         ctx.set_materialize_grads(False)
         return loss
@@ -140,6 +176,6 @@ class _TDLoss(torch.autograd.Function):
         return backward(ctx.backend, ctx, upstream)[0], None, None
 
 
-_TENSORS = "Tensor out, Tensor out_target, Tensor x0, Tensor coef, Tensor? x_t, Tensor? x_tp, bool consistency"
+_TENSORS = "Tensor out, Tensor out_target, Tensor x0, Tensor coef, Tensor? x_t, Tensor? x_tp, bool consistency, bool l1"
 _library.define("td_loss_backward_", f"(Tensor(a!) grad, Tensor upstream, {_TENSORS}) -> ()", lambda *_: None)
 _library.define("td_loss", f"({_TENSORS}, bool want_grad) -> (Tensor loss, Tensor grad)", _fake, _backward_once, _setup_context)

@@ -26,11 +26,11 @@ def base_weighting(sigma: Tensor, base_weight: str, sigma_data: float) -> Tensor
 def td_weighting(weight: str, A: Tensor, A_p: Tensor, scale: Tensor, scale_p: Tensor) -> Tensor:
     """Weight of the TD term for a pair of noise levels (design, section 1)."""
     return {
-        "pairwise": 1 / ((A * scale) ** 2 + (A_p * scale_p) ** 2),
-        "pairwise_x0": 1 / (A**2 + A_p**2).clamp(min=0.01),
-        "online": 1 / ((A * scale) ** 2).clamp(min=1e-8),
-        "none": torch.ones_like(A),
-    }[weight]
+        "pairwise": lambda: 1 / ((A * scale) ** 2 + (A_p * scale_p) ** 2),
+        "pairwise_x0": lambda: 1 / (A**2 + A_p**2).clamp(min=0.01),
+        "online": lambda: 1 / ((A * scale) ** 2).clamp(min=1e-8),
+        "none": lambda: torch.ones_like(A),
+    }[weight]()
 
 
 def td_coef(noise: Tensor, from_index: bool, steps: int, sigma_min: float, sigma_max: float, rho: float, sigma_data: float, k_idx: float, one_idx: float,

@@ -18,11 +18,11 @@ def _load(pointer, i, end, T: tl.constexpr):
     return tl.load(pointer + i, i < end, other=0.0).to(T)
 
 
-# One chunk of sample b, from element `begin`: its sums of delta^2 and base^2; writes dF for the upstream gradient g_td, g_base. A term
+# One chunk of sample b, from element `begin`: its sums of delta^2 and of base^2 or |base|; writes dF for the upstream gradient g_td, g_base. A term
 # that is off adds exactly 0, whatever its error is, and what only terms that are off need is not read.
 @triton.jit
 def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
-           T: tl.constexpr, CONSISTENCY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+           T: tl.constexpr, CONSISTENCY: tl.constexpr, L1: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     skip, scale, skip_p, scale_p = tl.load(coef).to(T), tl.load(coef + 1).to(T), tl.load(coef + 2).to(T), tl.load(coef + 3).to(T)
     A, A_p, w_td, w_base = tl.load(coef + 4).to(T), tl.load(coef + 5).to(T), tl.load(coef + 6), tl.load(coef + 7)
     has_td, has_base = (w_td != 0) & (g_td != 0), (w_base != 0) & (g_base != 0)
@@ -31,7 +31,7 @@ def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
     target_end = end if CONSISTENCY else td_end
     unit = -2 * tl.load(coef + 1) * inverse_n
     grad_td = tl.where(has_td, unit * w_td * g_td * tl.load(coef + 4), 0).to(T)
-    grad_base = tl.where(has_base, unit * w_base * g_base, 0).to(T)
+    grad_base = tl.where(has_base, (0.5 * unit if L1 else unit) * w_base * g_base, 0).to(T)
 
     sum_td, sum_base = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
     for start in range(0, CHUNK, BLOCK):
@@ -48,9 +48,10 @@ def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
         delta = tl.where(i < td_end, A * e - A_p * e_p, 0)
         base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
         sum_td += delta * delta
-        sum_base += base * base
+        slope = tl.where(base > 0, 1, tl.where(base < 0, -1, base)) if L1 else base  # sign(base), which is 0 at 0 and NaN at NaN
+        sum_base += slope * base
         if dF is not None:
-            tl.store(dF + i, (grad_td * delta + grad_base * base).to(dF.dtype.element_ty), i < rest)
+            tl.store(dF + i, (grad_td * delta + grad_base * slope).to(dF.dtype.element_ty), i < rest)
     return tl.sum(sum_td), tl.sum(sum_base)
 
 
@@ -64,7 +65,7 @@ def _store_loss(loss, coef, b, inverse_n, td, base):
 # Backward: dF holds the gradient for an upstream gradient of 1; corrects the samples whose upstream gradient is another.
 @triton.jit
 def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_tp_row, dF_row, coef, upstream, sums, loss, n, inverse_n: tl.float64, chunks,
-                 CONSISTENCY: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+                 CONSISTENCY: tl.constexpr, L1: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * CHUNK
@@ -80,7 +81,7 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
     coef += 8 * b
 
     if upstream is None:
-        td, base = _chunk(F, F_p, x0, x_t, x_tp, dF, coef, tl.full([], 1, T), tl.full([], 1, T), n, inverse_n, begin, T, CONSISTENCY, CHUNK, BLOCK)
+        td, base = _chunk(F, F_p, x0, x_t, x_tp, dF, coef, tl.full([], 1, T), tl.full([], 1, T), n, inverse_n, begin, T, CONSISTENCY, L1, CHUNK, BLOCK)
         if sums is not None:
             tl.store(sums + 2 * task, td)
             tl.store(sums + 2 * task + 1, base)
@@ -95,7 +96,7 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
                     i = start + tl.arange(0, BLOCK)
                     tl.store(dF + i, g_td * tl.load(dF + i, i < n - begin), i < n - begin)
             else:
-                _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin, T, CONSISTENCY, CHUNK, BLOCK)
+                _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin, T, CONSISTENCY, L1, CHUNK, BLOCK)
 
 
 @triton.jit
@@ -124,32 +125,32 @@ def _whole(length: int, block: int) -> int:
     return triton.cdiv(length, block) * block
 
 
-def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, layout, upstream, loss) -> None:
+def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout, upstream, loss) -> None:
     batch, n = len(out), out[0].numel()
     chunks, chunk = triton.cdiv(n, CHUNK), min(CHUNK, _whole(n, BLOCK))
     coef = coef.double().contiguous()
     tensors, rows = zip(*(_rows(tensor, layout) for tensor in (out, out_target, x0, x_t, x_tp, grad)), strict=True)
     sums = loss.new_empty(batch * chunks, 2) if loss is not None and chunks > 1 else None
     with torch.cuda.device_of(out):
-        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, chunk, BLOCK, **OPTIONS)
+        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, l1, chunk, BLOCK, **OPTIONS)
         if sums is not None:
             sum_kernel[(batch,)](sums, coef, loss, 1 / n, chunks, _whole(chunks, SUM_BLOCK), SUM_BLOCK, enable_fp_fusion=True)
 
 
-def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, want_grad):
+def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     loss = out.new_empty(len(out), 2, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
     layout = _empty_grad(out)
     grad = layout if want_grad else None
     if out.numel() > 0:
-        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, layout, None, loss)
+        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout, None, loss)
     else:
         loss.zero_()
     return loss, grad if want_grad else out.new_empty(0)
 
 
-def td_loss_backward_(grad, upstream, out, out_target, x0, coef, x_t, x_tp, consistency):
+def td_loss_backward_(grad, upstream, out, out_target, x0, coef, x_t, x_tp, consistency, l1):
     if out.numel() > 0:
-        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, grad, grad, upstream, None)
+        _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, grad, upstream, None)
 
 
 _library.library.impl("td_loss.triton", td_loss, _library.triton_key())

@@ -1,0 +1,158 @@
+"""Every family of the TD loss for the tests, each beside its textbook: levels, predictions, means and weights written out by hand."""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+import tdkern
+from tdkern.losses import TDBatch, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDTerms, TDVELoss, TDVPLoss
+from tdkern.predictions import PRECONDS
+
+SD = 0.5  # sigma_data
+
+
+def column(values, like):
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+class Raw:
+    """A network whose raw output is given, and which fits whatever loss asks."""
+
+    def __init__(self, out, loss):
+        self.out, self.sigma_data = out, SD
+        self.precond = loss.prediction["precond"] if isinstance(loss.prediction, dict) else PRECONDS[loss.prediction][0]
+
+    def raw(self, *_, **__):
+        return self.out
+
+
+@dataclass(frozen=True)
+class CT:
+    """Consistency training with TD, from the ops: states that share their noise, index steps, kappa by `coupling`."""
+
+    coupling: str = "markov"
+    weight: str = "pairwise_x0"
+    steps: int = 40
+    lambda_base: float = 0.5
+    backend: str = "auto"
+    prediction = {"precond": "ct"}  # noqa: RUF012
+
+    def pair(self, x0, *, index, noise=None):
+        noise = torch.randn_like(x0) if noise is None else noise
+        coef, levels = tdkern.td_coef(index, from_index=True, steps=self.steps, precond="ct", base_weight="uniform", coupling=self.coupling,
+                                      weight=self.weight, lambda_base=self.lambda_base, backend=self.backend)
+        return TDBatch(x0, x0 + column(levels[:, 0], x0) * noise, x0 + column(levels[:, 2], x0) * noise, coef, levels)
+
+    def evaluate(self, net, target_net, batch):
+        if isinstance(net, Raw):
+            terms = tdkern.td_loss(net.out, target_net.out, batch.x0, batch.coef, batch.x_t, batch.x_tp, base="consistency", backend=self.backend)
+        else:
+            coef = batch.coef.clone()
+            coef[:, 0:4] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+            D, D_p = net(batch.x_t, batch.levels[:, 0]), target_net(batch.x_tp, batch.levels[:, 2]).detach()
+            terms = tdkern.td_loss(D, D_p, batch.x0, coef, base="consistency", backend=self.backend)
+        return TDTerms(terms.sum(1), *terms.unbind(1), batch.coef[:, 6] != 0)
+
+
+@dataclass
+class Family:
+    """A loss and the textbook of its path.
+
+    make: of (coupling, prediction, weight, eta) the TD loss. levels: of times, (alpha, sigma). steps: (tau - t, t' - t).
+    times: where the tests look; the last has no TD term. etas: of the means, None being the coupling's own. argument: of `pair`, the time.
+    base: what the base loss compares.
+    """
+
+    name: str
+    make: Callable
+    levels: Callable
+    steps: tuple[float, float]
+    times: list[float]
+    predictions: tuple[str, ...]
+    etas: tuple = (None, 0.0)
+    argument: str = "t"
+    base: str = "denoise"
+
+    def loss(self, coupling="markov", prediction=None, weight="pairwise", eta=None):
+        return self.make(coupling, prediction or self.predictions[0], weight, eta)
+
+    def pair(self, loss, x0, t, **noises):
+        return loss.pair(x0, **{self.argument: t}, **noises)
+
+    def four(self, t):
+        """alpha and sigma [4, B] at t, tau, t', tau'; the last two held on the path, where no TD term reads them."""
+        tau, p = self.steps
+        return self.levels(torch.stack([t, t + tau, t + p, t + p + tau]))
+
+
+def ddpm(beta_schedule, T, k):
+    def levels(t):
+        if beta_schedule == "linear":
+            beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
+        else:
+            f = torch.tensor([math.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(T + 1)], dtype=torch.float64)
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])[t.long().clamp(min=0)]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    return Family(f"ddpm {beta_schedule} T={T} k={k}",
+                  lambda coupling, prediction, weight, eta: TDDDPMLoss(T, k, prediction=prediction, beta_schedule=beta_schedule, terminal="simple",
+                                                                      coupling=coupling, weight=weight, eta=eta),
+                  levels, (-1, -k), [0.95 * T // 1, T // 2, k + 1, k], ("eps", "x0", "v"))
+
+
+def continuous(name, make, levels, t_min, t_max, prediction):
+    h = (t_max - t_min) / 17
+    return Family(name, lambda coupling, prediction, weight, eta: make(coupling=coupling, weight=weight, eta=eta), levels, (-h, -h),
+                  [t_max, 0.5, t_min + 2.1 * h, t_min + 1.9 * h], (prediction,))
+
+
+def vp(t):
+    t = t.clamp(min=1e-5)
+    abar = torch.exp(-(19.9 * t**2 / 2 + 0.1 * t))
+    return abar.sqrt(), (1 - abar).sqrt()
+
+
+def ve(t):
+    return torch.ones_like(t), 0.02 * 5000 ** t.clamp(min=0)
+
+
+def flow(t):
+    t = t.clamp(min=1e-3)
+    return 1 - t, t
+
+
+def karras(steps):
+    return lambda i: (torch.ones_like(i), (80 ** (1 / 7) + i.clamp(max=steps - 1) / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7)
+
+
+FAMILIES = [
+    ddpm("linear", 1000, 1),
+    ddpm("cosine", 50, 3),
+    continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps"),
+    continuous("ve", TDVELoss, ve, 0.0, 1.0, "score"),
+    continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity"),
+    Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(td_coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
+           ("edm",), (None,), "index"),
+    Family("ct", lambda coupling, prediction, weight, eta: CT(coupling, weight), karras(40), (0.25, 1.0), [0.0, 20.0, 37.0, 38.0], ("ct",), (None,), "index",
+           "consistency"),
+]
+
+
+def denoised(prediction, x, F, alpha, sigma):
+    """D and its slope in F, of a state x of the path itself."""
+    if prediction in ("edm", "ct"):
+        shifted = sigma - 0.002 if prediction == "ct" else sigma
+        slope = SD * shifted / (SD**2 + sigma**2).sqrt()
+        return SD**2 / (SD**2 + shifted**2) * x + slope * F, slope
+    slope = {"x0": torch.ones_like(sigma), "eps": -sigma / alpha, "v": -sigma, "velocity": -sigma, "score": sigma}[prediction]
+    return {"x0": 0 * x, "eps": x / alpha, "v": alpha * x, "velocity": x, "score": x}[prediction] + slope * F, slope
+
+
+def drift(alpha_t, sigma_t, alpha_tau, sigma_tau, eta):
+    """(A, kappa) of DDPM's posterior (eta = 1) or DDIM's step (eta = 0)."""
+    kappa = sigma_tau / sigma_t
+    kappa = kappa if eta == 0 else kappa**2 * alpha_t / alpha_tau
+    return alpha_tau - kappa * alpha_t, kappa
+
