@@ -9,6 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import DEVICE, TINY, compiled
 
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet
 from tdkern.networks.layers import Conv2d, ResBlock
@@ -41,7 +42,7 @@ NETWORKS = {
     "DDPM++": lambda: SongUNet(32, 3, 3, model_channels=64, channel_mult=[2, 2, 2], num_blocks=1, dropout=0),
     "ADM": lambda: DhariwalUNet(32, 3, 3, model_channels=64, channel_mult=[1, 2, 2], num_blocks=1, dropout=0),
 }
-BATCH = 8
+BATCH = 1 if TINY else 8
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -49,31 +50,32 @@ BATCH = 8
 @pytest.mark.parametrize("competitor", ["tdkern", "tdkern, torch.compile", "tdkern, bfloat16", "plain"])
 def bench_network(compare, network, part, competitor):
     torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = EDMPrecond(NETWORKS[network]()).to(device)
-    for parameter in net.parameters():  # newly made, the last layers are zero
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    x, sigma = torch.randn(BATCH, 3, 32, 32, device=device), torch.linspace(0.1, 10, BATCH, device=device)
-    expected = net(x, sigma)
-    if competitor == "plain":
-        net = plain(net)
-        torch.testing.assert_close(net(x, sigma), expected, atol=1e-4, rtol=1e-4)
-    elif competitor == "tdkern, torch.compile":
-        net = torch.compile(net, fullgraph=True)
-    elif competitor == "tdkern, bfloat16":
-        net.dtype = torch.bfloat16
-    parameters, upstream = list(net.parameters()), torch.ones_like(expected)
-
-    def step():
-        if part == "forward":
-            with torch.no_grad():
-                net(x, sigma)
-        else:
-            torch.autograd.grad(net(x, sigma), parameters, upstream)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    net = EDMPrecond(NETWORKS[network]()).to(DEVICE)
+    parameters = list(net.parameters())
     # Read every parameter and, in the backward pass, again, and write its gradient; activations could stay in a cache.
     size = sum(parameter.numel() for parameter in parameters)
-    compare("network", f"{network} {part} {BATCH}x3x32x32", competitor, step, moved=4 * size * (1 if part == "forward" else 3))
+
+    def make():
+        for parameter in parameters:  # newly made, the last layers are zero
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+        x, sigma = torch.randn(BATCH, 3, 32, 32, device=DEVICE), torch.linspace(0.1, 10, BATCH, device=DEVICE)
+        expected, measured = net(x, sigma), net
+        if competitor == "plain":
+            measured = plain(net)
+            torch.testing.assert_close(measured(x, sigma), expected, atol=1e-4, rtol=1e-4)
+        elif competitor == "tdkern, torch.compile":
+            measured = compiled(net, fullgraph=True)
+        elif competitor == "tdkern, bfloat16":
+            net.dtype = torch.bfloat16
+        upstream = torch.ones_like(expected)
+
+        def step():
+            if part == "forward":
+                with torch.no_grad():
+                    return measured(x, sigma)
+            return torch.autograd.grad(measured(x, sigma), list(measured.parameters()), upstream)
+
+        return step
+
+    compare("network", f"{network} {part} {BATCH}x3x32x32", competitor, make, moved=4 * size * (1 if part == "forward" else 3), rotate=False)

@@ -23,13 +23,13 @@ def name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def compiled(fn):
-    """torch.compile(fn) for the number of threads there is now, whatever was compiled before."""
+def compiled(fn, **options):
+    """torch.compile(fn, **options) for the number of threads there is now, whatever was compiled before."""
     from torch._inductor import config
 
     torch._dynamo.reset()
     config.cpp.threads = torch.get_num_threads()
-    return torch.compile(fn)
+    return torch.compile(fn, **options)
 
 
 def copy_of(moved: int):

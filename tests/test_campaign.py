@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "bench/gpu")]
+sys.path += [str(ROOT / "bench"), str(ROOT / "bench/gpu")]
 
 import campaign  # noqa: E402
 import comparison  # noqa: E402
