@@ -232,6 +232,8 @@ def test_ablation_sigmas_golden():
         torch.testing.assert_close(sigmas[[0, 5]], torch.tensor([20.0, 0.1], dtype=torch.float64), rtol=0.05, atol=0)  # iDDPM's are the nearest
     with pytest.raises(ValueError, match="ablation_sigmas: discretization must be one of vp, ve, iddpm, edm, got 'cosine'"):
         ablation_sigmas("cosine", 6)
+    with pytest.raises(ValueError, match=r"ablation_sigmas: no VP path goes from sigma_min to sigma_max = 0[.]5 to 1; widen"):
+        ablation_sigmas("vp", 6, 0.5, 1.0)
 
 
 # all

@@ -51,7 +51,10 @@ def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = N
     edm = EDM(steps, lo, hi, rho)  # checks them all
     if discretization == "vp":
         sigma, _, _ = _vp(lo, hi)
-        return torch.tensor([*map(sigma, VP().times(steps).tolist()), 0.0], dtype=torch.float64)
+        levels = [*map(sigma, VP().times(steps).tolist()), 0.0]
+        if not all(level > following for level, following in pairwise(levels)):
+            raise ValueError(f"ablation_sigmas: no VP path goes from sigma_min to sigma_max = {lo:g} to {hi:g}; widen the range")
+        return torch.tensor(levels, dtype=torch.float64)
     if discretization == "iddpm":
         return iDDPM().sigmas(steps, sigma_min=lo, sigma_max=hi)
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
@@ -70,7 +73,7 @@ SOLVERS = ("euler", "heun")
 def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str = "linear", scaling: str = "none", alpha: float = 1.0,
              sigma_min: float | None = None, sigma_max: float | None = None, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
              S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
-    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 81, algorithms 1 to 3, table 1).
+    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 4, algorithms 1 to 3, table 1).
 
     `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The defaults are `heun`.
 
