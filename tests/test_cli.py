@@ -154,7 +154,7 @@ def test_a_run_is_not_overwritten(tmp_path, data):
 
 def test_flags_reach_the_options(tmp_path, data):
     flags = {"arch": "adm", "precond": "edm", "duration": 0.5, "batch": 12, "batch-gpu": 3, "cbase": 8, "cres": [1, 2], "lr": 2e-3, "lr-rampup-kimg": 7.0,
-             "lr-decay": "cosine", "ema": 0.25, "dropout": 0.2, "loss-type": "edm", "lambda-edm": 0.25, "k-idx": 2.0, "one-idx": 0.5,
+             "lr-decay": "cosine", "ema": 0.25, "dropout": 0.2, "augment": 0.3, "loss-type": "edm", "lambda-edm": 0.25, "k-idx": 2.0, "one-idx": 0.5,
              "td-coupling": "shared", "td-weight": "pairwise_x0", "td-sigma": [0.3, 5.0], "target-ema-tau": 0.99, "steps": 20,
              "tick": 0.125, "snap": 5, "dump": 6, "seed": 9, "workers": 2}
     args = [word for name, value in flags.items() for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value)]
@@ -164,6 +164,7 @@ def test_flags_reach_the_options(tmp_path, data):
         options = options_of("--data", data, "--outdir", tmp_path / "runs", *given)
         assert {name: options[name.replace("-", "_")] for name in flags} == flags
     assert not (tmp_path / "runs").exists()
+    assert options_of("--data", data, "--outdir", tmp_path, *FLAGS)["augment"] == 0.12  # EDM's
 
 
 @pytest.mark.parametrize("given, cond, xflip, precision", [

@@ -73,7 +73,7 @@ void scale(T* dF, int64_t n, T g) {
   for (int64_t i = 0; i < n; ++i) dF[i] *= g;
 }
 
-#define TDKERN_RUN(N, D)                        \
+#define TDKERN_RUN(N, D)                           \
   template void run<Norm::l2, N, D>(Chunk<N, D>&); \
   template void run<Norm::l1, N, D>(Chunk<N, D>&);
 TDKERN_RUN(float, float)
