@@ -1,11 +1,10 @@
 """noise_pair against two calls of randn and the arithmetic."""
 import pytest
 import torch
+from measure import DEVICE, compiled, name, sizes
 from torch import Tensor
 
 import tdkern
-
-SIZES = [(128, 3, 32, 32), (512, 3, 32, 32)]
 
 
 def eager(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,19 +16,18 @@ def eager(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Te
     return a * x_tp + s * torch.randn_like(x0), x_tp
 
 
-@pytest.mark.parametrize("shape", SIZES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("shape", sizes((128, 3, 32, 32), (512, 3, 32, 32)), ids=name)
 @pytest.mark.parametrize("competitor", ["tdkern", "eager", "torch.compile", "copy"])
 def bench_noise_pair(compare, shape, competitor):
-    torch.manual_seed(0)
-    x0, one = torch.randn(shape), torch.ones((), dtype=torch.float64).expand(shape[0])
-    levels = tdkern.td_coef((1.2 * torch.randn(shape[0], dtype=torch.float64) - 1.2).exp())[1]
-    args = (x0, one, levels[:, 0], one, levels[:, 2])
-    compiled, source, target = torch.compile(eager), torch.randn(3, *shape), torch.empty(3, *shape)
-    step = {
-        "tdkern": lambda: tdkern.noise_pair(*args, seed=1, offset=2),
-        "eager": lambda: eager(*args),
-        "torch.compile": lambda: compiled(*args),
-        "copy": lambda: target.view(-1)[: source.numel() // 2].copy_(source.view(-1)[: source.numel() // 2]),  # moves as much: half read, half written
-    }[competitor]
+    fused = compiled(eager) if competitor == "torch.compile" else None
     # Read x0; write x_t, x_tp.
-    compare("noise_pair", "x".join(map(str, shape)), competitor, step, moved=3 * x0.numel() * x0.element_size())
+    moved = 3 * 4 * torch.Size(shape).numel()
+
+    def make():
+        torch.manual_seed(0)
+        x0, one = torch.randn(shape, device=DEVICE), torch.ones((), dtype=torch.float64, device=DEVICE).expand(shape[0])
+        levels = tdkern.td_coef((1.2 * torch.randn(shape[0], dtype=torch.float64) - 1.2).exp().to(DEVICE))[1]
+        args = (x0, one, levels[:, 0], one, levels[:, 2])
+        return {"tdkern": lambda: tdkern.noise_pair(*args, seed=1, offset=2), "eager": lambda: eager(*args), "torch.compile": lambda: fused(*args)}[competitor]
+
+    compare("noise_pair", name(shape), competitor, make, moved=moved)

@@ -1,85 +1,115 @@
-"""Benchmarks: one thread, every competitor of an op in one run, medians; results as JSON beside the table that is printed.
+"""Benchmarks: every competitor of an op in one run, medians; results as JSON beside the table that is printed.
 
-    pytest bench/                 all; writes bench/results/<device>.json
-    pytest bench/ -k td_loss      one op; updates its rows there
+    pytest bench/                       all; writes bench/results/<device>.json
+    pytest bench/ -k "td_loss and 1-thread"
 
-A benchmark calls `compare(op, size, competitor, fn, moved=bytes)`. `moved` counts by hand, in a comment where it is
-given, the bytes that the operation cannot avoid moving: GB/s and the share of the copy's are of these.
+On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On a GPU, if there is one,
+measure.py says how. A benchmark calls `compare(op, size, competitor, make, moved=bytes)`: make() makes inputs and returns the step
+on them. `moved` counts by hand, in a comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these,
+and "copy" is a competitor that copies as many. TDKERN_BENCH_RESULTS names another folder for the results.
 """
 import json
 import os
 import platform
 import subprocess
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 import torch
+from measure import DEVICE, TINY, copy_of, on_cuda, peak_extra
 
 import tdkern
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("TDKERN_BENCH_RESULTS", Path(__file__).parent / "results"))
+THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" else [torch.get_num_threads()]
+ROWS = []
 
 
 def pytest_configure(config):
     config.option.benchmark_disable_gc = True
-    torch.set_num_threads(int(os.environ.get("TDKERN_BENCH_THREADS", "1")))
 
 
 def device_name() -> str:
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as lines:
         return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def results_file() -> Path:
+    return RESULTS / f"{device_name().lower().replace(' ', '-')}.json"
+
+
+@pytest.fixture(params=THREADS, ids=lambda count: f"{count}-thread")
+def threads(request):
+    torch.set_num_threads(request.param)
+    return request.param
+
+
 @pytest.fixture
-def compare(benchmark):
-    def run(op: str, size: str, competitor: str, fn, *, moved: int, seconds: float = 1.0):
-        """Times fn(): warmed up, then as many rounds as fit in `seconds`, 10 to 500; the median counts."""
-        fn()
-        start = datetime.now()
-        fn()
-        once = max((datetime.now() - start).total_seconds(), 1e-6)
-        rounds = int(min(500, max(10, seconds / once)))
-        benchmark.extra_info.update(op=op, size=size, competitor=competitor, moved=moved)
-        benchmark.group = f"{op} {size}"
-        benchmark.pedantic(fn, rounds=rounds, warmup_rounds=max(3, rounds // 10), iterations=1)
+def compare(request, threads):
+    def run(op: str, size: str, competitor: str, make, *, moved: int | None, seconds: float = 1.0, elements: int | None = None, rotate: bool = True):
+        """Times make()'s step: the median of 10 to 500 rounds, as many as fit in `seconds`.
+
+        elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several sets of inputs, and a graph of them.
+        """
+        row = {"group": Path(request.node.fspath).stem, "op": op, "size": size, "competitor": competitor, "threads": threads, "moved": moved}
+        row |= {"elements": elements} if elements else {}
+        seconds = 0.01 if TINY else seconds
+        make = (lambda: copy_of(moved)) if competitor == "copy" else make
+        if DEVICE == "cuda":
+            row |= on_cuda(make, moved or 1, seconds / 4, rotate)
+        else:
+            row |= on_cpu(request.getfixturevalue("benchmark"), make(), seconds)
+        ROWS.append(row)
 
     return run
 
 
-def pytest_sessionfinish(session):
-    benches = [b for b in session.config._benchmarksession.benchmarks if b.extra_info and not b.has_error]
-    if not benches:
+def on_cpu(benchmark, step, seconds: float) -> dict:
+    step()
+    start = time.perf_counter()
+    step()
+    once = max(time.perf_counter() - start, 1e-6)
+    rounds = int(min(500, max(1 if TINY else 10, seconds / once)))
+    benchmark.pedantic(step, rounds=rounds, warmup_rounds=max(1 if TINY else 3, rounds // 10), iterations=1)
+    stats = benchmark.stats.stats
+    return {"median_us": stats.median * 1e6, "min_us": stats.min * 1e6, "rounds": stats.rounds, "extra_bytes": peak_extra(step)}
+
+
+def with_ratios(rows: list[dict]) -> list[dict]:
+    """The rows with GB/s, and beside tdkern's and the copy's of the same op, size and threads."""
+    found = {(row["group"], row["op"], row["size"], row["threads"], row["competitor"]): row for row in rows}
+    for *key, _ in found:
+        ours, copy = found.get((*key, "tdkern")), found.get((*key, "copy"))
+        for row in (row for (*other, _), row in found.items() if other == key):
+            row["times_ours"] = row["median_us"] / ours["median_us"] if ours else None
+            row["gb_per_s"] = row["moved"] / row["median_us"] / 1e3 if row["moved"] else None
+            row["share_of_copy"] = copy["median_us"] / row["median_us"] if copy else None
+    return list(found.values())
+
+
+def pytest_sessionfinish():
+    if not ROWS:
         return
-    device = device_name()
-    path = RESULTS / f"{device.lower().replace(' ', '-')}.json"
-    rows = {(r["op"], r["size"], r["competitor"]): r for r in (json.loads(path.read_text())["rows"] if path.exists() else [])}
-    for op in {b.extra_info["op"] for b in benches}:  # an op that was run is replaced whole: its rows belong to one run
-        rows = {key: row for key, row in rows.items() if key[0] != op}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
-    for b in benches:
-        info = dict(b.extra_info)
-        rows[info["op"], info["size"], info["competitor"]] = info | {
-            "median_us": b.stats.median * 1e6, "min_us": b.stats.min * 1e6, "rounds": b.stats.rounds,
-            "gb_per_s": info["moved"] / b.stats.median / 1e9, "commit": commit,
-        }
-    for (op, size, _), row in rows.items():
-        ours, copy = rows.get((op, size, "tdkern")), rows.get((op, size, "copy"))
-        row["times_ours"] = row["median_us"] / ours["median_us"] if ours else None
-        row["share_of_copy"] = row["gb_per_s"] / copy["gb_per_s"] if copy else None
+    path = results_file()
+    ran = {(row["group"], row["op"], row["threads"]) for row in ROWS}  # replaced whole: its rows belong to one run
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    kept = [row for row in kept if (row["group"], row["op"], row["threads"]) not in ran]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     facts = tdkern.info()
-    result = {"device": device, "threads": torch.get_num_threads(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")}, "build": facts["build"], "rows": list(rows.values())}
-    RESULTS.mkdir(exist_ok=True)
+    result = {"device": device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")}, "build": facts["build"],
+              "rows": with_ratios(kept + [row | {"commit": commit} for row in ROWS])}
+    RESULTS.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
     os.replace(path.with_suffix(".new"), path)
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter):
     from table import markdown
 
-    path = RESULTS / f"{device_name().lower().replace(' ', '-')}.json"
-    if path.exists():
-        terminalreporter.write_line("\n" + markdown(path))
+    if ROWS:
+        terminalreporter.write_line("\n" + markdown(results_file()))

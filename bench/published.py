@@ -6,6 +6,17 @@ boolean mask, all four posterior means formed, and the terms scattered back to t
 import torch
 from torch import Tensor
 
+from tdkern.schedules import EDM
+
+
+def td_levels(sigma: Tensor, *, k_idx: float = 1.0, one_idx: float = 0.25) -> tuple[Tensor, Tensor]:
+    """The four noise levels [B, 4] of each sigma [B] on EDM's schedule, and which samples are valid."""
+    schedule = EDM()
+    index = schedule.index(sigma)
+    levels = torch.stack([sigma, *(schedule.sigma(index + step) for step in (one_idx, k_idx, k_idx + one_idx))], 1)
+    valid = (sigma >= schedule.sigma_min) & (sigma <= schedule.sigma_max) & (index <= schedule.steps - 1 - (k_idx + one_idx))
+    return levels, valid
+
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))

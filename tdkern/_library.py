@@ -94,6 +94,11 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     return backend
 
 
+def readable(values: torch.Tensor) -> bool:
+    """Whether the values may be looked at, as a check does: they lie on the CPU, so no device is waited for, and the call is not traced."""
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
 def define(name: str, signature: str, fake, backward=None, setup_context=None) -> None:
     """Give every compiled backend's overload of op `name` its schema, its fake and its autograd formula.
 

@@ -35,14 +35,19 @@ class EMA:
             raise ValueError(f"EMA.update: decay must be in [0, 1], got {decay}")
         update([self], net, [decay])
 
+    @torch.no_grad()
+    def copy_buffers(self, net: nn.Module) -> None:
+        """Take `net`'s buffers as they are: what is left to do where `optim.AdamEMA` averages the parameters."""
+        for copied, buffer in zip(self.module.buffers(), net.buffers(), strict=True):
+            copied.copy_(buffer)
+
 
 @torch.no_grad()
 def update(averages: Collection[EMA], net: nn.Module, decays: Collection[float]) -> None:
     """Take `net` into several averages, each with its own decay, reading its parameters once."""
     ema_update_([list(average.module.parameters()) for average in averages], list(net.parameters()), decays)
     for average in averages:
-        for copied, buffer in zip(average.module.buffers(), net.buffers(), strict=True):
-            copied.copy_(buffer)
+        average.copy_buffers(net)
 
 
 class PowerFunctionEMA:
@@ -90,11 +95,16 @@ def target_decay(rate: float, step: int) -> float:
     return min(rate, (1 + step) / (10 + step))
 
 
+def copy_decay(every: int, step: int) -> float:
+    """Decay of a target network that is copied from the network at every `every`th update, from 0, and stays as it is between: 0 or 1."""
+    return 1.0 if step % every else 0.0
+
+
 def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:
     """Decay of consistency training's target (arXiv 2303.01469, appendix C): exp(s0 ln(mu0) / (N - 1)).
 
-    The target lags less as a curriculum's number of scales N = `num_scales` >= 2 grows, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being
-    `start_scales`.
+    It rises with a curriculum's number of scales N = `num_scales` >= 2, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being `start_scales`.
+    Improved consistency training's is 0: a target that copies the network.
     """
     return math.exp(start_scales * math.log(rate) / (num_scales - 1))
 

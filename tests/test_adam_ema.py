@@ -38,7 +38,7 @@ def flatten(lists):
 
 
 def widened(lists):
-    double = lambda column: [tensor.double().cpu().contiguous() for tensor in column]  # noqa: E731
+    double = lambda column: [tensor.double().cpu().clone(memory_format=torch.contiguous_format) for tensor in column]  # noqa: E731
     return [*(double(column) for column in lists[:4]), [step.cpu().clone() for step in lists[4]], [double(average) for average in lists[5]], lists[6]]
 
 

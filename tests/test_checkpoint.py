@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(file.name for file in path.iterdir()) == ["meta.json", "tensors.safetensors"]
     meta, loaded = read(path, STATE)
     assert same(loaded, tensors())
-    assert meta == {"format": 1, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
+    assert meta == {"format": 2, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -97,6 +97,18 @@ def test_a_network_comes_back_from_its_snapshot(tmp_path, snapshot):
         assert torch.equal(loaded(x, sigma, labels), expected)
 
 
+FORMAT1 = Path(__file__).parent / "data" / "format1"  # what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
+
+
+def test_a_snapshot_of_format_1_is_read():
+    net, meta = load_network(FORMAT1)
+    assert meta["format"] == 2 and meta["network"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
+    assert not hasattr(net.model.map_augment, "weight")
+    stored = safetensors.torch.load_file(FORMAT1 / "network-snapshot-000000.016" / "tensors.safetensors")
+    assert same(net.state_dict(), stored)
+    assert net(torch.randn(2, 3, 8, 8), 1.0, torch.eye(3)[:2]).isfinite().all()
+
+
 def _edit(path, **changes):
     meta = json.loads((path / "meta.json").read_text())
     (path / "meta.json").write_text(json.dumps({name: value for name, value in (meta | changes).items() if value is not None}))
@@ -123,7 +135,10 @@ def _change_tensor(path, name, tensor):
     (lambda path: (path / "tensors.safetensors").write_bytes(b""), r"damaged \(SafetensorError"),
     (lambda path: (path / "meta.json").write_text("[]"), "meta.json does not describe a network-snapshot"),
     (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
-    (lambda path: _edit(path, format=2, tdkern="9.0"), r"in format 2 of tdkern 9.0; tdkern .* reads format 1; update it"),
+    (lambda path: _edit(path, format=3, tdkern="9.0"), r"in format 3 of tdkern 9.0; tdkern .* reads up to format 2; update it"),
+    (lambda path: _edit(path, format=0), r"damaged \(KeyError: 0\)"),
+    (lambda path: _edit(path, format="new"), r"damaged \(TypeError"),
+    (lambda path: _edit(path, format=1, network=None), r"damaged \(KeyError: 'network'\)"),
     (lambda path: _edit(path, format=None), r"damaged \(KeyError"),
     (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
     (lambda path: _edit(path, network=NETWORK | {"arch": "os.system"}), r"meta.json does not describe a network \(ValueError: unet: arch must be"),

@@ -1,4 +1,5 @@
 import importlib.util
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -63,6 +64,35 @@ def test_train_then_generate(tmp_path, data):
     assert "class must be one of the network's 3 classes" in tdkern_("generate", "--network", run_dir, "--outdir", images, "--class", "3", code=1)
 
 
+def test_generate_with_every_sampler(tmp_path, data):
+    tdkern_("train", "--data", data, "--outdir", tmp_path, "--nosubdirs", "--duration", "8e-6", "--lr", "0.1", *FLAGS)
+    images = {}
+
+    def generate(*args, name, code=0):
+        output = tdkern_("generate", "--network", tmp_path, "--grid", tmp_path / f"{name}.png", "--seeds", "0-3", *args, code=code)
+        images[name] = None if code else np.array(PIL.Image.open(tmp_path / f"{name}.png")).astype(int)
+        return output
+
+    for sampler in ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep"):
+        generate("--sampler", sampler, "--steps", "5", name=sampler)
+    generate("--sampler", "onestep", name="onestep")
+    generate("--sampler", "ddim", "--steps", "5", "--eta", "1", name="ddim 1")
+    generate("--sampler", "unipc", "--steps", "5", "--order", "3", name="unipc 3")
+    generate("--sampler", "multistep", "--steps", "5", "--clip_denoised", "--sigma_max", "20", name="clipped")
+    generate("--steps", "5", name="default")
+    generate("--steps", "5", "--solver", "heun", name="ablation")
+    generate("--steps", "5", "--disc", "iddpm", name="iddpm")
+    generate("--steps", "5", "--disc", "vp", "--schedule", "vp", "--scaling", "vp", "--solver", "euler", "--S_churn", "1", name="vp")
+    same = [(a, b) for a, b in itertools.combinations(images, 2) if np.abs(images[a] - images[b]).max() <= 1]
+    assert same == [("heun", "default"), ("heun", "ablation"), ("euler", "ddim"), ("ddpm", "ddim 1"), ("default", "ablation")]
+    refused = {"heun": ("eta", "clip_denoised"), "ddpm": ("eta",), "ddim": ("S_churn", "scaling"), "dpmpp": ("order",), "onestep": ("steps", "rho", "disc")}
+    values = {"scaling": "vp", "disc": "vp", "steps": "2"}
+    for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
+        output = generate("--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2)
+        assert f"--{flag} does nothing with --sampler {sampler}" in output
+    assert "--rho does nothing with --disc vp" in generate("--disc", "vp", "--rho", "7", name="refused", code=2)
+
+
 def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):
     tdkern_("train", "--data", data, "--outdir", tmp_path, "--nosubdirs", "--duration", "8e-6", *FLAGS)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -124,7 +154,7 @@ def test_a_run_is_not_overwritten(tmp_path, data):
 
 def test_flags_reach_the_options(tmp_path, data):
     flags = {"arch": "adm", "precond": "edm", "duration": 0.5, "batch": 12, "batch-gpu": 3, "cbase": 8, "cres": [1, 2], "lr": 2e-3, "lr-rampup-kimg": 7.0,
-             "lr-decay": "cosine", "ema": 0.25, "dropout": 0.2, "loss-type": "edm", "lambda-edm": 0.25, "k-idx": 2.0, "one-idx": 0.5,
+             "lr-decay": "cosine", "ema": 0.25, "dropout": 0.2, "augment": 0.3, "loss-type": "edm", "lambda-edm": 0.25, "k-idx": 2.0, "one-idx": 0.5,
              "td-coupling": "shared", "td-weight": "pairwise_x0", "td-sigma": [0.3, 5.0], "target-ema-tau": 0.99, "steps": 20,
              "tick": 0.125, "snap": 5, "dump": 6, "seed": 9, "workers": 2}
     args = [word for name, value in flags.items() for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value)]
@@ -134,6 +164,7 @@ def test_flags_reach_the_options(tmp_path, data):
         options = options_of("--data", data, "--outdir", tmp_path / "runs", *given)
         assert {name: options[name.replace("-", "_")] for name in flags} == flags
     assert not (tmp_path / "runs").exists()
+    assert options_of("--data", data, "--outdir", tmp_path, *FLAGS)["augment"] == 0.12  # EDM's
 
 
 @pytest.mark.parametrize("given, cond, xflip, precision", [

@@ -174,11 +174,17 @@ def test_a_network_with_other_tensors_is_refused(tmp_path, persistence):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
     with pytest.raises(CheckpointError, match=r"a.pkl: does not match the network: model.dec.* must be \[.*\], got \[.*\]"):
         convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"model_channels": 10**30}, {"channel_mult": "x"}, {"channel_mult": 7}):
+    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"a\nb": 1}, {"img_resolution": 16}, {"in_channels": 4}, {"label_dim": 3},
+                  {"model_channels": 10**30}, {"channel_mult": "x"}, {"channel_mult": 7}):
         saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | wrong
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-        with pytest.raises(CheckpointError, match=r"a.pkl: does not describe a network of tdkern"):
+        with pytest.raises(CheckpointError, match=r"a.pkl: does not describe a network of tdkern .*\)$"):
             convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
+    saved.record["state"]["sigma_data"] = "0.5"
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
+    with pytest.raises(CheckpointError, match=r"a.pkl: does not describe a network of tdkern .*an argument of its preconditioning is not a number"):
+        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
     saved, _ = network_record(iDDPMPrecond, DhariwalUNet, ADM, {"M": 10})
     saved.record["state"]["M"] = 10**12
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
@@ -388,7 +394,14 @@ HOSTILE = {
     "a tensor before its storage": (lambda flag: tensor_of(2, [1], [1], offset=b"J\xff\xff\xff\xff"), "it is damaged"),
     "a negative size": (lambda flag: tensor_of(4, [-1, -2], [1, 1]), "it is damaged"),
     "a size of words": (lambda flag: tensor_of(2, [], []).replace(b"(t(t", b"(J\x00\x00\x00\x40" + text("aaaa") + b"t(t"), "a int should be where a str is"),
-    "a storage of 2^50": (lambda flag: tensor_of(2, [1], [1], count=2**50), "it is damaged"),
+    "a storage of 2^50": (lambda flag: tensor_of(2, [1], [1], count=2**50), "what it asks to copy is larger than the file"),
+    "the same bytes a thousand times": (lambda flag: opcodes(glob("_codecs.encode"), b"q\x00", text("x" * 10**6), b"q\x01(",
+                                                             b"h\x00h\x01\x85R" * 1000, b"t"), "what it asks to copy is larger than the file"),
+    "the same set a thousand times": (lambda flag: opcodes(glob("builtins.set"), b"q\x00](" + b"NK\x01" * 10_000 + b"eq\x01(",
+                                                           b"h\x00h\x01\x85R" * 1000, b"t"), "it has more than 1,000,000 operations"),
+    "integers of one hash": (lambda flag: opcodes(b"}(", *(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(100_000)), b"u"),
+                             "a key is an integer beyond 2\\^60"),
+    "a name of two lines": (lambda flag: tensor_of(2, [2], [1]).replace(text("a"), text("a\nb")), r"a tensor's name is 'a\\nb'"),
 }
 
 
@@ -423,10 +436,24 @@ def test_the_hostile_pickles_are_what_they_say(tmp_path):
     assert safetensors.torch.load_file(tmp_path / "fine.safetensors")["a"].tolist() == [0, 0]
 
 
+def test_a_storage_is_read_once(tmp_path, monkeypatch):
+    """However many tensors are made of it: a small file could make its reader copy for hours."""
+    big = torch.arange(100_000)
+    torch.save({str(i): big[i] for i in range(1000)}, tmp_path / "a.pt")
+    reads, real = [], zipfile.ZipFile.read
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda archive, info: reads.append(info.filename) or real(archive, info))
+    convert(tmp_path / "a.pt", tmp_path / "a.safetensors")
+    assert sorted(reads) == ["a/byteorder", "a/data.pkl", "a/data/0"]
+    assert safetensors.torch.load_file(tmp_path / "a.safetensors")["7"].item() == 7
+
+
 def test_operations_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("tdkern.integrations.pickles.MAX_OPERATIONS", 1000)
-    for count, message in ((990, "no tensors in it"), (1010, "more than 1,000 operations")):
-        (tmp_path / "a.pkl").write_bytes(opcodes(b"]" * count))
+    storage = storage_from(storage_bytes(torch.zeros(2)._typed_storage())).replace(b"B", b"q\x00B", 1).replace(b"\x85R", b"q\x01\x85R")
+    again = b"h\x00h\x01\x85R"  # four operations that make the storage of its bytes once more, which has many
+    for made, message in ((b"]" * 990, "no tensors in it"), (b"]" * 1010, "more than 1,000 operations"),
+                          (storage + again * 5, "no tensors in it"), (storage + again * 100, "more than 1,000 operations")):
+        (tmp_path / "a.pkl").write_bytes(opcodes(made))
         with pytest.raises(ValueError, match=message):
             convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
 
@@ -442,11 +469,13 @@ def test_hostile_zips_are_refused(tmp_path, change, message):
     torch.save({"a": torch.ones(3)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good:
         files = {"archive/" + name.partition("/")[2]: good.read(name) for name in good.namelist()}
-    for name, compression, made in (("stored", zipfile.ZIP_STORED, change(files)), ("bomb", zipfile.ZIP_DEFLATED, files)):
+    for name, compression, made in (("stored", zipfile.ZIP_STORED, change(files)), ("bomb", zipfile.ZIP_DEFLATED, files), ("claim", zipfile.ZIP_STORED, files)):
         with zipfile.ZipFile(tmp_path / name, "w", compression) as file:
             for entry, data in made.items():
                 file.writestr(entry, data)
-        with pytest.raises(PickleError, match=message if name == "stored" else "a zip that torch.save did not write"):
+            if name == "claim":  # the directory is written on closing
+                file.infolist()[0].file_size = file.infolist()[0].compress_size = 2**31
+        with pytest.raises(PickleError, match={"stored": message, "bomb": "a zip that torch.save did not write", "claim": "what it asks to copy"}[name]):
             convert(tmp_path / name, tmp_path / "a.safetensors")
 
 

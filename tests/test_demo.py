@@ -10,13 +10,15 @@ import torch
 from click.testing import CliRunner
 
 from tdkern.cli import main
-from tdkern.demo import Config, conclusion, report, run_study
+from tdkern.demo import STUDY, Config, conclusion, report, run_study
+from tdkern.demo.families import BANDS, Levels
 from tdkern.demo.report import Difference
-from tdkern.demo.study import BANDS, BUDGETS, METHODS, Levels, Run, draws, train
+from tdkern.demo.study import Run, draws, train
 from tdkern.evaluation.mixture import GaussianMixture, denoiser_error
 from tdkern.networks import MLP, EDMPrecond
 
 RING = GaussianMixture.ring()
+METHODS, BUDGETS, LEVELS = STUDY.losses, STUDY.budgets, STUDY.levels
 SMALL = Config(seeds=3, iterations=20, compute=1.4, width=16, points=64)
 
 
@@ -27,20 +29,20 @@ def study():
 
 def test_every_method_gets_the_same_noisy_data():
     noises = []
-    for draw in islice(draws(SMALL, RING), 50):
+    for draw in islice(draws(SMALL, RING, STUDY), 50):
         batches = [draw.pair(loss) for loss in METHODS.values()]
         for batch in batches:
             torch.testing.assert_close(batch.x_t, batches[1].x_t, rtol=1e-5, atol=1e-6)
-            assert batch.x0 is draw.images and batch.levels[:, 0].equal(draw.sigma)
+            assert batch.x0 is draw.images and batch.levels[:, 0].equal(draw.level["sigma"])
         assert all(batch.x_tp.equal(batches[1].x_tp) for batch in batches[2:]) and batches[0].x_tp is None
-        noises.append(draw.edm["noise"])
+        noises.append(draw.noise["noise"])
     noise = torch.cat(noises).flatten()  # 4800 numbers
     assert noise.mean().abs() < 0.06 and (noise.std() - 1).abs() < 0.05
 
 
 def test_draws_are_the_same_at_every_call_and_differ_between_seeds():
     def images(config):
-        return torch.cat([draw.images for draw in islice(draws(config, RING), 3)])
+        return torch.cat([draw.images for draw in islice(draws(config, RING, STUDY), 3)])
 
     assert images(SMALL).equal(images(SMALL))
     assert not images(SMALL).equal(images(dataclasses.replace(SMALL, seed=1)))
@@ -55,23 +57,22 @@ def test_a_seed_trains_as_it_would_alone(method):
     single = EDMPrecond(MLP(2, 16, 2))
     single.load_state_dict({name: tensor[1:2] for name, tensor in net.state_dict().items()})
     alone = Run(dataclasses.replace(SMALL, seeds=1), METHODS[method], single, 20)
-    for step, draw in enumerate(islice(draws(SMALL, RING), 20)):
+    for step, draw in enumerate(islice(draws(SMALL, RING, STUDY), 20)):
         together.step(draw, step)
         part = slice(SMALL.batch, 2 * SMALL.batch)
-        noises = ({key: noise[part] for key, noise in kind.items()} for kind in (draw.td, draw.edm))
-        alone.step(type(draw)(draw.images[part], draw.sigma[part], *noises), step)
+        alone.step(type(draw)(draw.images[part], *({key: values[part] for key, values in kind.items()} for kind in draw[1:])), step)
     for name, tensor in alone.ema.module.state_dict().items():
         torch.testing.assert_close(together.ema.module.state_dict()[name][1:2], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_methods_start_equal_and_learn():
     config = dataclasses.replace(SMALL, width=64)
-    runs = train(config, RING, {name: METHODS[name] for name in ("EDM", "TD")}, 300, "test")
+    runs = train(config, RING, STUDY, {name: METHODS[name] for name in ("EDM", "TD")}, 300, "test")
     torch.manual_seed(config.seed)
     start = EDMPrecond(MLP(2, config.width, config.num_blocks, config.seeds))
-    before = Levels.overall(denoiser_error(start, RING, Levels.sigma, num_models=config.seeds, n=128))
+    before = LEVELS.overall(denoiser_error(start, RING, Levels.sigma, num_models=config.seeds, n=128))
     for run in runs.values():
-        after = Levels.overall(denoiser_error(run.ema.module, RING, Levels.sigma, num_models=config.seeds, n=128))
+        after = LEVELS.overall(denoiser_error(run.ema.module, RING, Levels.sigma, num_models=config.seeds, n=128))
         assert (after < 0.8 * before).all()
         assert run.curve_steps[-1] == 300 and run.curve[-1].equal(after)
         assert run.curve[0].gt(run.curve[-1]).all()
@@ -81,12 +82,12 @@ def test_levels_fill_the_bands_and_weigh_as_training_does():
     for i, (lo, hi, count) in enumerate(BANDS):
         inside = Levels.sigma[Levels.band == i]
         assert len(inside) == count and lo < inside.min() and inside.max() < hi
-    drawn = torch.cat([draw.sigma for draw in islice(draws(dataclasses.replace(SMALL, seeds=100), RING), 20)])  # 32,000
+    drawn = torch.cat([draw.level["sigma"] for draw in islice(draws(dataclasses.replace(SMALL, seeds=100), RING, STUDY), 20)])  # 32,000
     for i, (lo, hi, _) in enumerate(BANDS):
-        assert Levels.share[Levels.band == i].sum().item() == pytest.approx(((drawn > lo) & (drawn < hi)).double().mean().item(), abs=0.012)
+        assert LEVELS.share[Levels.band == i].sum().item() == pytest.approx(((drawn > lo) & (drawn < hi)).double().mean().item(), abs=0.012)
     error = torch.arange(1.0, 21.0, dtype=torch.float64).repeat(2, 1)
-    assert Levels.by_band(error)[0, :2].tolist() == pytest.approx([3.5, 7.5])
-    assert Levels.by_band(error)[0, -1].item() == pytest.approx((error[0] * Levels.share).sum().item() / Levels.share.sum().item())
+    assert LEVELS.by_band(error)[0, :2].tolist() == pytest.approx([3.5, 7.5])
+    assert LEVELS.by_band(error)[0, -1].item() == pytest.approx((error[0] * LEVELS.share).sum().item() / LEVELS.share.sum().item())
 
 
 def test_one_seed_gives_the_same_numbers_again(study):

@@ -251,6 +251,29 @@ def test_compiles_without_graph_breaks(name):
         assert relative(grad, expected) < 1e-5
 
 
+def test_compiles_in_half_precision_and_with_checkpointing():
+    net, inputs = tiny("ncsnpp")
+    net.dtype, net.model.checkpointing = torch.bfloat16, True
+    torch._dynamo.reset()
+    got = torch.compile(net.raw, fullgraph=True, backend="eager")(*inputs)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, net.raw(*inputs))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_half_precision_is_channels_last(arch):
+    """Every convolution is given, and gives, channels_last, and its weight is cast into that format: tensor cores need no other pass."""
+    net, inputs = tiny(arch)
+    net.dtype, formats, real = torch.bfloat16, [], F.conv2d
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "conv2d", lambda x, weight, *args, **kwargs: formats.append((x, weight)) or real(x, weight, *args, **kwargs))
+        raw = net.raw(*inputs)
+    assert len(formats) > 10 and raw.is_contiguous(memory_format=torch.channels_last)
+    for x, weight in formats:
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert weight.is_contiguous(memory_format=torch.channels_last) or weight.shape[1] == 1  # the filter that resamples
+    assert net.model(inputs[0], torch.zeros(2), torch.eye(2)).is_contiguous()  # float32 keeps the image's
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_channels_last(arch):
     net, (x, *rest) = tiny(arch)

@@ -68,7 +68,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("changes", [
-    {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4},
+    {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5},
     {"loss_type": "edm", "precision": "bf16"},
 ], ids=lambda changes: changes["loss_type"])
 def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeypatch, changes):
@@ -105,6 +105,18 @@ def test_a_longer_duration_goes_on_from_the_end(tmp_path, data):
     _, tensors = read(find(run_dir, STATE), STATE)
     _, expected = read(find(start(long, tmp_path / "long"), STATE), STATE)
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_a_state_of_format_1_goes_on(tmp_path, data):
+    """What tdkern train wrote before there was augmentation, two steps on ten images; data/format1 has it."""
+    stored = Path(__file__).parent / "data" / "format1" / "training-state-000000.016"
+    meta, tensors = read(stored, STATE)
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(Options(**meta["options"]).resumed(data=data, duration=24e-6), this_process(), stored)
+    ours = trainer.tensors()
+    assert trainer.step == 2 and ours.keys() == tensors.keys() and all(torch.equal(ours[name], tensors[name]) for name in ours)
+    train(trainer, tmp_path / "run")
+    assert read(find(tmp_path / "run", STATE), STATE)[0]["step"] == 3
 
 
 def test_a_run_keeps_its_newest_state_and_all_its_snapshots(tmp_path, data):

@@ -1,44 +1,15 @@
 """The samplers against golden vectors with analytic denoisers, and against the exact solution of the ODE."""
 import math
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from analytic import gmm, iso, load
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tdkern.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from tdkern.samplers import euler, heun
 from tdkern.schedules import EDM
-
-DATA = Path(__file__).parent / "data"
-
-
-def load(name):
-    with np.load(DATA / f"{name}.npz", allow_pickle=False) as file:
-        return {key: torch.from_numpy(file[key]) for key in file.files}
-
-
-def iso(golden):
-    def denoiser(x, sigma):
-        variance, s2 = golden["sd"] ** 2, sigma.reshape(-1, 1, 1, 1) ** 2
-        return (variance * x + s2 * golden["mean"]) / (variance + s2)
-
-    return denoiser
-
-
-def gmm(golden):
-    means, sds, weights = golden["means"], golden["sds"], golden["weights"]
-
-    def denoiser(x, sigma):
-        variance = sds**2 + sigma[:, None] ** 2  # [B, K]
-        distance = x[:, None] - means  # [B, K, C, H, W]
-        log_p = weights.log() - distance.square().sum((2, 3, 4)) / (2 * variance) - means[0].numel() / 2 * variance.log()
-        parts = means + (sds**2 / variance)[:, :, None, None, None] * distance
-        return (log_p.softmax(1)[:, :, None, None, None] * parts).sum(1)
-
-    return denoiser
 
 
 class Exact(torch.nn.Module):

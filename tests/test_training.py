@@ -70,14 +70,49 @@ def test_one_step_updates_network_and_averages(data):
     assert 1e-4 < changes.max() < 1e-3  # Adam's first steps are of the size of the learning rate
 
 
+def test_hard_target_copies(data):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 2, "lr_rampup_kimg": 0}), this_process())
+    for copied in (True, False, True, False):
+        before = [parameter.clone() for parameter in trainer.target.module.parameters()]
+        trainer.train_step(*batch(trainer))
+        expected = trainer.net.parameters() if copied else before
+        assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True))
+
+
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypatch):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
     parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
-    before = parameter.detach().clone()
+    before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
     trainer.train_step(*batch(trainer))
-    assert torch.equal(parameter, before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.net.state_dict().items())  # the whole step is left out
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
+    assert trainer.statistics()["skipped"] == 1
+    assert trainer.optimizer.skipped == 0  # it counts from tick to tick
+
+
+def test_augmentation(data, monkeypatch):
+    """The networks see augmented images and the labels that say how, both the same; the pipe's probability is the option's."""
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"augment": 0.6, "batch_gpu": 4}), this_process())
+    assert trainer.network["augment_dim"] == 9 and trainer.augment_pipe.p == 0.6 and trainer.augment_pipe.xflip > 1e6
+    seen, piped, noised, real = {"net": [], "target": [], "ema": []}, [], [], type(trainer.loss).pair
+    for name, module in (("net", trainer.net), ("target", trainer.target.module), ("ema", trainer.ema.module)):
+        module.model.map_augment.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+    trainer.augment_pipe.register_forward_hook(lambda _, args, out: piped.append((args[0], *out)))
+    monkeypatch.setattr(type(trainer.loss), "pair", lambda self, images: noised.append(images) or real(self, images))
+    images, labels = batch(trainer)
+    trainer.train_step(images, labels)
+    torch.manual_seed(derive_seed(0, "step", 0, 0))
+    expected, expected_labels = trainer.augment_pipe(to_float(images[:4]))
+    assert torch.equal(piped[0][1], expected) and torch.equal(seen["net"][0], expected_labels) and expected_labels.any()
+    assert len(piped) - 1 == 2 and len(seen["net"]) == len(seen["target"]) == 2
+    for i, (given, out, out_labels) in enumerate(piped[:2]):
+        assert torch.equal(given, to_float(images.split(4)[i])) and torch.equal(noised[i], out)
+        assert torch.equal(seen["net"][i], out_labels) and torch.equal(seen["target"][i], out_labels)
+    assert trainer.net.model.map_augment.weight.grad.any()
+    sample(trainer.ema.module, trainer.network, [0], EDM(steps=2).sigmas())
+    assert not seen["ema"]  # sampling passes none
+    assert Trainer(Options(data=data, duration=1e-3, **TINY), this_process()).network["augment_dim"] == 0
 
 
 def test_learning_rate():
@@ -100,6 +135,7 @@ def test_steps_of_a_duration(duration, size, steps):
     ({"batch": -1}, "batch must be positive"),
     ({"lr": math.nan}, "lr must be positive, got nan"),
     ({"seed": -1}, "seed must be at least 0, got -1"),
+    ({"augment": 1.2}, r"augment must be in \[0, 1\], got 1.2"),
     ({"batch": 8, "batch_gpu": 3}, "batch must be a multiple of batch_gpu x processes, got batch 8, batch_gpu 3, 1 processes"),
     ({"batch": 9, "gpus": 2}, "batch must be a multiple of batch_gpu x processes"),
     ({"target_ema_tau": 1.0}, r"target_ema_tau must be in \[0, 1\), got 1.0"),

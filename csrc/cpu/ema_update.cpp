@@ -1,4 +1,4 @@
-// ema_update_ on the CPU: chunks of all tensors over the threads, the averages two at a time while a chunk's parameter is in the cache.
+// ema_update_ on the CPU: chunks of all tensors over the threads, the averages one after the other while a chunk's parameter is in the cache.
 #include "ema_update.h"
 #include "ema_chunk.h"
 #include "tensor_chunks.h"
@@ -7,30 +7,20 @@
 namespace tdkern {
 namespace TDKERN_ISA {
 
-template <int K, typename N, typename D>
-TDKERN_INLINE void averages(const N* param, void* const* row, const double* decays, int64_t begin, int64_t n) {
-  using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
-  T weight[K];
-  D* avg[K];
-  for (int k = 0; k < K; ++k) {
-    weight[k] = static_cast<T>(1 - decays[k]);
-    avg[k] = static_cast<D*>(row[k]) + begin;
-  }
-  const auto step = [&](int64_t i, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
-    const Vec<T> p = load<T>(param + i, count...);
-    for (int k = 0; k < K; ++k) store<T>(avg[k] + i, ema_element<T>(load<T>(avg[k] + i, count...), p, weight[k]), count...);
-  };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
-  if (i < n) step(i, n - i);
-}
-
 template <typename N, typename D>
 void ema_chunk(void* const* row, const double* decays, int64_t K, int64_t begin, int64_t n) {
+  using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
   const N* param = static_cast<const N*>(row[0]) + begin;
-  int64_t k = 0;
-  for (; k + 2 <= K; k += 2) averages<2, N, D>(param, row + 1 + k, decays + k, begin, n);
-  if (k < K) averages<1, N, D>(param, row + 1 + k, decays + k, begin, n);
+  for (int64_t k = 0; k < K; ++k) {
+    D* avg = static_cast<D*>(row[1 + k]) + begin;
+    const T weight = static_cast<T>(1 - decays[k]);
+    const auto step = [&](int64_t i, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
+      store<T>(avg + i, ema_element<T>(load<T>(avg + i, count...), load<T>(param + i, count...), weight), count...);
+    };
+    int64_t i = 0;
+    for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
+    if (i < n) step(i, n - i);
+  }
 }
 
 #define TDKERN_EMA(N, D) template void ema_chunk<N, D>(void* const*, const double*, int64_t, int64_t, int64_t);

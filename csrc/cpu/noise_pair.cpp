@@ -1,5 +1,6 @@
 // noise_pair on the CPU. Normals are drawn a tile at a time into the nearest cache, a Philox call a lane, and then the pair is made from them.
-// CMakeLists.txt compiles this file without contraction into fma, so that every instruction set gives the same bits.
+// CMakeLists.txt compiles this file without contraction, so that a product and a sum are one fma only where that is written, and every
+// instruction set gives the same bits: what has no such instruction calls the C library's.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers, GCC bug 105593
 #include <cmath>
 
@@ -46,6 +47,14 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
   static TDKERN_INLINE F sqrt(F value) {
     for (int l = 0; l < kWidth; ++l) value[l] = std::sqrt(value[l]);
     return value;
+  }
+#endif
+#if defined(__FMA__)
+  static TDKERN_INLINE F fma(F a, F b, F c) { return TDKERN_MM(fmadd_ps)(a, b, c); }
+#else
+  static TDKERN_INLINE F fma(F a, F b, F c) {
+    for (int l = 0; l < kWidth; ++l) c[l] = std::fma(a[l], b[l], c[l]);
+    return c;
   }
 #endif
 };

@@ -5,8 +5,8 @@
 
 namespace tdkern {
 
-constexpr int64_t kListChunk = 4096;    // elements; a chunk's parameter stays in the first cache for every pair of averages
-constexpr int64_t kListGrain = 32768;   // elements worth a thread; a row counts as whole chunks
+constexpr int64_t kListChunk = 512;    // elements; short, since a core prefetches better from two or three streams at a time than from many
+constexpr int64_t kListGrain = 32768;  // elements worth a thread; a row counts as whole chunks
 
 // fn(row, begin, count): elements [begin, begin + count) of a row.
 template <typename Fn>

@@ -41,6 +41,12 @@ __device__ __forceinline__ void compute(Elements<N, D>& e, const PairSample<T>& 
   }
 }
 
+// Indexed by packs: by elements, with an index of 64 bits, nvcc takes the store apart into four.
+template <typename S>
+__device__ __forceinline__ void store_block(S* row, int64_t block, const Pack<S, 4>& pack) {
+  reinterpret_cast<Pack<S, 4>*>(row)[block] = pack;
+}
+
 // packed: a thread's four elements lie behind one another and at a multiple of their size, in every tensor.
 template <bool packed, typename N, typename D>
 __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlocks) pair_kernel(PairRows<N, D> in, int64_t chunks) {
@@ -49,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlo
   const uint64_t key = in.key(), offset = in.counter();
 #pragma unroll 1
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
-    const int64_t b = task / chunks, k = task % chunks * kChunk + 4 * static_cast<int64_t>(threadIdx.x);
+    const int64_t b = task / chunks, block = task % chunks * kThreads + threadIdx.x, k = 4 * block;
     const D* x0 = in.x0.data + b * in.x0.stride;
     D *x_t = in.x_t.data + b * in.x_t.stride, *x_tp = in.x_tp.data + b * in.x_tp.stride;
     N *in_t = in.in_t.data + b * in.in_t.stride, *in_tp = in.in_tp.data + b * in.in_tp.stride;  // not read where they are not wanted
@@ -71,17 +77,17 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlo
     __syncthreads();  // the last task's sample has been read
     if (threadIdx.x == 0) s = in.sample(b);
     T n1[4], n2[4] = {};
-    draw(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(b), offset, 0, key, n1);
-    if (!in.shared) draw(static_cast<uint32_t>(k / 4), static_cast<uint32_t>(b), offset, 1, key, n2);
+    draw(static_cast<uint32_t>(block), static_cast<uint32_t>(b), offset, 0, key, n1);
+    if (!in.shared) draw(static_cast<uint32_t>(block), static_cast<uint32_t>(b), offset, 1, key, n2);
     __syncthreads();
     compute(e, s, in.shared, n1, n2);
 
     if (whole) {
-      store_pack<4>(x_t + k, e.x_t);
-      store_pack<4>(x_tp + k, e.x_tp);
+      store_block(x_t, block, e.x_t);
+      store_block(x_tp, block, e.x_tp);
       if (in.in_t.data) {
-        store_pack<4>(in_t + k, e.in_t);
-        store_pack<4>(in_tp + k, e.in_tp);
+        store_block(in_t, block, e.in_t);
+        store_block(in_tp, block, e.in_tp);
       }
       continue;
     }

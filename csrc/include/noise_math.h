@@ -31,6 +31,7 @@ struct Lane {
   static TDKERN_HD W multiply(W word, uint32_t factor) { return static_cast<uint64_t>(static_cast<uint32_t>(word)) * factor; }
   static TDKERN_HD F to_float(I value) { return static_cast<float>(value); }
   static TDKERN_HD F sqrt(F value) { return ::sqrtf(value); }
+  static TDKERN_HD F fma(F a, F b, F c) { return ::fmaf(a, b, c); }
   static TDKERN_HD F select(I mask, F a, F b) { return mask ? a : b; }
   template <typename To, typename From>
   static TDKERN_HD To bits(From from) {
@@ -63,6 +64,14 @@ TDKERN_HD void philox(typename L::W (&c)[chains][4], uint64_t key) {
 
 // ---- Box-Muller ------------------------------------------------------------------------------------------------------
 
+// Horner's scheme, the highest power's coefficient first.
+template <typename L, typename... Coefficients>
+TDKERN_HD typename L::F polynomial(typename L::F x, float highest, Coefficients... lower) {
+  typename L::F value = typename L::F() + highest;
+  ((value = L::fma(value, x, typename L::F() + lower)), ...);
+  return value;
+}
+
 // Two words to two normals: n = sqrt(-2 ln u) (cos, sin)(angle), u = (a + 1/2) / 2^32. b's low 30 bits are an angle y pi/4, -1 <= y < 1;
 // bit 30 swaps its cosine and sine and bit 31 is the cosine's sign, which together cover the circle.
 // The polynomials are minimax fits (relative error 2^-25.7 of -2 ln u, below 2^-27 of sine and cosine).
@@ -72,27 +81,16 @@ TDKERN_HD void box_muller(typename L::U a, typename L::U b, typename L::F& n_0, 
   using I = typename L::I;
   using U = typename L::U;
   const I high = L::template bits<I>(a) >> 31;                                                      // all ones where u > 1/2:
-  const F x = L::to_float(L::template bits<I>(a) ^ high) * 0x1p-32f + 0x1p-33f;                     // 1 - u there, else u, since u near 1 has no digits left
+  const F x = L::fma(L::to_float(L::template bits<I>(a) ^ high), F() + 0x1p-32f, F() + 0x1p-33f);   // 1 - u there, else u, since u near 1 has no digits left
   const I above = L::template bits<I>(L::select(high, 1.0f - x, x)) - 0x3f3504f3;                   // u = m 2^e, sqrt(1/2) <= m < sqrt(2)
   const F m = L::template bits<F>((above & 0x7fffff) + 0x3f3504f3);
   const F f = L::select(above >> 31, m - 1.0f, -x);                                                 // m - 1; e is 0 or less
-  F q = f * -0.18284172f + 0.29363370f;
-  q = q * f - 0.29828411f;
-  q = q * f + 0.33006522f;
-  q = q * f - 0.39912954f;
-  q = q * f + 0.50011414f;
-  q = q * f - 0.66668397f;
-  q = q * f + 0.99999833f;
-  const F radius = L::sqrt(L::to_float(above >> 23) * -1.38629436f + (q * f - 2.0f) * f);            // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
+  const F q = polynomial<L>(f, -0.18284172f, 0.29363370f, -0.29828411f, 0.33006522f, -0.39912954f, 0.50011414f, -0.66668397f, 0.99999833f, -2.0f);
+  const F radius = L::sqrt(L::fma(q, f, L::to_float(above >> 23) * -1.38629436f));                   // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
 
   const F y = L::to_float(L::template bits<I>(b << 2)) * 0x1p-31f, z = y * y;
-  F sine = z * -3.5950427e-5f + 2.4900010e-3f;
-  sine = sine * z - 8.0745429e-2f;
-  sine = (sine * z + 0.78539819f) * y;
-  F cosine = z * 3.5303367e-6f - 3.2594008e-4f;
-  cosine = cosine * z + 1.5854327e-2f;
-  cosine = cosine * z - 0.30842513f;
-  cosine = cosine * z + 1.0f;
+  const F sine = polynomial<L>(z, -3.5950427e-5f, 2.4900010e-3f, -8.0745429e-2f, 0.78539819f) * y;
+  F cosine = polynomial<L>(z, 3.5303367e-6f, -3.2594008e-4f, 1.5854327e-2f, -0.30842513f, 1.0f);
   cosine = L::template bits<F>(L::template bits<U>(cosine) ^ (b & 0x80000000u));
   const I swap = L::template bits<I>(b << 1) >> 31;
   n_0 = radius * L::select(swap, sine, cosine);

@@ -2,22 +2,28 @@
 import click
 
 from ..integrations import convert as run
+from ..integrations import export_diffusers
 
 
 @click.command()
 @click.argument("src")
 @click.argument("dst")
-def convert(src, dst):
+@click.option("--diffusers", is_flag=True, help="Write the averaged U-Net of SRC as a folder DST that diffusers' UNet2DModel reads.")
+def convert(src, dst, diffusers):
     """Write a network that another program saved as one safetensors file, without running what is in it.
 
     SRC is EDM's network-snapshot-*.pkl or training-state-*.pt, a state dict of torch.save, or a diffusers folder; DST a new .safetensors
     file. EDM's networks can then be sampled from.
 
+    With --diffusers, SRC is a network snapshot, a run directory or a converted file, of an ADM network with levels of 128, 192, 256, ... channels:
+    the one kind of EDM's that a UNet2DModel can compute. Preconditioning is then diffusers' EDMEulerScheduler's.
+
     \b
     tdkern convert network-snapshot.pkl model.safetensors
     tdkern generate --network model.safetensors --outdir images
+    tdkern convert --diffusers runs/00000-... unet
     """
     try:
-        click.echo(run(src, dst))
-    except ValueError as error:
+        click.echo((export_diffusers if diffusers else run)(src, dst))
+    except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

@@ -1,15 +1,18 @@
 """`tdkern generate`."""
+from inspect import signature
 from pathlib import Path
 
 import click
 import torch
+from click.core import ParameterSource
 from tqdm import tqdm
 
+from .. import samplers
 from ..data import save_grid, save_image
-from ..schedules import EDM
+from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
-from .types import Numbers
+from .types import Numbers, boolean
 
 
 @click.command()
@@ -19,23 +22,35 @@ from .types import Numbers
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
+@click.option("--sampler", type=click.Choice(["heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "onestep", "multistep", "ablation"]),
+              help="onestep and multistep are for consistency models. [default: heun; ablation with --solver, --disc, --schedule or --scaling]")
 @click.option("--steps", type=click.IntRange(min=2), default=18, show_default=True, help="Sampling steps.")
-@click.option("--sigma_min", type=float, default=0.002, show_default=True, help="Lowest noise level.")
-@click.option("--sigma_max", type=float, default=80.0, show_default=True, help="Highest noise level.")
+@click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
+@click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")
 @click.option("--rho", type=float, default=7.0, show_default=True, help="Exponent of the steps.")
 @click.option("--S_churn", "S_churn", type=float, default=0.0, show_default=True, help="Strength of added noise.")
 @click.option("--S_min", "S_min", type=float, default=0.0, show_default=True, help="Lowest noise level with added noise.")
 @click.option("--S_max", "S_max", type=float, default=float("inf"), show_default=True, help="Highest noise level with added noise.")
 @click.option("--S_noise", "S_noise", type=float, default=1.0, show_default=True, help="Inflation of the added noise.")
+@click.option("--solver", type=click.Choice(SOLVERS), help="EDM's ablations: the solver. [default: heun]")
+@click.option("--disc", type=click.Choice(list(RANGES)), help="EDM's ablations: how the steps are placed. [default: edm]")
+@click.option("--schedule", type=click.Choice(list(SCHEDULES)), help="EDM's ablations: sigma(t). [default: linear]")
+@click.option("--scaling", type=click.Choice(SCALINGS), help="EDM's ablations: s(t). [default: none]")
+@click.option("--eta", type=float, default=0.0, show_default=True, help="Share of new noise in a step of ddim.")
+@click.option("--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc.")
+@boolean("--clip_denoised", "Clamp what onestep and multistep denoise to the images' range.")
 @click.option("--grid", metavar="FILE.png", help="Also write all images into one file.")
-def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min, sigma_max, rho, grid, **churn):
-    """Draw images from a trained network with EDM's second-order sampler.
+def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, sigma_min, sigma_max, rho, grid, disc, **options):
+    """Draw images from a trained network, by default with EDM's second-order sampler.
 
     An image depends on its seed, not on the others. Start with torchrun to use several GPUs.
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
+    tdkern generate --network model.safetensors --outdir images --sampler unipc --steps 8
     """
+    sampler = sampler or ("ablation" if disc or options["solver"] or options["schedule"] or options["scaling"] else "heun")
+    options = _options(sampler, disc, options)
     if not outdir and not grid:
         raise click.UsageError("give --outdir, --grid or both")
     process = this_process()
@@ -43,11 +58,18 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     try:
         net, meta = load_network(network, process.device)
-        sigmas = net.round_sigma(EDM(steps, max(sigma_min, net.sigma_min), min(sigma_max, net.sigma_max), rho).sigmas())  # the levels that it knows
+        lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc or "edm"], strict=True))
+        lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
+        sigmas = net.round_sigma(samplers.ablation_sigmas(disc or "edm", steps + (sampler == "multistep"), lo, hi, rho))  # to those that it knows
+        if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
+            sigmas = sigmas[:-1]
+            options["sigma_min"] = sigmas[-1].item()
+        if sampler == "ablation":  # the range is the schedule's too
+            options |= {"sigma_min": lo, "sigma_max": hi}
         batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
         images = []
         for part in tqdm(batches, unit="batch", disable=process.rank > 0):
-            images.append(sample(net, meta["network"], part.tolist(), sigmas, class_idx=class_idx, **churn))
+            images.append(sample(net, meta["network"], part.tolist(), sigmas, sampler=getattr(samplers, sampler), class_idx=class_idx, **options))
             for seed, image in zip(part.tolist(), images[-1] if outdir else (), strict=bool(outdir)):
                 folder = Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,3 +81,15 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, steps, sigma_min
             save_grid(grid, images, columns=round(len(images) ** 0.5))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _options(sampler: str, disc: str | None, values: dict) -> dict:
+    """The sampler's own options; a flag given on the command line that does nothing is refused."""
+    known = signature(getattr(samplers, sampler)).parameters
+    idle = {name: f"--sampler {sampler}" for name in values if name not in known}
+    idle |= dict.fromkeys(("steps", "sigma_min", "rho", "disc"), "--sampler onestep") if sampler == "onestep" else {}
+    idle |= {"rho": f"--disc {disc}"} if disc not in (None, "edm") else {}
+    for name, reason in idle.items():
+        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name} does nothing with {reason}")
+    return {name: value for name, value in values.items() if name in known and value is not None}

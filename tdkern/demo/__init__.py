@@ -1,6 +1,7 @@
-"""`tdkern demo`: EDM with and without the TD term on a problem whose exact denoiser is known."""
+"""`tdkern demo`: a family with and without the TD term on a problem whose exact denoiser is known; EDM in more detail."""
+from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
 from .report import conclusion, report, to_json
 from .study import Config, Study, run_study
 
-__all__ = ["Config", "Study", "conclusion", "draw_picture", "report", "run_study", "to_json"]
+__all__ = ["FAMILIES", "STUDY", "Config", "Family", "Study", "conclusion", "draw_picture", "report", "run_study", "to_json"]

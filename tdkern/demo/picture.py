@@ -5,8 +5,9 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from .families import Levels
 from .report import BAND_NAMES, CLEAR, Difference
-from .study import BUDGETS, Levels, Study
+from .study import Study
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart without colour
 EXACT = "#A85585"
@@ -15,9 +16,9 @@ STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D")
 
 def draw_picture(study: Study) -> bytes:
     """A PNG file: samples of every method, denoiser error by noise level, sample distance by steps, error over training."""
-    figure = Figure(figsize=(16, 9.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(16, 9.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.45])
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.45])
     _samples(study, top)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
     for panel, axis in zip((_error, _difference, _distance, _training), axes, strict=True):
@@ -33,7 +34,7 @@ def draw_picture(study: Study) -> bytes:
 
 def _lines(study: Study):
     """(name, outcome, style of its line) of every method."""
-    for (name, outcome), (color, marker) in zip(study.outcomes.items(), STYLES, strict=True):
+    for (name, outcome), (color, marker) in zip(study.outcomes.items(), STYLES, strict=False):
         yield name, outcome, {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
 
 
@@ -49,11 +50,11 @@ def _samples(study: Study, figure) -> None:
     mass = density.flatten().sort(descending=True).values
     levels = [mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)]
     figure.suptitle(f"{study.config.seeds} paired seeds, {study.config.iterations} iterations of batch {study.config.batch}.  "
-                    f"Samples of the first seed after {BUDGETS[-1]} steps; the lines hold 50, 90 and 99 % of the data", fontsize=12)
-    panels = [("exact denoiser", study.exact_samples, study.exact_distance[-1])]
+                    f"Samples of the first seed after {study.family.budgets[-1]} steps; the lines hold 50, 90 and 99 % of the data", fontsize=12)
+    panels = [(study.family.exact_name.removeprefix("the "), study.exact_samples, study.exact_distance[-1])]
     panels += [(name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()]
     colors = [EXACT] + [color for color, _ in STYLES]
-    for axis, (name, samples, distance), color in zip(figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=True):
+    for axis, (name, samples, distance), color in zip(figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=False):
         axis.scatter(*samples.T.numpy(), s=1.5, color=color, alpha=0.45, linewidths=0)
         axis.contour(ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7)
         axis.set(title=f"{name}\nsliced W2 {distance:.3f}", aspect="equal", xlim=(-1.5, 1.3), ylim=(-1.5, 1.3), xlabel="$x_1$")
@@ -72,36 +73,41 @@ def _error(study: Study, axis) -> None:
 
 
 def _difference(study: Study, axis) -> None:
-    baseline = Levels.by_band(next(iter(study.outcomes.values())).error)
+    levels, name = study.family.levels, next(iter(study.outcomes))
+    baseline = levels.by_band(study.outcomes[name].error)
     places = range(len(BAND_NAMES) + 1)
     for i, (_, outcome, style) in enumerate(_lines(study)):
         if i == 0:
             continue
-        differences = Difference.of(Levels.by_band(outcome.error), baseline)
+        differences = Difference.of(levels.by_band(outcome.error), baseline)
         x = [place + 0.19 * (i - 2.5) for place in places]
         percent, error = [d.percent for d in differences], [d.error for d in differences]
         axis.errorbar(x, percent, [CLEAR * e for e in error], fmt="none", ecolor=style["color"], elinewidth=1)
         axis.errorbar(x, percent, error, fmt=style["marker"], color=style["color"], markersize=6, elinewidth=3)
     axis.axhline(0, color=STYLES[0][0], linewidth=1)
-    axis.set(xticks=list(places), xticklabels=[*BAND_NAMES, "all"], xlabel=r"noise level $\sigma$", ylabel="% of EDM's error",
-             title=f"Paired difference from EDM\nbars: 1 and {CLEAR} standard errors")
+    axis.set(xticks=list(places), xticklabels=[*BAND_NAMES, "all"], xlabel=r"noise level $\sigma$", ylabel=f"% of {name}'s error",
+             title=f"Paired difference from {name}\nbars: 1 and {CLEAR} standard errors")
 
 
 def _distance(study: Study, axis) -> None:
+    budgets = study.family.budgets
     axis.axhline(1, color=EXACT, linestyle="--", linewidth=2)
-    axis.annotate("exact denoiser", (1, 1), (-4, -13), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=EXACT)
+    exact = study.family.exact_name.removeprefix("the ")
+    axis.annotate(exact, (1, 1), (-4, -13), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=EXACT)
     for i, (_, outcome, style) in enumerate(_lines(study)):
         mean, error = _spread(outcome.distance / study.exact_distance)
-        axis.errorbar([place + 0.07 * (i - 2) for place in range(len(BUDGETS))], mean, error, **style)
-    axis.set(xticks=range(len(BUDGETS)), xticklabels=BUDGETS, xlabel="sampling steps (Heun)",
-             ylabel="sliced W2 / sliced W2 of the exact denoiser", title="Distance of samples from the data\nmean ± standard error")
+        axis.errorbar([place + 0.07 * (i - 2) for place in range(len(budgets))], mean, error, **style)
+    axis.set(xticks=range(len(budgets)), xticklabels=budgets, xlabel=f"steps of {study.family.sampler_name}",
+             ylabel=f"sliced W2 / sliced W2 of {study.family.exact_name}", title="Distance of samples from the data\nmean ± standard error")
 
 
 def _training(study: Study, axis) -> None:
-    edm_ms = next(iter(study.outcomes.values())).step_ms
+    (baseline, first), *_ = study.outcomes.items()
     for _, outcome, style in _lines(study):
         mean, error = _spread(outcome.curve.T)
-        cost = torch.tensor(outcome.curve_steps).numpy() * (outcome.step_ms / edm_ms) / 1000
+        cost = torch.tensor(outcome.curve_steps).numpy() * (outcome.step_ms / first.step_ms) / 1000
         axis.errorbar(cost, mean, error, **style)
-    axis.set(yscale="log", xlabel="training time, in 1,000 steps of EDM", ylabel="excess EDM loss, all noise levels",
-             title="Error over training\nmean ± standard error")
+    samples = study.family.follow_samples
+    axis.set(yscale="log", xlabel=f"training time, in 1,000 steps of {baseline}",
+             title=f"{'Samples' if samples else 'Error'} over training\nmean ± standard error",
+             ylabel=f"sliced W2, {study.family.budgets[0]} step" if samples else "excess EDM loss, all noise levels")

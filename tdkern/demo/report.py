@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from .study import BANDS, BUDGETS, Levels, Study
+from .families import BANDS, Levels
+from .study import Study
 
 CLEAR = 2.5  # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
 BAND_NAMES = [f"{lo:g}-{hi:g}" for lo, hi, _ in BANDS]
@@ -37,18 +38,19 @@ class Difference(NamedTuple):
 
 def report(study: Study) -> str:
     """The tables and the conclusion, as text of at most 120 columns."""
-    config, outcomes = study.config, study.outcomes
-    edm, *td, longer = outcomes
-    errors = {name: Levels.by_band(outcome.error) for name, outcome in outcomes.items()}
+    config, family, outcomes = study.config, study.family, study.outcomes
+    baseline, *td, longer = outcomes
+    levels = family.levels
+    errors = {name: levels.by_band(outcome.error) for name, outcome in outcomes.items()}
     distances = {name: outcome.distance for name, outcome in outcomes.items()}
-    shares = [f"{100 * Levels.share[Levels.band == i].sum():.2g} %" for i in range(len(BANDS))]
+    shares = [f"{100 * levels.share[levels.band == i].sum():.2g} %" for i in range(len(BANDS))]
 
     def table(values: dict[str, Tensor], columns: list[str], reference: tuple[str, list[str]]) -> list[str]:
         lines = [_row("", columns), _row(*reference)]
         lines += [_row(name, [f"{mean:.3g}" for mean in value.mean(0).tolist()]) for name, value in values.items()]
-        for title, baseline, names in (("equal steps, and what more iterations bring", edm, [*td, longer]), ("equal compute", longer, td)):
-            lines += [f" Difference from {baseline}, in %: TD at {title}"]
-            lines += [_row(name, map(str, Difference.of(values[name], values[baseline]))) for name in names]
+        for title, other, names in (("equal steps, and what more iterations bring", baseline, [*td, longer]), ("equal compute", longer, td)):
+            lines += [f" Difference from {other}, in %: TD at {title}"]
+            lines += [_row(name, map(str, Difference.of(values[name], values[other]))) for name in names]
         return lines
 
     return "\n".join([
@@ -57,31 +59,48 @@ def report(study: Study) -> str:
         "All methods share a seed's initial weights, data and noise.",
         f"Differences are paired: mean ± standard error over the seeds, and in brackets how many of the {config.seeds} are better.",
         "",
-        "DENOISER ERROR by sigma: excess of EDM's loss over the exact denoiser's; 'all' weighs the levels as training does",
+        f"DENOISER ERROR by sigma: {family.error_name}; 'all' weighs the levels as training does",
         *table(errors, [*BAND_NAMES, "all"], ("share of training", shares)),
         "",
-        f"SAMPLE DISTANCE by steps of Heun's method: sliced W2 of {config.points} samples to the data, evenly spread latents",
-        *table(distances, [f"{steps}" for steps in BUDGETS], ("the exact denoiser", [f"{value:.3g}" for value in study.exact_distance.tolist()])),
-        f" {config.points} independent draws of the data: {study.random_distance:.3g}. What the exact denoiser has as well is the sampler's error.",
+        f"SAMPLE DISTANCE by steps of {family.sampler_name}: sliced W2 of {config.points} samples to the data, evenly spread latents",
+        *table(distances, [f"{steps}" for steps in family.budgets], (family.exact_name, [f"{value:.3g}" for value in study.exact_distance.tolist()])),
+        f" {config.points} independent draws of the data: {study.random_distance:.3g}. What {family.exact_name} has as well is the sampler's error.",
         "",
+        *(_progress(study) if family.follow_samples else ()),
         "CPU TIME of a training step, all seeds in one thread",
-        *(_row(name, [f"{outcomes[name].step_ms:.2f} ms", f"{outcomes[name].step_ms / outcomes[edm].step_ms:.2f} x EDM"]) for name in (edm, *td)),
-        f" EDM at equal compute has {study.compute:.2f} times the iterations{'' if config.compute else ': the measured ratio of a TD step to one of EDM'}.",
+        *(_row(name, [f"{outcomes[name].step_ms:.2f} ms", f"{outcomes[name].step_ms / outcomes[baseline].step_ms:.2f} x {baseline}"])
+          for name in (baseline, *td)),
+        f" {baseline} at equal compute has {study.compute:.2f} times the iterations"
+        f"{'' if config.compute else f': the measured ratio of a TD step to one of {baseline}'}.",
         "",
         *textwrap.wrap(conclusion(study), 118),
     ])
 
 
+def _progress(study: Study) -> list[str]:
+    """The samples of the smallest budget over training."""
+    baseline, *td, _ = study.outcomes
+    every = slice(1, None, 3)
+    steps = study.outcomes[baseline].curve_steps[every]
+    rows = []
+    for name in (baseline, *td):
+        curve = study.outcomes[name].curve.T[:, every]
+        mean, error = curve.mean(0).tolist(), (curve.std(0) / len(curve) ** 0.5).tolist()
+        rows.append(_row(name, [f"{m:.3g} ± {e:.2g}" for m, e in zip(mean, error, strict=True)]))
+    return [f"SAMPLE DISTANCE over training: sliced W2 with {study.family.budgets[0]} step, after so many iterations", _row("", map(str, steps)), *rows, ""]
+
+
 def conclusion(study: Study) -> str:
     """What the numbers say of TD with its default weight, in one sentence."""
-    edm, *_, longer = study.outcomes
+    baseline, *_, longer = study.outcomes
+    levels, budgets = study.family.levels, study.family.budgets
     clauses = []
-    for title, baseline in (("equal steps", edm), (f"equal compute ({longer})", longer)):
-        errors = Difference.of(*(Levels.by_band(study.outcomes[name].error) for name in ("TD", baseline)))
-        distances = Difference.of(*(study.outcomes[name].distance for name in ("TD", baseline)))
+    for title, other in (("equal steps", baseline), (f"equal compute ({longer})", longer)):
+        errors = Difference.of(*(levels.by_band(study.outcomes[name].error) for name in ("TD", other)))
+        distances = Difference.of(*(study.outcomes[name].distance for name in ("TD", other)))
         clauses.append(f"at {title} its denoiser error is {_verdict(errors, [f'sigma {name}' for name in BAND_NAMES] + ['all sigma together'])}, "
-                       f"its sample distance {_verdict(distances, [f'{steps} steps' for steps in BUDGETS])}")
-    return f"TD with its default weight against EDM, counting differences beyond {CLEAR} standard errors: {'; '.join(clauses)}."
+                       f"its sample distance {_verdict(distances, [f'{steps} step' + 's' * (steps > 1) for steps in budgets])}")
+    return f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} standard errors: {'; '.join(clauses)}."
 
 
 def to_json(study: Study) -> dict:
@@ -91,8 +110,9 @@ def to_json(study: Study) -> dict:
         "torch": torch.__version__,
         "config": asdict(study.config),
         "compute": study.compute,
-        "levels": {"sigma": Levels.sigma.tolist(), "band": [BAND_NAMES[i] for i in Levels.band], "share_of_training": Levels.share.tolist()},
-        "steps": BUDGETS,
+        "levels": {"sigma": Levels.sigma.tolist(), "band": [BAND_NAMES[i] for i in Levels.band], "share_of_training": study.family.levels.share.tolist()},
+        "sampler": study.family.sampler_name,
+        "steps": study.family.budgets,
         "exact_denoiser_distance": study.exact_distance.tolist(),
         "independent_draws_distance": study.random_distance,
         "methods": {

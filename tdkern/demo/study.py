@@ -2,8 +2,9 @@
 import copy
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from inspect import signature
 from itertools import islice
 from typing import NamedTuple
 
@@ -13,19 +14,10 @@ from tqdm import tqdm
 
 from ..ema import EMA, edm_decay, target_decay
 from ..evaluation.mixture import GaussianMixture, denoiser_error, normal_points, sliced_w2
-from ..losses import EDMLoss, TDBatch, TDEDMLoss
-from ..networks import MLP, EDMPrecond
-from ..samplers import heun
-from ..schedules import EDM
+from ..losses import Loss, TDBatch
+from ..networks import MLP
+from .families import STUDY, Family, Levels
 
-METHODS = {
-    "EDM": EDMLoss(),
-    "TD": TDEDMLoss(),
-    "TD, online weight": TDEDMLoss(weight="online"),
-    "TD, online, .3<sigma<5": TDEDMLoss(weight="online", td_sigma=(0.3, 5.0)),  # its target network runs on the whole batch all the same
-}
-BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40.0, 3))  # noise levels from, to, and how many are measured
-BUDGETS = (4, 6, 9, 12, 18)  # sampling steps
 CURVE = 16  # measurements during training
 
 
@@ -36,7 +28,7 @@ class Config:
     seeds: int = 8
     iterations: int = 4000
     seed: int = 0
-    compute: float | None = None  # iterations of EDM at equal compute, as a multiple; None: the measured cost of a TD step
+    compute: float | None = None  # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
     batch: int = 16  # of each seed
     width: int = 64
     num_blocks: int = 2
@@ -53,77 +45,62 @@ class Outcome:
     iterations: int
     step_ms: float  # median CPU time of a step
     curve_steps: list[int]
-    curve: Tensor  # [len(curve_steps), seeds]: error over all noise levels, as training weighs them
+    curve: Tensor  # [len(curve_steps), seeds]: error over all noise levels, as training weighs them, or sample distance
     error: Tensor  # [seeds, levels]
-    distance: Tensor  # [seeds, len(BUDGETS)]
+    distance: Tensor  # [seeds, budgets]
     samples: Tensor  # [points, 2], of the first seed, with the largest budget
 
 
 @dataclass
 class Study:
-    """All methods' outcomes, in the order of the report; the last one is EDM at the default TD's compute."""
+    """All methods' outcomes, in the order of the report; the last one is the baseline at the default TD's compute."""
 
+    family: Family
     config: Config
     mixture: GaussianMixture
     compute: float
     outcomes: dict[str, Outcome]
-    exact_distance: Tensor  # [len(BUDGETS)], of the exact denoiser's samples
+    exact_distance: Tensor  # [budgets], of the exact denoiser's samples
     exact_samples: Tensor  # [points, 2]
     random_distance: float  # of as many independent draws of the data
-
-
-class Levels:
-    """The noise levels at which errors are measured: the middles, in log sigma, of the cells that make up BANDS."""
-
-    edges = torch.tensor([lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]], dtype=torch.float64)
-    sigma = (edges[1:] * edges[:-1]).sqrt()
-    band = torch.repeat_interleave(torch.arange(len(BANDS)), torch.tensor([n for *_, n in BANDS]))
-    z = (edges.log() - EDMLoss.P_mean) / EDMLoss.P_std
-    share = torch.special.ndtr(z).diff()  # of the noise levels that EDM's training draws
-
-    @classmethod
-    def by_band(cls, error: Tensor) -> Tensor:
-        """[seeds, levels] to [seeds, bands + 1]: the mean in each band, and last over all levels as training weighs them."""
-        bands = [error[:, cls.band == i].mean(1) for i in range(len(BANDS))]
-        return torch.stack([*bands, cls.overall(error)], 1)
-
-    @classmethod
-    def overall(cls, error: Tensor) -> Tensor:
-        return error @ cls.share / cls.share.sum()
 
 
 class Draw(NamedTuple):
     """One step's data and noise, which every method gets."""
 
     images: Tensor  # [seeds * batch, 2]
-    sigma: Tensor  # [seeds * batch] float64
-    td: dict[str, Tensor]  # the two noises of TD's pair
-    edm: dict[str, Tensor]  # the one noise that gives EDM the very x_t that TD has
+    level: dict[str, Tensor]  # [seeds * batch], under the name that `pair` has for it
+    path: dict[str, Tensor]  # the two noises of a pair on a Markov path
+    noise: dict[str, Tensor]  # the one noise that gives all others the very x_t of that pair
 
-    def pair(self, loss: EDMLoss) -> TDBatch:
+    def pair(self, loss: Loss) -> TDBatch:
         """The loss's noisy pair."""
-        return loss.pair(self.images, sigma=self.sigma, **(self.td if isinstance(loss, TDEDMLoss) else self.edm))
+        return loss.pair(self.images, **self.level, **(self.path if _on_a_path(loss) else self.noise))
 
 
-def draws(config: Config, mixture: GaussianMixture) -> Iterator[Draw]:
+def _on_a_path(loss: Loss) -> bool:
+    shared = "shared" in (getattr(loss, "coupling", None), getattr(loss, "td_coupling", None))
+    return "noise_p" in signature(loss.pair).parameters and not shared
+
+
+def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[Draw]:
     """The study's draws, step after step without end; the same at every call."""
     generator = torch.Generator().manual_seed(config.seed)
-    n, loss = config.seeds * config.batch, METHODS["TD"]
+    n, loss = config.seeds * config.batch, family.losses["TD"]
     while True:
         images = mixture.sample(n, generator).float()
-        sigma = (loss.P_mean + loss.P_std * torch.randn(n, generator=generator, dtype=torch.float64)).exp()
+        level = family.draw(n, generator)
         noise, noise_p = torch.randn(2, *images.shape, generator=generator)
-        x_t = loss.pair(images, sigma=sigma, noise=noise, noise_p=noise_p).x_t
-        yield Draw(images, sigma, {"noise": noise, "noise_p": noise_p}, {"noise": (x_t - images) / sigma[:, None].float()})
+        batch = (draw := Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})).pair(loss)
+        yield draw._replace(noise={"noise": (batch.x_t - images) / batch.levels[:, :1].float()})
 
 
 class Run:
     """One method in training: all seeds as one batched network, its averages and its optimizer."""
 
-    def __init__(self, config: Config, loss: EDMLoss, net: torch.nn.Module, iterations: int):
+    def __init__(self, config: Config, loss: Loss, net: torch.nn.Module, iterations: int):
         self.config, self.loss, self.net, self.iterations = config, loss, copy.deepcopy(net), iterations
-        self.ema = EMA(net)
-        self.target = EMA(net) if isinstance(loss, TDEDMLoss) else None
+        self.ema, self.target = EMA(net), EMA(net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
         self.seconds, self.curve_steps, self.curve = [], [], []
         self.curve_at = {round(iterations * (i + 1) / CURVE) for i in range(CURVE)}
@@ -135,47 +112,55 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * (1 + math.cos(math.pi * step / self.iterations)) / 2
         self.optimizer.zero_grad()
-        terms = self.loss.evaluate(self.net, self.target and self.target.module, draw.pair(self.loss))
+        batch = draw.pair(self.loss)
+        terms = self.loss.evaluate(self.net, self.target.module, batch)
         # as EDM: a sum over elements, a mean over the batch; the seeds' parameters are apart, so their losses just add up
         (terms.loss.sum() * draw.images.shape[1] / config.batch).backward()
         self.optimizer.step()
         self.ema.update(self.net, edm_decay(config.batch, config.ema_halflife * self.iterations * config.batch, (step + 1) * config.batch))
-        if self.target:
+        if batch.x_tp is not None:
             self.target.update(self.net, target_decay(config.target_ema_tau, step))
         self.seconds.append(time.thread_time() - started)
 
-    def measure(self, mixture: GaussianMixture, step: int) -> None:
+    def measure(self, step: int, follow: Callable[[torch.nn.Module], Tensor]) -> None:
         """Add a point to the curve, where one is due after so many steps."""
         if step in self.curve_at:
-            error = denoiser_error(self.ema.module, mixture, Levels.sigma, num_models=self.config.seeds, n=128)
             self.curve_steps.append(step)
-            self.curve.append(Levels.overall(error))
+            self.curve.append(follow(self.ema.module))
 
 
-def train(config: Config, mixture: GaussianMixture, losses: dict[str, EDMLoss], iterations: int, desc: str) -> dict[str, Run]:
+def train(config: Config, mixture: GaussianMixture, family: Family, losses: dict[str, Loss], iterations: int, desc: str) -> dict[str, Run]:
     """Train methods in turns, step by step, so that a busy machine slows them alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        net = EDMPrecond(MLP(2, config.width, config.num_blocks, config.seeds), sigma_data=0.5)
+        net = family.network(MLP(2, config.width, config.num_blocks, config.seeds))
+    levels, data = family.levels, Samples(config, mixture)
+
+    def follow(net: torch.nn.Module) -> Tensor:
+        if family.follow_samples:
+            return data.distance(net, config.seeds, family, family.budgets[:1])[0][:, 0]
+        return levels.overall(denoiser_error(net, mixture, levels.sigma, num_models=config.seeds, n=128))
+
     runs = {name: Run(config, loss, net, iterations) for name, loss in losses.items()}
-    for step, draw in enumerate(tqdm(islice(draws(config, mixture), iterations), desc, iterations, unit="it")):
+    for step, draw in enumerate(tqdm(islice(draws(config, mixture, family), iterations), desc, iterations, unit="it")):
         for run in runs.values():
             run.step(draw, step)
-            run.measure(mixture, step + 1)
+            run.measure(step + 1, follow)
     return runs
 
 
-def run_study(config: Config) -> Study:
+def run_study(config: Config, family: Family = STUDY) -> Study:
     """Train and measure every method.
 
-    All methods share initial weights, data, noise levels and noise. EDM at equal compute runs for `compute` times the
+    All methods share initial weights, data, noise levels and noise. The baseline at equal compute runs for `compute` times the
     iterations, its learning rate and averages stretched with them.
 
     Args:
         config: the study's.
+        family: what is trained and how it is sampled; its own `config` overrides the study's.
 
     Returns:
-        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, EDM at equal compute.
+        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, the baseline at equal compute.
 
     Raises:
         FloatingPointError: a seed diverged.
@@ -183,39 +168,47 @@ def run_study(config: Config) -> Study:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the matrices are so small that a second thread would only be waited for
     try:
-        return _run_study(config)
+        return _run_study(replace(config, **family.config), family)
     finally:
         torch.set_num_threads(threads)
 
 
-def _run_study(config: Config) -> Study:
-    mixture = GaussianMixture.ring()
-    runs = train(config, mixture, METHODS, config.iterations, f"{len(METHODS)} methods x {config.seeds} seeds")
+def _run_study(config: Config, family: Family) -> Study:
+    mixture, losses = GaussianMixture.ring(), family.losses
+    baseline = next(iter(losses))
+    runs = train(config, mixture, family, losses, config.iterations, f"{len(losses)} methods x {config.seeds} seeds")
     step_ms = {name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item() for name, run in runs.items()}
-    compute = round(max(config.compute or step_ms["TD"] / step_ms["EDM"], 1), 2)
-    name = f"EDM, {compute:.2f}x iterations"
-    runs |= train(config, mixture, {name: METHODS["EDM"]}, round(compute * config.iterations), "EDM at equal compute")
-    step_ms[name] = step_ms["EDM"]
+    compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
+    name = f"{baseline}, {compute:.2f}x iterations"
+    runs |= train(config, mixture, family, {name: losses[baseline]}, round(compute * config.iterations), f"{baseline} at equal compute")
+    step_ms[name] = step_ms[baseline]
 
-    latents = normal_points(config.points, 2, seed=config.seed + 1000)
-    reference = mixture.points(config.points)
-    exact_distance, exact_samples = sample_distance(mixture.denoise, 1, latents, reference, BUDGETS)
+    data, exact = Samples(config, mixture), family.exact(mixture)
+    exact_distance, exact_samples = data.distance(exact, 1, family, family.budgets)
     outcomes = {}
     for name, run in tqdm(runs.items(), "sampling", unit="method"):
-        distance, samples = sample_distance(run.ema.module, config.seeds, latents, reference, BUDGETS)
-        error = denoiser_error(run.ema.module, mixture, Levels.sigma, num_models=config.seeds)
+        distance, samples = data.distance(run.ema.module, config.seeds, family, family.budgets)
+        error = denoiser_error(run.ema.module, mixture, Levels.sigma, num_models=config.seeds, exact=exact)
         if not (error.isfinite().all() and distance.isfinite().all()):
             raise FloatingPointError(f"run_study: a seed of {name} diverged")
         outcomes[name] = Outcome(run.iterations, step_ms[name], run.curve_steps, torch.stack(run.curve), error, distance, samples)
-    random = sliced_w2(mixture.sample(config.points, torch.Generator().manual_seed(config.seed)), reference)
-    return Study(config, mixture, compute, outcomes, exact_distance[0], exact_samples, random.item())
+    random = sliced_w2(mixture.sample(config.points, torch.Generator().manual_seed(config.seed)), data.reference)
+    return Study(family, config, mixture, compute, outcomes, exact_distance[0], exact_samples, random.item())
 
 
-def sample_distance(denoiser, num_models: int, latents: Tensor, reference: Tensor, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Sliced W2 [num_models, len(budgets)] of Heun samples from the same latents, and the first model's last samples."""
-    distances = []
-    for steps in budgets:
-        sigmas = EDM(steps).sigmas()
-        samples = heun(denoiser, sigmas[0] * latents.repeat(num_models, 1), sigmas).unflatten(0, (num_models, -1))
-        distances.append(sliced_w2(samples, reference))
-    return torch.stack(distances, 1), samples[0]
+class Samples:
+    """The latents that every sampler starts from, and the data that its samples are compared with."""
+
+    def __init__(self, config: Config, mixture: GaussianMixture):
+        self.seed, self.latents, self.reference = config.seed, normal_points(config.points, 2, seed=config.seed + 1000), mixture.points(config.points)
+
+    def distance(self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones. Latents and noise are the same for every model and call."""
+        distances = []
+        for steps in budgets:
+            sigmas, generator, noise = family.sigmas(steps), torch.Generator().manual_seed(self.seed), {}
+            if "randn_like" in signature(family.sampler).parameters:
+                noise["randn_like"] = lambda x, generator=generator: torch.randn(self.latents.shape, generator=generator, dtype=x.dtype).repeat(num_models, 1)
+            samples = family.sampler(denoiser, sigmas[0] * self.latents.repeat(num_models, 1), sigmas, **noise).unflatten(0, (num_models, -1))
+            distances.append(sliced_w2(samples, self.reference))
+        return torch.stack(distances, 1), samples[0]

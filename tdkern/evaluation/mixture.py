@@ -84,7 +84,7 @@ class GaussianMixture:
 
 
 @torch.no_grad()
-def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_models: int = 1, n: int = 1024) -> Tensor:
+def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_models: int = 1, n: int = 1024, exact=None) -> Tensor:
     """What EDM's loss could still lose at each noise level: the denoiser's loss less the exact denoiser's.
 
     error(sigma) = w mean((D(x, sigma) - E[x0 | x])^2),  w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2,
@@ -96,10 +96,12 @@ def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_mo
         sigmas: [L], noise levels > 0.
         num_models: models that the denoiser holds.
         n: noisy points a level; the same for every model, level and call.
+        exact: `exact(x, sigma) -> D`, sigma [n], of which the denoiser may differ; None is the mixture's exact denoiser.
 
     Returns:
         [num_models, L] float64. Deterministic if the denoiser is.
     """
+    exact = exact or mixture.denoise
     generator = torch.Generator().manual_seed(0)
     x0 = mixture.sample(n, generator)
     noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
@@ -108,7 +110,7 @@ def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_mo
         x = (x0 + sigma * noise).float()
         D = denoiser(x.repeat(num_models, 1), torch.full((num_models * n,), sigma))
         weight = 1 / sigma**2 + 1 / mixture.sigma_data**2
-        errors.append(weight * (D.unflatten(0, (num_models, n)) - mixture.denoise(x, sigma)).square().mean((1, 2)))
+        errors.append(weight * (D.unflatten(0, (num_models, n)) - exact(x, x.new_full((n,), sigma))).square().mean((1, 2)))
     return torch.stack(errors, 1)
 
 

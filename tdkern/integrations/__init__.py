@@ -1,5 +1,6 @@
-"""Networks that other programs saved."""
+"""Networks that other programs saved, and what other programs read."""
 from .convert import convert, load_converted
+from .diffusers import export_diffusers
 from .pickles import PickleError, PickleFile
 
-__all__ = ["PickleError", "PickleFile", "convert", "load_converted"]
+__all__ = ["PickleError", "PickleFile", "convert", "export_diffusers", "load_converted"]

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..data.files import write_atomic
 from ..networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
 from ..training.checkpoint import PRECISIONS, CheckpointError, restore
-from .pickles import MODULE_DICT, RECORD, Call, PickleFile
+from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
 
 FORMAT = 1
 MODELS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet)}
@@ -77,7 +77,7 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         version, network = meta["format"], meta["network"]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of tdkern convert ({type(error).__name__}: {error}); tdkern convert makes one") from error
+        raise CheckpointError(f"{path}: not a file of tdkern convert ({one_line(error)}); tdkern convert makes one") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: in format {version}; this tdkern reads format {FORMAT}; update it, or convert the network again")
     if not network:
@@ -96,10 +96,15 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
         model = network["model_arguments"]
         if model["num_blocks"] * len(model["channel_mult"]) > len(tensors) or network["arguments"].get("M", 0) > 1_000_000:
             raise ValueError("more blocks than tensors, or more times than a million")
+        if any(type(value) not in (int, float) for value in network["arguments"].values()):
+            raise ValueError("an argument of its preconditioning is not a number")
         with torch.device("meta"):
             net = PRECONDS[network["class"]](MODELS[network["model"]](**model), **network["arguments"])
+        inner = net.model
+        if (network["img_resolution"], network["img_channels"], network["label_dim"]) != (inner.img_resolution, inner.in_channels, inner.label_dim):
+            raise ValueError("its images or classes are not its U-Net's")
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: does not describe a network of tdkern ({type(error).__name__}: {error!s:.100})") from error
+        raise CheckpointError(f"{path}: does not describe a network of tdkern ({one_line(error)})") from error
     restore(net, {name: tensor.to("meta") for name, tensor in tensors.items()}, path)
     net.to_empty(device="cpu").load_state_dict(tensors)
     return net
@@ -122,7 +127,12 @@ def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
         done += f", {network['img_resolution']} pixels, {network['label_dim']} classes"
     else:
         done += ", which tdkern has not, so its tensors under their own names"
-    return tensors, {"network": network}, done, ", ".join(str(other)[:100] for other in value if other != key) or "nothing"
+    return tensors, {"network": network}, done, _listed([other for other in value if other != key])
+
+
+def _listed(names: list) -> str:
+    """The first of some names, which may be a file's."""
+    return ", ".join([ascii(str(name)[:50])[1:-1] for name in names[:10]] + ["..."] * (len(names) > 10)) or "nothing"
 
 
 def _record(value) -> dict:
@@ -141,7 +151,7 @@ def _state(value) -> dict:
 
 def _class_name(value) -> str:
     name = _record(value).get("class_name")
-    return name[:100] if type(name) is str else type(value).__name__
+    return name[:100] if type(name) is str and name.isidentifier() else type(value).__name__
 
 
 def _part(file: PickleFile, state: dict, name: str) -> dict:
@@ -164,6 +174,8 @@ class _Collector:
         self.seen.add(id(value))
 
     def add(self, name: str, value) -> None:
+        if not name.isprintable():
+            raise self.file.refuse(f"a tensor's name is {name[:100]!a}")
         tensor = self.file.tensor(value)
         self.size += tensor.nbytes
         if self.size > 2 * self.file.size:
@@ -232,7 +244,7 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
         name = str(config["_class_name"])[:100]
         tensors = safetensors.torch.load_file(weights)
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({type(error).__name__}: {error!s:.100}); "
+        raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({one_line(error)}); "
                               "save it by diffusers' save_pretrained, or give a file") from error
     done = f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and its config"
     return tensors, {"diffusers": config}, done, "nothing"

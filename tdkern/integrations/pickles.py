@@ -1,4 +1,4 @@
-"""Pickles read as data: no name in them is imported, nothing is called, and no more memory is taken than the file has bytes, times a few.
+"""Pickles read as data: no name in them is imported, nothing is called, and no more time and memory is taken than the file has bytes, times a few.
 
 The pickle is run by a machine of our own over `pickletools.genops`. It knows the operations that build plain values and containers; a call
 of a global becomes a `Call`, which says what would have been called. The globals that saved networks name are a fixed list; any other, and
@@ -8,10 +8,11 @@ import io
 import mmap
 import os
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import prod
 from pathlib import Path
 
@@ -61,29 +62,50 @@ class Call:
 
 @dataclass(eq=False)
 class Storage:
-    """The memory of a tensor, read when it is wanted."""
+    """The memory of a tensor, read when it is wanted, and once: a file may make many tensors of one."""
 
     dtype: torch.dtype
     numel: int
     read: Callable[[], bytes]
+
+    @cached_property
+    def elements(self) -> Tensor:
+        """All of it, [numel]."""
+        return torch.frombuffer(bytearray(self.read()), dtype=self.dtype, count=self.numel) if self.numel else torch.empty(0, dtype=self.dtype)
 
 
 class Refused(Exception):
     """What was refused; `PickleFile` adds the file."""
 
 
+class _Budget:
+    """What a file may still cost: small parts of it can ask for the same work again and again."""
+
+    def __init__(self, size: int):
+        self.operations, self.bytes = MAX_OPERATIONS, 2 * size
+
+    def operate(self, count: int = 1) -> None:
+        self.operations -= count
+        if self.operations < 0:
+            raise Refused(f"it has more than {MAX_OPERATIONS:,} operations")
+
+    def copy(self, size: int) -> None:
+        self.bytes -= size
+        if self.bytes < 0:
+            raise Refused("what it asks to copy is larger than the file")
+
+
 class _Machine:
     """Runs one pickle after another of a stream."""
 
-    def __init__(self, stream, names: set[str], storage: Callable[[tuple], Storage] | None = None):
-        self.stream, self.names, self.storage = stream, names, storage
+    def __init__(self, stream, names: set[str], budget: _Budget, storage: Callable[[tuple], Storage] | None = None):
+        self.stream, self.names, self.budget, self.storage = stream, names, budget, storage
 
     def run(self):
         """The value of the next pickle."""
         self.stack, self.marks, self.memo = [], [], {}
-        for count, (opcode, arg, _) in enumerate(pickletools.genops(self.stream)):
-            if count >= MAX_OPERATIONS:
-                raise Refused(f"it has more than {MAX_OPERATIONS:,} operations")
+        for opcode, arg, _ in pickletools.genops(self.stream):
+            self.budget.operate()
             self._step(opcode.name, arg)
         return self.stack.pop()
 
@@ -148,15 +170,22 @@ class _Machine:
         if name in DICTS and not args:
             return {}
         if name in SETS:
-            return set(map(_key, _is(args[0], list)))
+            self.budget.operate(len(_is(args[0], list)))
+            return set(map(_key, args[0]))
         if name == "_codecs.encode":  # how the older protocols write bytes
-            return _is(args[0], str).encode("latin1")
+            self.budget.copy(len(_is(args[0], str)))
+            return args[0].encode("latin1")
         if name == STORAGE:
             stream = io.BytesIO(_is(args[0], bytes))
-            if _Machine(stream, set()).run() != MAGIC:
+            if _Machine(stream, set(), self.budget).run() != MAGIC:
                 raise Refused("it is damaged (a storage is not as torch.save writes it)")
-            return _is(_after_magic(stream, set(DTYPES)), Storage)
+            return _is(_after_magic(stream, set(DTYPES), self.budget), Storage)
         return Call(name, args)
+
+
+def one_line(error: Exception) -> str:
+    """An error's class and the beginning of its message, in one line whatever the file put into it."""
+    return f"{type(error).__name__}: {ascii(str(error)[:100])[1:-1]}"
 
 
 def _is(value, kind: type):
@@ -166,32 +195,35 @@ def _is(value, kind: type):
 
 
 def _key(value):
-    if type(value) not in (str, int, float, bool, type(None)):  # also keeps deep tuples from being hashed
+    if type(value) not in (str, int, bool, type(None)):  # also keeps deep tuples from being hashed
         raise Refused(f"it is damaged (a {type(value).__name__} is a key)")
+    if type(value) is int and abs(value) >> 60:  # any number of larger ones have one hash
+        raise Refused("it is damaged (a key is an integer beyond 2^60)")
     return value
 
 
-def _storage(pid: tuple, read: Callable[[str], bytes] | None = None) -> tuple[str, Storage]:
-    """The storage that torch.save wrote beside the pickle, and its key."""
+def _storage(pid: tuple) -> tuple[str, torch.dtype, int]:
+    """Key, dtype and number of elements of a storage that torch.save wrote beside the pickle."""
     kind, dtype, key, _, numel = pid[:5]
     if kind != "storage" or _is(dtype, Global).name not in DTYPES or any(pid[5:]):
         raise Refused("it is damaged (a persistent id does not name a storage)")
-    return _is(key, str), Storage(DTYPES[dtype.name], _is(numel, int), read and partial(read, key))
+    return _is(key, str), DTYPES[dtype.name], _is(numel, int)
 
 
-def _after_magic(stream, names: set[str]):
+def _after_magic(stream, names: set[str], budget: _Budget):
     """The value in torch.save's first format: after the magic number come version, system, the value and the storages' keys, then each storage."""
     storages = {}
 
     def persistent(pid: tuple) -> Storage:
-        key, storage = _storage(pid)
-        return storages.setdefault(key, storage)
+        key, dtype, numel = _storage(pid)
+        return storages.setdefault(key, Storage(dtype, numel, bytes))
 
     def read(start: int, size: int) -> bytes:
+        budget.copy(size)
         stream.seek(start)
         return stream.read(size)
 
-    machine = _Machine(stream, names, persistent)
+    machine = _Machine(stream, names, budget, persistent)
     _, _, value, keys = (machine.run() for _ in range(4))
     for key in _is(keys, list):
         storage = storages[_key(key)]
@@ -220,14 +252,15 @@ class PickleFile:
         self.path = Path(path)
         try:
             self.size = self.path.stat().st_size
+            self.budget = _Budget(self.size)
             with open(self.path, "rb") as file:
                 if file.read(2) == b"PK":
                     self.value = self._zip()
                     return
                 stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.value = _Machine(stream, GLOBALS).run()
+            self.value = _Machine(stream, GLOBALS, self.budget).run()
             if self.value == MAGIC:
-                self.value = _after_magic(stream, GLOBALS)
+                self.value = _after_magic(stream, GLOBALS, self.budget)
         except OSError as error:
             raise PickleError(f"{self.path}: cannot be read ({error}); give another file") from error
         except Exception as error:  # whatever a hostile file leads to
@@ -236,22 +269,29 @@ class PickleFile:
     def refuse(self, why: str | Exception) -> PickleError:
         """The error that names this file."""
         if not isinstance(why, (str, Refused)):
-            why = f"it is damaged ({type(why).__name__}: {why!s:.100})"
+            why = f"it is damaged ({one_line(why)})"
         return PickleError(f"{self.path}: refused: {why}; nothing in it was executed; give another file")
 
     def _zip(self):
         """The value in torch.save's second format: a zip, not compressed, of data.pkl and the storages."""
         archive = zipfile.ZipFile(self.path)
         names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED for info in names.values()):
+        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in names.values()):
             raise Refused("it is a zip that torch.save did not write")
-        if "byteorder" in names and archive.read(names["byteorder"]) != b"little":
+
+        def read(name: str) -> bytes:
+            self.budget.copy(names[name].file_size)
+            return archive.read(names[name])
+
+        if "byteorder" in names and read("byteorder") != b"little":
             raise Refused("its bytes are not in little-endian order")
 
         def persistent(pid: tuple) -> Storage:
-            return _storage(pid, lambda key: archive.read(names[f"data/{key}"]))[1]
+            key, dtype, numel = _storage(pid)
+            return storages.setdefault(key, Storage(dtype, numel, partial(read, f"data/{key}")))
 
-        return _Machine(io.BytesIO(archive.read(names["data.pkl"])), GLOBALS, persistent).run()
+        storages = {}
+        return _Machine(io.BytesIO(read("data.pkl")), GLOBALS, self.budget, persistent).run()
 
     @staticmethod
     def is_tensor(value) -> bool:
@@ -264,11 +304,9 @@ class PickleFile:
             if value.name == PARAMETER:
                 value = _is(value.args[0], Call)
             storage, offset, size, stride = value.args[:4]
-            buffer, count = bytearray(_is(storage, Storage).read()), storage.numel
-            if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > count:
+            if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > _is(storage, Storage).numel:
                 raise Refused("it is damaged (a tensor is larger than its storage)")
-            flat = torch.frombuffer(buffer, dtype=storage.dtype, count=count) if count else torch.empty(0, dtype=storage.dtype)
-            return flat.as_strided(size, _is(stride, tuple), _is(offset, int)).contiguous()
+            return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(memory_format=torch.contiguous_format)
         except Exception as error:
             raise self.refuse(error) from error
 
@@ -283,8 +321,8 @@ class PickleFile:
 def _scalar(value):
     if type(value) is Call and value.name in SCALARS:
         dtype, data = value.args
-        dtype = np.dtype(_is(dtype.state[1], str) + _is(dtype.args[0], str))
-        if dtype.kind in "biuf":
+        dtype = _is(dtype.state[1], str) + _is(dtype.args[0], str)
+        if re.fullmatch("[<>|=]?[biuf][1248]", dtype):
             return np.frombuffer(data, dtype, 1)[0].item()
     if value is None or type(value) in (bool, int, float, str):
         return value

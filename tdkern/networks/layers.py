@@ -64,7 +64,9 @@ class Conv2d(nn.Module):
         if self.filter_first:
             x = self._downsample(x)
         if self.weight is not None:
-            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+            # in half precision the cast also lays the weight out as tensor cores want it, in the same pass
+            layout = torch.channels_last if x.dtype.itemsize == 2 else torch.preserve_format
+            x = F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
         return self._downsample(x) if self.filter_last else x
 
     def _upsample(self, x: Tensor) -> Tensor:

@@ -10,7 +10,11 @@ from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linea
 
 
 class _UNet(nn.Module):
-    """The encoder and decoder that both networks share. Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations."""
+    """The encoder and decoder that both networks share.
+
+    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations. In half precision activations are
+    channels_last throughout, whatever the image is; in float32 they have the image's memory format.
+    """
 
     checkpointing = False
 
@@ -78,6 +82,7 @@ class _UNet(nn.Module):
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The output of every layer of the encoder, for the decoder to take from the end."""
+        x = x.contiguous(memory_format=torch.channels_last) if x.dtype.itemsize == 2 else x
         aux, skips = x, []
         for level in self.levels:
             if level == self.levels[0]:

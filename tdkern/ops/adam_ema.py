@@ -1,11 +1,12 @@
 """`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at all if a gradient is not finite."""
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _library, reference
-from .ema_update import DTYPES
+from .ema_update import DTYPES, checked_decays, lists_of
 
 
 def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -56,9 +57,9 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
             bfloat16 or float16). Best where they lie in memory alike: others go through copies. Half precision is computed in float32.
         steps: P float32 scalars on the parameters' device, one tensor each: the count of a parameter's steps, increased by 1.
         averages, decays: as for `ema_update_`; on CUDA at most 16.
-        lr: learning rate. A tensor is a float32 or float64 scalar, as are grad_scale and clip: on the CPU, read during the call, or on
-            the parameters' device, where a CUDA graph reads it anew at each replay.
-        betas, eps, weight_decay: as torch.optim.Adam's.
+        lr: learning rate >= 0. A tensor is a float32 or float64 scalar, as are grad_scale and clip: on the CPU, read during the call, or
+            on the parameters' device, where a CUDA graph reads it anew at each replay and nothing checks its range.
+        betas, eps, weight_decay: as torch.optim.Adam's; betas in [0, 1), the others >= 0.
         decoupled: AdamW, else Adam.
         grad_scale: what the loss was multiplied by (GradScaler), or None.
         clip: a factor of every gradient, such as min(1, max_norm / norm), or None.
@@ -67,17 +68,19 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong length, shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
     No gradient. Deterministic: every element by itself. No host synchronisation, except in the reference.
     """
     backend = _library.resolve("adam_ema_", backend, params[0].device if params else torch.device("cpu"))
-    if not isinstance(decays, Tensor):
-        if not all(0 <= decay <= 1 for decay in decays):
-            raise ValueError(f"adam_ema_: decays must be in [0, 1], got {list(decays)}")
-        decays = torch.tensor(decays, dtype=torch.float64)
+    decays = checked_decays("adam_ema_", decays)
+    for name, value, end in (("betas[0]", betas[0], 1), ("betas[1]", betas[1], 1), ("eps", eps, math.inf), ("weight_decay", weight_decay, math.inf)):
+        if not 0 <= value < end:
+            raise ValueError(f"adam_ema_: {name} must be in [0, {end}), got {value}")
     if not isinstance(lr, Tensor):
         lr = torch.tensor(lr, dtype=torch.float64)
+    if _library.readable(lr) and lr.numel() == 1 and not 0 <= lr.item() < math.inf:
+        raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr.item()}")
     columns = (params, grads, exp_avgs, exp_avg_sqs, steps)
     scalars = {"lr": lr, "found_inf": found_inf, "grad_scale": grad_scale, "clip": clip}
     lengths = len(averages) == decays.numel() and len(grads) == len(params)
@@ -93,7 +96,7 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
                 return reference.adam_ema_(*columns, averages, *rest)
             flat = [avg for average in averages for avg in average]
             _library.op("adam_ema_", backend)(*columns, flat, *rest)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             _check(*columns, averages, decays, scalars, skipped)  # says in full which argument is wrong
             raise
         if not torch.compiler.is_compiling():
@@ -146,7 +149,17 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
         raise ValueError(f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape {list(skipped.shape)} on {skipped.device}")
 
 
-_library.define("found_inf", "(Tensor[] grads) -> Tensor", lambda grads: grads[0].new_empty((), dtype=torch.float32))
+def _fake_found_inf(grads):
+    _check_grads(grads)  # a tensor on "meta" brings an eager call here too
+    return grads[0].new_empty((), dtype=torch.float32)
+
+
+def _fake_adam(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, *_):
+    scalars = {"lr": lr, "found_inf": found_inf, "grad_scale": grad_scale, "clip": clip}
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), decays, scalars, skipped)
+
+
+_library.define("found_inf", "(Tensor[] grads) -> Tensor", _fake_found_inf)
 _library.define("adam_ema_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
                 "Tensor(e!)[] averages, Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, "
-                "float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()", lambda *_: None)
+                "float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()", _fake_adam)

@@ -22,21 +22,18 @@ def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], 
             dtype, or float32 beside a bfloat16 or float16 parameter (an average in half precision loses changes smaller than its rounding).
         params: tensors of any shapes, on one device. float32, float64, bfloat16 or float16, also mixed. A parameter and its averages
             that lie in memory alike (dense, any order of dimensions) are worked on where they are; others go through copies.
-        decays: K floats in [0, 1]; or a float32 or float64 tensor [K] on the CPU, read during the call, or on the parameters' device,
-            where a CUDA graph reads it anew at each replay.
+        decays: K floats in [0, 1]; or a float32 or float64 tensor [K] of them on the CPU, read during the call, or on the parameters'
+            device, where a CUDA graph reads it anew at each replay and nothing checks its range.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong length, shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
     No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch for up to 768 tensors of one dtype;
     Triton: one for every tensor.
     """
     backend = _library.resolve("ema_update_", backend, params[0].device if params else torch.device("cpu"))
-    if not isinstance(decays, Tensor):
-        if not all(0 <= decay <= 1 for decay in decays):
-            raise ValueError(f"ema_update_: decays must be in [0, 1], got {list(decays)}")
-        decays = torch.tensor(decays, dtype=torch.float64)
+    decays = checked_decays("ema_update_", decays)
     if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # these two check for themselves
         _check(averages, params, decays)
     with torch.no_grad():
@@ -50,6 +47,17 @@ def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], 
             raise
         if not torch.compiler.is_compiling():
             torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
+
+
+def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
+    """The decays as a tensor; their values have been looked at where no device is waited for."""
+    if isinstance(decays, Tensor):
+        values = decays.tolist() if _library.readable(decays) and decays.ndim == 1 else []
+    else:
+        values = list(decays)
+    if not all(0 <= decay <= 1 for decay in values):
+        raise ValueError(f"{op}: decays must be in [0, 1], got {values}")
+    return decays if isinstance(decays, Tensor) else torch.tensor(values, dtype=torch.float64)
 
 
 def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Tensor) -> None:
@@ -78,4 +86,13 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
                 raise ValueError(f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}")
 
 
-_library.define("ema_update_", "(Tensor(a!)[] averages, Tensor[] params, Tensor decays) -> ()", lambda *_: None)
+def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """The K averages that an overload gets one behind another."""
+    return [averages[i : i + len(params)] for i in range(0, len(averages), len(params))]
+
+
+def _fake(averages, params, decays):
+    _check(lists_of(averages, params), params, decays)  # a tensor on "meta" brings an eager call here too
+
+
+_library.define("ema_update_", "(Tensor(a!)[] averages, Tensor[] params, Tensor decays) -> ()", _fake)

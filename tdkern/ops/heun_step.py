@@ -27,7 +27,8 @@ def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, n
         F: the network's raw output at x, of any shape. float32, float64, bfloat16 or float16; any strides.
         x: as `F`, the state that the network was asked about. float32 or float64, the precision of all arithmetic.
         coef: [6] float64, may change between the replays of a CUDA graph: sigma, skip, scale, h, churn, c_in.
-            sigma > 0, skip and scale are x's; c_in is that of the level that the state has after this call.
+            sigma > 0 (checked on the CPU alone: a GPU would have to be waited for), skip and scale are x's; c_in is that of the level
+            that the state has after this call.
         x_hat: as `x`, the state from which the step began; makes this call the correction. None: an Euler step.
         noise: as `x`, unit noise. None: churn is not used.
         net_dtype: dtype of the network's next input, any of F's; None: it is not made.
@@ -37,7 +38,7 @@ def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, n
         x_next: as `x`, in its memory layout if that is dense. net_input: the same in `net_dtype`, or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
     No gradients. Deterministic. No host synchronisation.
     """
@@ -46,6 +47,8 @@ def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, n
         F, x, coef, x_hat, noise = (tensor if tensor is None else tensor.detach() for tensor in (F, x, coef, x_hat, noise))
     if backend not in ("cpp", "cuda"):  # these two check for themselves
         _check(F, x, coef, x_hat, noise, net_dtype)
+    if _library.readable(coef) and coef.shape == (6,) and coef.dtype == torch.float64 and not coef.tolist()[0] > 0:
+        raise ValueError(f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}")
     if backend == "reference":
         return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
     try:

@@ -22,8 +22,9 @@ def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_
 
     Args:
         x0: [B, ...], clean data. float32, float64, bfloat16 or float16; any strides. At most 2^32 samples of 2^34 elements.
-        alpha, sigma: [B] float64, the level of x_t; any stride.
-        alpha_p, sigma_p: as alpha, the level of x_tp; alpha_p is not 0.
+        alpha, sigma: [B] float64, the level of x_t; any stride. sigma >= 0, checked on the CPU alone: a GPU would have to be waited for.
+            A NaN gives NaN.
+        alpha_p, sigma_p: as alpha and sigma, the level of x_tp; alpha_p is not 0.
         coupling: "markov" or "shared".
         seed: the key. An int in [-2^63, 2^64), of which the 64 bits count, or an int64 tensor [1] on x0's device, which a
             CUDA graph reads anew in each replay. Processes that train together need different seeds.
@@ -49,6 +50,9 @@ def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_
         _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, c_in, c_in_p, net_dtype)
     if coupling not in COUPLINGS:
         raise ValueError(f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+    for name, level in (("sigma", sigma), ("sigma_p", sigma_p)):
+        if _library.readable(level) and level.numel() > 0 and level.min().item() < 0:
+            raise ValueError(f"noise_pair: {name} must be >= 0, got {level.min().item()}")
     seed, seed_at = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
     offset, offset_at = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
     levels = (alpha, sigma, alpha_p, sigma_p, coupling == "shared")

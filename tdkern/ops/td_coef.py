@@ -43,13 +43,20 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
         levels: [B, 4] float64: sigma at t, tau, t', tau'.
 
     Raises:
-        ValueError: an argument is out of its range, of the wrong shape, or names nothing.
+        ValueError: an argument is out of its range, of the wrong shape or dtype, or names nothing. `noise` is looked at on the CPU alone: a
+            GPU would have to be waited for, and there a level that is not > 0 gives its sample numbers without a meaning.
 
-    No gradients. Deterministic; float64 inside on every backend.
+    No gradients. Deterministic; float64 inside on every backend. No host synchronisation.
     """
     EDM(steps, sigma_min, sigma_max, rho)  # checks the schedule
     if noise.ndim != 1:
         raise ValueError(f"td_coef: noise must have shape [B], got {list(noise.shape)}")
+    if noise.dtype.is_complex or noise.dtype == torch.bool:
+        raise ValueError(f"td_coef: noise must be of a float dtype or int64, got {noise.dtype}")
+    if _library.readable(noise) and len(noise) > 0:
+        low, high = noise.min().item(), noise.max().item()
+        if not -math.inf < low <= high < math.inf or (low <= 0 and not from_index):
+            raise ValueError(f"td_coef: noise must be finite{'' if from_index else ' and > 0'}, got values from {low} to {high}")
     for name, value in (("sigma_data", sigma_data), ("k_idx", k_idx), ("one_idx", one_idx)):
         if not 0 < value < math.inf:
             raise ValueError(f"td_coef: {name} must be a positive number, got {value}")

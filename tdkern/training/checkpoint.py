@@ -5,7 +5,8 @@ A run directory holds two kinds, each a directory named by its kimg, as EDM numb
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
     training-state-002500.096/     what training needs to go on to the same weights, bit for bit; only the newest is kept
 
-In each, `tensors.safetensors` holds the tensors and `meta.json` the rest.
+In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its format. What an older tdkern wrote is read; a change
+of what is written gets a new number here, a function in `NEXT_FORMAT`, and an example of the old format in tests/data.
 """
 import json
 import os
@@ -20,7 +21,7 @@ from .. import __version__
 from ..data.files import beside, sync_directory, write_atomic
 from ..networks import EDMPrecond, unet
 
-FORMAT = 1
+FORMAT = 2
 SNAPSHOT, STATE = "network-snapshot", "training-state"
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the image inside the network
 
@@ -116,18 +117,28 @@ def _reading(path: Path, kind: str):
         yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); give another {kind}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); give another {kind}") from error
 
 
+def _format_2(meta: dict) -> dict:
+    """Format 1 knew no augmentation."""
+    return meta | {"format": 2, "network": {"augment_dim": 0, **meta["network"]}, "options": {"augment": 0.0, **meta["options"]}}
+
+
+NEXT_FORMAT = {1: _format_2}  # what makes a format's meta that of the next
+
+
 def read_meta(path: Path, kind: str) -> dict:
-    """A checkpoint's meta.json; raises CheckpointError where it is damaged, of another format or not of this kind."""
+    """A checkpoint's meta.json in today's format; raises CheckpointError where it is damaged, of a later format or not of this kind."""
     with _reading(path, kind):
         meta = json.loads((path / "meta.json").read_bytes())
         if not isinstance(meta, dict) or meta.get("kind") != kind:
             raise CheckpointError(f"{path}: meta.json does not describe a {kind}; give one that tdkern saved")
-        if meta["format"] != FORMAT:
-            raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; tdkern {__version__} reads format {FORMAT}; update it")
+        if meta["format"] > FORMAT:
+            raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; tdkern {__version__} reads up to format {FORMAT}; update it")
+        while meta["format"] < FORMAT:
+            meta = NEXT_FORMAT[meta["format"]](meta)
         return meta
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
+from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
-from ..ema import EMA, edm_decay, target_decay
+from ..ema import EMA, copy_decay, edm_decay, target_decay
 from ..losses import EDMLoss, TDEDMLoss
+from ..optim import AdamEMA
 from ..schedules import EDM
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
@@ -31,6 +32,11 @@ def make_loss(options: Options) -> EDMLoss:
         return EDMLoss(sigma_data=SIGMA_DATA)
     return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, steps=options.steps, k_idx=options.k_idx, one_idx=options.one_idx,
                      td_coupling=options.td_coupling, weight=options.td_weight, td_sigma=options.td_sigma and tuple(options.td_sigma))
+
+
+def make_augment_pipe(options: Options) -> AugmentPipe | None:
+    """EDM's augmentation, whose 9 labels both networks are told (arXiv 2206.00364, appendix F.2); None where its probability is 0."""
+    return AugmentPipe(p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) if options.augment else None
 
 
 def learning_rate(options: Options, nimg: int) -> float:
@@ -58,7 +64,11 @@ class Trainer:
         self.options, self.process, self.step = options, process, 0
         self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
         channels, resolution, _ = self.dataset.image_shape
+        self.augment_pipe = make_augment_pipe(options)
+        if self.augment_pipe:
+            self.augment_pipe.to(process.device)
         self.network = {"arch": options.arch, "img_resolution": resolution, "img_channels": channels, "label_dim": self.dataset.label_dim,
+                        "augment_dim": self.augment_pipe.label_dim if self.augment_pipe else 0,
                         "cbase": options.cbase, "cres": options.cres, "dropout": options.dropout, "precond": options.precond, "sigma_data": SIGMA_DATA,
                         "precision": options.precision}
         self.loss = make_loss(options)
@@ -71,7 +81,9 @@ class Trainer:
             broadcast_(self.net)  # before the copies below, which must start equal in all processes
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.loss_type == "td" else None
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, fused=process.device.type == "cuda")
+        self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, decays=[1.0] * len(self.averages),
+                                 averages=[average.module.parameters() for average in self.averages])
         self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
         self.counted = 0
         if state is not None:
@@ -93,29 +105,32 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
-            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(to_float(x)), y if y.shape[1] else None)
+            x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
+            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(x), y if y.shape[1] else None, augment_labels)
             # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
             (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
-        gradients = [param.grad for param in self.net.parameters() if param.grad is not None]
         if self.process.world > 1:
-            sum_(gradients)
-        for gradient in gradients:
-            torch.nan_to_num(gradient, nan=0, posinf=1e5, neginf=-1e5, out=gradient)
-        self.optimizer.step()
-        self.ema.update(self.net, edm_decay(options.batch, 1e6 * options.ema, self.nimg))
-        if self.target:
-            self.target.update(self.net, target_decay(options.target_ema_tau, self.step))
+            sum_([param.grad for param in self.net.parameters() if param.grad is not None])
+        target = copy_decay(options.target_copy, self.step) if options.target_copy else target_decay(options.target_ema_tau, self.step)
+        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg), target]
+        self.optimizer.decays.copy_(torch.tensor(decays[:len(self.averages)], dtype=torch.float64))
+        self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        for average in self.averages:
+            average.copy_buffers(self.net)
         self.step += 1
 
     def statistics(self) -> dict[str, float]:
-        """Means a sample since the last call, over all processes; the one place that waits for the device."""
+        """Means a sample since the last call, over all processes, and the steps skipped; the one place that waits for the device."""
         if self.process.world > 1:
             sum_([self.sums])
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
+        skipped = self.optimizer.skipped.item()
         self.sums.zero_()
+        self.optimizer.skipped.zero_()
         self.counted = self.nimg
-        return {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+        terms = {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+        return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training goes on from, beside the step."""

@@ -24,6 +24,7 @@ class Options:
     lr_decay: str = "none"
     ema: float = 0.5  # half-life, million images
     dropout: float = 0.13
+    augment: float = 0.0  # the command line's default is EDM's
     xflip: bool = False
     precision: str = "fp32"
     loss_type: str = "td"
@@ -34,6 +35,7 @@ class Options:
     td_weight: str = "pairwise"
     td_sigma: list[float] | None = None
     target_ema_tau: float = 0.999
+    target_copy: int | None = None  # steps; None: the target is an average
     steps: int = 18
     tick: float | None = None  # thousand images; None: 1 % of the duration, at most 50
     snap: int = 50  # ticks; 0: only at the end
@@ -59,8 +61,12 @@ class Options:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch % self.gpus or share % self.batch_gpu:
             raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
+        if not 0 <= self.augment <= 1:
+            raise ValueError(f"augment must be in [0, 1], got {self.augment}")
         if not 0 <= self.target_ema_tau < 1:
             raise ValueError(f"target_ema_tau must be in [0, 1), got {self.target_ema_tau}")
+        if self.target_copy is not None and not self.target_copy >= 1:
+            raise ValueError(f"target_copy must be at least 1, got {self.target_copy}")
 
     @property
     def total_steps(self) -> int:

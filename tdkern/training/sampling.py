@@ -1,4 +1,6 @@
 """Images from a network, each a function of its own seed."""
+from inspect import signature
+
 import torch
 from torch import Tensor
 
@@ -6,17 +8,18 @@ from ..data import to_uint8
 from ..samplers import heun
 
 
-def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, class_idx: int | None = None, **churn: float) -> Tensor:
-    """Draw one image a seed with EDM's second-order sampler, all in one batch.
+def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
+    """Draw one image a seed, all in one batch.
 
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the churn's noise through a CPU generator
+        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's noise through a CPU generator
             of its own, so an image depends on its seed and not on its batch or device, beyond rounding.
-        sigmas: the noise levels, as for `samplers.heun`.
+        sigmas: the noise levels, as for every sampler.
+        sampler: one of `samplers`.
         class_idx: the class of all images; None draws one an image. For class-conditional networks.
-        **churn: S_churn, S_min, S_max and S_noise of `samplers.heun`.
+        **options: the sampler's own, such as S_churn or eta.
 
     Returns:
         [B, C, H, W] uint8 on the network's device.
@@ -39,4 +42,5 @@ def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor
     if label_dim:
         drawn = [int(torch.randint(label_dim, (), generator=generator)) for generator in generators]
         labels = torch.eye(label_dim, device=device)[drawn if class_idx is None else [class_idx] * len(seeds)]
-    return to_uint8(heun(lambda x, sigma: net(x, sigma, labels), x, sigmas, randn_like=draw, **churn))
+    noise = {"randn_like": draw} if "randn_like" in signature(sampler).parameters else {}
+    return to_uint8(sampler(lambda x, sigma: net(x, sigma, labels), x, sigmas, **noise, **options))

@@ -1,0 +1,50 @@
+"""How the time grows with the number of elements: beyond the cache, an element's time must stay what it is.
+
+On the CPU, outputs of more than 32 MB are pages fresh from the system at every call (glibc maps them anew), which the copy, into memory
+that is there, does not pay for: from 10^7 elements on that is part of an op's time. THP_MEM_ALLOC_ENABLE=1 in the environment makes these
+pages large, and the cost a third.
+"""
+import pytest
+import torch
+from measure import DEVICE, TINY
+
+import tdkern
+
+ELEMENTS = (10**3, 10**4) if TINY else (10**4, 10**5, 10**6, 10**7, 10**8)
+SAMPLE = 500 if TINY else 2000  # elements
+BYTES = {"td_loss": 6 * 4, "noise_pair": 3 * 4, "ema_update_": 5 * 4, "heun_step": 2 * (4 + 8)}  # an element, as in the op's own benchmark
+
+
+def td_loss(B, draw):
+    coef, _ = tdkern.td_coef(torch.linspace(0.1, 5, B, dtype=torch.float64, device=DEVICE))
+    F, F_p, x0, x_t, x_tp = (draw() for _ in range(5))
+    F.requires_grad_()
+    upstream = torch.ones(B, 2, device=DEVICE)
+    return lambda: torch.autograd.grad(tdkern.td_loss(F, F_p, x0, coef, x_t, x_tp), F, upstream)
+
+
+def noise_pair(B, draw):
+    x0, one = draw(), torch.ones(B, dtype=torch.float64, device=DEVICE)
+    return lambda: tdkern.noise_pair(x0, one, 2 * one, one, one, seed=1)
+
+
+def ema_update_(B, draw):
+    param, *averages = (draw() for _ in range(3))
+    return lambda: tdkern.ema_update_([[average] for average in averages], [param], [0.999, 0.9999])
+
+
+def heun_step(B, draw):
+    F, x = draw(), draw().double()
+    coef = torch.tensor([2.0, 0.06, 0.48, -0.7, 0.9, 0.48], dtype=torch.float64, device=DEVICE)
+    return lambda: tdkern.heun_step(F, x, coef, net_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("elements", ELEMENTS, ids="{:.0e}".format)
+@pytest.mark.parametrize("op", [td_loss, noise_pair, ema_update_, heun_step])
+@pytest.mark.parametrize("competitor", ["tdkern", "copy"])
+def bench_growth(compare, op, elements, competitor):
+    def make():
+        random = torch.Generator(DEVICE).manual_seed(0)
+        return op(elements // SAMPLE, lambda: torch.randn(elements // SAMPLE, SAMPLE, device=DEVICE, generator=random))
+
+    compare(op.__name__, f"{elements:.0e}", competitor, make, moved=BYTES[op.__name__] * elements, elements=elements)

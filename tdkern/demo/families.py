@@ -1,0 +1,126 @@
+"""What a study needs to know of a family: its losses, its network, how its noise levels are drawn and how it is sampled."""
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..evaluation.mixture import GaussianMixture
+from ..losses import DDPMLoss, EDMLoss, FlowLoss, Loss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from ..networks import Denoiser, EDMPrecond, VEPrecond, VPPrecond
+from ..samplers import ablation, ddim, ddpm, euler, heun
+from ..schedules import DDPM, EDM
+
+BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40.0, 3))  # noise levels from, to, and how many are measured
+
+
+class Levels:
+    """The noise levels at which errors are measured: the middles, in log sigma, of the cells that make up BANDS."""
+
+    edges = torch.tensor([lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]], dtype=torch.float64)
+    sigma = (edges[1:] * edges[:-1]).sqrt()
+    band = torch.repeat_interleave(torch.arange(len(BANDS)), torch.tensor([n for *_, n in BANDS]))
+
+    def __init__(self, cdf: Callable[[Tensor], Tensor]):
+        self.share = cdf(self.edges).diff()  # of the noise levels that training draws
+
+    def by_band(self, error: Tensor) -> Tensor:
+        """[seeds, levels] to [seeds, bands + 1]: the mean in each band, and last over all levels as training weighs them."""
+        bands = [error[:, self.band == i].mean(1) for i in range(len(BANDS))]
+        return torch.stack([*bands, self.overall(error)], 1)
+
+    def overall(self, error: Tensor) -> Tensor:
+        return error @ self.share / self.share.sum()
+
+
+@dataclass(frozen=True)
+class Family:
+    """A way to train and to sample: all that differs between the studies."""
+
+    losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
+    network: Callable[[nn.Module], nn.Module]  # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    draw: Callable[[int, torch.Generator], dict[str, Tensor]]  # n noise levels, as a keyword of `loss.pair`
+    cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
+    sampler: Callable
+    sampler_name: str
+    sigmas: Callable[[int], Tensor]  # the sampler's levels for so many steps
+    budgets: tuple[int, ...]  # sampling steps
+    config: dict = field(default_factory=dict)  # what it needs otherwise than `study.Config` has it
+    exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise  # what a perfect network gives
+    exact_name: str = "the exact denoiser"
+    error_name: str = "excess of EDM's loss over the exact denoiser's"
+    follow_samples: bool = False  # over training: the distance of samples with the smallest budget instead of the error
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(self.cdf)
+
+
+class Timed(nn.Module):
+    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`: moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
+
+    `c_in(c_noise)` scales the input, where the wrapper leaves that to the network.
+    """
+
+    label_dim = 0
+
+    def __init__(self, mlp: nn.Module, lo: float, hi: float, c_in: Callable[[Tensor], Tensor] = torch.ones_like):
+        super().__init__()
+        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+        return self.mlp(self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6)
+
+
+def _edm(losses: dict[str, Loss]) -> Family:
+    loss = losses["TD"]
+    return Family(
+        losses, lambda mlp: EDMPrecond(mlp, sigma_data=0.5),
+        lambda n, generator: {"sigma": (loss.P_mean + loss.P_std * torch.randn(n, generator=generator, dtype=torch.float64)).exp()},
+        lambda sigma: torch.special.ndtr((sigma.log() - loss.P_mean) / loss.P_std),
+        heun, "Heun's method", lambda steps: EDM(steps).sigmas(), (4, 6, 9, 12, 18),
+    )
+
+
+def _path(losses: dict[str, Loss], network, sampler, sampler_name: str, budgets: tuple[int, ...], **changes) -> Family:
+    """A family with uniform times of a schedule."""
+    path = losses["TD"].schedule
+
+    def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if isinstance(path, DDPM):
+            return {"t": torch.randint(1, path.T + 1, (n,), generator=generator)}
+        return {"t": path.t_min + (path.t_max - path.t_min) * torch.rand(n, generator=generator, dtype=torch.float64)}
+
+    return Family(losses, network, draw, lambda sigma: (path.time(sigma) - path.t_min) / (path.t_max - path.t_min),
+                  sampler, sampler_name, path.sigmas, budgets, **changes)
+
+
+def _ddpm(losses: dict[str, Loss], sampler, sampler_name: str, budgets: tuple[int, ...]) -> Family:
+    path = losses["TD"].schedule
+    return _path(losses, lambda mlp: Denoiser(Timed(mlp, 0, path.T - 1), "eps", alphas_cumprod=path.alphas_cumprod), sampler, sampler_name, budgets)
+
+
+def _ve_input(c_noise: Tensor) -> Tensor:
+    """1/sqrt(sigma^2 + sigma_data^2) at c_noise = ln(sigma/2): what a U-Net's first normalisation does for VE, whose c_in is 1."""
+    return (4 * (2 * c_noise).exp() + 0.25).rsqrt()
+
+
+STUDY = _edm({
+    "EDM": EDMLoss(),
+    "TD": TDEDMLoss(),
+    "TD, online weight": TDEDMLoss(weight="online"),
+    "TD, online, .3<sigma<5": TDEDMLoss(weight="online", td_sigma=(0.3, 5.0)),  # its target network runs on the whole batch all the same
+})
+FAMILIES = {
+    "ddpm": _ddpm({"DDPM": DDPMLoss(), "TD": TDDDPMLoss()}, ddpm, "DDPM's ancestral sampler", (10, 20, 50, 100)),
+    "ddim": _ddpm({"DDPM": DDPMLoss(), "TD": TDDDPMLoss(eta=0.0), "TD, shared noise": TDDDPMLoss(coupling="shared")},
+                  ddim, "DDIM", (5, 10, 20, 50)),
+    "vp": _path({"VP": VPLoss(), "TD": TDVPLoss()}, lambda mlp: VPPrecond(Timed(mlp, 0, 999)),
+                partial(ablation, schedule="vp", scaling="vp"), "Heun's method in VP's time", (10, 20, 40, 80)),
+    "ve": _path({"VE": VELoss(), "TD": TDVELoss()}, lambda mlp: VEPrecond(Timed(mlp, -4.6, 3.9, _ve_input)),
+                ddpm, "VE's ancestral sampler", (10, 20, 50, 100)),
+    "edm": _edm({"EDM": EDMLoss(), "TD": TDEDMLoss()}),
+    "flow": _path({"flow": FlowLoss(), "TD": TDFlowLoss()}, lambda mlp: Denoiser(Timed(mlp, 0, 1), "velocity"),
+                  euler, "Euler's method", (5, 10, 20, 50)),
+}

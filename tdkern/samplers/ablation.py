@@ -1,0 +1,128 @@
+"""EDM's generalised sampler: any solver, schedule and scaling over any levels, to compare what each brings."""
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..schedules import EDM, VE, VP, iDDPM
+from .base import checked_levels, denoise, unit_noise
+from .edm import raised_levels
+
+
+def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3):
+    """The VP path with sigma(epsilon_s) and sigma(1) at the ends of a range: sigma(t), its inverse and its derivative."""
+    low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
+    beta_min = high - beta_d / 2  # may be negative, as for EDM's range
+
+    def sigma(t: float) -> float:
+        return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
+
+    def time(sigma: float) -> float:
+        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(sigma**2)) - beta_min) / beta_d
+
+    return sigma, time, lambda t: (beta_d * t + beta_min) * (sigma(t) + 1 / sigma(t)) / 2
+
+
+RANGES = {"vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+
+
+def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Tensor:
+    """The levels of one of EDM's discretizations (arXiv 2206.00364, table 1): [steps + 1] float64, falling to 0.
+
+    Args:
+        discretization: "vp", evenly spread times of the VP path that fits the range; "ve", a geometric sequence; "iddpm", of
+            `schedules.iDDPM`; "edm", of `schedules.EDM`.
+        steps: >= 2.
+        sigma_min, sigma_max: lowest positive level and highest; None is the discretization's own, see RANGES.
+        rho: of "edm".
+
+    Raises:
+        ValueError: no such discretization, or the range or the steps are not to be had.
+    """
+    if discretization not in RANGES:
+        raise ValueError(f"ablation_sigmas: discretization must be one of {', '.join(RANGES)}, got {discretization!r}")
+    lo, hi = RANGES[discretization]
+    lo, hi = lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max
+    edm = EDM(steps, lo, hi, rho)  # checks them all
+    if discretization == "vp":
+        sigma, _, _ = _vp(lo, hi)
+        return torch.tensor([*map(sigma, torch.linspace(1, 1e-3, steps, dtype=torch.float64).tolist()), 0.0], dtype=torch.float64)
+    if discretization == "iddpm":
+        return iDDPM().sigmas(steps, sigma_min=lo, sigma_max=hi)
+    return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
+
+
+SCHEDULES = {  # sigma(t), t(sigma), sigma'(t) for a range of levels
+    "vp": _vp,
+    "ve": lambda sigma_min, sigma_max: (math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
+    "linear": lambda sigma_min, sigma_max: (float, float, lambda t: 1.0),
+}
+SCALINGS = ("vp", "none")
+SOLVERS = ("euler", "heun")
+
+
+@torch.no_grad()
+def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str = "linear", scaling: str = "none", alpha: float = 1.0,
+             sigma_min: float | None = None, sigma_max: float | None = None, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
+             S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
+    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 81, algorithms 1 to 3, table 1).
+
+    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The defaults are `heun`.
+
+    | schedule | sigma(t) | | scaling | s(t) |
+    | --- | --- | --- | --- | --- |
+    | "vp" | sqrt(exp(beta_d t^2/2 + beta_min t) - 1) | | "vp" | 1/sqrt(1 + sigma(t)^2) |
+    | "ve" | sqrt(t) | | "none" | 1 |
+    | "linear" | t |
+
+    Args:
+        denoiser, x, sigmas, callback: see the module; its states are x/s. 2 steps - 1 calls with "heun" if the last level is 0, else one a step.
+        solver: "euler" or "heun", which is the second-order step of parameter `alpha`.
+        schedule, scaling: see the tables.
+        alpha: in (0, 1], where in the step the second derivative is taken: 1 is Heun's method, 1/2 the midpoint, 2/3 Ralston's.
+        sigma_min, sigma_max: of the "vp" schedule, its sigma(0.001) and sigma(1). None: the lowest positive level and the highest.
+        S_churn, S_min, S_max, S_noise, generator, randn_like: as in `heun`.
+
+    Returns:
+        The state at sigmas[-1], like `x`.
+
+    Raises:
+        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0, or an argument is none of those it may be.
+
+    Deterministic without churn, and with it for one state of the generator.
+    """
+    levels = checked_levels("ablation", sigmas, falling=False)
+    for name, value, known in (("solver", solver, SOLVERS), ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)):
+        if value not in known:
+            raise ValueError(f"ablation: {name} must be one of {', '.join(known)}, got {value!r}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"ablation: alpha must be in (0, 1], got {alpha}")
+    sigma_of, time_of, slope_of = SCHEDULES[schedule](sigma_min or min(filter(None, levels)), sigma_max or max(levels))
+    draw = unit_noise(generator, randn_like)
+
+    def s(sigma: float) -> float:
+        return 1 / math.sqrt(1 + sigma**2) if scaling == "vp" else 1.0
+
+    def derivative(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        sigma, slope = sigma_of(t), slope_of(t)
+        growth, shrink = slope / sigma, sigma * slope / (1 + sigma**2) if scaling == "vp" else 0.0  # sigma'/sigma, -s'/s
+        denoised = denoise(denoiser, x / s(sigma), sigma)
+        return (growth - shrink) * x - growth * s(sigma) * denoised, denoised
+
+    x = s(levels[0]) * x
+    for step, ((sigma, sigma_next), sigma_hat) in enumerate(zip(pairwise(levels), raised_levels(levels, S_churn, S_min, S_max), strict=True)):
+        t_hat, t_next = time_of(sigma_hat), time_of(sigma_next) if sigma_next > 0 else 0.0
+        x_hat = s(sigma_hat) / s(sigma) * x
+        if S_churn > 0:
+            x_hat = x_hat + s(sigma_hat) * S_noise * math.sqrt(sigma_hat**2 - sigma**2) * draw(x)
+        h = t_next - t_hat
+        d, denoised = derivative(x_hat, t_hat)
+        if callback is not None:
+            callback({"step": step, "x": x / s(sigma), "sigma": sigma, "denoised": denoised})
+        x = x_hat + h * d
+        if solver == "heun" and sigma_next > 0:
+            d_next, _ = derivative(x_hat + alpha * h * d, t_hat + alpha * h)
+            x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_next)
+    return x / s(levels[-1])
