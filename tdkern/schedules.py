@@ -127,6 +127,8 @@ class Schedule(ABC):
 
     def sigmas(self, steps: int) -> Tensor:
         """[steps + 1], the sampler's levels: sigma_hat at `times(steps)`, and 0."""
+        if steps < 1:
+            raise ValueError(f"{type(self).__name__}: steps must be at least 1, got {steps}")
         return torch.cat([self.sigma_hat(self.times(steps)), torch.zeros(1, dtype=torch.float64)])
 
 
@@ -183,10 +185,11 @@ class DDPM(VariancePreserving):
     t_end, t_min = 0.0, 1.0
 
     def __post_init__(self):
-        if self.T < 2:
-            raise ValueError(f"DDPM: T must be at least 2, got {self.T}")
+        if not (isinstance(self.T, int) and self.T >= 2):
+            raise ValueError(f"DDPM: T must be a whole number, at least 2, got {self.T}")
         betas = self.beta_schedule
-        if betas not in ("linear", "cosine") and not (isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
+        if not (betas in ("linear", "cosine") if isinstance(betas, str) else
+                isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
             raise ValueError(f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in (0, 1), got {betas!r}")
 
     @property
@@ -269,8 +272,8 @@ class VP(VariancePreserving):
     def __post_init__(self):
         if not 0 < self.epsilon_t < 1:
             raise ValueError(f"VP: epsilon_t must be between 0 and 1, got {self.epsilon_t}")
-        if not (self.beta_d >= 0 and self.beta_d * self.epsilon_t / 2 + self.beta_min > 0):  # so that the noise is there and rises from epsilon_t on
-            raise ValueError(f"VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2, got {self.beta_d} and {self.beta_min}")
+        if not 0 < min(self.beta_d * self.epsilon_t / 2, self.beta_d) + self.beta_min < math.inf:  # so that noise is there at epsilon_t, and rises up to 1
+            raise ValueError(f"VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got {self.beta_min} with beta_d {self.beta_d}")
 
     @property
     def t_min(self) -> float:
@@ -287,8 +290,8 @@ class VP(VariancePreserving):
         return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
 
     def times(self, steps: int, *, epsilon_s: float = 1e-3) -> Tensor:
-        """[steps] times from 1 to epsilon_s, evenly spread (arXiv 2206.00364, table 1)."""
-        return torch.linspace(1, epsilon_s, steps, dtype=torch.float64)
+        """[steps] times from 1 to epsilon_s, or to epsilon_t if that is more, evenly spread (arXiv 2206.00364, table 1)."""
+        return torch.linspace(1, max(epsilon_s, self.epsilon_t), steps, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -301,8 +304,8 @@ class VE(Schedule):
     t_end, t_min, t_max = 0.0, 0.0, 1.0
 
     def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
 
     def alpha(self, t) -> Tensor:
         return torch.ones_like(_f64(t))

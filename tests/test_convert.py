@@ -174,7 +174,7 @@ def test_a_network_with_other_tensors_is_refused(tmp_path, persistence):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
     with pytest.raises(CheckpointError, match=r"a.pkl: does not match the network: model.dec.* must be \[.*\], got \[.*\]"):
         convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"a\nb": 1}, {"img_resolution": 16}, {"in_channels": 4}, {"label_dim": 3},
+    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"a\nb": 1}, {"img_resolution": 16}, {"in_channels": 4}, {"label_dim": 3}, {"dropout": "0.1"},
                   {"model_channels": 10**30}, {"channel_mult": "x"}, {"channel_mult": 7}):
         saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | wrong
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))

@@ -16,14 +16,14 @@ RING = GaussianMixture.ring()
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_trains_and_samples(name, monkeypatch):
-    """The error falls with training, for every method, and the report has it all."""
-    monkeypatch.setattr(study, "CURVE", 2)
+    """The error, for CT the distance of one-step samples, falls with training, for every method, and the report has it all."""
+    monkeypatch.setattr(study, "CURVE", 4)
     family = FAMILIES[name]
-    result = run_study(Config(seeds=2, iterations=60, width=32, points=64, compute=1.0), family)
+    result = run_study(Config(seeds=2, iterations=160 if name == "ct" else 60, lr=6e-3, width=32, points=64, compute=1.0), family)
     assert list(result.outcomes)[:-1] == list(family.losses)
     for outcome in result.outcomes.values():
         assert outcome.error.shape == (2, len(Levels.sigma)) and outcome.distance.shape == (2, len(family.budgets))
-        assert (outcome.curve[-1] < outcome.curve[0]).all()
+        assert (outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]).all()  # EDM's start, F = 0, is close: see test_demo.py
     text = report(result)
     assert max(map(len, text.splitlines())) <= 120
     for words in (*result.outcomes, family.sampler_name, family.exact_name):

@@ -9,7 +9,7 @@ import torch
 from families import CT, FAMILIES, SD
 
 from tdkern.evaluation.mixture import GaussianMixture
-from tdkern.losses import TDDDPMLoss, TDFlowLoss, TDVELoss, TDVPLoss
+from tdkern.losses import TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.schedules import EDM
 
 DATA = {"gaussian": GaussianMixture(*(torch.tensor(part, dtype=torch.float64) for part in ([1.0], [[0.0, 0.0]], [SD]))), "mixture": GaussianMixture.ring(SD)}
@@ -76,6 +76,44 @@ def test_markov_target_varies_more_where_r_is_above_2(loss):
     assert coef[5] / coef[4] > 2.6
     assert (z_scores(x_t, residual) < 4).all()
     assert residual.var() > 1.05 * e.var()
+
+
+@pytest.mark.parametrize(("loss", "r", "variance"), [
+    (TDDDPMLoss(), (1.00, 1.83), (0.00, 0.86)),
+    (TDDDPMLoss(beta_schedule="cosine"), (1.00, 1.89), (0.00, 0.91)),
+    (TDDDPMLoss(eta=0.0), (1.00, 3.07), (0.00, 2.50)),
+    (TDDDPMLoss(k=2), (1.01, 2.57), (0.00, 1.41)),
+    (TDDDPMLoss(k=10), (1.04, 7.34), (0.00, 2.80)),
+    (TDVPLoss(), (1.21, 1.65), (0.07, 0.69)),
+    (TDVPLoss(eta=0.0), (1.21, 2.03), (0.07, 1.02)),
+    (TDVPLoss(steps=13), (1.30, 2.00), (0.13, 0.99)),
+    (TDVPLoss(one_idx=0.25), (1.23, 2.92), (0.08, 1.20)),
+    (TDVPLoss(k_idx=3.0), (1.80, 4.03), (0.68, 9.18)),
+    (TDVELoss(), (1.00, 1.00), (0.00, 0.63)),
+    (TDFlowLoss(), (1.10, 1.54), (0.02, 0.80)),
+    (TDFlowLoss(eta=0.0), (1.06, 1.98), (0.00, 0.99)),
+    (TDFlowLoss(one_idx=0.25), (1.09, 2.82), (0.01, 1.13)),
+    (TDFlowLoss(k_idx=3.0), (1.33, 2.38), (0.16, 1.07)),
+    (TDEDMLoss(), (1.04, 1.14), (0.00, 0.92)),
+], ids=repr)
+def test_ratio_and_variance_over_all_times(loss, r, variance):
+    """Least and most, over the times with a TD term, of r and of the target's variance over the baseline's: the docstrings' numbers."""
+    if isinstance(loss, TDEDMLoss):
+        times = {"index": torch.linspace(0, loss.steps - 1, 4001, dtype=torch.float64)}
+    elif isinstance(loss, TDDDPMLoss):
+        times = {"t": torch.arange(1, loss.T + 1)}
+    else:
+        times = {"t": torch.linspace(loss.schedule.t_min, loss.schedule.t_max, 4001, dtype=torch.float64)}
+    batch = loss.pair(torch.zeros(len(*times.values()), 1), **times)
+    valid = batch.coef[:, 6] != 0
+    ratio = (batch.coef[:, 5] / batch.coef[:, 4])[valid]
+    (v, v_p) = (SD**2 * sigma**2 / (SD**2 + sigma**2) for sigma in (batch.levels[valid, 0], batch.levels[valid, 2]))
+    share = 1 - (2 * ratio - ratio**2) * v_p / v
+    for seen, rounded in ((ratio, r), (share, variance)):
+        assert (seen.min().item(), seen.max().item()) == pytest.approx(rounded, abs=0.006)
+    if isinstance(loss, TDDDPMLoss) and loss.k > 1 and loss.eta is None:
+        above = loss.k + 1 + (ratio > 2).nonzero()
+        assert (above.min(), above.max()) == {2: (3, 3), 10: (11, 17)}[loss.k]
 
 
 BIAS = {  # in %, of the slope at sigma_hat .5, 1, 2 and 4; in the losses' docstrings

@@ -1,5 +1,6 @@
 """The losses along a schedule's time, DDPM, VP, VE and flow matching: golden vectors, draws, ends of the path, networks."""
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,9 @@ def plain(net):
 @pytest.mark.parametrize("loss", [*BASELINES, *TD, TDDDPMLoss(prediction="v"), TDDDPMLoss(prediction="x0")], ids=lambda loss: f"{name(loss)}-{loss.prediction}")
 def test_raw_and_plain_networks_agree(loss):
     """F through the fused path and D from any callable: one value, one gradient, and no sample's NaN spreads."""
+    t = torch.tensor([loss.schedule.t_min, *torch.linspace(1.5 * loss.schedule.t_min, loss.schedule.t_max, 5)], dtype=torch.float64)
     batch = loss.pair(torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / 2,
-                      t=torch.tensor([loss.schedule.t_min, *torch.linspace(1.5 * loss.schedule.t_min, loss.schedule.t_max, 5)], dtype=torch.float64))
+                      t=t.floor() if isinstance(loss, DDPMLoss) else t)
     results = []
     for wrap in (lambda net: net, plain):
         net, target = matching(loss)
@@ -208,18 +210,37 @@ def test_small_batches(loss):
         value.sum().backward()
 
 
+@pytest.mark.parametrize("loss", BASELINES + TD, ids=name)
+def test_times_off_the_path_are_refused(loss):
+    """Where A, the weights or the state would be infinite or another time's; the ends themselves are on it, in single precision too."""
+    path = loss.schedule
+    for t in (path.t_min, path.t_max):
+        batch = loss.pair(torch.zeros(1, 2), t=torch.tensor([t], dtype=torch.float32))
+        assert batch.coef.isfinite().all() and batch.x_t.isfinite().all()
+    for t in (path.t_min - 0.5, path.t_max + 0.5, math.nan):
+        with pytest.raises(ValueError, match=f"{name(loss)}: t must be from {path.t_min:g} to {path.t_max:g}, got values from"):
+            loss.pair(torch.zeros(2, 2), t=torch.tensor([path.t_max, t]))
+    if isinstance(loss, DDPMLoss):
+        with pytest.raises(ValueError, match=f"{name(loss)}: t must be whole numbers, got 1.5"):
+            loss.pair(torch.zeros(2, 2), t=torch.tensor([1.0, 1.5]))
+
+
 def test_bad_arguments():
     images = torch.zeros(2, 3)
     pair = TDFlowLoss().pair
     for call, message in (
-        (lambda: VPLoss(beta_min=-1.0), "VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2"),
+        (lambda: VPLoss(beta_min=-1.0), "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d"),
         (lambda: TDVELoss(sigma_min=200.0), "VE: sigma_min and sigma_max must satisfy"),
         (lambda: FlowLoss(t_min=0.0), "FlowMatching: t_min and t_max must satisfy"),
         (lambda: DDPMLoss(prediction="score"), "DDPMLoss: prediction must be one of eps, x0, v, got 'score'"),
-        (lambda: TDDDPMLoss(1), "DDPM: T must be at least 2, got 1"),
-        (lambda: TDDDPMLoss(10, k=10), "TDDDPMLoss: k must be from 1 to T - 1 = 9, got 10"),
+        (lambda: TDDDPMLoss(1), "DDPM: T must be a whole number, at least 2, got 1"),
+        (lambda: TDDDPMLoss(10, k=10), "TDDDPMLoss: k must be a whole number from 1 to T - 1 = 9, got 10"),
+        (lambda: TDDDPMLoss(10, k=1.5), "TDDDPMLoss: k must be a whole number from 1 to T - 1 = 9, got 1.5"),
         (lambda: TDDDPMLoss(terminal="none"), "TDDDPMLoss: terminal must be one of mean, simple, got 'none'"),
         (lambda: TDVPLoss(lambda_base=-1.0), "TDVPLoss: lambda_base must be a number >= 0, got -1.0"),
+        (lambda: TDVPLoss(lambda_base=math.inf), "TDVPLoss: lambda_base must be a number >= 0, got inf"),
+        (lambda: TDVPLoss(steps=math.nan), "TDVPLoss: steps must be at least 2, got nan"),
+        (lambda: TDVPLoss(k_idx=math.inf), "TDVPLoss: k_idx and one_idx must be positive numbers, got inf and 1.0"),
         (lambda: TDVPLoss(weight="both"), "TDVPLoss: weight must be one of pairwise, pairwise_x0, online, none, got 'both'"),
         (lambda: TDVPLoss(coupling="none"), "coupling must be 'markov' or 'shared', got 'none'"),
         (lambda: TDVPLoss(eta=2.0), r"TDVPLoss: eta must be in \[0, 1\], got 2.0"),

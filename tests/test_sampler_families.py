@@ -230,6 +230,8 @@ def test_ablation_sigmas_golden():
     for sigmas in narrow:
         assert len(sigmas) == 7 and (sigmas.diff() < 0).all()
         torch.testing.assert_close(sigmas[[0, 5]], torch.tensor([20.0, 0.1], dtype=torch.float64), rtol=0.05, atol=0)  # iDDPM's are the nearest
+    with pytest.raises(ValueError, match=r"ablation: no VP path rises from sigma\(0.001\) = 0.3 to sigma\(1\) = 20.0; take a lower sigma_min"):
+        ablation_sigmas("vp", 6, 0.3, 20.0)
     with pytest.raises(ValueError, match="ablation_sigmas: discretization must be one of vp, ve, iddpm, edm, got 'cosine'"):
         ablation_sigmas("cosine", 6)
 
@@ -276,6 +278,9 @@ def test_bad_arguments(sampler):
     (ablation, {"solver": "rk4"}, "ablation: solver must be one of euler, heun, got 'rk4'"),
     (ablation, {"schedule": "cosine"}, "ablation: schedule must be one of vp, ve, linear, got 'cosine'"),
     (ablation, {"scaling": "ve"}, "ablation: scaling must be one of vp, none, got 've'"),
+    (ablation, {"schedule": "vp", "sigma_min": 0.3}, "ablation: no VP path rises from"),
+    (ablation, {"S_churn": -1.0}, "ablation: S_churn must be a number >= 0, got -1.0"),
+    (heun, {"S_churn": math.nan}, "heun: S_churn must be a number >= 0, got nan"),
     (ablation, {"alpha": 0.0}, r"ablation: alpha must be in \(0, 1\], got 0.0"),
 ])
 def test_bad_options(sampler, options, message):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tdkern.schedules import DDPM, EDM, VE, VP, FlowMatching, iDDPM, two_moment
 
-PATHS = [DDPM(), DDPM(50, "cosine"), VP(), VP(17.5, -0.005, 1e-3), VE(), FlowMatching()]
+PATHS = [DDPM(), DDPM(50, "cosine"), VP(), VP(17.5, -0.005, 1e-3), VP(-8.0, 10.0, 0.01), VE(), FlowMatching()]
 
 
 def golden(name):
@@ -109,7 +109,7 @@ def test_paths(path):
     torch.testing.assert_close(path.time(sigma_hat), t.floor() if isinstance(path, DDPM) else t, rtol=1e-11, atol=1e-11)
     assert path.sigma_hat(t.reshape(5, 10)).shape == path.time(sigma_hat.reshape(5, 10)).shape == (5, 10)
     sigmas = path.sigmas(7)
-    assert len(sigmas) == 8 and sigmas[0] == sigma_hat[-1] and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+    assert len(sigmas) == 8 and sigmas[0] == sigma_hat[-1] and sigmas[-2] >= sigma_hat[0] and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
     squares = path.alpha(t) ** 2 + path.sigma(t) ** 2
     if isinstance(path, (DDPM, VP)):
         torch.testing.assert_close(squares, torch.ones_like(t))
@@ -138,14 +138,21 @@ def test_golden_levels():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DDPM(1), "DDPM: T must be at least 2, got 1"),
+        (lambda: DDPM(1), "DDPM: T must be a whole number, at least 2, got 1"),
         (lambda: DDPM(10, "sigmoid"), r"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of 10 numbers in \(0, 1\), got 'sigmoid'"),
         (lambda: DDPM(2, (0.1, 1.0)), "DDPM: beta_schedule must be"),
         (lambda: DDPM(10).times(11), "DDPM: steps must be from 1 to T = 10, got 11"),
         (lambda: iDDPM().sigmas(2000), "iDDPM: steps must be from 1 to 9.., the levels between 0.002 and 81.0, got 2000"),
-        (lambda: VP(beta_min=-0.1), "VP: beta_d must be >= 0 and beta_min > -beta_d epsilon_t / 2, got 19.9 and -0.1"),
+        (lambda: DDPM(10.0), "DDPM: T must be a whole number, at least 2, got 10.0"),
+        (lambda: DDPM(2, np.array([0.1, 0.2])), "DDPM: beta_schedule must be"),
+        (lambda: VP(beta_min=-0.1), "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got -0.1 with beta_d 19.9"),
+        (lambda: VP(-1.0, 0.9), "VP: beta_min must be above .*, got 0.9 with beta_d -1.0"),
+        (lambda: VP(math.inf), "VP: beta_min must be above"),
         (lambda: VP(epsilon_t=1.0), "VP: epsilon_t must be between 0 and 1, got 1.0"),
-        (lambda: VE(sigma_min=0.0), "VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 0.0 and 100.0"),
+        (lambda: VE(sigma_min=0.0), "VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.0 and 100.0"),
+        (lambda: VE(sigma_max=math.inf), "VE: sigma_min and sigma_max must satisfy"),
+        (lambda: VE().sigmas(0), "VE: steps must be at least 1, got 0"),
+        (lambda: FlowMatching().sigmas(-1), "FlowMatching: steps must be at least 1, got -1"),
         (lambda: FlowMatching(t_max=1.0), "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got 0.001 and 1.0"),
     ],
 )

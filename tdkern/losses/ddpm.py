@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .. import _library
 from ..schedules import DDPM
 from .path import PathLoss, TDPathLoss
 
@@ -47,7 +48,10 @@ class DDPMLoss(PathLoss):
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
             return torch.randint(1, self.T + 1, (len(images),), device=images.device).double()
-        return super()._time(given, images)
+        given = super()._time(given, images)
+        if _library.readable(given) and not (given == given.round()).all():
+            raise ValueError(f"{type(self).__name__}: t must be whole numbers, got {given[given != given.round()][0].item()}")
+        return given
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
 
     def __post_init__(self):
         super().__post_init__()
-        if not 1 <= self.k < self.T:
-            raise ValueError(f"TDDDPMLoss: k must be from 1 to T - 1 = {self.T - 1}, got {self.k}")
+        if not (isinstance(self.k, int) and 1 <= self.k < self.T):
+            raise ValueError(f"TDDDPMLoss: k must be a whole number from 1 to T - 1 = {self.T - 1}, got {self.k}")
         if self.terminal not in TERMINALS:
             raise ValueError(f"TDDDPMLoss: terminal must be one of {', '.join(TERMINALS)}, got {self.terminal!r}")
 

@@ -10,19 +10,24 @@ from .base import checked_levels, denoise, unit_noise
 from .edm import raised_levels
 
 
-def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3):
-    """The VP path with sigma(epsilon_s) and sigma(1) at the ends of a range: sigma(t), its inverse and its derivative."""
+def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3) -> VP:
+    """The VP path with sigma(epsilon_s) and sigma(1) at the ends of a range."""
     low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2 * (low / epsilon_s - high) / (epsilon_s - 1)
-    beta_min = high - beta_d / 2  # may be negative, as for EDM's range
+    try:
+        return VP(beta_d, high - beta_d / 2, epsilon_s)
+    except ValueError as error:
+        raise ValueError(f"ablation: no VP path rises from sigma({epsilon_s:g}) = {sigma_min} to sigma(1) = {sigma_max}; take a lower sigma_min") from error
+
+
+def _vp_schedule(sigma_min: float | None, sigma_max: float | None):
+    lo, hi = RANGES["vp"]
+    path = _vp(lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max)
 
     def sigma(t: float) -> float:
-        return math.sqrt(math.expm1(beta_d * t**2 / 2 + beta_min * t))
+        return path.sigma_hat(t).item()
 
-    def time(sigma: float) -> float:
-        return (math.sqrt(beta_min**2 + 2 * beta_d * math.log1p(sigma**2)) - beta_min) / beta_d
-
-    return sigma, time, lambda t: (beta_d * t + beta_min) * (sigma(t) + 1 / sigma(t)) / 2
+    return sigma, lambda sigma: path.time(sigma).item(), lambda t: (path.beta_d * t + path.beta_min) * (sigma(t) + 1 / sigma(t)) / 2
 
 
 RANGES = {"vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
@@ -47,15 +52,14 @@ def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = N
     lo, hi = lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max
     edm = EDM(steps, lo, hi, rho)  # checks them all
     if discretization == "vp":
-        sigma, _, _ = _vp(lo, hi)
-        return torch.tensor([*map(sigma, torch.linspace(1, 1e-3, steps, dtype=torch.float64).tolist()), 0.0], dtype=torch.float64)
+        return _vp(lo, hi).sigmas(steps)
     if discretization == "iddpm":
         return iDDPM().sigmas(steps, sigma_min=lo, sigma_max=hi)
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
 
 
 SCHEDULES = {  # sigma(t), t(sigma), sigma'(t) for a range of levels
-    "vp": _vp,
+    "vp": _vp_schedule,
     "ve": lambda sigma_min, sigma_max: (math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
     "linear": lambda sigma_min, sigma_max: (float, float, lambda t: 1.0),
 }
@@ -82,14 +86,15 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
         solver: "euler" or "heun", which is the second-order step of parameter `alpha`.
         schedule, scaling: see the tables.
         alpha: in (0, 1], where in the step the second derivative is taken: 1 is Heun's method, 1/2 the midpoint, 2/3 Ralston's.
-        sigma_min, sigma_max: of the "vp" schedule, its sigma(0.001) and sigma(1). None: the lowest positive level and the highest.
+        sigma_min, sigma_max: of the "vp" schedule, its sigma(0.001) and sigma(1). None: those of `schedules.VP()`.
         S_churn, S_min, S_max, S_noise, generator, randn_like: as in `heun`.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0, or an argument is none of those it may be.
+        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0, an argument is none of those it may be,
+            or no VP path rises over the range.
 
     Deterministic without churn, and with it for one state of the generator.
     """
@@ -99,7 +104,7 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
             raise ValueError(f"ablation: {name} must be one of {', '.join(known)}, got {value!r}")
     if not 0 < alpha <= 1:
         raise ValueError(f"ablation: alpha must be in (0, 1], got {alpha}")
-    sigma_of, time_of, slope_of = SCHEDULES[schedule](sigma_min or min(filter(None, levels)), sigma_max or max(levels))
+    sigma_of, time_of, slope_of = SCHEDULES[schedule](sigma_min, sigma_max)
     draw = unit_noise(generator, randn_like)
 
     def s(sigma: float) -> float:
@@ -112,7 +117,7 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
         return (growth - shrink) * x - growth * s(sigma) * denoised, denoised
 
     x = s(levels[0]) * x
-    for step, ((sigma, sigma_next), sigma_hat) in enumerate(zip(pairwise(levels), raised_levels(levels, S_churn, S_min, S_max), strict=True)):
+    for step, ((sigma, sigma_next), sigma_hat) in enumerate(zip(pairwise(levels), raised_levels("ablation", levels, S_churn, S_min, S_max), strict=True)):
         t_hat, t_next = time_of(sigma_hat), time_of(sigma_next) if sigma_next > 0 else 0.0
         x_hat = s(sigma_hat) / s(sigma) * x
         if S_churn > 0:

@@ -8,8 +8,10 @@ from torch import Tensor
 from .base import Step, checked_levels, denoise, fused, network, unit_noise
 
 
-def raised_levels(levels: list[float], S_churn: float, S_min: float, S_max: float) -> list[float]:
+def raised_levels(sampler: str, levels: list[float], S_churn: float, S_min: float, S_max: float) -> list[float]:
     """sigma_hat = sigma (1 + gamma) of every step (arXiv 2206.00364, algorithm 2, lines 3 and 5)."""
+    if not S_churn >= 0:
+        raise ValueError(f"{sampler}: S_churn must be a number >= 0, got {S_churn}")
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
     return [sigma * (1 + gamma) if S_min <= sigma <= S_max else sigma for sigma in levels[:-1]]
 
@@ -30,7 +32,7 @@ def _plain(denoiser, x: Tensor, levels: list[float], hats: list[float], churns: 
 
 def _sample(sampler: str, denoiser, x: Tensor, sigmas, S_churn: float, S_min: float, S_max: float, S_noise: float, generator, randn_like, callback) -> Tensor:
     levels = checked_levels(sampler, sigmas, falling=False)
-    hats = raised_levels(levels, S_churn, S_min, S_max)
+    hats = raised_levels(sampler, levels, S_churn, S_min, S_max)
     churns = [S_noise * math.sqrt(sigma_hat**2 - sigma**2) for sigma_hat, sigma in zip(hats, levels[:-1], strict=True)]
     # at every step, so that a step's noise does not depend on S_min and S_max
     draw, correct = unit_noise(generator, randn_like) if S_churn > 0 else None, sampler == "heun"
@@ -58,7 +60,7 @@ def heun(denoiser, x: Tensor, sigmas, *, S_churn: float = 0.0, S_min: float = 0.
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0.
+        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0, or S_churn is negative.
 
     Deterministic without churn, and with it for one state of the generator.
     """

@@ -1,4 +1,5 @@
 """Images from a network, each a function of its own seed."""
+from functools import partial
 from inspect import signature
 
 import torch
@@ -43,4 +44,4 @@ def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor
         drawn = [int(torch.randint(label_dim, (), generator=generator)) for generator in generators]
         labels = torch.eye(label_dim, device=device)[drawn if class_idx is None else [class_idx] * len(seeds)]
     noise = {"randn_like": draw} if "randn_like" in signature(sampler).parameters else {}
-    return to_uint8(sampler(lambda x, sigma: net(x, sigma, labels), x, sigmas, **noise, **options))
+    return to_uint8(sampler(partial(net, class_labels=labels), x, sigmas, **noise, **options))
