@@ -103,8 +103,8 @@ def copy_decay(every: int, step: int) -> float:
 def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:
     """Decay of consistency training's target (arXiv 2303.01469, appendix C): exp(s0 ln(mu0) / (N - 1)).
 
-    The target lags less as a curriculum's number of scales N = `num_scales` >= 2 grows, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being
-    `start_scales`.
+    It rises with a curriculum's number of scales N = `num_scales` >= 2, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being `start_scales`.
+    Improved consistency training's is 0: a target that copies the network.
     """
     return math.exp(start_scales * math.log(rate) / (num_scales - 1))
 

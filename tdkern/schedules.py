@@ -255,8 +255,8 @@ class iDDPM:
         u = u[(u >= sigma_min) & (u <= sigma_max)]
         if not 1 <= steps <= len(u):
             raise ValueError(f"iDDPM: steps must be from 1 to {len(u)}, the levels between {sigma_min} and {sigma_max}, got {steps}")
-        chosen = torch.linspace(0, len(u) - 1, steps, dtype=torch.float64).round().long()
-        return torch.cat([u[chosen], torch.zeros(1, dtype=torch.float64)])
+        chosen = torch.linspace(0, len(u) - 1, steps, dtype=torch.float64, device=u.device).round().long()
+        return torch.cat([u[chosen], u.new_zeros(1)])
 
 
 @dataclass(frozen=True)

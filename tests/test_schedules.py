@@ -131,6 +131,8 @@ def test_golden_levels():
     torch.testing.assert_close(VP().time(vp["sigma"]), vp["t_of_sigma"], rtol=1e-10, atol=0)
     torch.testing.assert_close(iDDPM().u, iddpm["u"], rtol=1e-10, atol=0)
     steps = int(ablation["num_steps"])
+    with torch.device("meta"):  # of another default device
+        assert iDDPM().sigmas(steps).device.type == "cpu"
     for name, sigmas in (("vp", VP().sigmas(steps)), ("ve", VE().sigmas(steps)), ("iddpm", iDDPM().sigmas(steps)), ("edm", EDM(steps).sigmas())):
         torch.testing.assert_close(sigmas[:-1], ablation[f"sigma_steps__{name}"], rtol=1e-10, atol=0)
 

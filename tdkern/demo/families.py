@@ -113,7 +113,7 @@ def _ct(losses: dict[str, Loss]) -> Family:
         losses, lambda mlp: CTPrecond(mlp, time_scale=0.25), lambda n, generator: {"index": torch.randint(scales - 1, (n,), generator=generator)},
         lambda sigma: (levels < sigma[..., None]).double().mean(-1),
         multistep, "multistep sampling", lambda steps: EDM(steps + 1).sigmas()[:-1], (1, 2, 4),
-        {"target_ema_tau": 0.0}, exact, "the exact ODE", "mean square distance from the end of the exact ODE", follow_samples=True,
+        {"target_ema_tau": 0.0}, exact, "the exact ODE", "EDM's loss against the end of the exact ODE", follow_samples=True,
     )
 
 
