@@ -4,11 +4,10 @@
 resampling as depthwise convolutions with the filter. It has our parameters, and is checked to compute the same. Without a GPU nearly all of the time is
 in float32 convolutions that oneDNN runs at the speed of the machine's multiply-adds, for us and for it: there only attention can win, or bfloat16.
 """
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import DEVICE, TINY, compiled, name
 
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet
 from tdkern.networks.layers import Conv2d, ResBlock
@@ -30,50 +29,34 @@ class PlainResBlock(ResBlock):
         return (v @ weight.transpose(1, 2)).reshape(x.shape)
 
 
-def plain(net):
-    net = copy.deepcopy(net)
+def make_plain(net):
     for module in net.modules():
         module.__class__ = {Conv2d: PlainConv2d, ResBlock: PlainResBlock}.get(type(module), type(module))
-    return net
 
 
-NETWORKS = {
-    "DDPM++": lambda: SongUNet(32, 3, 3, model_channels=64, channel_mult=[2, 2, 2], num_blocks=1, dropout=0),
-    "ADM": lambda: DhariwalUNet(32, 3, 3, model_channels=64, channel_mult=[1, 2, 2], num_blocks=1, dropout=0),
-}
-BATCH = 8
+WIDTH, SHAPE = (8, (2, 3, 8, 8)) if TINY else (64, (8, 3, 32, 32)) if DEVICE == "cpu" else (128, (64, 3, 32, 32))
+SHARED = {"img_resolution": SHAPE[-1], "in_channels": 3, "out_channels": 3, "model_channels": WIDTH, "num_blocks": 1, "dropout": 0}
+NETWORKS = {"DDPM++": lambda: SongUNet(channel_mult=[2, 2, 2], **SHARED), "ADM": lambda: DhariwalUNet(channel_mult=[1, 2, 2], **SHARED)}
+COMPETITORS = [(network, competitor) for network in NETWORKS for competitor in ("tdkern", "tdkern, bfloat16", "plain")]
 
 
-@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("part", ["forward", "forward+backward"])
-@pytest.mark.parametrize("competitor", ["tdkern", "tdkern, torch.compile", "tdkern, bfloat16", "plain"])
-def bench_network(compare, network, part, competitor):
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = EDMPrecond(NETWORKS[network]()).to(device)
-    for parameter in net.parameters():  # newly made, the last layers are zero
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    x, sigma = torch.randn(BATCH, 3, 32, 32, device=device), torch.linspace(0.1, 10, BATCH, device=device)
-    expected = net(x, sigma)
-    if competitor == "plain":
-        net = plain(net)
-        torch.testing.assert_close(net(x, sigma), expected, atol=1e-4, rtol=1e-4)
-    elif competitor == "tdkern, torch.compile":
-        net = torch.compile(net, fullgraph=True)
-    elif competitor == "tdkern, bfloat16":
-        net.dtype = torch.bfloat16
-    parameters, upstream = list(net.parameters()), torch.ones_like(expected)
-
-    def step():
+@pytest.mark.parametrize("network, competitor", [*COMPETITORS, ("DDPM++", "tdkern, torch.compile")])  # which compiles for minutes
+def bench_network(compare, network, competitor, part):
+    def make():
+        torch.manual_seed(0)
+        net = EDMPrecond(NETWORKS[network]()).to(DEVICE)
+        for parameter in net.parameters():  # newly made, the last layers are zero
+            torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else None
+        x, sigma = torch.randn(SHAPE, device=DEVICE), torch.linspace(0.1, 10, SHAPE[0], device=DEVICE)
+        expected, parameters = net(x, sigma), list(net.parameters())
+        net.dtype = torch.bfloat16 if competitor == "tdkern, bfloat16" else None
+        if competitor == "plain":
+            make_plain(net)
+            torch.testing.assert_close(net(x, sigma), expected, atol=1e-4, rtol=1e-4)
+        call = compiled(net) if competitor == "tdkern, torch.compile" else net
         if part == "forward":
-            with torch.no_grad():
-                net(x, sigma)
-        else:
-            torch.autograd.grad(net(x, sigma), parameters, upstream)
-        if device == "cuda":
-            torch.cuda.synchronize()
+            return torch.no_grad()(lambda: call(x, sigma))
+        return lambda: torch.autograd.grad(call(x, sigma), parameters, torch.ones_like(x))
 
-    # Read every parameter and, in the backward pass, again, and write its gradient; activations could stay in a cache.
-    size = sum(parameter.numel() for parameter in parameters)
-    compare("network", f"{network} {part} {BATCH}x3x32x32", competitor, step, moved=4 * size * (1 if part == "forward" else 3))
+    compare(f"{network} {part}", name(SHAPE), competitor, make, moved=None, rotate=False)

@@ -76,7 +76,7 @@ def on_cpu(benchmark, step, seconds: float) -> dict:
     rounds = int(min(500, max(1 if TINY else 10, seconds / once)))
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=max(1 if TINY else 3, rounds // 10), iterations=1)
     stats = benchmark.stats.stats
-    return {"median_us": stats.median * 1e6, "min_us": stats.min * 1e6, "rounds": stats.rounds, "extra_bytes": peak_extra(step)}
+    return {"median_us": stats.median * 1e6, "min_us": stats.min * 1e6, "rounds": stats.rounds, "extra_bytes": peak_extra(step, "cpu")}
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:

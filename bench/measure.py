@@ -23,13 +23,13 @@ def name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def compiled(fn):
-    """torch.compile(fn) for the number of threads there is now, whatever was compiled before."""
+def compiled(fn, **options):
+    """torch.compile(fn, **options) for the number of threads there is now, whatever was compiled before."""
     from torch._inductor import config
 
     torch._dynamo.reset()
     config.cpp.threads = torch.get_num_threads()
-    return torch.compile(fn)
+    return torch.compile(fn, **options)
 
 
 def copy_of(moved: int):
@@ -39,7 +39,7 @@ def copy_of(moved: int):
     return lambda: target.copy_(source)
 
 
-def peak_extra(step, device: str = DEVICE) -> int:
+def peak_extra(step, device: str) -> int:
     """The most bytes of tensors on the device that step() holds at any time beside what there was before, what it returns included."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -74,7 +74,7 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
     count = min(64, max(1, math.ceil(4 * cache / moved))) if rotate else 1
     steps = [make() for _ in range(count)]
     held = [[step() for _ in range(2)][-1] for step in steps]
-    row = {"sets": count, "extra_bytes": peak_extra(steps[0]), "syncs": _syncs(steps[0])}
+    row = {"sets": count, "extra_bytes": peak_extra(steps[0], "cuda"), "syncs": _syncs(steps[0])}
     try:
         row |= _launches(steps[0])
     except RuntimeError as error:  # the profiler is not everywhere allowed

@@ -1,5 +1,6 @@
 """Averages of a network's weights, and the decays that drive them."""
 import copy
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -97,6 +98,15 @@ def target_decay(rate: float, step: int) -> float:
 def copy_decay(every: int, step: int) -> float:
     """Decay of a target network that is copied from the network at every `every`th update, from 0, and stays as it is between: 0 or 1."""
     return 1.0 if step % every else 0.0
+
+
+def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:
+    """Decay of consistency training's target (arXiv 2303.01469, appendix C): exp(s0 ln(mu0) / (N - 1)).
+
+    It rises with a curriculum's number of scales N = `num_scales` >= 2, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being `start_scales`.
+    Improved consistency training's is 0: a target that copies the network.
+    """
+    return math.exp(start_scales * math.log(rate) / (num_scales - 1))
 
 
 def edm_decay(batch_size: int, halflife_img: float, cur_nimg: int, rampup_ratio: float = 0.05) -> float:

@@ -174,12 +174,21 @@ def test_a_network_with_other_tensors_is_refused(tmp_path, persistence):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
     with pytest.raises(CheckpointError, match=r"a.pkl: does not match the network: model.dec.* must be \[.*\], got \[.*\]"):
         convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"a\nb": 1}, {"img_resolution": 16}, {"in_channels": 4}, {"label_dim": 3},
+    for wrong in ({"num_blocks": 10**9}, {"unknown": 1}, {"a\nb": 1}, {"img_resolution": 16}, {"in_channels": 4}, {"label_dim": 3}, {"dropout": "0.1"},
                   {"model_channels": 10**30}, {"channel_mult": "x"}, {"channel_mult": 7}):
         saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | wrong
         (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
         with pytest.raises(CheckpointError, match=r"a.pkl: does not describe a network of tdkern .*\)$"):
             convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
+    saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | {"attn_resolutions": [4] * 101}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
+    with pytest.raises(CheckpointError, match=r"a.pkl: does not describe a network of tdkern .*a list of more than 100 numbers"):
+        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+    saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | dict.fromkeys("abcdefghijklmnopqrstuvwxyz", [0] * 50_000)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
+    with pytest.raises(PickleError, match=r"a.pkl: refused: it has more than 1,000,000 operations"):
+        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
     saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
     saved.record["state"]["sigma_data"] = "0.5"
     (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
@@ -340,14 +349,15 @@ def tensor_of(numel, size, stride, offset=b"K\x00", count=None):
     return opcodes(b"}", text("a"), glob("torch._utils._rebuild_tensor_v2"), b"(", storage_from(data), offset, sizes, strides, b"\x89Nt", b"Rs")
 
 
+def module(children, parameters=b"}", more=b""):
+    """The record of a module of no class of EDM's, from the pickles of its dicts."""
+    state = b"}" + text("_parameters") + parameters + b"s" + text("_buffers") + b"}s" + text("_modules") + children + b"s" + more
+    record = glob("torch_utils.persistence._reconstruct_persistent_obj")
+    return record + b"}" + text("class_name") + text("A") + b"s" + text("state") + state + b"s\x85R"
+
+
 def nested_modules(levels):
     """Modules each of which holds the next one twice: 2^levels paths."""
-    record = glob("torch_utils.persistence._reconstruct_persistent_obj")
-
-    def module(children):
-        state = b"}" + text("_parameters") + b"}s" + text("_buffers") + b"}s" + text("_modules") + children + b"s"
-        return record + b"}" + text("class_name") + text("A") + b"s" + text("state") + state + b"s\x85R"
-
     inner = module(b"}")
     for _ in range(levels):
         inner = module(b"}" + text("x") + inner + b"q\x00s" + text("y") + b"h\x00s")
@@ -401,6 +411,9 @@ HOSTILE = {
                                                            b"h\x00h\x01\x85R" * 1000, b"t"), "it has more than 1,000,000 operations"),
     "integers of one hash": (lambda flag: opcodes(b"}(", *(b"\x8a\x0a" + (i * (2**61 - 1)).to_bytes(10, "little") + b"N" for i in range(100_000)), b"u"),
                              "a key is an integer beyond 2\\^60"),
+    "parameters that two modules share": (lambda flag: opcodes(b"}", text("ema"), module(
+        b"}" + text("a") + module(b"}", b"}q\x07") + b"s" + text("b") + module(b"}", b"h\x07") + b"s"), b"s"), "in two places"),
+    "a name of a megabyte": (lambda flag: tensor_of(2, [2], [1]).replace(text("a"), text("a" * 10**6)), "a tensor's name is 'aaaa"),
     "a name of two lines": (lambda flag: tensor_of(2, [2], [1]).replace(text("a"), text("a\nb")), r"a tensor's name is 'a\\nb'"),
 }
 

@@ -9,21 +9,21 @@ from click.testing import CliRunner
 from tdkern.cli import main
 from tdkern.demo import FAMILIES, STUDY, Config, report, run_study, study
 from tdkern.demo.families import Levels
-from tdkern.evaluation.mixture import GaussianMixture, normal_points
+from tdkern.evaluation.mixture import GaussianMixture
 
 RING = GaussianMixture.ring()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_trains_and_samples(name, monkeypatch):
-    """The error falls with training, for every method, and the report has it all."""
-    monkeypatch.setattr(study, "CURVE", 2)
+    """The error, for CT the distance of one-step samples, falls with training, for every method, and the report has it all."""
+    monkeypatch.setattr(study, "CURVE", 4)
     family = FAMILIES[name]
-    result = run_study(Config(seeds=2, iterations=60, width=32, points=64, compute=1.0), family)
+    result = run_study(Config(seeds=2, iterations=160 if name == "ct" else 60, lr=6e-3, width=32, points=64, compute=1.0), family)
     assert list(result.outcomes)[:-1] == list(family.losses)
     for outcome in result.outcomes.values():
         assert outcome.error.shape == (2, len(Levels.sigma)) and outcome.distance.shape == (2, len(family.budgets))
-        assert (outcome.curve[-1] < outcome.curve[0]).all()
+        assert (outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]).all()  # EDM's start, F = 0, is close: see test_demo.py
     text = report(result)
     assert max(map(len, text.splitlines())) <= 120
     for words in (*result.outcomes, family.sampler_name, family.exact_name):
@@ -77,7 +77,6 @@ def test_models_of_a_batch_get_the_same_noise():
     one, points = samples.distance(RING.denoise, 1, family, (5,))
     three, first = samples.distance(RING.denoise, 3, family, (5,))
     assert torch.equal(points, first) and torch.equal(three, one.expand(3, 1))
-    assert not torch.equal(normal_points(32, 2), samples.latents)
 
 
 def test_command_of_a_family(tmp_path):

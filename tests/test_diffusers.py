@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from tdkern.cli import main
 from tdkern.integrations import export_diffusers
-from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet, unet
+from tdkern.networks import Denoiser, DhariwalUNet, EDMPrecond, SongUNet, unet
 from tdkern.training.checkpoint import SNAPSHOT, build_network, write
 
 ADM = {"img_resolution": 8, "in_channels": 3, "out_channels": 6, "label_dim": 3, "augment_dim": 9, "model_channels": 128, "channel_mult": [1, 2],
@@ -65,6 +65,20 @@ def test_diffusers_computes_the_same(adm, tmp_path):
         scaled, c_noise = net.scaled(x, torch.tensor([0.3, 5.0]))
         out = theirs(scaled, c_noise, class_labels=labels).sample
     torch.testing.assert_close(out, net.raw(x, torch.tensor([0.3, 5.0]), one_hot), atol=1e-5, rtol=1e-5)
+
+
+def test_denoiser_takes_a_model_of_diffusers():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    model = diffusers.UNet2DModel(8, block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+                                  layers_per_block=1, norm_num_groups=4, num_class_embeds=3).eval()
+    scheduler = diffusers.DDPMScheduler()
+    net = Denoiser(model, "eps", alphas_cumprod=scheduler.alphas_cumprod)
+    alpha2 = scheduler.alphas_cumprod[[10, 700]]
+    sigma, x, labels = (1 / alpha2 - 1).sqrt(), torch.randn(2, 3, 8, 8), torch.tensor([2, 0])
+    with torch.no_grad():
+        eps = model(x * alpha2.sqrt()[:, None, None, None], torch.tensor([10.0, 700.0]), labels).sample
+        torch.testing.assert_close(net(x, sigma, torch.eye(3)[labels]), x - sigma[:, None, None, None] * eps, atol=1e-4, rtol=1e-4)
 
 
 def run(*args):

@@ -441,6 +441,7 @@ def test_skip_architectures_contain_the_standard_one():
 @pytest.mark.parametrize("call, message", [
     (lambda: unet("ddim", 32, 3), "unet: arch must be one of ddpmpp, ncsnpp, adm, got 'ddim'"),
     (lambda: unet("adm", 28, 3), "DhariwalUNet: img_resolution must be a multiple of 8, as it has 4 levels, got 28"),
+    (lambda: DhariwalUNet(8, 3, 3, model_channels=8, dropout=1.5), r"DhariwalUNet: dropout must be in \[0, 1\], got 1.5"),
     (lambda: SongUNet(8, 3, 3, embedding_type="x"), "SongUNet: embedding_type must be one of positional, fourier, got 'x'"),
     (lambda: SongUNet(8, 3, 3, encoder_type="x"), "SongUNet: encoder_type must be one of standard, skip, residual, got 'x'"),
     (lambda: SongUNet(8, 3, 3, decoder_type="x"), "SongUNet: decoder_type must be one of standard, skip, got 'x'"),

@@ -17,10 +17,10 @@ from tdkern import _library, reference
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.ops import adam_ema_, found_inf
 from tdkern.ops.noise_pair import DTYPES as PAIR_DTYPES
-from tdkern.ops.td_loss import BASES
+from tdkern.ops.td_loss import BASES, NORMS
 from tdkern.schedules import two_moment
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
 from measure import peak_extra
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of Triton's interpreter
@@ -67,17 +67,19 @@ def drawn(shape, dtype, device, seed):
 def test_any_td_loss(compiled):
     device = device_of(compiled)
 
-    @for_all(compiled, data=st.data(), shape=shapes, dtypes=st.sampled_from(list(DTYPES)), base=st.sampled_from(BASES), scale=st.sampled_from([1.0, 0.5]))
-    def holds(data, shape, dtypes, base, scale):
+    @for_all(compiled, data=st.data(), shape=shapes, dtypes=st.sampled_from(list(DTYPES)), base=st.sampled_from(BASES), norm=st.sampled_from(NORMS),
+             scale=st.sampled_from([1.0, 0.5]))
+    def holds(data, shape, dtypes, base, norm, scale):
         net, wide = DTYPES[dtypes]
+        norm = {"base_norm": norm, **({"huber_c": 0.03} if norm == "huber" else {})}
         lie = st.one_of(st.just(([*range(len(shape))], [1] * len(shape), 0, None)), lies(len(shape)))
         sigma = torch.linspace(0.05, 90, shape[0], dtype=F64)
         out, out_target, x0, x_t, x_tp = (laid(drawn(shape, dtype, device, i), data.draw(lie)) for i, dtype in enumerate((net, net, wide, wide, wide)))
         args = out.requires_grad_(), out_target, x0, tdkern.td_coef(sigma, backend="reference")[0].to(device), x_t, x_tp
         upstream = torch.full((shape[0], 2), scale, dtype=F64)
-        got = with_gradient(lambda *args: tdkern.td_loss(*args, base=base, backend=compiled), args, upstream)
-        plain = with_gradient(lambda *args: reference.td_loss(*args, base), args, upstream)
-        for actual, expected, other in zip(got, oracle(args, base, upstream), plain, strict=True):
+        got = with_gradient(lambda *args: tdkern.td_loss(*args, base=base, **norm, backend=compiled), args, upstream)
+        plain = with_gradient(lambda *args: reference.td_loss(*args, base, **norm), args, upstream)
+        for actual, expected, other in zip(got, oracle(args, base, upstream, **norm), plain, strict=True):
             check(*(t.reshape(1, -1) for t in (actual, expected, other)), truncates=compiled == "triton" and _library.interpreted() and actual.dtype == BF16)
 
     holds()
@@ -170,8 +172,8 @@ def test_opcheck_of_every_op(compiled):
     params, grads, m, v, average, other = ([t.clone(), t[:1].clone()] for t in (*x, x[0]))
     calls = {
         "td_coef": (column, False, 18, 0.002, 80.0, 7.0, 0.5, 1.0, 0.25, 0.5, "edm", "karras", 1.0, "pairwise", 0.0, math.inf),
-        "td_loss": (x[0].clone().requires_grad_(), x[1], x[2], coef, x[3], x[4], False, True),
-        "td_loss_backward_": (x[0].clone(), column.float()[:, None].repeat(1, 2), x[0], x[1], x[2], coef, x[3], x[4], False),
+        "td_loss": (x[0].clone().requires_grad_(), x[1], x[2], coef, x[3], x[4], False, False, True),
+        "td_loss_backward_": (x[0].clone(), column.float()[:, None].repeat(1, 2), x[0], x[1], x[2], coef, x[3], x[4], False, True),
         "noise_pair": (x[0], column, column, column, column, False, 1, None, 2, None, column, column, BF16),
         "heun_step": (x[0], x[1], six, x[2], x[3], BF16),
         "ema_update_": ([*average, *other], params, decays),
@@ -293,15 +295,19 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtypes", ["float32", "bfloat16 of float32"])
-def test_the_loss_path_takes_one_dF(compiled, dtypes):
+@pytest.mark.parametrize("dtypes, norm", [("float32", "l2"), ("bfloat16 of float32", "l2"), ("float32", "l1"), ("bfloat16 of float32", "huber")])
+def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
     """Forward and backward, whatever the upstream gradient: the gradient itself, and some numbers a sample."""
     device, (net, wide) = device_of(compiled), DTYPES[dtypes]
     F, F_p, x0, x_t, x_tp = (drawn((4, 3, 16, 16), dtype, device, i) for i, dtype in enumerate((net, net, wide, wide, wide)))
     coef = tdkern.td_coef(torch.tensor([0.7, 3.0, 90.0, 0.1], dtype=F64, device=device))[0]
     F.requires_grad_()
     for upstream in (torch.ones(4, 2, device=device), torch.rand(4, 2, device=device)):
-        step = lambda upstream=upstream: torch.autograd.grad(tdkern.td_loss(F, F_p, x0, coef, x_t, x_tp, backend=compiled), F, upstream)  # noqa: E731
+
+        def step(upstream=upstream):
+            loss = tdkern.td_loss(F, F_p, x0, coef, x_t, x_tp, base_norm=norm, huber_c=0.03 if norm == "huber" else None, backend=compiled)
+            return torch.autograd.grad(loss, F, upstream)
+
         step()
         dF = F.numel() * F.element_size()
         assert dF <= peak_extra(step, device) <= dF + 2048

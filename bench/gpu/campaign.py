@@ -115,14 +115,12 @@ def build(at: Campaign) -> dict:
 def tests(at: Campaign) -> dict:
     """Triton compiles hundreds of specialisations: with pytest-xdist in parallel."""
     if at.dry:
-        ops = at.pytest("tests/test_td_coef.py", "-k", "cpp and many_samples", OMP_NUM_THREADS="1")
-        large = at.pytest("bench/gpu/test_large.py", OMP_NUM_THREADS="1", TDKERN_LARGE="10007")
+        facts = {"large": at.pytest("bench/gpu/test_large.py", OMP_NUM_THREADS="1", TDKERN_LARGE="10007")}
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
         files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
-        ops = at.pytest(*spread, *files, "-k", "(cuda or triton) and not ahead_of_time", limit=LIMITS["tests"] - 60)
-        large = at.pytest("bench/gpu/test_large.py")
-    facts = {"ops": ops, "large": large}
+        facts = {"ops": at.pytest(*spread, *files, "-k", "(cuda or triton) and not ahead_of_time", limit=LIMITS["tests"] - 60),
+                 "large": at.pytest("bench/gpu/test_large.py")}
     if any(part["failed"] or part["rc"] or not part["passed"] for part in facts.values()):
         raise Failed("tests failed", **facts)
     return facts

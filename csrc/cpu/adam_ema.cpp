@@ -72,7 +72,7 @@ Tensor found_inf(std::vector<Tensor> grads) {
   for (const Tensor& grad : grads) {
     const Tensor* row[] = {&grad};
     lists.add("found_inf", row);
-    by_list_storage<BFloat16, Half>("found_inf", grad.scalar_type(), grad.scalar_type(),
+    by_storage<BFloat16, Half>("found_inf", grad.scalar_type(), grad.scalar_type(),
                                     [&](auto storage, auto) { check.push_back(TDKERN_PICK(finite<decltype(storage)>)); });
   }
   std::atomic<bool> all{true};
@@ -100,7 +100,7 @@ void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   }
   std::vector<AdamChunk> compute;
   for (const auto& row : lists.rows)
-    by_list_storage<BFloat16, Half>("adam_ema_", row.first, row.last, [&](auto param, auto) { compute.push_back(TDKERN_PICK(adam_chunk<decltype(param)>)); });
+    by_storage<BFloat16, Half>("adam_ema_", row.first, row.last, [&](auto param, auto) { compute.push_back(TDKERN_PICK(adam_chunk<decltype(param)>)); });
   const std::vector<EmaChunk> average = ema_chunks("adam_ema_", lists);
   const AdamOptions options = {beta1, beta2, eps, weight_decay, decoupled};
   const double rate = number("lr", lr).value();

@@ -26,7 +26,7 @@ using EmaChunk = void (*)(void* const*, const double*, int64_t, int64_t, int64_t
 inline std::vector<EmaChunk> ema_chunks(const char* op, const TensorLists& lists) {
   std::vector<EmaChunk> chunks;
   for (const auto& row : lists.rows)
-    by_list_storage<BFloat16, Half>(op, row.first, row.last, [&](auto param, auto average) {
+    by_storage<BFloat16, Half>(op, row.first, row.last, [&](auto param, auto average) {
       chunks.push_back(TDKERN_PICK(ema_chunk<decltype(param), decltype(average)>));
     });
   return chunks;

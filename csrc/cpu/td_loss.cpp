@@ -73,7 +73,7 @@ void scale(T* dF, int64_t n, T g) {
   for (int64_t i = 0; i < n; ++i) dF[i] *= g;
 }
 
-#define TDKERN_RUN(N, D)                        \
+#define TDKERN_RUN(N, D)                           \
   template void run<Norm::l2, N, D>(Chunk<N, D>&); \
   template void run<Norm::l1, N, D>(Chunk<N, D>&);
 TDKERN_RUN(float, float)
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
   const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   const int64_t chunks = chunks_per_sample(in.n);
   const auto sums = std::make_unique<double[]>(2 * in.batch * chunks);
-  by_storage<BFloat16, Half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+  by_storage<BFloat16, Half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
@@ -167,7 +167,7 @@ void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_targ
                        bool consistency, bool l1) {
   const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_upstream(upstream, in);
-  by_storage<BFloat16, Half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+  by_storage<BFloat16, Half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     using T = typename Chunk<N, D>::T;

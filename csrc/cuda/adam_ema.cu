@@ -97,7 +97,7 @@ Tensor found_inf(std::vector<Tensor> grads) {
   const Tensor found = torch::stable::new_zeros(grads[0], {}, ScalarType::Float);
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
     if (table.first[table.tensors] == 0) return;
-    by_list_storage<__nv_bfloat16, __half>("found_inf", row.first, row.last, [&](auto grad, auto) {
+    by_storage<__nv_bfloat16, __half>("found_inf", row.first, row.last, [&](auto grad, auto) {
       launch("found_inf", finite_kernel<decltype(grad)>, table.first[table.tensors], table, static_cast<float*>(found.data_ptr()));
     });
   });
@@ -131,7 +131,7 @@ void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
                                    device_lr, device_scale, device_clip, host_lr, host_scale, host_clip, static_cast<int>(K)};
   int64_t* count = skipped ? counter(*skipped) : nullptr;
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
-    by_list_storage<__nv_bfloat16, __half>("adam_ema_", row.first, row.last, [&](auto param, auto average) {
+    by_storage<__nv_bfloat16, __half>("adam_ema_", row.first, row.last, [&](auto param, auto average) {
       launch("adam_ema_", adam_kernel<decltype(param), decltype(average)>, table.first[table.tensors], table, arguments);
     });
     launch("adam_ema_", count_kernel, 1, table, arguments, count);

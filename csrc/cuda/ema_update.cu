@@ -24,7 +24,7 @@ void ema_update_(std::vector<Tensor> averages, std::vector<Tensor> params, Tenso
     const Decays group = make_decays(wide, k, end);
     each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
       if (table.first[table.tensors] == 0) return;
-      by_list_storage<__nv_bfloat16, __half>("ema_update_", row.first, row.last, [&](auto param, auto average) {
+      by_storage<__nv_bfloat16, __half>("ema_update_", row.first, row.last, [&](auto param, auto average) {
         launch("ema_update_", ema_kernel<decltype(param), decltype(average)>, table.first[table.tensors], table, group);
       });
     });

@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
   const int64_t chunks = chunks_per_sample(in.n);
   const Tensor sums = torch::stable::new_empty(out, {chunks > 1 ? in.batch * chunks : 0, 2}, wide);
   if (in.batch == 0) return {loss, grad};
-  by_storage<__nv_bfloat16, __half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+  by_storage<__nv_bfloat16, __half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     using T = typename TdLossRows<N, D>::T;
@@ -182,7 +182,7 @@ void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_targ
   const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_upstream(upstream, in);
   if (in.batch * in.n == 0) return;
-  by_storage<__nv_bfloat16, __half>(out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+  by_storage<__nv_bfloat16, __half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);

@@ -67,4 +67,16 @@ Rows<T> rows(const Tensor& tensor) {
   return {static_cast<T*>(tensor.data_ptr()), tensor.size(0) > 1 ? tensor.stride(0) : 0};
 }
 
+// Calls fn(N{}, D{}): N the storage of what may be narrow (a network's output, a parameter), D that of what goes with it (the data, its averages).
+template <typename BF16, typename F16, typename Fn>
+void by_storage(const char* op, ScalarType narrow, ScalarType wide, const Fn& fn) {
+  if (narrow == ScalarType::Float && wide == narrow) return fn(float{}, float{});
+  if (narrow == ScalarType::Double && wide == narrow) return fn(double{}, double{});
+  if (narrow == ScalarType::BFloat16 && wide == narrow) return fn(BF16{}, BF16{});
+  if (narrow == ScalarType::Half && wide == narrow) return fn(F16{}, F16{});
+  if (narrow == ScalarType::BFloat16 && wide == ScalarType::Float) return fn(BF16{}, float{});
+  if (narrow == ScalarType::Half && wide == ScalarType::Float) return fn(F16{}, float{});
+  STD_TORCH_CHECK(false, op, ": tensors that belong together must have one dtype, float32, float64, bfloat16 or float16, or be float32 beside half precision");
+}
+
 }  // namespace tdkern

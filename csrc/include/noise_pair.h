@@ -2,9 +2,10 @@
 #pragma once
 
 #include <tuple>
+#include <type_traits>
 
+#include "checks.h"
 #include "noise_math.h"
-#include "td_loss.h"  // by_storage
 
 namespace tdkern {
 
@@ -82,7 +83,7 @@ PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor&
   const Tensor in_tp = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
   const Tensor from = as_rows(x0, x_t);
   const int64_t channels = channels_of(x_t);
-  by_storage<BF16, F16>(net, data, [&](auto net, auto data) {
+  by_storage<BF16, F16>("noise_pair", net, data, [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
     const PairRows<N, D> view = {rows<const D>(from), rows<D>(x_t), rows<D>(x_tp), c_in ? rows<N>(in_t) : Rows<N>{}, c_in ? rows<N>(in_tp) : Rows<N>{},

@@ -57,16 +57,4 @@ inline void check_upstream(const Tensor& upstream, const TdLossInputs& in) {
                   "td_loss_backward_: upstream must be contiguous, of shape [B, 2] and of the loss's dtype and device");
 }
 
-// Calls fn(N{}, D{}) with the storage types of the network's outputs and of the data.
-template <typename BF16, typename F16, typename Fn>
-void by_storage(ScalarType net, ScalarType data, const Fn& fn) {
-  if (net == ScalarType::Float && data == net) return fn(float{}, float{});
-  if (net == ScalarType::Double && data == net) return fn(double{}, double{});
-  if (net == ScalarType::BFloat16 && data == net) return fn(BF16{}, BF16{});
-  if (net == ScalarType::Half && data == net) return fn(F16{}, F16{});
-  if (net == ScalarType::BFloat16 && data == ScalarType::Float) return fn(BF16{}, float{});
-  if (net == ScalarType::Half && data == ScalarType::Float) return fn(F16{}, float{});
-  STD_TORCH_CHECK(false, "td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out");
-}
-
 }  // namespace tdkern

@@ -80,16 +80,4 @@ inline Tensor list_decays(const char* op, const Tensor& decays) {  // float64, w
   return torch::stable::contiguous(decays.scalar_type() == ScalarType::Double ? decays : torch::stable::to(decays, ScalarType::Double));
 }
 
-// Calls fn(N{}, D{}): N the storage of a parameter, D that of its averages.
-template <typename BF16, typename F16, typename Fn>
-void by_list_storage(const char* op, ScalarType param, ScalarType average, const Fn& fn) {
-  if (param == ScalarType::Float && average == param) return fn(float{}, float{});
-  if (param == ScalarType::Double && average == param) return fn(double{}, double{});
-  if (param == ScalarType::BFloat16 && average == param) return fn(BF16{}, BF16{});
-  if (param == ScalarType::Half && average == param) return fn(F16{}, F16{});
-  if (param == ScalarType::BFloat16 && average == ScalarType::Float) return fn(BF16{}, float{});
-  if (param == ScalarType::Half && average == ScalarType::Float) return fn(F16{}, float{});
-  STD_TORCH_CHECK(false, op, ": an average must have its parameter's dtype, or float32 beside a bfloat16 or float16 parameter");
-}
-
 }  // namespace tdkern

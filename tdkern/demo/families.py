@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.mixture import GaussianMixture
-from ..losses import DDPMLoss, EDMLoss, FlowLoss, Loss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
-from ..networks import Denoiser, EDMPrecond, VEPrecond, VPPrecond
-from ..samplers import ablation, ddim, ddpm, euler, heun
+from ..losses import CTLoss, DDPMLoss, EDMLoss, FlowLoss, Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
+from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
 BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40.0, 3))  # noise levels from, to, and how many are measured
@@ -101,6 +101,22 @@ def _ddpm(losses: dict[str, Loss], sampler, sampler_name: str, budgets: tuple[in
     return _path(losses, lambda mlp: Denoiser(Timed(mlp, 0, path.T - 1), "eps", alphas_cumprod=path.alphas_cumprod), sampler, sampler_name, budgets)
 
 
+def _ct(losses: dict[str, Loss]) -> Family:
+    scales = losses["TD"].num_scales
+    levels = EDM(scales).sigma(torch.arange(scales - 1))
+
+    def exact(mixture: GaussianMixture):
+        """The consistency function: where the probability-flow ODE from (x, sigma) ends at sigma_min."""
+        return lambda x, sigma: unipc(mixture.denoise, x.double(), EDM(40, sigma_max=sigma[0].item()).sigmas()[:-1], order=3)
+
+    return Family(
+        losses, lambda mlp: CTPrecond(mlp, time_scale=0.25), lambda n, generator: {"index": torch.randint(scales - 1, (n,), generator=generator)},
+        lambda sigma: (levels < sigma[..., None]).double().mean(-1),
+        multistep, "multistep sampling", lambda steps: EDM(steps + 1).sigmas()[:-1], (1, 2, 4),
+        {"target_ema_tau": 0.0}, exact, "the exact ODE", "EDM's loss against the end of the exact ODE", follow_samples=True,
+    )
+
+
 def _ve_input(c_noise: Tensor) -> Tensor:
     """1/sqrt(sigma^2 + sigma_data^2) at c_noise = ln(sigma/2): what a U-Net's first normalisation does for VE, whose c_in is 1."""
     return (4 * (2 * c_noise).exp() + 0.25).rsqrt()
@@ -121,6 +137,7 @@ FAMILIES = {
     "ve": _path({"VE": VELoss(), "TD": TDVELoss()}, lambda mlp: VEPrecond(Timed(mlp, -4.6, 3.9, _ve_input)),
                 ddpm, "VE's ancestral sampler", (10, 20, 50, 100)),
     "edm": _edm({"EDM": EDMLoss(), "TD": TDEDMLoss()}),
+    "ct": _ct({"CT": CTLoss(20, weighting="karras"), "TD": TDCTLoss(20, weighting="karras")}),
     "flow": _path({"flow": FlowLoss(), "TD": TDFlowLoss()}, lambda mlp: Denoiser(Timed(mlp, 0, 1), "velocity"),
                   euler, "Euler's method", (5, 10, 20, 50)),
 }

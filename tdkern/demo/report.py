@@ -78,16 +78,17 @@ def report(study: Study) -> str:
 
 
 def _progress(study: Study) -> list[str]:
-    """The samples of the smallest budget over training."""
+    """The samples of the smallest budget over training, at doubling times."""
     baseline, *td, _ = study.outcomes
-    every = slice(1, None, 3)
-    steps = study.outcomes[baseline].curve_steps[every]
+    steps = study.outcomes[baseline].curve_steps
+    shown = sorted({len(steps) // 2**i - 1 for i in range(5)} - {-1})
     rows = []
     for name in (baseline, *td):
-        curve = study.outcomes[name].curve.T[:, every]
+        curve = study.outcomes[name].curve.T[:, shown]
         mean, error = curve.mean(0).tolist(), (curve.std(0) / len(curve) ** 0.5).tolist()
         rows.append(_row(name, [f"{m:.3g} ± {e:.2g}" for m, e in zip(mean, error, strict=True)]))
-    return [f"SAMPLE DISTANCE over training: sliced W2 with {study.family.budgets[0]} step, after so many iterations", _row("", map(str, steps)), *rows, ""]
+    title = f"SAMPLE DISTANCE over training: sliced W2 with {study.family.budgets[0]} step, after so many iterations"
+    return [title, _row("", [str(steps[i]) for i in shown]), *rows, ""]
 
 
 def conclusion(study: Study) -> str:

@@ -94,8 +94,10 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
         if network["precision"] not in PRECISIONS or not all(type(network[name]) is int for name in ("img_resolution", "img_channels", "label_dim")):
             raise ValueError("no precision, img_resolution, img_channels or label_dim")
         model = network["model_arguments"]
-        if model["num_blocks"] * len(model["channel_mult"]) > len(tensors) or network["arguments"].get("M", 0) > 1_000_000:
-            raise ValueError("more blocks than tensors, or more times than a million")
+        if 20 * model["num_blocks"] * len(model["channel_mult"]) > len(tensors) or network["arguments"].get("M", 0) > 1_000_000:
+            raise ValueError("more blocks than its tensors make, or more times than a million")  # one of the encoder and one of the decoder have 20
+        if any(type(value) is list and len(value) > 100 for value in model.values()):
+            raise ValueError("a list of more than 100 numbers")
         if any(type(value) not in (int, float) for value in network["arguments"].values()):
             raise ValueError("an argument of its preconditioning is not a number")
         with torch.device("meta"):
@@ -174,7 +176,7 @@ class _Collector:
         self.seen.add(id(value))
 
     def add(self, name: str, value) -> None:
-        if not name.isprintable():
+        if len(name) > 1000 or not name.isprintable():
             raise self.file.refuse(f"a tensor's name is {name[:100]!a}")
         tensor = self.file.tensor(value)
         self.size += tensor.nbytes
@@ -194,7 +196,9 @@ def _module_tensors(file: PickleFile, root) -> dict[str, Tensor]:
         state = _state(module)
         transient = state.get("_non_persistent_buffers_set")
         for part in ("_parameters", "_buffers"):
-            for name, value in _part(file, state, part).items():
+            tensors = _part(file, state, part)
+            found.enter(tensors, prefix)
+            for name, value in tensors.items():
                 if value is not None and not (part == "_buffers" and type(transient) is set and name in transient):
                     found.add(f"{prefix}{name}", value)
         todo += [(f"{prefix}{name}.", child) for name, child in reversed(_part(file, state, "_modules").items()) if child is not None]

@@ -313,7 +313,10 @@ class PickleFile:
     def plain(self, value):
         """A number, string, truth value or None, or a list of them; NumPy's become Python's. Raises PickleError."""
         try:
-            return [_scalar(item) for item in value] if type(value) in (list, tuple) else _scalar(value)
+            if type(value) not in (list, tuple):
+                return _scalar(value)
+            self.budget.operate(len(value))
+            return [_scalar(item) for item in value]
         except Exception as error:
             raise self.refuse(error) from error
 

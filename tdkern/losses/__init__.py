@@ -1,9 +1,12 @@
 """Losses: each draws a noisy pair for clean images and gives one loss a sample. A family is one file beside `base`."""
+from . import curricula
 from .base import Loss, TDBatch, TDTerms
+from .ct import CTLoss, TDCTLoss
 from .ddpm import DDPMLoss, TDDDPMLoss
 from .edm import EDMLoss, TDEDMLoss
 from .flow import FlowLoss, TDFlowLoss
 from .ve import TDVELoss, VELoss
 from .vp import TDVPLoss, VPLoss
 
-__all__ = ["DDPMLoss", "EDMLoss", "FlowLoss", "Loss", "TDBatch", "TDDDPMLoss", "TDEDMLoss", "TDFlowLoss", "TDTerms", "TDVELoss", "TDVPLoss", "VELoss", "VPLoss"]
+__all__ = ["CTLoss", "DDPMLoss", "EDMLoss", "FlowLoss", "Loss", "TDBatch", "TDCTLoss", "TDDDPMLoss", "TDEDMLoss", "TDFlowLoss", "TDTerms", "TDVELoss",
+           "TDVPLoss", "VELoss", "VPLoss", "curricula"]

@@ -114,9 +114,13 @@ class Loss(ABC):
             with torch.no_grad():
                 out_target, x_tp = self._predict(target_net, batch.x_tp, batch.levels[:, 2], coef[:, 2:4], conditions)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
-        terms = td_loss(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp, backend=self.backend)
+        terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
         td, base = terms.unbind(1)
         return TDTerms(terms.sum(1), td, base, coef[:, 6] != 0)
+
+    def _terms(self, *args: Tensor | None) -> Tensor:
+        """[B, 2], td and base, of `td_loss`'s tensors. A family with another base loss overrides it."""
+        return td_loss(*args, backend=self.backend)
 
     def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
         """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1."""

@@ -8,7 +8,7 @@ from ..schedules import VP, iDDPM
 
 
 class _Precond(nn.Module):
-    """What the four share. A subclass gives `input_scaling(sigma) -> (c_in, c_noise)` and `output_scaling(sigma) -> (c_skip, c_out)`, for sigma [B].
+    """What the five share. A subclass gives `input_scaling(sigma) -> (c_in, c_noise)` and `output_scaling(sigma) -> (c_skip, c_out)`, for sigma [B].
 
     Arguments of every subclass:
         model: called as `model(c_in x, c_noise, class_labels, augment_labels)`, c_noise [B]; its parameters are then under "model.".
@@ -16,7 +16,7 @@ class _Precond(nn.Module):
         dtype: of the image inside the model, such as torch.bfloat16; None is x's. Also an attribute, to be set at any time.
     """
 
-    precond: str  # "edm", "vp", "ve" or "iddpm"
+    precond: str  # "edm", "ct", "vp", "ve" or "iddpm"
     sigma_min: float  # the noise levels that the network can be asked about
     sigma_max: float
 
@@ -91,6 +91,28 @@ class EDMPrecond(_Precond):
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data * total.rsqrt()
+
+
+class CTPrecond(_Precond):
+    """Consistency models (arXiv 2303.01469, appendix C): EDM's with the boundary condition D(x, sigma_min) = x.
+
+    c_skip = sd^2/((s-s_min)^2+sd^2), c_out = (s-s_min) sd/sqrt(s^2+sd^2), c_in = 1/sqrt(s^2+sd^2), c_noise = time_scale ln(s + 1e-44); sd is
+    `sigma_data`. `time_scale` is 250 for a U-Net's embedding of steps in the hundreds, and EDM's 1/4 for a network made for EDM's c_noise, such as `MLP`.
+    """
+
+    precond = "ct"
+
+    def __init__(self, model: nn.Module, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, time_scale: float = 250.0, *,
+                 dtype: torch.dtype | None = None):
+        super().__init__(model, dtype=dtype)
+        self.sigma_data, self.sigma_min, self.sigma_max, self.time_scale = sigma_data, sigma_min, sigma_max, time_scale
+
+    def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return (sigma**2 + self.sigma_data**2).rsqrt(), self.time_scale * (sigma + 1e-44).log()
+
+    def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        above = sigma - self.sigma_min
+        return self.sigma_data**2 / (above**2 + self.sigma_data**2), above * self.sigma_data * (sigma**2 + self.sigma_data**2).rsqrt()
 
 
 class VPPrecond(_Precond):

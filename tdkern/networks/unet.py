@@ -32,6 +32,8 @@ class _UNet(nn.Module):
         if self.img_resolution % 2 ** (len(widths) - 1):
             raise ValueError(f"{type(self).__name__}: img_resolution must be a multiple of {2 ** (len(widths) - 1)}, as it has {len(widths)} levels, "
                              f"got {self.img_resolution}")
+        if not 0 <= style.dropout <= 1:
+            raise ValueError(f"{type(self).__name__}: dropout must be in [0, 1], got {style.dropout}")
         self.encoder_type, self.num_blocks = encoder_type, num_blocks
         resolutions = [self.img_resolution >> i for i in range(len(widths))]
         self.levels = [f"{resolution}x{resolution}" for resolution in resolutions]
@@ -128,7 +130,7 @@ class SongUNet(_UNet):
         resample_filter: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
 
     Raises:
-        ValueError: an argument names nothing, or img_resolution does not divide.
+        ValueError: an argument names nothing, img_resolution does not divide, or dropout is not in [0, 1].
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,

@@ -1,8 +1,9 @@
 """Samplers: each is one plain function from scaled noise to data, called as `sampler(denoiser, x, sigmas, *, callback=None, ...)`.
 
 All take `denoiser(x, sigma) -> D` with x [B, ...] and sigma [B] in x's dtype, the start `x` = unit noise times sigmas[0], and
-the levels `sigmas` (`schedules.EDM.sigmas`). The state keeps x's dtype: give float64, as EDM does, since differences of large
-states lose digits; a denoiser that computes in less is converted back. They run without gradients.
+the levels `sigmas` (`schedules.EDM(steps).sigmas()`, or `sigmas(steps)` of another family's schedule). The state keeps x's dtype:
+give float64, as EDM does, since differences of large states lose digits; a denoiser that computes in less is converted back. They
+run without gradients.
 
 The state is EDM's, x = x0 + sigma eps, for every family: x_t = alpha_t x0 + sigma_t eps is alpha_t x, at sigma = sigma_t / alpha_t.
 In it no sampler needs alpha, so DDPM's, DDIM's and DPM-Solver's steps serve any network that gives its D there (`networks`).

@@ -71,7 +71,7 @@ SOLVERS = ("euler", "heun")
 def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str = "linear", scaling: str = "none", alpha: float = 1.0,
              sigma_min: float | None = None, sigma_max: float | None = None, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
              S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
-    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 81, algorithms 1 to 3, table 1).
+    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 4, algorithms 1 to 3, table 1).
 
     `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The defaults are `heun`.
 

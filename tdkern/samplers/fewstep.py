@@ -39,7 +39,7 @@ def dpmpp(denoiser, x: Tensor, sigmas, *, callback=None) -> Tensor:
 
 @torch.no_grad()
 def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tensor:
-    """UniPC of data prediction with B(h) = e^h - 1 (arXiv 2302.04867, algorithms 5 and 6): predictor and corrector for one call a step.
+    """UniPC of data prediction with B(h) = e^h - 1 (arXiv 2302.04867, section 3): predictor and corrector for one call a step.
 
     A step is predicted from the last `order` values of D. The value at the predicted point, which the next step needs anyway,
     corrects the step: one order more. The first steps, and where level 0 ends the list the last ones, have fewer values and a lower order.

@@ -1,0 +1,189 @@
+"""Consistency training, alone and with a temporal-difference term."""
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.special import ndtr, ndtri
+
+from ..ops import td_coef, td_loss
+from ..ops.td_coef import BASE_WEIGHTS
+from ..schedules import EDM, eta_of
+from .base import Loss, TDBatch, per_sample
+
+LOSS_NORMS = ("l2", "l1", "huber", "lpips")
+WEIGHTINGS = (*BASE_WEIGHTS, "inverse-step")
+
+
+@dataclass(frozen=True)
+class CTLoss(Loss):
+    """Consistency training (arXiv 2303.01469, algorithm 3), per sample.
+
+    With i an integer index of EDM's schedule of `num_scales` levels, t = sigma(i), t' = sigma(i + 1), and one noise n for both states,
+    loss = w(t) ||D(x0 + t n, t) - D'(x0 + t' n, t')||,  D' the target network without gradient, 0 <= i <= num_scales - 2.
+
+    The norm is a mean over elements, as in that paper: "l2" mean(d^2), "l1" mean(|d|), "lpips" LPIPS. "huber" is improved consistency training's
+    (arXiv 2310.14189, table 1) divided by the number of elements n, (sqrt(||d||_2^2 + c^2) - c) / n. The driver multiplies every
+    loss by n for EDM's gradient scale: "huber" then has iCT's numbers, the others n times those of consistency training.
+
+    iCT is `CTLoss(Exponential(total_steps=K), loss_norm="huber", weighting="inverse-step", lognormal=(-1.1, 2.0))` with `net` itself as the
+    target network; where it has dropout, the two calls draw masks of their own.
+
+    `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate` are its two halves. The fused path needs
+    `networks.CTPrecond` with the same sigma_data and sigma_min; the target network runs once a step.
+
+    Args:
+        num_scales: number of noise levels, >= 2, or a curriculum: a callable step -> number, such as those of `losses.curricula`. This
+            object never changes: `loss.at(step)` is the loss of a step.
+        sigma_data, sigma_min, sigma_max, rho: of the data and the schedule.
+        loss_norm: "l2", "l1", "huber" or "lpips"; the last needs `pip install tdkern[lpips]` and images [B, 3, H, W] in [-1, 1].
+        weighting: w(t), "uniform" 1, "snr" t^-2, "snr+1", "karras" t^-2 + sigma_data^-2, "truncated-snr" max(t^-2, 1), or iCT's
+            "inverse-step" 1/(t - t').
+        huber_c: c > 0 of "huber"; None is iCT's 0.00054 sqrt(n).
+        lognormal: (P_mean, P_std): indices as a log-normal t falls between levels, iCT's; None draws them evenly.
+        backend: of the ops, as in `td_loss`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Gradient to `net`'s parameters. The draws come from torch's global generator: the index, then the seed of the noise.
+    """
+
+    num_scales: int | Callable[[int], int] = 40
+    sigma_data: float = 0.5
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+    loss_norm: str = "l2"
+    weighting: str = "uniform"
+    huber_c: float | None = field(default=None, kw_only=True)
+    lognormal: tuple[float, float] | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        name = type(self).__name__
+        for argument, value, names in (("loss_norm", self.loss_norm, LOSS_NORMS), ("weighting", self.weighting, WEIGHTINGS)):
+            if value not in names:
+                raise ValueError(f"{name}: {argument} must be one of {', '.join(names)}, got {value!r}")
+        if self.lognormal is not None and not self.lognormal[1] > 0:
+            raise ValueError(f"{name}: lognormal must be (P_mean, P_std) with P_std > 0, got {self.lognormal}")
+        steps, empty = {"steps": 2} if callable(self.num_scales) else {}, torch.zeros(0, 8)
+        td_coef(empty[:, 0], **self._coef_args | steps, backend="reference")  # these two check the others
+        td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
+
+    @property
+    def prediction(self) -> dict:
+        return {"precond": "ct", "sigma_data": self.sigma_data, "sigma_min": self.sigma_min}
+
+    @property
+    def _coef_args(self) -> dict:
+        weighting = "uniform" if self.weighting == "inverse-step" else self.weighting
+        return {"steps": self.num_scales, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho, "sigma_data": self.sigma_data,
+                "from_index": True, "precond": "ct", "base_weight": weighting, "lambda_base": 0.0, "td_sigma": (-1.0, 0.0)}  # TD nowhere: w_base = w
+
+    @property
+    def _norm(self) -> dict:
+        return {"base_norm": "l2" if self.loss_norm == "lpips" else self.loss_norm, "huber_c": self.huber_c}
+
+    def at(self, step: int) -> "CTLoss":
+        """The loss of a training step, from 0: this one with the curriculum's number of scales there."""
+        return replace(self, num_scales=self.num_scales(step)) if callable(self.num_scales) else self
+
+    def pair(self, images: Tensor, *, index: Tensor | None = None, noise: Tensor | None = None) -> TDBatch:
+        """x_t = x0 + t noise and x_t' = x0 + t' noise.
+
+        Args:
+            images: [B, ...] float32 or float64, clean data.
+            index: [B] int64, in 0 .. num_scales - 2; drawn if None.
+            noise: as `images`, unit noise; drawn if None.
+
+        Raises:
+            ValueError: a wrong shape or dtype, or `num_scales` is a curriculum: take the pair of `loss.at(step)`.
+        """
+        self._check_images(images)
+        if callable(self.num_scales):
+            raise ValueError(f"{type(self).__name__}: num_scales must be a number, got a curriculum: use loss.at(step)")
+        if index is None:
+            index = self._draw_index(images)
+        self._check_shape("index", index, images.shape[:1])
+        coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
+        sigma, sigma_p = levels[:, 0], levels[:, 2]
+        if self.weighting == "inverse-step":
+            coef[:, 7] /= sigma - sigma_p
+        return TDBatch(images, *self._noisy_pair(images, sigma, sigma_p, "shared", noise, None), coef, levels)
+
+    def _draw_index(self, images: Tensor) -> Tensor:
+        if self.lognormal is None:
+            return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
+        mean, std = self.lognormal
+        low, high = ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
+        u = low + (high - low) * torch.rand(len(images), dtype=torch.float64, device=images.device)
+        index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index((mean + std * ndtri(u)).exp())
+        return index.long().clamp(max=self.num_scales - 2)
+
+    def _terms(self, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None) -> Tensor:
+        weight = coef[:, 7].clone()
+        if self.loss_norm == "lpips":
+            coef[:, 7] = 0  # TD alone
+        terms = td_loss(out, out_target, x0, coef, x_t, x_tp, base="consistency", **self._norm, backend=self.backend)
+        if self.loss_norm != "lpips":
+            return terms
+        D, D_p = (per_sample(scale, x0) * F + (0 if x is None else per_sample(skip, x0) * x)
+                  for F, x, skip, scale in ((out, x_t, coef[:, 0], coef[:, 1]), (out_target, x_tp, coef[:, 2], coef[:, 3])))
+        return torch.stack([terms[:, 0], weight.to(terms.dtype) * _lpips()(D, D_p)], 1)
+
+
+@dataclass(frozen=True)
+class TDCTLoss(CTLoss):
+    """Consistency training with a temporal-difference term (arXiv 2606.15048).
+
+    With tau = sigma(i + one_idx) and tau' = sigma(i + 1 + one_idx),
+    delta = A (x0 - D(x_t, t)) - A' (x0 - D'(x_t', t')),  A = 1 - kappa from `two_moment`,
+    loss = w_td mean(delta^2) + lambda_td CT's loss, or (1 + lambda_td) CT's loss where the pair leaves the schedule, i + 1 + one_idx > num_scales - 1.
+
+    As CT needs, the states share their noise, so that TD's target of D, x0 - r (x0 - D') with r = A'/A, is biased off the exact denoiser: for
+    Gaussian data of standard deviation sigma_data its slope in x_t is off by +13, +22, +26 and +25 % at t = .5, 1, 2 and 4 with the other
+    defaults, the share r t' (t - t') / (sigma_data^2 + t'^2). But CT's optimum is not the denoiser: it is where the ODE from x_t ends, and from
+    that function's slope, sigma_data / sqrt(sigma_data^2 + t^2), the target of TD is off by 0, +1, +2 and +3 %; less with more scales.
+
+    Args:
+        num_scales, sigma_data, sigma_min, sigma_max, rho, loss_norm, weighting, huber_c, lognormal, backend: as in `CTLoss`.
+        lambda_td: weight of CT's loss beside the TD term, >= 0 (the published code's name).
+        one_idx: index distance from t to tau, > 0.
+        weight: w_td, "pairwise_x0" 1/max(A^2 + A'^2, 0.01), "pairwise", "online" or "none", as in `td_coef`.
+        coupling: of the means, "markov" kappa = (tau/t)^2, the published code's, or "shared" tau/t.
+
+    The rest is as in `CTLoss`. TD costs no further forward: D' at (x_t', t') is CT's.
+    """
+
+    lambda_td: float = 0.5
+    one_idx: float = 0.25
+    weight: str = "pairwise_x0"
+    coupling: str = "markov"
+
+    def __post_init__(self):
+        if not self.lambda_td >= 0:
+            raise ValueError(f"TDCTLoss: lambda_td must be a number >= 0, got {self.lambda_td}")
+        eta_of(self.coupling)
+        super().__post_init__()
+
+    @property
+    def _coef_args(self) -> dict:
+        td = {"lambda_base": self.lambda_td, "td_sigma": None, "one_idx": self.one_idx, "weight": self.weight, "coupling": self.coupling}
+        return super()._coef_args | td
+
+
+@cache
+def _lpips() -> Callable[[Tensor, Tensor], Tensor]:
+    """LPIPS of images in [-1, 1], [B, 3, H, W], as consistency models were trained (arXiv 2303.01469): small ones are first scaled up to 224."""
+    try:
+        from piq import LPIPS
+    except ImportError as error:
+        raise ImportError("CTLoss: loss_norm 'lpips' needs piq and torchvision: `pip install tdkern[lpips]`") from error
+    lpips = LPIPS(replace_pooling=True, reduction="none")  # fetches VGG16's weights, once
+
+    def prepared(image: Tensor) -> Tensor:
+        return (interpolate(image, size=224, mode="bilinear") if image.shape[-1] < 256 else image) / 2 + 0.5
+
+    return lambda D, D_p: lpips(prepared(D), prepared(D_p))

@@ -1,0 +1,83 @@
+"""Consistency training's numbers of noise levels over training: frozen objects, called with the step from 0 as `curriculum(step) -> num_scales`.
+
+A fixed number is an int. The target's decay that goes with them is `ema.consistency_decay`.
+"""
+import math
+from dataclasses import dataclass
+
+
+def _check(curriculum, least: dict) -> None:
+    for name, value in least.items():
+        if not getattr(curriculum, name) >= value:
+            raise ValueError(f"{type(curriculum).__name__}: {name} must be at least {value}, got {getattr(curriculum, name)}")
+
+
+@dataclass(frozen=True)
+class Progressive:
+    """Consistency training's (arXiv 2303.01469, appendix C): N(k) = max(ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1), 1) + 1.
+
+    Args:
+        start_scales, end_scales: s0 >= 1 and s1 >= s0.
+        total_steps: K >= 1. The number goes on growing past it.
+    """
+
+    start_scales: int = 2
+    end_scales: int = 150
+    total_steps: int = 800_000
+
+    def __post_init__(self):
+        _check(self, {"start_scales": 1, "end_scales": self.start_scales, "total_steps": 1})
+
+    def __call__(self, step: int) -> int:
+        s0, s1 = self.start_scales, self.end_scales
+        return max(math.ceil(math.sqrt(step / self.total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1), 1) + 1
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """Improved consistency training's (arXiv 2310.14189, table 1): N(k) = min(s0 2^floor(k/K'), s1) + 1, K' = floor(K / (log2 floor(s1/s0) + 1)).
+
+    Args:
+        start_scales, end_scales: s0 >= 1 and s1 >= s0.
+        total_steps: K, long enough for K' >= 1.
+    """
+
+    start_scales: int = 10
+    end_scales: int = 1280
+    total_steps: int = 400_000
+
+    def __post_init__(self):
+        _check(self, {"start_scales": 1, "end_scales": self.start_scales, "total_steps": math.ceil(self._lengths)})
+
+    @property
+    def _lengths(self) -> float:
+        return math.log2(self.end_scales // self.start_scales) + 1
+
+    def __call__(self, step: int) -> int:
+        doublings = step // math.floor(self.total_steps / self._lengths)
+        return min(self.start_scales << min(doublings, math.ceil(self._lengths)), self.end_scales) + 1
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Progressive distillation's: N is halved every K' steps down to 2, N(k) = max(floor(s0 / 2^floor(k/K')), 2), and after 2 K' more to 1.
+
+    With j = floor(max(k - K' (log2 s0 - 1), 0) / (2 K')), a 2 becomes max(floor(2 / 2^j), 1). Consistency training needs at least 2.
+
+    Args:
+        start_scales: s0 >= 2.
+        steps: K' >= 1, of a halving.
+    """
+
+    start_scales: int = 64
+    steps: int = 50_000
+
+    def __post_init__(self):
+        _check(self, {"start_scales": 2, "steps": 1})
+
+    def __call__(self, step: int) -> int:
+        scales = max(self.start_scales >> step // self.steps, 2)
+        if scales > 2:
+            return scales
+        halvings = max(step - self.steps * (math.log2(self.start_scales) - 1), 0) // (2 * self.steps)
+        return 2 if halvings < 1 else 1
