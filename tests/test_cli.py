@@ -13,6 +13,7 @@ from tiny import data_set, pixels, png, raw_data_set
 
 import tdkern.cli
 from tdkern.cli import main
+from tdkern.networks import MLP, iDDPMPrecond
 from tdkern.schedules import EDM
 from tdkern.training import loop
 
@@ -91,6 +92,28 @@ def test_generate_with_every_sampler(tmp_path, data):
         output = generate("--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2)
         assert f"--{flag} does nothing with --sampler {sampler}" in output
     assert "--rho does nothing with --disc vp" in generate("--disc", "vp", "--rho", "7", name="refused", code=2)
+
+
+def test_generate_keeps_to_the_networks_levels(tmp_path, monkeypatch):
+    """Levels are moved to those that the network knows, and a sampler with a range of its own gets the same one."""
+    module, net, seen = importlib.import_module("tdkern.cli.generate"), iDDPMPrecond(MLP()), {}
+
+    def generate(*args):
+        tdkern_("generate", "--network", "a", "--grid", tmp_path / "a.png", "--seeds", "0", "--steps", "5", *args)
+        return seen["sigmas"]
+
+    def sample(net, network, seeds, sigmas, **options):
+        seen.update(options, sigmas=sigmas)
+        return torch.zeros(len(seeds), 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "load_network", lambda *_: (net, {"network": {}}))
+    monkeypatch.setattr(module, "sample", sample)
+    sigmas = generate()
+    assert len(sigmas) == 6 and torch.isin(sigmas, net.u).all() and sigmas[-2] == net.sigma_min > 0.002 and sigmas[0].item() == pytest.approx(80, rel=0.01)
+    sigmas = generate("--sampler", "multistep", "--sigma_min", "0.5")
+    assert len(sigmas) == 6 and seen["sigma_min"] == sigmas[-1].item() == pytest.approx(0.5, rel=0.01)
+    sigmas = generate("--schedule", "vp", "--sigma_max", "60")
+    assert (seen["sigma_min"], seen["sigma_max"]) == (net.sigma_min, 60) and sigmas[0].item() == pytest.approx(60, rel=0.05)
 
 
 def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):

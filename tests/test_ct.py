@@ -254,6 +254,8 @@ def test_bad_arguments():
         (lambda: TDCTLoss(lambda_td=-1.0), "TDCTLoss: lambda_td must be a number >= 0, got -1.0"),
         (lambda: TDCTLoss(coupling="both"), "coupling must be 'markov' or 'shared', got 'both'"),
         (lambda: CTLoss().pair(torch.zeros(2, 3), index=torch.zeros(3, dtype=torch.int64)), r"CTLoss: index must have shape \[2\], got \[3\]"),
+        (lambda: CTLoss().pair(torch.zeros(2, 3), index=torch.tensor([0, 39])), "CTLoss: index must be from 0 to 38, got values from 0 to 39"),
+        (lambda: TDCTLoss().pair(torch.zeros(2, 3), index=torch.tensor([-1, 0])), "TDCTLoss: index must be from 0 to 38, got values from -1 to 0"),
         (lambda: CTLoss()(CTPrecond(MLP()), None, torch.zeros(2, 2)), "CTLoss: target_net must be a network, got None"),
         (lambda: Progressive(2, 1), "Progressive: end_scales must be at least 2, got 1"),
         (lambda: Exponential(10, 1280, 7), "Exponential: total_steps must be at least 8, got 7"),

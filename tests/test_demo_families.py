@@ -55,6 +55,24 @@ def test_what_is_exact_samples_the_data(name):
     assert torch.equal(distance, again) and points.shape == (256, 2)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_mlp_sees_edms_range(name):
+    """Whatever the wrapper, c_noise goes from about -1.6 to 1.1 over the sampler's levels, and the input is of the size of 1."""
+    class Record(torch.nn.Module):
+        label_dim = 0
+
+        def forward(self, x, c_noise, *_):
+            self.x, self.c_noise = x, c_noise
+            return x
+
+    family, mlp = FAMILIES[name], Record()
+    sigma = family.sigmas(100)
+    sigma = sigma[sigma > 0]
+    family.network(mlp)((sigma**2 + 0.25).sqrt()[:, None].expand(-1, 2), sigma)
+    assert mlp.c_noise[-1].item() == pytest.approx(-1.6, abs=0.06) and mlp.c_noise[0].item() == pytest.approx(1.1, abs=0.01)
+    assert mlp.x.min() > 0.4 and mlp.x.max() < 1.01
+
+
 def test_models_of_a_batch_get_the_same_noise():
     family, samples = FAMILIES["ddpm"], study.Samples(Config(points=32), RING)
     one, points = samples.distance(RING.denoise, 1, family, (5,))

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tdkern import _library
 from tdkern.losses import DDPMLoss, EDMLoss, FlowLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
 from tdkern.networks import MLP, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
 from tdkern.schedules import DDPM
@@ -141,6 +142,15 @@ def test_nothing_waits_for_the_device(loss):
     assert loss.evaluate(lambda x, *_, **__: x, lambda x, *_, **__: x, batch).loss.shape == (4,)
 
 
+@pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss, FlowLoss, TDFlowLoss, DDPMLoss, TDDDPMLoss])
+def test_the_backend_reaches_every_op(make, monkeypatch):
+    asked, resolve = set(), _library.resolve
+    monkeypatch.setattr(_library, "resolve", lambda op, backend, device: asked.add((op, backend)) or resolve(op, backend, device))
+    make(backend="reference")(lambda x, *_, **__: x, lambda x, *_, **__: x, torch.zeros(2, 3))
+    ops = ("noise_pair", "td_loss", "td_coef") if issubclass(make, EDMLoss) else ("noise_pair", "td_loss")
+    assert asked == {(op, "reference") for op in ops}
+
+
 def test_iddpm_networks_predict_eps():
     assert DDPMLoss()._fits(iDDPMPrecond(MLP(2, 8, 1))) and not DDPMLoss(prediction="v")._fits(iDDPMPrecond(MLP(2, 8, 1)))
 
@@ -217,6 +227,7 @@ def test_times_off_the_path_are_refused(loss):
     for t in (path.t_min, path.t_max):
         batch = loss.pair(torch.zeros(1, 2), t=torch.tensor([t], dtype=torch.float32))
         assert batch.coef.isfinite().all() and batch.x_t.isfinite().all()
+        assert (batch.levels >= 0.999 * path.sigma_hat(path.t_end)).all()  # tau and tau' are on it too
     for t in (path.t_min - 0.5, path.t_max + 0.5, math.nan):
         with pytest.raises(ValueError, match=f"{name(loss)}: t must be from {path.t_min:g} to {path.t_max:g}, got values from"):
             loss.pair(torch.zeros(2, 2), t=torch.tensor([path.t_max, t]))

@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from analytic import gmm, load
+from test_samplers import Steps
 
 from tdkern.networks import EDMPrecond, VPPrecond
 from tdkern.samplers import ablation, ablation_sigmas, ddim, ddpm, dpmpp, euler, heun, multistep, onestep, unipc
@@ -57,7 +58,7 @@ def test_ddim_is_the_textbook_step_of_a_vp_path(eta):
 
 def test_ddim_without_noise_is_euler():
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 80
-    torch.testing.assert_close(ddim(halving, x, EDM(9).sigmas()), euler(halving, x, EDM(9).sigmas()), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ddim(halving, x, EDM(9).sigmas(), randn_like=recorded([])), euler(halving, x, EDM(9).sigmas()), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("precond", [EDMPrecond, VPPrecond])
@@ -71,7 +72,9 @@ def test_ddim_through_heun_step_gives_the_same(sampler, precond):
     x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 20
     for sigmas in ([20.0, 5.0, 1.0, 0.2, 0.0], [20.0, 5.0, 1.0]):
         generators = [torch.Generator().manual_seed(1) for _ in range(2)]
-        fused = sampler(net, x, sigmas, generator=generators[0])
+        with Steps() as calls:
+            fused = sampler(net, x, sigmas, generator=generators[0])
+        assert calls.count == len(sigmas) - 1
         plain = sampler(lambda x, sigma: net(x, sigma), x, sigmas, generator=generators[1])
         torch.testing.assert_close(fused, plain, rtol=1e-11, atol=1e-11)
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
@@ -142,7 +145,7 @@ def test_consistency_sampling_from_the_raw_output_golden(case):
 
 def test_multistep_adds_no_noise_at_the_end():
     x = torch.ones(2, 1, dtype=torch.float64)
-    for last in (0.0, 0.002):
+    for last in (0.0, 0.001, 0.002):
         assert torch.equal(multistep(lambda x, sigma: x / 2, x, [80.0, last], randn_like=None), x / 2)
     assert not torch.equal(multistep(lambda x, sigma: x / 2, x, [80.0, 1.0]), x / 2)
     clipped = multistep(lambda x, sigma: x / 2, x, [80.0, 1.0], clip_denoised=True, randn_like=lambda x: 9 * torch.ones_like(x))
@@ -238,6 +241,11 @@ def test_ablation_sigmas_golden():
 
 # all
 
+class Sine(torch.nn.Module):
+    def forward(self, scaled, *_):
+        return scaled.sin()
+
+
 ALL = [ddim, ddpm, dpmpp, unipc, onestep, multistep, ablation]
 
 
@@ -250,6 +258,8 @@ def test_state_keeps_its_dtype_and_input_and_the_callback_sees_every_step(sample
     for step in seen:
         torch.testing.assert_close(step["denoised"], halving(step["x"], torch.full((2,), step["sigma"])).detach(), rtol=1e-6, atol=1e-6)
     assert sampler(halving, torch.ones(0, 3), [2.0, 1.0, 0.0]).shape == (0, 3)
+    half = sampler(EDMPrecond(Sine()), torch.ones(2, 3, dtype=torch.bfloat16), [2.0, 1.0, 0.0])  # no state of the fused path
+    assert half.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("sampler", [ddpm, multistep])

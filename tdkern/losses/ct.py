@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.special import ndtr, ndtri
 
+from .. import _library
 from ..ops import td_coef, td_loss
 from ..ops.td_coef import BASE_WEIGHTS
 from ..schedules import EDM, eta_of
@@ -95,11 +96,11 @@ class CTLoss(Loss):
 
         Args:
             images: [B, ...] float32 or float64, clean data.
-            index: [B] int64, in 0 .. num_scales - 2; drawn if None.
+            index: [B] int64, in 0 .. num_scales - 2, checked on the CPU alone; drawn if None.
             noise: as `images`, unit noise; drawn if None.
 
         Raises:
-            ValueError: a wrong shape or dtype, or `num_scales` is a curriculum: take the pair of `loss.at(step)`.
+            ValueError: a wrong shape, dtype or index, or `num_scales` is a curriculum: take the pair of `loss.at(step)`.
         """
         self._check_images(images)
         if callable(self.num_scales):
@@ -107,6 +108,9 @@ class CTLoss(Loss):
         if index is None:
             index = self._draw_index(images)
         self._check_shape("index", index, images.shape[:1])
+        last = self.num_scales - 2
+        if _library.readable(index) and not ((index >= 0) & (index <= last)).all():
+            raise ValueError(f"{type(self).__name__}: index must be from 0 to {last}, got values from {index.min().item()} to {index.max().item()}")
         coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
         sigma, sigma_p = levels[:, 0], levels[:, 2]
         if self.weighting == "inverse-step":
