@@ -215,6 +215,19 @@ def test_raw_is_used_only_where_it_fits():
         TDEDMLoss().evaluate(Refuses(), Refuses(), batch)
 
 
+def test_a_compiled_network_runs_compiled():
+    runs = []
+
+    def backend(graph, _):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    net, loss = Linear().double(), TDEDMLoss()
+    batch = make_batch(loss)
+    compiled = torch.compile(net, backend=backend)
+    assert error(loss.evaluate(compiled, compiled, batch).loss, loss.evaluate(net, net, batch).loss) <= 1
+    assert len(runs) == 2
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
 def test_networks_may_answer_in_half_precision(dtypes):
     loss = TDEDMLoss()

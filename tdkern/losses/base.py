@@ -90,7 +90,8 @@ class Loss(ABC):
         Args:
             net: the online network, `net(x, sigma, class_labels, augment_labels) -> D` with x [B, ...] and sigma [B] in
                 x's dtype. One that also has `raw`, with the same arguments, giving F, and whose attributes equal
-                `self.prediction`, is called through `raw`: its preconditioning is then part of the one fused launch.
+                `self.prediction`, is called through `raw`: its preconditioning is then part of the one fused launch. To compile
+                a network and keep that, compile the `model` inside it.
             target_net: the same for the target network; it runs without gradients, and not at all without a TD term.
             batch: from `pair`.
             labels, augment_labels: passed to both networks, or None.
@@ -125,7 +126,7 @@ class Loss(ABC):
     def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
         """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1."""
         sigma = sigma.to(x.dtype)
-        if hasattr(net, "raw") and self._fits(net):
+        if hasattr(type(net), "raw") and self._fits(net):  # of the type: a compiled network's own `raw` is the original's, not compiled
             return net.raw(x, sigma, **conditions), x
         columns[:, 0].fill_(0)
         columns[:, 1].fill_(1)
