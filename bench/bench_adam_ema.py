@@ -7,8 +7,10 @@ from unet import unet_elements, unet_shapes
 
 from tdkern.optim import AdamEMA
 
+FUSED, CHECKED = "Adam(fused=True) + 2 _foreach_lerp_", "the same behind GradScaler's check"  # which looks at the gradients first, as ours does
 
-@pytest.mark.parametrize("competitor", ["tdkern", "Adam(fused=True) + 2 _foreach_lerp_", "Adam(foreach=True) + 2 _foreach_lerp_", "copy"])
+
+@pytest.mark.parametrize("competitor", ["tdkern", FUSED, CHECKED, "Adam(foreach=True) + 2 _foreach_lerp_", "copy"])
 def bench_adam_ema(compare, competitor):
     # Read the gradients; read and write the parameters, both moments and two averages. Ours reads the gradients once more, to look at them first.
     moved = 11 * 4 * unet_elements()
@@ -21,9 +23,13 @@ def bench_adam_ema(compare, competitor):
             param.grad = torch.randn_like(param)
         if competitor == "tdkern":
             return AdamEMA(params, 1e-4, averages=averages, decays=DECAYS).step
-        optimizer = torch.optim.Adam(params, 1e-4, **{"fused" if "fused" in competitor else "foreach": True})
+        optimizer = torch.optim.Adam(params, 1e-4, **{"fused" if competitor in (FUSED, CHECKED) else "foreach": True})
+        grads, one = [param.grad for param in params], torch.ones((), device=DEVICE)
 
         def step():
+            if competitor == CHECKED:
+                optimizer.found_inf = torch.zeros_like(one)
+                torch._amp_foreach_non_finite_check_and_unscale_(grads, optimizer.found_inf, one)
             optimizer.step()
             foreach(averages, params)
 
