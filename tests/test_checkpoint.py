@@ -143,7 +143,7 @@ def _change_tensor(path, name, tensor):
     (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
     (lambda path: _edit(path, network=NETWORK | {"arch": "os.system"}), r"meta.json does not describe a network \(ValueError: unet: arch must be"),
     (lambda path: _edit(path, network=NETWORK | {"depth": 3}), r"meta.json does not describe a network \(TypeError"),
-    (lambda path: _edit(path, network=NETWORK | {"precond": "vp"}), r"meta.json does not describe a network \(ValueError: build_network: precond must be edm"),
+    (lambda path: _edit(path, network=NETWORK | {"precond": "no"}), r"meta.json does not describe a network \(ValueError: build_network: precond must be"),
     (lambda path: _edit(path, network=NETWORK | {"label_dim": 3}), r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),
     (lambda path: _change_tensor(path, "model.map_layer0.bias", None), r"does not match the network: model.map_layer0.bias must be \[16\], got nothing"),
     (lambda path: _change_tensor(path, "model.extra", torch.zeros(2)), r"does not match the network: model.extra must be nothing, got \[2\]"),

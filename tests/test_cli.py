@@ -22,7 +22,7 @@ FLAGS = ["--cbase", "4", "--cres", "1", "--batch", "8", "--tick", "0.008", "--wo
 
 @pytest.fixture(autouse=True)
 def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "EDM", lambda: EDM(steps=2))
+    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from tiny import TINY, children, data_set, pixels
 
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
-from tdkern.training import Options, Trainer, loop, sample, train
+from tdkern.training import Options, Trainer, loop, sample, sampling, train
 from tdkern.training.checkpoint import STATE, find, read, write
 from tdkern.training.distributed import Process, joined, this_process
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "EDM", lambda: EDM(steps=2))
+    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
 
 
 @pytest.fixture
@@ -68,6 +68,33 @@ def test_one_step_updates_network_and_averages(data):
             torch.testing.assert_close(list(modules[name].parameters())[i], decay * before[name][i] + (1 - decay) * parameter)
     changes = torch.stack([(parameter - old).abs().max() for parameter, old in zip(trainer.net.parameters(), before["net"], strict=True)])
     assert 1e-4 < changes.max() < 1e-3  # Adam's first steps are of the size of the learning rate
+
+
+@pytest.mark.parametrize("precond", ["vp", "ve"])
+@pytest.mark.parametrize("loss_type", ["edm", "td"])
+def test_other_families(data, precond, loss_type):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"precond": precond, "loss_type": loss_type, "lr_rampup_kimg": 0}), this_process())
+    assert type(trainer.loss).__name__ == {"edm": "", "td": "TD"}[loss_type] + precond.upper() + "Loss"
+    assert trainer.loss._fits(trainer.net)  # the fused path
+    before = [parameter.clone() for parameter in trainer.net.parameters()]
+    trainer.train_step(*batch(trainer))
+    assert any(not torch.equal(*pair) for pair in zip(trainer.net.parameters(), before, strict=True))
+    statistics = trainer.statistics()
+    assert all(map(math.isfinite, statistics.values())) and statistics["skipped"] == 0
+    assert loss_type == "edm" or statistics["valid"] > 0
+    if loss_type == "td":
+        assert trainer.loss.one_idx == 1 and trainer.options.one_idx == 1
+    levels = sampling.preview_levels(trainer.net)[:-1]
+    assert levels.min() == pytest.approx(max(trainer.net.sigma_min, 0.002), rel=1e-12)
+    assert levels.max() == pytest.approx(min(trainer.net.sigma_max, 80), rel=1e-12)
+
+
+def test_options_of_other_families():
+    assert Options(data="").one_idx == 0.25
+    with pytest.raises(ValueError, match="td_sigma is for precond edm, got precond vp"):
+        Options(data="", precond="vp", td_sigma=[0.1, 1.0])
+    with pytest.raises(ValueError, match="precond must be one of edm, vp, ve, got 'no'"):
+        Options(data="", precond="no")
 
 
 def test_hard_target_copies(data):

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.files import beside, sync_directory, write_atomic
-from ..networks import EDMPrecond, unet
+from ..networks import EDMPrecond, VEPrecond, VPPrecond, unet
 
 FORMAT = 2
 SNAPSHOT, STATE = "network-snapshot", "training-state"
+PRECONDS = {"edm": EDMPrecond, "vp": VPPrecond, "ve": VEPrecond}
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the image inside the network
 
 
@@ -39,9 +40,10 @@ def build_network(network: dict) -> torch.nn.Module:
     """The network, newly initialised, that a checkpoint's meta.json describes under "network"."""
     arguments = dict(network)
     precond, sigma_data, dtype = arguments.pop("precond"), arguments.pop("sigma_data"), PRECISIONS[arguments.pop("precision")]
-    if precond != "edm":
-        raise ValueError(f"build_network: precond must be edm, got {precond!r}")
-    return EDMPrecond(unet(**arguments), sigma_data=sigma_data, dtype=dtype)
+    if precond not in PRECONDS:
+        raise ValueError(f"build_network: precond must be one of {', '.join(PRECONDS)}, got {precond!r}")
+    settings = {"sigma_data": sigma_data} if precond == "edm" else {}
+    return PRECONDS[precond](unet(**arguments), dtype=dtype, **settings)
 
 
 def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta: dict) -> Path:

@@ -14,24 +14,27 @@ from tqdm import tqdm
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
 from ..ema import EMA, copy_decay, edm_decay, target_decay
-from ..losses import EDMLoss, TDEDMLoss
+from ..losses import EDMLoss, Loss, TDEDMLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
 from ..optim import AdamEMA
-from ..schedules import EDM
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
 from .options import Options
-from .sampling import sample
+from .sampling import preview_levels, sample
 
 SIGMA_DATA = 0.5
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
 
 
-def make_loss(options: Options) -> EDMLoss:
+def make_loss(options: Options) -> Loss:
     """The loss that the options describe."""
-    if options.loss_type == "edm":
-        return EDMLoss(sigma_data=SIGMA_DATA)
-    return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, steps=options.steps, k_idx=options.k_idx, one_idx=options.one_idx,
-                     td_coupling=options.td_coupling, weight=options.td_weight, td_sigma=options.td_sigma and tuple(options.td_sigma))
+    td = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx, "weight": options.td_weight}
+    if options.precond == "edm":
+        if options.loss_type == "edm":
+            return EDMLoss(sigma_data=SIGMA_DATA)
+        return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, td_coupling=options.td_coupling,
+                         td_sigma=options.td_sigma and tuple(options.td_sigma), **td)
+    alone, with_td = {"vp": (VPLoss, TDVPLoss), "ve": (VELoss, TDVELoss)}[options.precond]
+    return alone() if options.loss_type == "edm" else with_td(lambda_base=options.lambda_edm, coupling=options.td_coupling, **td)
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
@@ -228,7 +231,7 @@ class Record:
         net = trainer.ema.module
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
         seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
-        images = torch.cat([sample(net, trainer.network, part.tolist(), EDM().sigmas()) for part in seeds])
+        images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net)) for part in seeds])
         save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
 
     def state(self) -> None:

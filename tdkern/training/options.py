@@ -2,6 +2,8 @@
 import dataclasses
 from dataclasses import dataclass
 
+from .checkpoint import PRECONDS
+
 # what may change when a run goes on: these do not touch the weights (duration does under a decay, see `resumed`)
 FREE = ("data", "duration", "tick", "snap", "dump", "workers")
 
@@ -30,7 +32,7 @@ class Options:
     loss_type: str = "td"
     lambda_edm: float = 0.5
     k_idx: float = 1.0
-    one_idx: float = 0.25
+    one_idx: float | None = None  # None: 0.25 with precond edm, else 1
     td_coupling: str = "markov"
     td_weight: str = "pairwise"
     td_sigma: list[float] | None = None
@@ -50,6 +52,12 @@ class Options:
             self.lr_rampup_kimg = min(50 * self.duration, 10_000)
         if self.tick is None:
             self.tick = min(10 * self.duration, 50)
+        if self.precond not in PRECONDS:
+            raise ValueError(f"precond must be one of {', '.join(PRECONDS)}, got {self.precond!r}")
+        if self.one_idx is None:
+            self.one_idx = 0.25 if self.precond == "edm" else 1.0
+        if self.td_sigma is not None and self.precond != "edm":
+            raise ValueError(f"td_sigma is for precond edm, got precond {self.precond}")
         share = self.batch // self.gpus
         if self.batch_gpu is None:
             self.batch_gpu = share

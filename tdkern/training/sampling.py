@@ -7,6 +7,12 @@ from torch import Tensor
 
 from ..data import to_uint8
 from ..samplers import heun
+from ..schedules import EDM
+
+
+def preview_levels(net: torch.nn.Module) -> Tensor:
+    """EDM's 18 noise levels, as far as the network knows them."""
+    return EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas()
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
