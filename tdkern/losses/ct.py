@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.special import ndtr, ndtri
 
+from .. import _library
 from ..ops import td_coef, td_loss
 from ..ops.td_coef import BASE_WEIGHTS
 from ..schedules import EDM, eta_of
@@ -71,6 +72,10 @@ class CTLoss(Loss):
         steps, empty = {"steps": 2} if callable(self.num_scales) else {}, torch.zeros(0, 8)
         td_coef(empty[:, 0], **self._coef_args | steps, backend="reference")  # these two check the others
         td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
+        if self.lognormal is not None:
+            low, high = self._lognormal_range()
+            if not low < high:
+                raise ValueError(f"{name}: lognormal must have levels between sigma_min and sigma_max, got {self.lognormal}")
 
     @property
     def prediction(self) -> dict:
@@ -95,11 +100,11 @@ class CTLoss(Loss):
 
         Args:
             images: [B, ...] float32 or float64, clean data.
-            index: [B] int64, in 0 .. num_scales - 2; drawn if None.
+            index: [B] int64, in 0 .. num_scales - 2 (checked on the CPU alone: a GPU would have to be waited for); drawn if None.
             noise: as `images`, unit noise; drawn if None.
 
         Raises:
-            ValueError: a wrong shape or dtype, or `num_scales` is a curriculum: take the pair of `loss.at(step)`.
+            ValueError: a wrong shape or dtype, an index out of its range, or `num_scales` is a curriculum: take the pair of `loss.at(step)`.
         """
         self._check_images(images)
         if callable(self.num_scales):
@@ -107,6 +112,9 @@ class CTLoss(Loss):
         if index is None:
             index = self._draw_index(images)
         self._check_shape("index", index, images.shape[:1])
+        if _library.readable(index) and not ((index >= 0) & (index <= self.num_scales - 2)).all():
+            low, high = index.min().item(), index.max().item()
+            raise ValueError(f"{type(self).__name__}: index must be in 0 .. {self.num_scales - 2}, got values from {low} to {high}")
         coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
         sigma, sigma_p = levels[:, 0], levels[:, 2]
         if self.weighting == "inverse-step":
@@ -116,11 +124,15 @@ class CTLoss(Loss):
     def _draw_index(self, images: Tensor) -> Tensor:
         if self.lognormal is None:
             return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
-        mean, std = self.lognormal
-        low, high = ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
+        (mean, std), (low, high) = self.lognormal, self._lognormal_range()
         u = low + (high - low) * torch.rand(len(images), dtype=torch.float64, device=images.device)
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index((mean + std * ndtri(u)).exp())
         return index.long().clamp(max=self.num_scales - 2)
+
+    def _lognormal_range(self) -> list[float]:
+        """The distribution function of `lognormal` at sigma_min and sigma_max."""
+        mean, std = self.lognormal
+        return ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
 
     def _terms(self, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None) -> Tensor:
         weight = coef[:, 7].clone()
