@@ -299,7 +299,7 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
 def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
     """Forward and backward, whatever the upstream gradient: the gradient itself, and some numbers a sample."""
     device, (net, wide) = device_of(compiled), DTYPES[dtypes]
-    F, F_p, x0, x_t, x_tp = (drawn((4, 3, 16, 16), dtype, device, i) for i, dtype in enumerate((net, net, wide, wide, wide)))
+    F, F_p, x0, x_t, x_tp = (drawn((4, 3, 32, 32), dtype, device, i) for i, dtype in enumerate((net, net, wide, wide, wide)))
     coef = tdkern.td_coef(torch.tensor([0.7, 3.0, 90.0, 0.1], dtype=F64, device=device))[0]
     F.requires_grad_()
     for upstream in (torch.ones(4, 2, device=device), torch.rand(4, 2, device=device)):
@@ -310,7 +310,7 @@ def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
 
         step()
         dF = F.numel() * F.element_size()
-        assert dF <= peak_extra(step, device) <= dF + 2048
+        assert dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)  # a GPU's allocations are multiples of 512 bytes
 
 
 @pytest.mark.parametrize("loss", [EDMLoss(), TDEDMLoss()], ids=lambda loss: type(loss).__name__)
