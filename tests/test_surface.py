@@ -3,12 +3,13 @@ import math
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 import test_adam_ema
 import test_ema_update
 import test_heun_step
 import torch
-from cases import BF16, DTYPES, F32, F64, check, device_of, oracle, with_gradient
+from cases import BF16, CASES, CLEAN, DTYPES, F32, F64, check, device_of, inputs, oracle, with_gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +291,33 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
     loss = tdkern.td_loss(*(drawn((3, 4), F32, device, i) for i in range(3)), coef, *(drawn((3, 4), F32, device, i) for i in (3, 4)), base="consistency",
                           backend=backend).sum(1)
     assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_ahead_of_time(capability):
+    """The kernels that work on flat tensors; the other ops have tests of their own."""
+    pytest.importorskip("triton")
+    report = {name: facts for name, facts in aot.report(capability).items() if name.startswith(("heun_step", "lists"))}
+    assert len(report) == 4
+    assert all(facts["stack"] == facts["local"] == 0 and facts["registers"] <= 128 for facts in report.values()), report
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ["several chunks", "odd, l1", "odd, huber"])
+def test_td_loss_in_a_cuda_graph(name):
+    """Forward and backward in one graph; a replay takes the tensors as they are then."""
+    case = CASES[name]
+    for backend in ("cuda", "triton"):
+        if not _library.MISSING[backend]:
+            args, upstream = inputs(name, device="cuda"), torch.linspace(0, 2, 2 * case.shape[0], device="cuda").view(-1, 2)
+            loss = lambda *a, b=backend: tdkern.td_loss(*a, base=case.base, **case.norm, backend=b)  # noqa: E731
+            with_gradient(loss, args, upstream)  # Triton compiles before the capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = with_gradient(loss, args, upstream)
+            args[CLEAN].mul_(0.5)
+            graph.replay()
+            assert all(map(torch.equal, captured, with_gradient(loss, args, upstream)))
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
