@@ -100,7 +100,7 @@ def pytest_sessionfinish():
     kept = [row for row in kept if (row["group"], row["op"], row["threads"]) not in ran]
     try:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git here, as on a lent machine
+    except OSError:  # no git here
         commit = ""
     facts = tdkern.info()
     result = {"device": device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
