@@ -98,7 +98,10 @@ def pytest_sessionfinish():
     ran = {(row["group"], row["op"], row["threads"]) for row in ROWS}  # replaced whole: its rows belong to one run
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in kept if (row["group"], row["op"], row["threads"]) not in ran]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     facts = tdkern.info()
     result = {"device": device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
               "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")}, "build": facts["build"],

@@ -101,11 +101,13 @@ def copy_decay(every: int, step: int) -> float:
 
 
 def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:
-    """Decay of consistency training's target (arXiv 2303.01469, appendix C): exp(s0 ln(mu0) / (N - 1)).
+    """Decay of consistency training's target (arXiv 2303.01469): exp(s0 ln(mu0) / (N - 1)), as its code has it; N in place of N - 1 in its appendix C.
 
     It rises with a curriculum's number of scales N = `num_scales` >= 2, from mu0 = `rate` in (0, 1) at N = s0 + 1, s0 being `start_scales`.
-    Improved consistency training's is 0: a target that copies the network.
+    Improved consistency training needs no call: its decay is 0, a target that copies the network. Raises ValueError out of these ranges.
     """
+    if not (0 < rate < 1 and num_scales >= 2):
+        raise ValueError(f"consistency_decay: rate must be in (0, 1) and num_scales at least 2, got {rate} and {num_scales}")
     return math.exp(start_scales * math.log(rate) / (num_scales - 1))
 
 

@@ -20,16 +20,24 @@ def report(capability: int) -> dict[str, dict[str, int]]:
     return json.loads(done.stdout)
 
 
-def compile_kernel(kernel, capability: int, types: dict[str, str], constants: dict, options: dict) -> dict[str, int]:
-    """types: of arguments by name; pointers and what is marked "!" are multiples of 16. constants: what is known at compile time."""
+def compile_kernel(kernel, capability: int, types: dict[str, str | tuple[str, ...]], constants: dict, options: dict) -> dict[str, int]:
+    """types: of arguments by name, of a tuple of pointers a tuple; pointers and what is marked "!" are multiples of 16. constants: what is known at
+    compile time.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" if name in constants else types[name].rstrip("!") for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constants and (types[name].startswith("*") or types[name].endswith("!"))]
+    signature, aligned = {}, []
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else types[name]
+        signature[name] = kind if isinstance(kind, tuple) else kind.rstrip("!")
+        if isinstance(kind, tuple):
+            aligned += [(i, j) for j in range(len(kind))]
+        elif kind.startswith("*") or kind.endswith("!"):
+            aligned.append((i,))
     constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, constexprs, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    source = ASTSource(kernel, signature, constexprs, {place: [["tt.divisibility", 16]] for place in aligned})
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -87,7 +95,27 @@ def noise_pair(capability: int):
     yield "float64 in a plane", pair("*fp64", "*fp64", flat=False)
 
 
+def heun_step(capability: int):
+    from tdkern.triton.heun_step import BLOCK, OPTIONS, heun_step_kernel
+
+    types = {**dict.fromkeys(heun_step_kernel.arg_names, "*fp64"), "F": "*bf16", "net_input": "*bf16", "n": "i32!"}
+    yield "correction with noise", compile_kernel(heun_step_kernel, capability, types, {"BLOCK": BLOCK}, OPTIONS)
+
+
+def lists(capability: int):
+    """ema_update_ and adam_ema_."""
+    from tdkern.triton.adam_ema import adam_kernel, finite_kernel
+    from tdkern.triton.ema_update import BLOCK, ema_kernel
+
+    types = {"param": "*bf16", "averages": ("*fp32", "*fp32"), "decays": "*fp64", "skip": "*i32", "n": "i32!"}
+    yield "averages", compile_kernel(ema_kernel, capability, types, {"BLOCK": BLOCK}, {})
+    types = {**dict.fromkeys(("grad", "exp_avg", "exp_avg_sq", "param"), "*fp32"), "s": "*fp64", "skip": "*i32", "found": "*fp32", "n": "i32!"}
+    for kernel in (adam_kernel, finite_kernel):
+        yield kernel.fn.__name__, compile_kernel(kernel, capability, types, {"BLOCK": BLOCK}, {})
+
+
 if __name__ == "__main__":
     import tdkern.triton  # noqa: F401  (without a GPU the package does not import it by itself)
 
-    print(json.dumps({f"{op.__name__} {name}": facts for op in (td_loss, td_coef, noise_pair) for name, facts in op(int(sys.argv[1]))}))
+    OPS = td_loss, td_coef, noise_pair, heun_step, lists
+    print(json.dumps({f"{op.__name__} {name}": facts for op in OPS for name, facts in op(int(sys.argv[1]))}))

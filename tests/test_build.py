@@ -57,7 +57,7 @@ def test_no_cuda_kernel_spills():
     assert sources <= reports.keys(), "a source without a report: build again"
     for stem in sources:
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reports[stem])
-        assert len(spills) >= 3  # a kernel, three architectures
+        assert len(spills) >= len(tdkern.info()["build"]["cuda_architectures"].split())  # a kernel for each
         assert all(frame == ("0", "0", "0") for frame in spills), (stem, spills)
         assert max(map(int, re.findall(r"Used (\d+) registers", reports[stem]))) <= 128  # two blocks of 256 threads an SM at the least
 

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -26,7 +27,11 @@ def test_dry_run(tmp_path):
     """Every stage but the build, which takes minutes, through the script."""
     stages = ["tests", "sanitize", "bench", "step"]
     command = [ROOT / "bench/gpu/campaign.sh", "--dry", tmp_path / "out", *stages]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""})
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "dirname"):  # a machine with no git, and none that is needed
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name))
+    env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": "", "PATH": str(tmp_path / "bin")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out/log.txt").read_text()
     found = {name: json.loads((tmp_path / f"out/{name}.json").read_text()) for name in stages}
     assert all(result["ok"] and result["dry"] and result["torch"] == torch.__version__ for result in found.values())
@@ -49,7 +54,7 @@ def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch,
         raise KeyError("gone")
 
     monkeypatch.setattr(campaign, "STAGES", {"refuses": refuses, "breaks": breaks, "works": lambda at: {"figure": 3}})
-    monkeypatch.setattr(campaign, "LIMITS", dict.fromkeys(campaign.STAGES, 5))
+    monkeypatch.setattr(campaign, "SHARES", dict.fromkeys(campaign.STAGES, 5))
     assert campaign.main([str(tmp_path)]) == 1
     found = [json.loads((tmp_path / f"{name}.json").read_text()) for name in campaign.STAGES]
     assert [(result["ok"], result.get("failure"), result.get("seconds"), result.get("figure")) for result in found] == [
@@ -58,6 +63,25 @@ def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch,
     assert campaign.main([str(tmp_path), "works"]) == 0
     with pytest.raises(SystemExit):
         campaign.main([str(tmp_path), "rests"])
+
+
+def test_a_stage_leaves_the_next_ones_their_time(tmp_path, monkeypatch):
+    """What is left for each of the stages, of which the first takes all that it may: the measurements come last, and are what a lease is for."""
+    left, now = {}, [0.0]
+    monkeypatch.setattr(campaign.time, "monotonic", lambda: now[0])
+
+    def stage(name):
+        def run(at):
+            left[name] = at.ends - now[0]
+            now[0] = at.ends if name == "build" else now[0] + 1
+            return {}
+        return run
+
+    monkeypatch.setattr(campaign, "STAGES", {name: stage(name) for name in campaign.STAGES})
+    assert campaign.main([str(tmp_path)]) == 0
+    assert sum(campaign.SHARES.values()) == campaign.TOTAL and campaign.SHARES.keys() == left.keys()
+    assert left["build"] == campaign.SHARES["build"] and left["tests"] == campaign.SHARES["tests"] and left["step"] > campaign.SHARES["step"]
+    assert campaign.main([str(tmp_path), "step"]) == 0 and left["step"] == campaign.TOTAL
 
 
 def test_build_says_what_is_missing(tmp_path, monkeypatch):
@@ -78,16 +102,18 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
         tool, backend = command[2], command[-1]
         text = "every op ran\n========= ERROR SUMMARY: 0 errors"
         if (tool, backend) == ("racecheck", "triton"):
-            return {"rc": 86, "seconds": 1, "text": "every op ran\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"}
-        return {"rc": 0, "seconds": 1, "text": "stopped" if (tool, backend) == ("initcheck", "cuda") else text}
+            return {"rc": 86, "seconds": 1, "timed_out": False, "text": "every op ran\n========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"}
+        stopped = (tool, backend) == ("initcheck", "cuda")
+        return {"rc": 0, "seconds": 1, "timed_out": stopped, "text": "stopped" if stopped else text}
 
     monkeypatch.setattr(at, "run", run)
     monkeypatch.setattr(campaign.shutil, "which", lambda name, path=None: f"/bin/{name}")
     with pytest.raises(campaign.Failed) as failure:
         campaign.sanitize(at)
-    assert str(failure.value) == "not clean: racecheck triton, initcheck cuda"
+    assert str(failure.value) == "not clean: racecheck triton, initcheck cuda (out of time)"
     checks = failure.value.facts["checks"]
-    assert len(checks) == 8 and checks["racecheck triton"]["errors"] == 2 and checks["memcheck cuda"] == {"rc": 0, "seconds": 1, "errors": 0, "done": True}
+    assert len(checks) == 8 and checks["racecheck triton"]["errors"] == 2
+    assert checks["memcheck cuda"] == {"rc": 0, "seconds": 1, "timed_out": False, "errors": 0, "done": True}
 
 
 def test_a_command_ends_at_its_limit(tmp_path):

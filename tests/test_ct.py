@@ -249,6 +249,7 @@ def test_bad_arguments():
         (lambda: TDCTLoss(weighting="edm"), r"TDCTLoss: weighting must be one of karras, uniform, snr, snr\+1, truncated-snr, inverse-step, got 'edm'"),
         (lambda: CTLoss(huber_c=0.1), "huber_c must be None with base_norm 'l2', got 0.1"),
         (lambda: CTLoss(lognormal=(0.0, 0.0)), r"CTLoss: lognormal must be \(P_mean, P_std\) with P_std > 0, got \(0.0, 0.0\)"),
+        (lambda: CTLoss(lognormal=(-50.0, 1.0)), r"CTLoss: lognormal must have levels between sigma_min and sigma_max, got \(-50.0, 1.0\)"),
         (lambda: CTLoss(1), "steps must be at least 2, got 1"),
         (lambda: CTLoss(Progressive(), sigma_data=0.0), "sigma_data must be a positive number, got 0.0"),
         (lambda: TDCTLoss(lambda_td=-1.0), "TDCTLoss: lambda_td must be a number >= 0, got -1.0"),
@@ -258,8 +259,12 @@ def test_bad_arguments():
         (lambda: TDCTLoss().pair(torch.zeros(2, 3), index=torch.tensor([-1, 0])), "TDCTLoss: index must be from 0 to 38, got values from -1 to 0"),
         (lambda: CTLoss()(CTPrecond(MLP()), None, torch.zeros(2, 2)), "CTLoss: target_net must be a network, got None"),
         (lambda: Progressive(2, 1), "Progressive: end_scales must be at least 2, got 1"),
+        (lambda: Exponential(0), "Exponential: start_scales must be at least 1, got 0"),
+        (lambda: Exponential(20, 10), "Exponential: end_scales must be at least 20, got 10"),
         (lambda: Exponential(10, 1280, 7), "Exponential: total_steps must be at least 8, got 7"),
         (lambda: Halving(1), "Halving: start_scales must be at least 2, got 1"),
+        (lambda: consistency_decay(0.0, 2, 10), r"consistency_decay: rate must be in \(0, 1\) and num_scales at least 2, got 0.0 and 10"),
+        (lambda: consistency_decay(0.9, 2, Halving(2, 1)(9)), r"consistency_decay: rate must be in \(0, 1\) and num_scales at least 2, got 0.9 and 1"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

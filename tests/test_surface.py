@@ -3,12 +3,13 @@ import math
 import sys
 from pathlib import Path
 
+import aot
 import pytest
 import test_adam_ema
 import test_ema_update
 import test_heun_step
 import torch
-from cases import BF16, DTYPES, F32, F64, check, device_of, oracle, with_gradient
+from cases import BF16, CASES, CLEAN, DTYPES, F32, F64, check, device_of, inputs, oracle, with_gradient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -292,6 +293,33 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
     assert loss.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_triton_ahead_of_time(capability):
+    """The kernels that work on flat tensors; the other ops have tests of their own."""
+    pytest.importorskip("triton")
+    report = {name: facts for name, facts in aot.report(capability).items() if name.startswith(("heun_step", "lists"))}
+    assert len(report) == 4
+    assert all(facts["stack"] == facts["local"] == 0 and facts["registers"] <= 128 for facts in report.values()), report
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("name", ["several chunks", "odd, l1", "odd, huber"])
+def test_td_loss_in_a_cuda_graph(name):
+    """Forward and backward in one graph; a replay takes the tensors as they are then."""
+    case = CASES[name]
+    for backend in ("cuda", "triton"):
+        if not _library.MISSING[backend]:
+            args, upstream = inputs(name, device="cuda"), torch.linspace(0, 2, 2 * case.shape[0], device="cuda").view(-1, 2)
+            loss = lambda *a, b=backend: tdkern.td_loss(*a, base=case.base, **case.norm, backend=b)  # noqa: E731
+            with_gradient(loss, args, upstream)  # Triton compiles before the capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = with_gradient(loss, args, upstream)
+            args[CLEAN].mul_(0.5)
+            graph.replay()
+            assert all(map(torch.equal, captured, with_gradient(loss, args, upstream)))
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +327,7 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
 def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
     """Forward and backward, whatever the upstream gradient: the gradient itself, and some numbers a sample."""
     device, (net, wide) = device_of(compiled), DTYPES[dtypes]
-    F, F_p, x0, x_t, x_tp = (drawn((4, 3, 16, 16), dtype, device, i) for i, dtype in enumerate((net, net, wide, wide, wide)))
+    F, F_p, x0, x_t, x_tp = (drawn((4, 3, 32, 32), dtype, device, i) for i, dtype in enumerate((net, net, wide, wide, wide)))
     coef = tdkern.td_coef(torch.tensor([0.7, 3.0, 90.0, 0.1], dtype=F64, device=device))[0]
     F.requires_grad_()
     for upstream in (torch.ones(4, 2, device=device), torch.rand(4, 2, device=device)):
@@ -310,7 +338,7 @@ def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
 
         step()
         dF = F.numel() * F.element_size()
-        assert dF <= peak_extra(step, device) <= dF + 2048
+        assert dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)  # a GPU's allocations are multiples of 512 bytes
 
 
 @pytest.mark.parametrize("loss", [EDMLoss(), TDEDMLoss()], ids=lambda loss: type(loss).__name__)

@@ -8,9 +8,10 @@
     bench      pytest bench/ in CUDA events and graph replays, with launches, host waits and peak memory
     step       the whole loss path and a training step against the published style and torch.compile
 
-Without a stage all of them, in this order and inside nine minutes. Each writes OUT/<stage>.json, with its failure if it fails, and the next
-still runs. OUT/log.txt has what the commands printed, OUT/comparison.md the figures beside the predictions (comparison.py; NOTES.md
-argues them). --dry needs no GPU: it builds for sm_90 into build/dry and runs the other stages on the C++ backend at tiny sizes.
+Without a stage all of them, in this order and inside nine minutes; none takes the time that those after it need. Each writes
+OUT/<stage>.json, with its failure if it fails, and the next still runs. OUT/log.txt has what the commands printed, OUT/comparison.md the
+figures beside the predictions (comparison.py; NOTES.md argues them). --dry needs no GPU: it builds for sm_90 into build/dry and runs the
+other stages on the C++ backend at tiny sizes.
 """
 import argparse
 import importlib.util
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11", "pytest", "pytest_benchmark", "hypothesis", "scipy")
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
 TOTAL = 530  # seconds
-LIMITS = {"build": 150, "tests": 190, "sanitize": 100, "bench": 180, "step": 90}  # of a stage; together more than TOTAL, which holds as well
+SHARES = {"build": 110, "tests": 150, "sanitize": 80, "bench": 120, "step": 70}  # of TOTAL; what a stage leaves over is the next ones'
 
 
 class Failed(Exception):
@@ -119,7 +120,7 @@ def tests(at: Campaign) -> dict:
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
         files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
-        facts = {"ops": at.pytest(*spread, *files, "-k", "(cuda or triton) and not ahead_of_time", limit=LIMITS["tests"] - 60),
+        facts = {"ops": at.pytest(*spread, *files, "-k", "(cuda or triton) and not ahead_of_time", limit=at.ends - time.monotonic() - 45),
                  "large": at.pytest("bench/gpu/test_large.py")}
     if any(part["failed"] or part["rc"] or not part["passed"] for part in facts.values()):
         raise Failed("tests failed", **facts)
@@ -138,14 +139,16 @@ def sanitize(at: Campaign) -> dict:
         # an allocation of its own for every tensor, so that one read past its end is found
         done = at.run(*under, sys.executable, "bench/gpu/selection.py", backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
         errors = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", done["text"])
-        facts = {"rc": done["rc"], "seconds": done["seconds"], "errors": int(errors[-1]) if errors else None, "done": "every op ran" in done["text"]}
+        facts = {"rc": done["rc"], "seconds": done["seconds"], "timed_out": done["timed_out"], "errors": int(errors[-1]) if errors else None,
+                 "done": "every op ran" in done["text"]}
         return facts if facts["done"] and not done["rc"] else {**facts, "tail": done["text"][-3000:]}
 
     with ThreadPoolExecutor() as pool:
         running = {f"{name} {backend}": pool.submit(check, name, backend) for name in tools for backend in backends}
         facts = {name: each.result() for name, each in running.items()}
     if any(each["rc"] or not each["done"] for each in facts.values()):
-        raise Failed("not clean: " + ", ".join(name for name, each in facts.items() if each["rc"] or not each["done"]), checks=facts)
+        raise Failed("not clean: " + ", ".join(name + " (out of time)" * each["timed_out"] for name, each in facts.items() if each["rc"] or not each["done"]),
+                     checks=facts)
     return {"checks": facts}
 
 
@@ -226,9 +229,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"stage must be one of {', '.join(STAGES)}, got {unknown[0]}")
     args.out.mkdir(parents=True, exist_ok=True)
     at = Campaign(args.out.resolve(), args.dry)
-    ends, ok = at.ends, True
-    for name in args.stage or STAGES:
-        at.ends = min(ends, time.monotonic() + (2 * LIMITS[name] if args.dry else LIMITS[name]))
+    ends, ok, stages = at.ends, True, args.stage or list(STAGES)
+    for i, name in enumerate(stages):
+        at.ends = time.monotonic() + TOTAL if args.dry else ends - sum(SHARES[later] for later in stages[i + 1:])
         ok = run_stage(name, STAGES[name], at) and ok
     table = comparison.markdown(at.out)
     (at.out / "comparison.md").write_text(table + "\n")

@@ -29,7 +29,7 @@ class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "tdkern was built against a torch without CUDA: build it again, `pip install --no-build-isolation .`");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
   }
 
   // Runs kernel(args...) on `blocks` blocks of kThreads. op: whom to name in an error.

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -40,7 +41,7 @@ inline int64_t elements_per_sample(const Tensor& out) { return out.size(0) == 0 
 inline Tensor empty_like(const Tensor& like, ScalarType dtype) {  // the stable ABI's own has no dtype
   using torch::stable::detail::from;
   StableIValue stack[6] = {from(like), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

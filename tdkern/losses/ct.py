@@ -72,6 +72,10 @@ class CTLoss(Loss):
         steps, empty = {"steps": 2} if callable(self.num_scales) else {}, torch.zeros(0, 8)
         td_coef(empty[:, 0], **self._coef_args | steps, backend="reference")  # these two check the others
         td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
+        if self.lognormal is not None:
+            low, high = self._lognormal_range()
+            if not low < high:
+                raise ValueError(f"{name}: lognormal must have levels between sigma_min and sigma_max, got {self.lognormal}")
 
     @property
     def prediction(self) -> dict:
@@ -120,11 +124,15 @@ class CTLoss(Loss):
     def _draw_index(self, images: Tensor) -> Tensor:
         if self.lognormal is None:
             return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
-        mean, std = self.lognormal
-        low, high = ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
+        (mean, std), (low, high) = self.lognormal, self._lognormal_range()
         u = low + (high - low) * torch.rand(len(images), dtype=torch.float64, device=images.device)
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index((mean + std * ndtri(u)).exp())
         return index.long().clamp(max=self.num_scales - 2)
+
+    def _lognormal_range(self) -> list[float]:
+        """The distribution function of `lognormal` at sigma_min and sigma_max."""
+        mean, std = self.lognormal
+        return ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
 
     def _terms(self, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None) -> Tensor:
         weight = coef[:, 7].clone()

@@ -47,7 +47,8 @@ class Exponential:
     total_steps: int = 400_000
 
     def __post_init__(self):
-        _check(self, {"start_scales": 1, "end_scales": self.start_scales, "total_steps": math.ceil(self._lengths)})
+        _check(self, {"start_scales": 1, "end_scales": self.start_scales})
+        _check(self, {"total_steps": math.ceil(self._lengths)})
 
     @property
     def _lengths(self) -> float:

@@ -214,12 +214,13 @@ class Record:
         trainer, now = self.trainer, time.monotonic()
         seconds, images = now - self.time, trainer.nimg - self.nimg
         self.time, self.nimg = now, trainer.nimg
+        statistics = {name: value if math.isfinite(value) else None for name, value in statistics.items()}  # JSON knows no NaN
         line = {"kimg": trainer.nimg / 1000, **statistics, "lr": learning_rate(trainer.options, trainer.nimg),
                 "images_per_s": images / seconds, "time": time.time()}
         if trainer.process.device.type == "cuda":
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self._append("stats.jsonl", json.dumps(line))
-        self.log("  ".join(f"{name} {value:.5g}" for name, value in line.items() if name != "time"))
+        self.log("  ".join(f"{name} {'none' if value is None else format(value, '.5g')}" for name, value in line.items() if name != "time"))
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""

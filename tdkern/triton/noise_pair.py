@@ -67,8 +67,8 @@ def pair_kernel(x0, x_t, x_tp, in_t, in_tp, x0_row, out_row, alpha, sigma, alpha
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * BLOCK
-    key = tl.load(seed_at) if seed_at is not None else tl.to_tensor(seed).to(tl.int64)
-    counter = tl.load(offset_at) if offset_at is not None else tl.to_tensor(offset).to(tl.int64)
+    key = tl.load(seed_at) if seed_at is not None else seed.to(tl.int64)
+    counter = tl.load(offset_at) if offset_at is not None else offset.to(tl.int64)
 
     alpha_b, sigma_b = tl.load(alpha + b * alpha_step), tl.load(sigma + b * sigma_step)
     alpha_p_b, sigma_p_b = tl.load(alpha_p + b * alpha_p_step), tl.load(sigma_p + b * sigma_p_step)
