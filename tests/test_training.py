@@ -142,6 +142,16 @@ def test_augmentation(data, monkeypatch):
     assert Trainer(Options(data=data, duration=1e-3, **TINY), this_process()).network["augment_dim"] == 0
 
 
+def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY), this_process())
+    trainer.train_step(*batch(trainer))
+    trainer.sums[0] = math.nan
+    loop.Record(trainer, tmp_path).tick(trainer.statistics())
+    line = json.loads((tmp_path / "stats.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert line["loss"] is None and line["td"] > 0
+    assert "loss none" in (tmp_path / "log.txt").read_text()
+
+
 def test_learning_rate():
     options = Options(data="", duration=100, lr=0.01)
     assert options.lr_rampup_kimg == 5000
