@@ -8,6 +8,7 @@ measure.py says how. A benchmark calls `compare(op, size, competitor, make, move
 on them. `moved` counts by hand, in a comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these,
 and "copy" is a competitor that copies as many. TDKERN_BENCH_RESULTS names another folder for the results.
 """
+import gc
 import json
 import os
 import platform
@@ -29,6 +30,9 @@ ROWS = []
 
 def pytest_configure(config):
     config.option.benchmark_disable_gc = True
+    # Once so much was freed, glibc keeps smaller blocks instead of returning their pages: the state of any process that has run for a while,
+    # which otherwise comes in the middle of somebody's rounds.
+    torch.ones(31 * 2**18)
 
 
 def device_name() -> str:
@@ -55,6 +59,7 @@ def compare(request, threads):
 
         elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several sets of inputs, and a graph of them.
         """
+        gc.collect()  # optimizers are reference cycles: those of the benchmarks before would fill memory
         row = {"group": Path(request.node.fspath).stem, "op": op, "size": size, "competitor": competitor, "threads": threads, "moved": moved}
         row |= {"elements": elements} if elements else {}
         seconds = 0.01 if TINY else seconds
