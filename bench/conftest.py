@@ -8,6 +8,7 @@ measure.py says how. A benchmark calls `compare(op, size, competitor, make, move
 on them. `moved` counts by hand, in a comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these,
 and "copy" is a competitor that copies as many. TDKERN_BENCH_RESULTS names another folder for the results.
 """
+import ctypes
 import gc
 import json
 import os
@@ -60,6 +61,9 @@ def compare(request, threads):
         elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several sets of inputs, and a graph of them.
         """
         gc.collect()  # optimizers are reference cycles: those of the benchmarks before would fill memory
+        if DEVICE == "cpu":
+            # what they left free would make glibc return pages, and take them anew, in every round of this one
+            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         row = {"group": Path(request.node.fspath).stem, "op": op, "size": size, "competitor": competitor, "threads": threads, "moved": moved}
         row |= {"elements": elements} if elements else {}
         seconds = 0.01 if TINY else seconds
