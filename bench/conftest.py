@@ -1,7 +1,7 @@
 """Benchmarks: every competitor of an op in one run, medians; results as JSON beside the table that is printed.
 
-    pytest bench/                       all; writes bench/results/<device>.json
-    pytest bench/ -k "td_loss and 1-thread"
+    make bench                          all, a process a file; writes bench/results/<device>.json
+    pytest bench/bench_td_loss.py -k 1-thread
 
 On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On a GPU, if there is one,
 measure.py says how. A benchmark calls `compare(op, size, competitor, make, moved=bytes)`: make() makes inputs and returns the step
