@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-import tdkern
-from tdkern.losses import TDBatch, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDTerms, TDVELoss, TDVPLoss
+from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.predictions import PRECONDS
 
 SD = 0.5  # sigma_data
@@ -20,39 +19,12 @@ class Raw:
     """A network whose raw output is given, and which fits whatever loss asks."""
 
     def __init__(self, out, loss):
-        self.out, self.sigma_data = out, SD
-        self.precond = loss.prediction["precond"] if isinstance(loss.prediction, dict) else PRECONDS[loss.prediction][0]
+        self.out = out
+        fitting = loss.prediction if isinstance(loss.prediction, dict) else {"precond": PRECONDS[loss.prediction][0]}
+        vars(self).update(fitting)
 
     def raw(self, *_, **__):
         return self.out
-
-
-@dataclass(frozen=True)
-class CT:
-    """Consistency training with TD, from the ops: states that share their noise, index steps, kappa by `coupling`."""
-
-    coupling: str = "markov"
-    weight: str = "pairwise_x0"
-    steps: int = 40
-    lambda_base: float = 0.5
-    backend: str = "auto"
-    prediction = {"precond": "ct"}  # noqa: RUF012
-
-    def pair(self, x0, *, index, noise=None):
-        noise = torch.randn_like(x0) if noise is None else noise
-        coef, levels = tdkern.td_coef(index, from_index=True, steps=self.steps, precond="ct", base_weight="uniform", coupling=self.coupling,
-                                      weight=self.weight, lambda_base=self.lambda_base, backend=self.backend)
-        return TDBatch(x0, x0 + column(levels[:, 0], x0) * noise, x0 + column(levels[:, 2], x0) * noise, coef, levels)
-
-    def evaluate(self, net, target_net, batch):
-        if isinstance(net, Raw):
-            terms = tdkern.td_loss(net.out, target_net.out, batch.x0, batch.coef, batch.x_t, batch.x_tp, base="consistency", backend=self.backend)
-        else:
-            coef = batch.coef.clone()
-            coef[:, 0:4] = torch.tensor([0.0, 1.0, 0.0, 1.0])
-            D, D_p = net(batch.x_t, batch.levels[:, 0]), target_net(batch.x_tp, batch.levels[:, 2]).detach()
-            terms = tdkern.td_loss(D, D_p, batch.x0, coef, base="consistency", backend=self.backend)
-        return TDTerms(terms.sum(1), *terms.unbind(1), batch.coef[:, 6] != 0)
 
 
 @dataclass
@@ -135,8 +107,8 @@ FAMILIES = [
     continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity"),
     Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(td_coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
            ("edm",), (None,), "index"),
-    Family("ct", lambda coupling, prediction, weight, eta: CT(coupling, weight), karras(40), (0.25, 1.0), [0.0, 20.0, 37.0, 38.0], ("ct",), (None,), "index",
-           "consistency"),
+    Family("ct", lambda coupling, prediction, weight, eta: TDCTLoss(coupling=coupling, weight=weight), karras(40), (0.25, 1.0),
+           [0.0, 20.0, 37.0, 38.0], ("ct",), (None,), "index", "consistency"),
 ]
 
 

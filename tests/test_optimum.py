@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from families import CT, FAMILIES, SD
+from families import FAMILIES, SD
 
 from tdkern.evaluation.mixture import GaussianMixture
-from tdkern.losses import TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
+from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.schedules import EDM
 
 DATA = {"gaussian": GaussianMixture(*(torch.tensor(part, dtype=torch.float64) for part in ([1.0], [[0.0, 0.0]], [SD]))), "mixture": GaussianMixture.ring(SD)}
@@ -151,10 +151,10 @@ CT_BIAS = {"markov": ((13, 22, 26, 25), (0, 1, 2, 3)), "shared": ((13, 22, 26, 2
 @pytest.mark.parametrize("coupling", CT_BIAS)
 def test_ct_target_is_biased(coupling):
     """Off the denoiser, as shared noise is in every family; off CT's own optimum, the consistency function x sd / sqrt(sd^2 + s^2), by much less."""
-    loss, data = CT(coupling), DATA["gaussian"]
+    loss, data = TDCTLoss(coupling=coupling), DATA["gaussian"]
     consistency = lambda x, sigma: SD * x / (SD**2 + sigma[:, None] ** 2).sqrt()  # noqa: E731
     for sigma, off_D, off_f in zip(LEVELS, *CT_BIAS[coupling], strict=True):
-        index = EDM(loss.steps).index(sigma).expand(B)
+        index = EDM(loss.num_scales).index(sigma).expand(B)
         for optimum, rounded in ((data.denoise, off_D), (consistency, off_f)):
             x_t, residual, _, _, coef, (s, _, s_p, _) = at_the_optimum(loss, data, lambda x0, index=index: loss.pair(x0, index=index), optimum)
             r, one = coef[5] / coef[4], torch.ones(1, 2)  # at x_t = 1:
