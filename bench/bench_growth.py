@@ -1,8 +1,7 @@
 """How the time grows with the number of elements: beyond the cache, an element's time must stay what it is.
 
 On the CPU, outputs of more than 32 MB are pages fresh from the system at every call (glibc maps them anew), which the copy, into memory
-that is there, does not pay for: from 10^7 elements on that is part of an op's time. THP_MEM_ALLOC_ENABLE=1 in the environment makes these
-pages large, and the cost a third.
+that is there, does not pay for: from 10^7 elements on that is part of an op's time, though the ops ask for large pages (checks.h).
 """
 import pytest
 import torch

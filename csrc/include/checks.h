@@ -8,6 +8,10 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/shim_utils.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <optional>
@@ -38,11 +42,26 @@ inline void check_like(const char* op, const char* name, const Tensor& tensor, c
 
 inline int64_t elements_per_sample(const Tensor& out) { return out.size(0) == 0 ? 0 : out.numel() / out.size(0); }
 
+// A block of this size or more comes from glibc as fresh pages each time. In pages of 4 KB their faults take several times as long as what
+// our kernels do there, so they are asked for in pages of 2 MB.
+inline void on_huge_pages(const Tensor& fresh) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kFresh = 32 << 20, kPage = 2 << 20;
+  const uintptr_t bytes = fresh.numel() * fresh.element_size();
+  if (!fresh.is_cpu() || bytes < kFresh) return;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), (begin + bytes - first) / kPage * kPage, MADV_HUGEPAGE);  // advice: where it is refused, nothing is lost
+#endif
+}
+
 inline Tensor empty_like(const Tensor& like, ScalarType dtype) {  // the stable ABI's own has no dtype
   using torch::stable::detail::from;
   StableIValue stack[6] = {from(like), from(std::optional(dtype)), from(std::nullopt), from(std::nullopt), from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  const Tensor fresh = torch::stable::detail::to<Tensor>(stack[0]);
+  on_huge_pages(fresh);
+  return fresh;
 }
 
 // An empty tensor in out's own layout if that keeps samples apart in memory, else contiguous (_empty_grad in ops/td_loss.py).
