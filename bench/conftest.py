@@ -1,6 +1,6 @@
 """Benchmarks: every competitor of an op in one run, medians; results as JSON beside the table that is printed.
 
-    make bench                          all, a process a file; writes bench/results/<device>.json
+    make bench                          all; writes bench/results/<device>.json and prints the table
     pytest bench/bench_td_loss.py -k 1-thread
 
 On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On a GPU, if there is one,
