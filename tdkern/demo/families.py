@@ -67,7 +67,7 @@ class Timed(nn.Module):
 
     def __init__(self, mlp: nn.Module, lo: float, hi: float, c_in: Callable[[Tensor], Tensor] = torch.ones_like):
         super().__init__()
-        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+        self.mlp, self.lo, self.hi, self.c_in, self.num_models = mlp, lo, hi, c_in, mlp.num_models
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
         return self.mlp(self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6)
