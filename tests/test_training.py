@@ -345,13 +345,13 @@ def one_thread(monkeypatch):
 
 
 def test_two_processes_train_one_network(tmp_path, data, monkeypatch, one_thread):
-    options = Options(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0})
+    options = Options(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5})
     first, second = _two_processes(tmp_path / "run", options)
     assert first.keys() >= {"target.model.map_layer0.weight", "ema.model.map_layer0.weight", "exp_avg.model.map_layer0.weight"}
     assert _same(first, second)
 
     resumed = tmp_path / "resumed"
-    _two_processes(resumed, Options(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0}))
+    _two_processes(resumed, Options(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5}))
     assert _same(_two_processes(resumed, options, find(resumed, STATE))[1], first)
 
     # the same three steps here: the gradients of both processes, added up

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ..schedules import VP, iDDPM
+from .layers import KeepsBuffers
 
 
-class _Precond(nn.Module):
+class _Precond(KeepsBuffers):
     """What the five share. A subclass gives `input_scaling(sigma) -> (c_in, c_noise)` and `output_scaling(sigma) -> (c_skip, c_out)`, for sigma [B].
 
     Arguments of every subclass:
