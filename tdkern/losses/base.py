@@ -68,7 +68,7 @@ class Loss(ABC):
     """A loss of a network's output over noisy data. A family gives `prediction` and `pair`; the rest is here."""
 
     backend: str = field(default="auto", kw_only=True)  # of the ops
-    td_share = 1.0  # a family with a TD term may have it as an argument
+    td_share = 1.0  # the families whose target network serves the TD term alone have it as an argument
 
     @property
     @abstractmethod
@@ -108,9 +108,8 @@ class Loss(ABC):
         Gradient to `net`'s parameters only. Deterministic if the networks are. No host synchronisation.
         """
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
-        coef, chosen = batch.coef.clone(), None
-        if self.td_share < 1 and batch.x_tp is not None:
-            chosen = self._choose(coef, batch.levels[:, 0], getattr(target_net, "num_models", 1))
+        coef = batch.coef.clone()
+        chosen = self._choose(coef, batch.levels[:, 0], getattr(target_net, "num_models", 1)) if self.td_share < 1 else None
         out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0
