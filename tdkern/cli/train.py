@@ -43,8 +43,11 @@ from .types import Numbers, boolean
 @click.option("--td-coupling", type=click.Choice(["markov", "shared"]), default="markov", show_default=True, help="Noise of the pair; shared is biased.")
 @click.option("--td-weight", type=click.Choice(WEIGHTS), default="pairwise", show_default=True, help="Weight of the TD term.")
 @click.option("--td-sigma", type=Numbers(float, 2), metavar="LO,HI", help="TD only at these noise levels, with edm. [default: at all]")
+@click.option("--td-share", type=float, metavar="SHARE",
+              help="The most of each batch that the target network runs on, highest noise first. [default: what --td-sigma needs, else 1]")
 @click.option("--target-ema-tau", type=float, default=0.999, show_default=True, help="Decay of the target network, reached by a ramp.")
-@click.option("--target-copy", type=int, metavar="STEPS", help="Copy the network into the target so often. [default: the target is an average]")
+@click.option("--target-copy", type=int, metavar="STEPS", help="Copy the network into the target every so many updates. [default: the target is an average]")
+@click.option("--target-precision", type=click.Choice(list(checkpoint.PRECISIONS)), help="Precision inside the target network. [default: the network's]")
 @click.option("--steps", type=int, default=18, show_default=True, help="Noise levels of the TD term's index space.")
 @click.option("--tick", type=float, metavar="KIMG", help="How often to print progress. [default: 1% of the duration, at most 50]")
 @click.option("--snap", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the averaged network and a grid; 0: at the end.")

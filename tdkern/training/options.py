@@ -2,7 +2,8 @@
 import dataclasses
 from dataclasses import dataclass
 
-from .checkpoint import PRECONDS
+from ..losses import TDEDMLoss
+from .checkpoint import PRECISIONS, PRECONDS
 
 # what may change when a run goes on: these do not touch the weights (duration does under a decay, see `resumed`)
 FREE = ("data", "duration", "tick", "snap", "dump", "workers")
@@ -36,8 +37,10 @@ class Options:
     td_coupling: str = "markov"
     td_weight: str = "pairwise"
     td_sigma: list[float] | None = None
+    td_share: float | None = 1.0  # None: with td_sigma what its samples need, else 1
     target_ema_tau: float = 0.999
-    target_copy: int | None = None  # steps; None: the target is an average
+    target_copy: int | None = None  # updates; None: the target is an average
+    target_precision: str | None = None  # None: as precision
     steps: int = 18
     tick: float | None = None  # thousand images; None: 1 % of the duration, at most 50
     snap: int = 50  # ticks; 0: only at the end
@@ -58,6 +61,8 @@ class Options:
             self.one_idx = 0.25 if self.precond == "edm" else 1.0
         if self.td_sigma is not None and self.precond != "edm":
             raise ValueError(f"td_sigma is for precond edm, got precond {self.precond}")
+        if self.target_precision not in (None, *PRECISIONS):
+            raise ValueError(f"target_precision must be one of {', '.join(PRECISIONS)}, got {self.target_precision!r}")
         share = self.batch // self.gpus
         if self.batch_gpu is None:
             self.batch_gpu = share
@@ -69,6 +74,8 @@ class Options:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch % self.gpus or share % self.batch_gpu:
             raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
+        if self.td_share is None:
+            self.td_share = round(TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu), 4) if self.td_sigma else 1.0
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment must be in [0, 1], got {self.augment}")
         if not 0 <= self.target_ema_tau < 1:
