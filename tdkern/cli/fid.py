@@ -19,11 +19,11 @@ from .types import Numbers
 
 SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc")  # those that take a number of steps and nothing else
 
-ref_ = click.option("--ref", required=True, metavar="NPZ|URL", help="Reference statistics: of tdkern fid ref, or EDM's.")
-num_ = click.option("--num", type=click.IntRange(min=2), default=50000, show_default=True, help="Images.")
-batch_ = click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
-workers_ = click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read images.")
-detector_ = click.option("--detector", metavar="FILE", help="torch-fidelity's weights of Inception-v3. [default: torch.hub's copy, else downloaded]")
+with_ref = click.option("--ref", required=True, metavar="NPZ|URL", help="Reference statistics: of tdkern fid ref, or EDM's.")
+with_num = click.option("--num", type=click.IntRange(min=2), default=50000, show_default=True, help="Images.")
+with_batch = click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
+with_workers = click.option("--workers", type=click.IntRange(min=0), default=1, show_default=True, help="Processes that read images.")
+with_detector = click.option("--detector", metavar="FILE", help="torch-fidelity's weights of Inception-v3. [default: torch.hub's copy, else downloaded]")
 
 
 @click.group()
@@ -42,12 +42,12 @@ def fid():
 
 @fid.command()
 @click.option("--images", required=True, metavar="DIR|ZIP", help="The images, as tdkern generate writes them.")
-@ref_
-@num_
+@with_ref
+@with_num
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Chooses the images, where there are more.")
-@batch_
-@workers_
-@detector_
+@with_batch
+@with_workers
+@with_detector
 def calc(images, ref, num, seed, batch, workers, detector):
     """FID of the images in a folder or zip."""
     with _command() as process:
@@ -64,9 +64,9 @@ def calc(images, ref, num, seed, batch, workers, detector):
 @fid.command("ref")
 @click.option("--data", required=True, metavar="DIR|ZIP", help="The images, in EDM's layout.")
 @click.option("--dest", required=True, metavar="NPZ", help="Where the statistics go.")
-@batch_
-@workers_
-@detector_
+@with_batch
+@with_workers
+@with_detector
 def reference_statistics(data, dest, batch, workers, detector):
     """Write reference statistics: mean and covariance of the features of all images of a data set."""
     with _command() as process:
@@ -82,13 +82,13 @@ def reference_statistics(data, dest, batch, workers, detector):
 
 @fid.command()
 @click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
-@ref_
+@with_ref
 @click.option("--steps", type=Numbers(int), default="4,6,9,12,18", show_default=True, metavar="LIST", help="Numbers of sampling steps, each at least 2.")
-@num_
+@with_num
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first image; the others' count up from it.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), default="heun", show_default=True, help="With the sampler's defaults.")
-@batch_
-@detector_
+@with_batch
+@with_detector
 def steps(network, ref, steps, num, seed, sampler, batch, detector):
     """FID of a network's images for each of several numbers of sampling steps, without writing the images.
 
@@ -135,7 +135,7 @@ def _reference(ref: str, num: int, process: Process) -> Statistics | None:
     if len(reference.mu) != Inception.dim:
         raise ValueError(f"{ref}: must have the {Inception.dim} features of Inception-v3, got {len(reference.mu)}; make it with tdkern fid ref")
     if num < 10000:
-        click.echo(f"Warning: the FID of {num} images is too high; from 10000 on it is usable, the usual number is 50000", err=True)
+        click.echo(f"Warning: the FID of {num} images is biased upwards; 50000 are usual, 10000 the least to compare", err=True)
     return reference
 
 
