@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,9 +20,10 @@ from tdkern.cli import main
 from tdkern.data import DatasetError, save_image
 from tdkern.evaluation import fid
 from tdkern.evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
+from tdkern.networks import MLP, EDMPrecond
 from tdkern.training import Options, Trainer
 from tdkern.training.checkpoint import SNAPSHOT, write
-from tdkern.training.distributed import this_process
+from tdkern.training.distributed import Process, this_process
 
 cli = importlib.import_module("tdkern.cli.fid")
 DATA = Path(__file__).parent / "data"
@@ -252,6 +254,23 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in):
             files = tdkern_("fid", "calc", "--images", images, "--ref", ref, "--num", "8", "--batch", "3", "--workers", "0").stdout
             assert float(files) == pytest.approx(row["fid"], rel=1e-5)
         assert measured["results"][0]["fid"] != pytest.approx(measured["results"][1]["fid"], rel=1e-3)
+
+
+def test_steps_shares_the_seeds_among_processes(tmp_path, stand_in, monkeypatch):
+    drawn, ref, net = [], tmp_path / "ref.npz", EDMPrecond(MLP())
+    write_statistics(ref, Statistics(np.zeros(6), np.eye(6)))
+
+    def sample(net, network, seeds, sigmas, sampler):
+        drawn.append(seeds)
+        return torch.from_numpy(pixels(len(seeds)))
+
+    monkeypatch.setattr(cli, "load_network", lambda *_: (net, {"network": {"img_channels": 3}}))
+    monkeypatch.setattr(cli, "sample", sample)
+    for rank, shares in enumerate(([[0, 1], [4]], [[2, 3]])):
+        monkeypatch.setattr(cli, "joined", lambda rank=rank: nullcontext(Process(rank, 2, torch.device("cpu"))))
+        output = tdkern_("fid", "steps", "--network", "a", "--ref", ref, "--steps", "2,3", "--num", "5", "--batch", "2").output
+        assert drawn == 2 * shares and bool(output) == (rank == 0)  # the first alone prints
+        drawn.clear()
 
 
 def _rank(rank, runs):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import click
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from .. import samplers
@@ -103,7 +102,7 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
         batches = torch.arange(seed, seed + num).split(batch)[process.rank :: process.world]
         if process.rank == 0:
             click.echo(f"{_label(num, meta['network']['img_channels'])} of {network} against {ref}, {sampler}:", err=True)
-            click.echo(f"{'steps':>5} {'NFE':>4} {'FID':>9}")
+            click.echo(f"{'steps':>5} {'NFE':>4} {'FID':>10}")
         rows = []
         for count in steps:
             sigmas = net.round_sigma(EDM(count, max(EDM.sigma_min, net.sigma_min), min(EDM.sigma_max, net.sigma_max)).sigmas())
@@ -112,7 +111,7 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
             if process.rank == 0:
                 nfe = 2 * count - 1 if sampler == "heun" else count
                 rows.append({"steps": count, "nfe": nfe, "fid": frechet_distance(ours, reference)})
-                click.echo(f"{count:>5} {nfe:>4} {rows[-1]['fid']:>9.4f}")
+                click.echo(f"{count:>5} {nfe:>4} {rows[-1]['fid']:>10.4f}")
         if process.rank == 0:
             click.echo(json.dumps({"network": str(network), "ref": ref, "sampler": sampler, "num": num, "seed": seed, "results": rows}))
 
@@ -146,7 +145,7 @@ def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: 
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)
 
 
-def _bar(batches: Iterable, process: Process) -> Iterable[Tensor]:
+def _bar(batches: Iterable, process: Process) -> Iterable:
     return tqdm(batches, unit="batch", leave=False, disable=process.rank > 0)
 
 
