@@ -227,6 +227,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     with pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"), cli._command():
         raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")  # as DataLoader hands it on
     assert not (tmp_path / "b.npz").exists()
+    assert "is a directory" in tdkern_("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
     assert "--steps must be at least 2 each, got 1" in tdkern_("fid", "steps", "--network", "a", "--ref", ref, "--steps", "4,1", code=2).output
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 

@@ -62,7 +62,7 @@ def calc(images, ref, num, seed, batch, workers, detector):
 
 @fid.command("ref")
 @click.option("--data", required=True, metavar="DIR|ZIP", help="The images, in EDM's layout.")
-@click.option("--dest", required=True, metavar="NPZ", help="Where the statistics go.")
+@click.option("--dest", required=True, type=click.Path(dir_okay=False), metavar="NPZ", help="Where the statistics go.")
 @with_batch
 @with_workers
 @with_detector
