@@ -1,0 +1,165 @@
+"""Frechet inception distance: how far the statistics of two sets of images lie apart, in the features of an Inception network."""
+import io
+import pickle
+import zipfile
+import zlib
+from collections.abc import Iterable
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+from urllib.request import urlopen
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..data.files import write_atomic
+
+
+class Statistics(NamedTuple):
+    """Mean and covariance of feature vectors."""
+
+    mu: np.ndarray  # [d] float64
+    sigma: np.ndarray  # [d, d] float64, with divisor n - 1
+
+
+class Inception:
+    """The Inception-v3 of the original FID (arXiv 1706.08500), as torch-fidelity has it: images to the 2048 features after its pooling.
+
+    Called with images [B, 3, H, W] uint8, which it resizes to 299 x 299 as TensorFlow 1 did, it gives [B, 2048] float32.
+    Nothing in the weights' file is executed. No gradient. Deterministic on a CPU.
+
+    Args:
+        weights: torch-fidelity's file of weights; None takes torch.hub's copy of it, which is downloaded where there is none.
+        device: where it computes.
+
+    Raises:
+        ImportError: torch-fidelity or its torchvision does not work here.
+        ValueError: the weights cannot be had, read or used.
+    """
+
+    dim = 2048
+
+    def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is built for another torch
+            raise ImportError(f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip install 'tdkern[evaluation]'") from error
+        path = _fetched(URL_INCEPTION_V3) if weights is None else Path(weights)
+        try:
+            # torch-fidelity unpickles whatever a file holds, so it gets what is left of the file when only tensors are read
+            tensors = io.BytesIO()
+            torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors)
+            tensors.seek(0)
+            self.module = FeatureExtractorInceptionV3("inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=tensors).to(device)
+        except (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, pickle.UnpicklingError) as error:
+            reason = f"{error}".partition("\n")[0]
+            raise ValueError(f"{path}: does not hold Inception's weights ({reason}); fetch {URL_INCEPTION_V3} and give it as --detector") from error
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.module(images)[0]
+
+
+def _fetched(url: str) -> Path:
+    """torch.hub's copy of a file whose name carries the beginning of its SHA-256."""
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"{path}: cannot be downloaded ({error}); fetch {url} elsewhere and give it as --detector") from error
+    return path
+
+
+@torch.no_grad()
+def feature_statistics(batches: Iterable[Tensor], detector, device: torch.device | str = "cpu") -> Statistics:
+    """Mean and covariance of the features of images, those of every process together where processes are joined.
+
+    mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64; every process gets both.
+
+    Args:
+        batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the detector as RGB.
+        detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as `Inception`.
+        device: the detector's.
+
+    Returns:
+        Statistics, deterministic if the detector is; of the number of processes they depend by float64's rounding.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros(detector.dim, dtype=torch.float64, device=device)
+    outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64, device=device)
+    for images in batches:
+        features = detector(images.to(device).expand(-1, 3, -1, -1)).double()
+        count += len(features)
+        total += features.sum(0)
+        outer += features.T @ features
+    if dist.is_initialized():
+        for moment in (count, total, outer):
+            dist.all_reduce(moment)
+    n = int(count)
+    if n < 2:
+        raise ValueError(f"feature_statistics: a covariance needs at least 2 images, got {n}")
+    mu = total / n
+    return Statistics(mu.cpu().numpy(), ((outer - n * torch.outer(mu, mu)) / (n - 1)).cpu().numpy())
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Squared Frechet distance of two Gaussians, FID where they are Inception's (arXiv 1706.08500, eq. 6).
+
+    |mu_a - mu_b|^2 + tr sigma_a + tr sigma_b - 2 tr (sigma_a sigma_b)^(1/2)
+
+    The last trace is the sum of the singular values of sigma_a^(1/2) sigma_b^(1/2), with the roots from eigendecompositions,
+    which holds for singular covariances too. Deterministic.
+
+    Args:
+        a, b: of as many features.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if a.mu.shape != b.mu.shape:
+        raise ValueError(f"frechet_distance: b must have {len(a.mu)} features as a has, got {len(b.mu)}")
+    cross = np.linalg.svd(_root(a.sigma).T @ _root(b.sigma), compute_uv=False)
+    return float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross.sum())
+
+
+def _root(sigma: np.ndarray) -> np.ndarray:
+    """R [d, d] with R R^T = sigma."""
+    values, vectors = np.linalg.eigh(sigma)
+    return vectors * np.sqrt(values.clip(0))
+
+
+def read_statistics(source: str | Path) -> Statistics:
+    """Statistics from an .npz with `mu` and `sigma`, such as EDM's reference files; nothing in it is executed.
+
+    Args:
+        source: a file, or its address, http:// or https://.
+
+    Raises:
+        ValueError: it cannot be had, or does not hold statistics.
+    """
+    try:
+        file = source
+        if str(source).startswith(("http://", "https://")):
+            with urlopen(str(source), timeout=60) as response:
+                file = io.BytesIO(response.read())
+        with np.load(file, allow_pickle=False) as arrays:
+            mu, sigma = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
+    except (OSError, HTTPException, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{source}: not an .npz file of mu and sigma ({error}); make one with tdkern fid ref") from error
+    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{source}: mu must be [d] and sigma [d, d], both finite, got {list(mu.shape)} and {list(sigma.shape)}; "
+                         "make one with tdkern fid ref")
+    return Statistics(mu, sigma)
+
+
+def write_statistics(path: str | Path, statistics: Statistics) -> None:
+    """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files reads it."""
+    file = io.BytesIO()
+    np.savez(file, **statistics._asdict())
+    write_atomic(path, file.getvalue())
