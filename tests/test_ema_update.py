@@ -219,14 +219,15 @@ def test_bad_arguments(what):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cuda_graph_reads_decays_anew():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_cuda_graph_reads_decays_anew(backend):
     averages, params = lists("float32", "cuda", 2)
     decays = torch.tensor([0.5, 0.9], dtype=torch.float64, device="cuda")
-    tdkern.ema_update_(averages, params, decays, backend="cuda")
+    tdkern.ema_update_(averages, params, decays, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tdkern.ema_update_(averages, params, decays, backend="cuda")
+        tdkern.ema_update_(averages, params, decays, backend=backend)
     decays.copy_(torch.tensor([0.25, 1.0]))
     expected = oracle(averages, params, [0.25, 1.0])
     graph.replay()
-    check(averages, expected, "cuda")
+    check(averages, expected, backend)
