@@ -146,6 +146,14 @@ def test_found_inf_is_0_for_the_largest_numbers(backend):
         assert found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item() == 0
 
 
+def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):
+    grads = [torch.ones(3, dtype=dtype, device=device_of(backend)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for i, bad in enumerate((math.nan, math.inf, -math.inf)):
+        assert found_inf(grads, backend=backend).item() == 0
+        assert found_inf([*grads[:i], torch.full_like(grads[i], bad), *grads[i + 1 :]], backend=backend).item() == 1
+    assert found_inf([grads[0][:0]], backend=backend).item() == 0
+
+
 @pytest.mark.parametrize("compiled_backend", ["cpp", "triton"])
 def test_opcheck_and_compile(compiled_backend):
     if _library.MISSING[compiled_backend] or device_of(compiled_backend) != "cpu":

@@ -41,7 +41,8 @@ def pair_rounds(code: dict[str, str]) -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     library = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "tdkern/lib/libtdkern_cuda.so"
-    for arch in re.findall(r"sm_(\d+)", subprocess.run([TOOL, "--list-elf", library], capture_output=True, text=True, check=True).stdout):
+    images = subprocess.run([TOOL, "--list-elf", library], capture_output=True, text=True, check=True).stdout
+    for arch in dict.fromkeys(re.findall(r"sm_(\d+)", images)):
         for types, ops in pair_rounds(kernels(library, arch)).items():
             counts = Counter(next(name for name, pattern in CLASSES.items() if re.match(pattern, op)) for op in ops)
             print(f"sm_{arch} {types:20} {len(ops)} ({len(ops) / 4:.1f} an element):", ", ".join(f"{counts[name]} {name}" for name in CLASSES))

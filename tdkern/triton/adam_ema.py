@@ -39,8 +39,10 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, 
 
 def found_inf(grads):
     """torch's own, which looks at a list in few launches: an element that is not finite makes its tensor's largest so."""
-    largest = torch._foreach_norm([grad for grad in grads if grad.numel() > 0], math.inf)
-    return (~torch.stack(largest).isfinite()).any().float() if largest else grads[0].new_zeros((), dtype=torch.float32)
+    some = [grad for grad in grads if grad.numel() > 0]
+    if not some:
+        return grads[0].new_zeros((), dtype=torch.float32)
+    return (~torch.stack(torch._foreach_norm(some, math.inf)).isfinite()).any().float()
 
 
 def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, beta1, beta2, eps, weight_decay,
