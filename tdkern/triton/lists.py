@@ -14,7 +14,10 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
     """The values in float64 on the device. Those on the CPU go in kernel arguments: a graph's capture refuses a copy of memory that is not pinned."""
     if values.device == device:
         return values.double().contiguous()
-    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values.reshape(-1).tolist()]).view(values.shape)
+    there = torch.empty(values.shape, dtype=torch.float64, device=device)
+    for place, value in zip(there.view(-1).unbind(), values.reshape(-1).tolist(), strict=True):
+        place.fill_(value)
+    return there
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
