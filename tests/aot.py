@@ -109,10 +109,11 @@ def lists(capability: int):
 
     types = {"param": "*bf16", "averages": ("*fp32", "*fp32"), "decays": "*fp64", "n": "i32!"}
     yield "averages", compile_kernel(ema_kernel, capability, types, {"BLOCK": BLOCK}, {})
-    for storage, averages in (("*fp32", ("*fp32", "*fp32")), ("*bf16", ("*fp32",)), ("*fp64", ("*fp64", "*fp64")), ("*fp16", ())):
+    for storage, averages in (("*fp32", ("*fp32", "*fp32")), ("*bf16", ("*fp32",)), ("*fp64", ("*fp64", "*fp64")), ("*fp16", None)):
         types = {**dict.fromkeys(("grad", "exp_avg", "exp_avg_sq", "param"), storage), "averages": averages, "decays": "*fp64", "s": "*fp64", "skip": "*i32",
                  "n": "i32!"}
-        yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, {"BLOCK": BLOCK // 2 if storage == "*fp64" else BLOCK}, {})
+        constants = {"BLOCK": BLOCK // 2 if storage == "*fp64" else BLOCK, **({} if averages else {"averages": None})}
+        yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, constants, {})
 
 
 if __name__ == "__main__":

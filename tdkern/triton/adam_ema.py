@@ -31,10 +31,11 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, 
     tl.store(exp_avg_sq + i, v.to(exp_avg_sq.dtype.element_ty), inside)
     p = p.to(param.dtype.element_ty)
     tl.store(param + i, p, inside)
-    for k in tl.static_range(len(averages)):
-        avg = averages[k] + i
-        new = ema_element(tl.load(avg, inside).to(T), p.to(T), (1 - tl.load(decays + k)).to(T))
-        tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
+    if averages is not None:
+        for k in tl.static_range(len(averages)):
+            avg = averages[k] + i
+            new = ema_element(tl.load(avg, inside).to(T), p.to(T), (1 - tl.load(decays + k)).to(T))
+            tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
 
 
 def found_inf(grads):
@@ -71,7 +72,7 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
                 continue
             with flat([*tensors, *averages[i :: len(params)]]) as (grad, exp_avg, exp_avg_sq, param, *row):
                 block = block_of(param)
-                adam_kernel[(triton.cdiv(n, block),)](grad, exp_avg, exp_avg_sq, param, tuple(row), decays, constants[i], flag, n, block)
+                adam_kernel[(triton.cdiv(n, block),)](grad, exp_avg, exp_avg_sq, param, tuple(row) or None, decays, constants[i], flag, n, block)
 
 
 _library.library.impl("found_inf.triton", found_inf, _library.triton_key())
