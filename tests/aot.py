@@ -104,14 +104,16 @@ def heun_step(capability: int):
 
 def lists(capability: int):
     """ema_update_ and adam_ema_."""
-    from tdkern.triton.adam_ema import adam_kernel, finite_kernel
+    from tdkern.triton.adam_ema import adam_kernel
     from tdkern.triton.ema_update import BLOCK, ema_kernel
 
-    types = {"param": "*bf16", "averages": ("*fp32", "*fp32"), "decays": "*fp64", "skip": "*i32", "n": "i32!"}
+    types = {"param": "*bf16", "averages": ("*fp32", "*fp32"), "decays": "*fp64", "n": "i32!"}
     yield "averages", compile_kernel(ema_kernel, capability, types, {"BLOCK": BLOCK}, {})
-    types = {**dict.fromkeys(("grad", "exp_avg", "exp_avg_sq", "param"), "*fp32"), "s": "*fp64", "skip": "*i32", "found": "*fp32", "n": "i32!"}
-    for kernel in (adam_kernel, finite_kernel):
-        yield kernel.fn.__name__, compile_kernel(kernel, capability, types, {"BLOCK": BLOCK}, {})
+    for storage, averages in (("*fp32", ("*fp32", "*fp32")), ("*bf16", ("*fp32",)), ("*fp64", ("*fp64", "*fp64")), ("*fp16", None)):
+        types = {**dict.fromkeys(("grad", "exp_avg", "exp_avg_sq", "param"), storage), "averages": averages, "decays": "*fp64", "s": "*fp64", "skip": "*i32",
+                 "n": "i32!"}
+        constants = {"BLOCK": BLOCK // 2 if storage == "*fp64" else BLOCK, **({} if averages else {"averages": None})}
+        yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, constants, {})
 
 
 if __name__ == "__main__":

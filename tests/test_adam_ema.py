@@ -146,6 +146,14 @@ def test_found_inf_is_0_for_the_largest_numbers(backend):
         assert found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item() == 0
 
 
+def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):
+    grads = [torch.ones(3, dtype=dtype, device=device_of(backend)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    for i, bad in enumerate((math.nan, math.inf, -math.inf)):
+        assert found_inf(grads, backend=backend).item() == 0
+        assert found_inf([*grads[:i], torch.full_like(grads[i], bad), *grads[i + 1 :]], backend=backend).item() == 1
+    assert found_inf([grads[0][:0]], backend=backend).item() == 0
+
+
 @pytest.mark.parametrize("compiled_backend", ["cpp", "triton"])
 def test_opcheck_and_compile(compiled_backend):
     if _library.MISSING[compiled_backend] or device_of(compiled_backend) != "cpu":
@@ -344,17 +352,19 @@ def test_optimizer_refuses():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cuda_graph_reads_scalars_anew():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_cuda_graph_reads_scalars_anew(backend):
+    """Those on the device; one on the CPU is what it was when the graph was captured."""
     lists = problem("float32", "cuda")
     lists[6] = torch.tensor(DECAYS[:2], dtype=torch.float64, device="cuda")
-    lr = torch.tensor(0.1, device="cuda")
-    adam_ema_(*lists, lr=lr, backend="cuda")
+    lr, clip = torch.tensor(0.1, device="cuda"), torch.tensor(0.5)
+    adam_ema_(*lists, lr=lr, clip=clip, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        adam_ema_(*lists, lr=lr, backend="cuda")
+        adam_ema_(*lists, lr=lr, clip=clip, backend=backend)
     lr.fill_(0.02)
     lists[6].copy_(torch.tensor([0.25, 0.5]))
     expected = widened([*lists[:6], [0.25, 0.5]])
-    adam_ema_(*expected, lr=0.02, backend="reference")
+    adam_ema_(*expected, lr=0.02, clip=clip, backend="reference")
     graph.replay()
-    close(lists, expected, "cuda")
+    close(lists, expected, backend)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -62,17 +63,36 @@ def test_no_cuda_kernel_spills():
         assert max(map(int, re.findall(r"Used (\d+) registers", reports[stem]))) <= 128  # two blocks of 256 threads an SM at the least
 
 
+@cache
+def machine_code() -> dict[str, str]:
+    """Of every kernel, for the first architecture that was built for."""
+    pytest.importorskip("triton")
+    sys.path.append(str(PACKAGE.parent / "bench/gpu"))
+    import sass
+
+    return sass.kernels(CUDA, tdkern.info()["build"]["cuda_architectures"].split()[0].removesuffix("+PTX").replace(".", ""))
+
+
 @needs_cuda_build
 def test_packed_cuda_kernels_store_whole_packs():
     """In 16 bytes, or in 8 for four halves: nvcc takes a pack's store apart where it does not like the address, and nothing else shows it."""
-    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
-    arch = "sm_" + tdkern.info()["build"]["cuda_architectures"].split()[0].removesuffix("+PTX").replace(".", "")
-    sass = subprocess.run([tool, "--dump-sass", "-arch", arch, CUDA], capture_output=True, text=True, check=True).stdout
-    kernels = dict(text.split("\n", 1) for text in sass.split("Function : ")[1:])
+    kernels = machine_code()
     packed = [name for name in kernels if re.search(r"pair_kernelILb1|(forward|backward|heun_step)_kernelI\w*?Li[248]E|(ema|adam)_kernelI", name)]
     assert len(packed) >= 60
     for name in packed:
         assert "STG.E.128" in kernels[name] or (re.search("half|bfloat16", name) and "STG.E.64" in kernels[name]), name
+
+
+@needs_cuda_build
+def test_noise_pair_is_short_enough_for_the_memory():
+    """Its instructions, not its bytes, may be its time (bench/gpu/NOTES.md): at most a tenth more than there are."""
+    code = machine_code()
+    import sass
+
+    rounds = sass.pair_rounds(code)
+    assert len(rounds) == 6
+    for types, ops in rounds.items():
+        assert types == "dd" or len(ops) <= 4 * 92, (types, len(ops))
 
 
 def test_python_part_alone_imports_and_trains(tmp_path):

@@ -35,7 +35,7 @@ def test_dry_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "out/log.txt").read_text()
     found = {name: json.loads((tmp_path / f"out/{name}.json").read_text()) for name in stages}
     assert all(result["ok"] and result["dry"] and result["torch"] == torch.__version__ for result in found.values())
-    assert found["tests"]["large"]["passed"] == 7
+    assert found["tests"]["large"]["passed"] == 8
     assert found["sanitize"]["checks"]["none cpp"]["done"]
     rows = found["bench"]["results"]["rows"] + found["step"]["results"]["rows"]
     assert {(row["op"], row["competitor"]) for row in rows} == {

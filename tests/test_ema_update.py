@@ -218,15 +218,29 @@ def test_bad_arguments(what):
     assert all((zero == 0).all() for zero in ZEROS)
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3,)])
+def test_triton_takes_scalars_of_the_cpu_to_a_device(shape):
+    """None of them too, as adam_ema_'s decays without averages are. No copy, which a graph's capture would refuse."""
+    if _library.MISSING["triton"]:
+        pytest.skip(_library.MISSING["triton"])
+    from tdkern.triton.lists import on_device
+
+    with torch.profiler.profile() as trace:
+        there = on_device(torch.ones(shape), torch.device("meta"))
+    assert there.shape == shape and there.dtype == torch.float64 and there.is_meta
+    assert not any("copy" in event.name for event in trace.events())
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_cuda_graph_reads_decays_anew():
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_cuda_graph_reads_decays_anew(backend):
     averages, params = lists("float32", "cuda", 2)
     decays = torch.tensor([0.5, 0.9], dtype=torch.float64, device="cuda")
-    tdkern.ema_update_(averages, params, decays, backend="cuda")
+    tdkern.ema_update_(averages, params, decays, backend=backend)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tdkern.ema_update_(averages, params, decays, backend="cuda")
+        tdkern.ema_update_(averages, params, decays, backend=backend)
     decays.copy_(torch.tensor([0.25, 1.0]))
     expected = oracle(averages, params, [0.25, 1.0])
     graph.replay()
-    check(averages, expected, "cuda")
+    check(averages, expected, backend)

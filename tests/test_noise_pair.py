@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of
 
 SHAPES = {"odd": (5, 3, 5, 7), "image": (3, 3, 16, 16), "a tile": (3, 64), "a tile and one": (3, 65), "one": (20, 1), "two": (20, 2), "1-D": (20,),
           "5-D": (2, 3, 2, 5, 3), "one sample": (1, 131),
-          "no samples": (0, 3, 4), "no elements": (3, 0, 4), "several chunks": (1, 8192 + 77)}
+          "no samples": (0, 3, 4), "no elements": (3, 0, 4), "several chunks": (1, 8192 + 77), "chunks of whole packs": (2, 4096 + 1028)}
 LAYOUTS = {"contiguous": torch.Tensor.contiguous, "channels_last": channels_last, "offset": offset, "rows": rows, "gaps": gaps, "one_for_all": one_for_all,
            "one_for_row": one_for_row, "batch_inside": batch_inside, "swapped": swapped}
 EPS = {F32: 2.0**-24, F64: 2.0**-53, BF16: 2.0**-8, F16: 2.0**-11}
@@ -142,6 +142,14 @@ def test_noise_pair_layouts_agree_to_the_bit(compiled, layout, shape):
     args = levels(shape[0], x0.device)
     for lain, plain in zip(*(tdkern.noise_pair(x, *args, seed=5, backend=compiled) for x in (x0, x0.contiguous())), strict=True):
         assert torch.equal(lain, plain)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 48, 48), (2, 40, 12, 12)])
+def test_noise_pair_channels_last_of_several_chunks(compiled, shape):
+    """A thread goes from one of its elements to the next without a division: over channels shorter and longer than its step."""
+    x0, args = clean(shape, F32, device_of(compiled)), levels(2, device_of(compiled))
+    for lain, plain in zip(*(tdkern.noise_pair(x, *args, seed=5, backend=compiled) for x in (channels_last(x0), x0)), strict=True):
+        assert torch.equal(lain, plain) and lain.stride() == channels_last(x0).stride()
 
 
 def test_normals_are_float64s_to_rounding(compiled):

@@ -11,7 +11,7 @@ LARGE = "1e+08"
 # (op, size, figure): figure is a share of the copy's GB/s, counts, or how many times slower a competitor is, in the stream or in graphs.
 PREDICTIONS = {
     ("td_loss", LARGE, "share of a copy"): 0.95,
-    ("noise_pair", LARGE, "share of a copy"): 0.65,
+    ("noise_pair", LARGE, "share of a copy"): 0.85,
     ("ema_update_", LARGE, "share of a copy"): 0.95,
     ("heun_step", LARGE, "share of a copy"): 0.95,
     ("adam_ema_", "54 M parameters, K=2", "share of a copy"): 0.85,

@@ -70,7 +70,7 @@ TDKERN_INLINE void philox_calls(const uint32_t* block, const uint32_t* sample, u
   memcpy(&samples, sample, sizeof(samples));
   const Lanes::W low = Lanes::W{} + (offset & 0xffffffff), high = Lanes::W{} + (offset >> 32 << 1 | stream);
   Lanes::W c[2][4] = {{blocks, samples, low, high}, {blocks >> 32, samples >> 32, low, high}};
-  philox<Lanes>(c, key);
+  philox<Lanes>(c, philox_keys(key));
   for (int w = 0; w < 4; ++w) words[w] = Lanes::bits<Lanes::U>((c[0][w] & 0xffffffff) | (c[1][w] << 32));
 }
 

@@ -1,4 +1,4 @@
-// noise_pair on CUDA: a thread a Philox block of four elements, a block a chunk of a sample.
+// noise_pair on CUDA: a block a chunk of a sample, a thread a Philox block of four elements at a time.
 #include "launch.cuh"
 #include "noise_pair.h"
 #include "vec.cuh"
@@ -6,34 +6,77 @@
 namespace tdkern {
 namespace {
 
-constexpr int kChunk = 4 * kThreads;  // elements
+constexpr int kRound = 4 * kThreads;  // elements that a block draws at a time
+constexpr int kChunk = 4 * kRound;    // elements a task: so many that what a task costs once is a small part of it
 
-// Four normals of one stream.
-__device__ __forceinline__ void draw(uint32_t block, uint32_t sample, uint64_t offset, uint32_t stream, uint64_t key, float (&n)[4]) {
-  uint64_t c[1][4] = {{block, sample, offset & 0xffffffff, offset >> 32 << 1 | stream}};
-  philox<Lane>(c, key);
-  box_muller<Lane>(static_cast<uint32_t>(c[0][0]), static_cast<uint32_t>(c[0][1]), n[0], n[1]);
-  box_muller<Lane>(static_cast<uint32_t>(c[0][2]), static_cast<uint32_t>(c[0][3]), n[2], n[3]);
+// Four normals of each stream.
+template <int streams, typename T>
+__device__ __forceinline__ void draw(uint32_t block, uint32_t sample, uint64_t offset, const PhiloxKeys& keys, T (&n)[2][4]) {
+  uint32_t c[streams][4];
+#pragma unroll
+  for (int i = 0; i < streams; ++i) {
+    c[i][0] = block;
+    c[i][1] = sample;
+    c[i][2] = static_cast<uint32_t>(offset);
+    c[i][3] = static_cast<uint32_t>(offset >> 32) << 1 | i;
+  }
+  philox<Lane>(c, keys);
+#pragma unroll
+  for (int i = 0; i < streams; ++i) {
+#pragma unroll
+    for (int w = 0; w < 4; w += 2) {
+      if constexpr (std::is_same_v<T, double>) {
+        box_muller(c[i][w], c[i][w + 1], n[i][w], n[i][w + 1]);
+      } else {
+        box_muller<Lane>(c[i][w], c[i][w + 1], n[i][w], n[i][w + 1]);
+      }
+    }
+  }
 }
-__device__ __forceinline__ void draw(uint32_t block, uint32_t sample, uint64_t offset, uint32_t stream, uint64_t key, double (&n)[4]) {
-  uint64_t c[1][4] = {{block, sample, offset & 0xffffffff, offset >> 32 << 1 | stream}};
-  philox<Lane>(c, key);
-  box_muller(static_cast<uint32_t>(c[0][0]), static_cast<uint32_t>(c[0][1]), n[0], n[1]);
-  box_muller(static_cast<uint32_t>(c[0][2]), static_cast<uint32_t>(c[0][3]), n[2], n[3]);
-}
+
+// Where the elements of a thread lie in a sample, from element k on. Element k is at k % plane * step + k / plane.
+struct Walk {
+  int64_t plane, step, inner, outer, at;
+
+  __device__ __forceinline__ Walk(int64_t plane, int64_t step, int64_t k) : plane(plane), step(step), inner(k % plane), outer(k / plane), at(inner * step + outer) {}
+
+  // The place of this element; goes on to the next.
+  __device__ __forceinline__ int64_t next() {
+    const int64_t here = at;
+    at += step;
+    if (++inner == plane) {
+      inner = 0;
+      at = ++outer;
+    }
+    return here;
+  }
+
+  // Over the elements between two rounds.
+  __device__ __forceinline__ void skip() {
+    constexpr int count = kRound - 4;
+    const int few = plane < count ? static_cast<int>(plane) : count + 1;
+    inner += count % few;
+    outer += count / few;
+    if (inner >= plane) {
+      inner -= plane;
+      ++outer;
+    }
+    at = inner * step + outer;
+  }
+};
 
 template <typename N, typename D>
-struct Elements {  // the lanes of one thread
+struct Elements {  // the four of one Philox block
   Pack<D, 4> x0, x_t, x_tp;
   Pack<N, 4> in_t, in_tp;
 };
 
 template <typename N, typename D, typename T>
-__device__ __forceinline__ void compute(Elements<N, D>& e, const PairSample<T>& s, bool shared, const T (&n1)[4], const T (&n2)[4]) {
+__device__ __forceinline__ void compute(const PairSample<T>& s, bool shared, const T (&n)[2][4], Elements<N, D>& e) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     T t, t_p;
-    pair_element(s, shared, static_cast<T>(widen(e.x0.lane[w])), n1[w], n2[w], t, t_p);
+    pair_element(s, shared, static_cast<T>(widen(e.x0.lane[w])), n[0][w], n[1][w], t, t_p);
     e.x_t.lane[w] = narrow<D, T>(t);
     e.x_tp.lane[w] = narrow<D, T>(t_p);
     e.in_t.lane[w] = narrow<N, T>(s.c_in * t);
@@ -41,76 +84,90 @@ __device__ __forceinline__ void compute(Elements<N, D>& e, const PairSample<T>& 
   }
 }
 
-// Indexed by packs: by elements, with an index of 64 bits, nvcc takes the store apart into four.
+// Indexed by packs: by elements, nvcc can take the store apart into four.
 template <typename S>
-__device__ __forceinline__ void store_block(S* row, int64_t block, const Pack<S, 4>& pack) {
+__device__ __forceinline__ void store_block(S* row, int block, const Pack<S, 4>& pack) {
   reinterpret_cast<Pack<S, 4>*>(row)[block] = pack;
 }
 
-// packed: a thread's four elements lie behind one another and at a multiple of their size, in every tensor.
-template <bool packed, typename N, typename D>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlocks) pair_kernel(PairRows<N, D> in, int64_t chunks) {
+// packed: n is a multiple of four, and four elements lie behind one another and at a multiple of their size, in every tensor.
+template <bool packed, bool shared, typename N, typename D>
+__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : packed ? 4 : kBlocks) pair_kernel(PairRows<N, D> in, int64_t chunks) {
   using T = typename PairRows<N, D>::T;
   __shared__ PairSample<T> s;
-  const uint64_t key = in.key(), offset = in.counter();
+  __shared__ PhiloxKeys keys;  // fewer instructions to load, four at a time, than to add up anew
+  if (threadIdx.x == 0) keys = philox_keys(in.key());
+  const uint64_t offset = in.counter();
 #pragma unroll 1
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
-    const int64_t b = task / chunks, block = task % chunks * kThreads + threadIdx.x, k = 4 * block;
-    const D* x0 = in.x0.data + b * in.x0.stride;
-    D *x_t = in.x_t.data + b * in.x_t.stride, *x_tp = in.x_tp.data + b * in.x_tp.stride;
-    N *in_t = in.in_t.data + b * in.in_t.stride, *in_tp = in.in_tp.data + b * in.in_tp.stride;  // not read where they are not wanted
-    const bool whole = packed && k + 4 <= in.n;
-    Elements<N, D> e{};
-    int64_t at[4] = {};
-    if (whole) {
-      e.x0 = load_pack<4>(x0 + k);
-    } else {
-      int64_t inner = k % in.plane, outer = k / in.plane;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        at[w] = inner * in.step + outer;
-        if (k + w < in.n) e.x0.lane[w] = x0[at[w]];
-        if (++inner == in.plane) inner = 0, ++outer;
-      }
+    int64_t b = task, begin = 0;
+    if (chunks > 1) {
+      b = task / chunks;
+      begin = (task - b * chunks) * kChunk;
     }
+    const int count = static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk);
+    const int64_t from = b * in.x0.stride, to = b * in.x_t.stride, mine = begin + 4 * threadIdx.x;  // the outputs lie alike
+    const D* x0 = in.x0.data + from + mine;  // these three, where packed, go from round to round: from an index they would be computed anew in each
+    D *x_t = in.x_t.data + to + mine, *x_tp = in.x_tp.data + to + mine;
+    Walk walk(packed ? in.n : in.plane, in.step, mine);
 
-    __syncthreads();  // the last task's sample has been read
+    __syncthreads();  // the keys are there, and the last task's sample has been read
     if (threadIdx.x == 0) s = in.sample(b);
-    T n1[4], n2[4] = {};
-    draw(static_cast<uint32_t>(block), static_cast<uint32_t>(b), offset, 0, key, n1);
-    if (!in.shared) draw(static_cast<uint32_t>(block), static_cast<uint32_t>(b), offset, 1, key, n2);
-    __syncthreads();
-    compute(e, s, in.shared, n1, n2);
-
-    if (whole) {
-      store_block(x_t, block, e.x_t);
-      store_block(x_tp, block, e.x_tp);
-      if (in.in_t.data) {
-        store_block(in_t, block, e.in_t);
-        store_block(in_tp, block, e.in_tp);
-      }
-      continue;
-    }
+#pragma unroll 1
+    for (int first = 0; first < count; first += kRound) {
+      const int call = first / 4 + static_cast<int>(threadIdx.x), left = count - 4 * call;
+      Elements<N, D> e{};
+      int64_t at[4];
+      T n[2][4];
+      if (left > 0) {
+        if constexpr (packed) {
+          e.x0 = load_pack<4>(x0);
+        } else {
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      if (k + w >= in.n) continue;
-      x_t[at[w]] = e.x_t.lane[w];
-      x_tp[at[w]] = e.x_tp.lane[w];
-      if (in.in_t.data) {
-        in_t[at[w]] = e.in_t.lane[w];
-        in_tp[at[w]] = e.in_tp.lane[w];
+          for (int w = 0; w < 4; ++w) {
+            at[w] = walk.next();
+            if (w < left) e.x0.lane[w] = in.x0.data[from + at[w]];
+          }
+          walk.skip();
+        }
+        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, static_cast<uint32_t>(b), offset, keys, n);
+      }
+      if (first == 0) __syncthreads();  // not before the draws, behind which thread 0's division and root hide
+      if (left <= 0) continue;
+      compute(s, shared, n, e);
+      if constexpr (packed) {
+        store_pack<4>(x_t, e.x_t);
+        store_pack<4>(x_tp, e.x_tp);
+        if (in.in_t.data) {
+          store_block(in.in_t.data + to + begin, call, e.in_t);
+          store_block(in.in_tp.data + to + begin, call, e.in_tp);
+        }
+        x0 += kRound, x_t += kRound, x_tp += kRound;
+      } else {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          if (w >= left) continue;
+          in.x_t.data[to + at[w]] = e.x_t.lane[w];
+          in.x_tp.data[to + at[w]] = e.x_tp.lane[w];
+          if (in.in_t.data) {
+            in.in_t.data[to + at[w]] = e.in_t.lane[w];
+            in.in_tp.data[to + at[w]] = e.in_tp.lane[w];
+          }
+        }
       }
     }
   }
 }
 
+template <bool packed, typename N, typename D>
+auto kernel_of(const PairRows<N, D>& in) { return in.shared ? pair_kernel<packed, true, N, D> : pair_kernel<packed, false, N, D>; }
+
 template <typename N, typename D>
-void launch_pair(const Launch& launch, const PairRows<N, D>& view) {
+void launch_pair(const Launch& launch, const PairRows<N, D>& in) {
   const auto fits = [](const auto& rows) { return packs_fit(rows.data, rows.stride, 4); };
-  const bool packed = view.step == 1 && fits(view.x0) && fits(view.x_t) && fits(view.x_tp) && fits(view.in_t) && fits(view.in_tp);
-  const int64_t chunks = (view.n + kChunk - 1) / kChunk;
-  const auto kernel = packed ? pair_kernel<true, N, D> : pair_kernel<false, N, D>;
-  launch("noise_pair", kernel, grid_of(view.batch * chunks), view, chunks);
+  const bool packed = in.step == 1 && in.n % 4 == 0 && fits(in.x0) && fits(in.x_t) && fits(in.x_tp) && fits(in.in_t) && fits(in.in_tp);
+  const int64_t chunks = (in.n + kChunk - 1) / kChunk;
+  launch("noise_pair", packed ? kernel_of<true>(in) : kernel_of<false>(in), grid_of(in.batch * chunks), in, chunks);
 }
 
 PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,

@@ -27,10 +27,19 @@ struct Lane {
   using F = float;
   using I = int32_t;
   using U = uint32_t;
-  using W = uint64_t;  // one word; whatever is above its low half is ignored
-  static TDKERN_HD W multiply(W word, uint32_t factor) { return static_cast<uint64_t>(static_cast<uint32_t>(word)) * factor; }
+  using W = uint32_t;  // one word; in a wider type, whatever is above its low half is ignored
+  static TDKERN_HD uint64_t multiply(W word, uint32_t factor) { return static_cast<uint64_t>(word) * factor; }
   static TDKERN_HD F to_float(I value) { return static_cast<float>(value); }
-  static TDKERN_HD F sqrt(F value) { return ::sqrtf(value); }
+  static TDKERN_HD F sqrt(F value) {  // of a normal number that is not tiny
+#if defined(__CUDA_ARCH__)  // sqrtf itself, correctly rounded, without its branch for what is left out here
+    float inverse;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
+    const float root = __fmul_rn(value, inverse);
+    return ::fmaf(::fmaf(-root, root, value), __fmul_rn(0.5f, inverse), root);
+#else
+    return ::sqrtf(value);
+#endif
+  }
   static TDKERN_HD F fma(F a, F b, F c) { return ::fmaf(a, b, c); }
   static TDKERN_HD F select(I mask, F a, F b) { return mask ? a : b; }
   template <typename To, typename From>
@@ -42,23 +51,34 @@ struct Lane {
   }
 };
 
+struct alignas(16) PhiloxKeys {  // of each round
+  uint32_t word[10][2];
+};
+
+TDKERN_HD PhiloxKeys philox_keys(uint64_t key) {
+  PhiloxKeys keys;
+  TDKERN_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    keys.word[round][0] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
+    keys.word[round][1] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u;
+  }
+  return keys;
+}
+
 // `chains` independent counters a lane, in step: one alone would wait for its products.
 template <typename L, int chains>
-TDKERN_HD void philox(typename L::W (&c)[chains][4], uint64_t key) {
+TDKERN_HD void philox(typename L::W (&c)[chains][4], const PhiloxKeys& keys) {
   using W = typename L::W;
-  uint32_t key_0 = static_cast<uint32_t>(key), key_1 = static_cast<uint32_t>(key >> 32);
   TDKERN_UNROLL
   for (int round = 0; round < 10; ++round) {
     TDKERN_UNROLL
     for (int i = 0; i < chains; ++i) {
-      const W product_0 = L::multiply(c[i][0], 0xD2511F53u), product_1 = L::multiply(c[i][2], 0xCD9E8D57u);
-      c[i][0] = (product_1 >> 32) ^ c[i][1] ^ static_cast<uint64_t>(key_0);
-      c[i][1] = product_1;
-      c[i][2] = (product_0 >> 32) ^ c[i][3] ^ static_cast<uint64_t>(key_1);
-      c[i][3] = product_0;
+      const auto product_0 = L::multiply(c[i][0], 0xD2511F53u), product_1 = L::multiply(c[i][2], 0xCD9E8D57u);
+      c[i][0] = static_cast<W>(product_1 >> 32) ^ c[i][1] ^ static_cast<uint64_t>(keys.word[round][0]);
+      c[i][1] = static_cast<W>(product_1);
+      c[i][2] = static_cast<W>(product_0 >> 32) ^ c[i][3] ^ static_cast<uint64_t>(keys.word[round][1]);
+      c[i][3] = static_cast<W>(product_0);
     }
-    key_0 += 0x9E3779B9u;
-    key_1 += 0xBB67AE85u;
   }
 }
 
@@ -82,11 +102,11 @@ TDKERN_HD void box_muller(typename L::U a, typename L::U b, typename L::F& n_0, 
   using U = typename L::U;
   const I high = L::template bits<I>(a) >> 31;                                                      // all ones where u > 1/2:
   const F x = L::fma(L::to_float(L::template bits<I>(a) ^ high), F() + 0x1p-32f, F() + 0x1p-33f);   // 1 - u there, else u, since u near 1 has no digits left
-  const I above = L::template bits<I>(L::select(high, 1.0f - x, x)) - 0x3f3504f3;                   // u = m 2^e, sqrt(1/2) <= m < sqrt(2)
-  const F m = L::template bits<F>((above & 0x7fffff) + 0x3f3504f3);
-  const F f = L::select(above >> 31, m - 1.0f, -x);                                                 // m - 1; e is 0 or less
+  const I u = L::template bits<I>(L::select(high, 1.0f - x, x)), above = u - 0x3f3504f3;            // u = m 2^e, sqrt(1/2) <= m < sqrt(2)
+  const I exponent = above & ~0x7fffff;                                                             // e 2^23; e is 0 or less
+  const F f = L::select(above >> 31, L::template bits<F>(u - exponent) - 1.0f, -x);                 // m - 1
   const F q = polynomial<L>(f, -0.18284172f, 0.29363370f, -0.29828411f, 0.33006522f, -0.39912954f, 0.50011414f, -0.66668397f, 0.99999833f, -2.0f);
-  const F radius = L::sqrt(L::fma(q, f, L::to_float(above >> 23) * -1.38629436f));                   // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
+  const F radius = L::sqrt(L::fma(q, f, L::to_float(exponent) * (-1.38629436f * 0x1p-23f)));        // -2 ln u = -2 e ln 2 - 2 ln(1 + f)
 
   const F y = L::to_float(L::template bits<I>(b << 2)) * 0x1p-31f, z = y * y;
   const F sine = polynomial<L>(z, -3.5950427e-5f, 2.4900010e-3f, -8.0745429e-2f, 0.78539819f) * y;

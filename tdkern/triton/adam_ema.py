@@ -1,27 +1,19 @@
-"""adam_ema_ in Triton: for each parameter a launch for its step and one for its averages. Whether it is skipped is read on the device."""
+"""adam_ema_ in Triton: a launch a parameter, for its step and its averages. Whether it is skipped is read on the device."""
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import _library
-from .ema_update import BLOCK, ema_kernel
-from .lists import flat
-
-
-@triton.jit
-def finite_kernel(grad, found, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    zero = tl.load(grad + i, i < n, other=0.0).to(tl.float32) * 0  # NaN where an element is not finite
-    if grad.dtype.element_ty == tl.float64:
-        zero = tl.load(grad + i, i < n, other=0.0) * 0
-    if tl.sum((zero != 0).to(tl.int32)) > 0:
-        tl.store(found, 1.0)
+from .ema_update import block_of, ema_element
+from .lists import flat, on_device
 
 
 # s: AdamStep of adam_math.h, in float64.
 @triton.jit
-def adam_kernel(grad, exp_avg, exp_avg_sq, param, s, skip, n, BLOCK: tl.constexpr):
+def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr):
     T: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     grad_factor, shrink, weight_decay = tl.load(s).to(T), tl.load(s + 1).to(T), tl.load(s + 2).to(T)
     weight1, beta2, weight2 = tl.load(s + 3).to(T), tl.load(s + 4).to(T), tl.load(s + 5).to(T)
@@ -37,17 +29,21 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, s, skip, n, BLOCK: tl.constexp
     p = p * shrink - step_size * m / (tl.sqrt(v) / correction2 + eps)
     tl.store(exp_avg + i, m.to(exp_avg.dtype.element_ty), inside)
     tl.store(exp_avg_sq + i, v.to(exp_avg_sq.dtype.element_ty), inside)
-    tl.store(param + i, p.to(param.dtype.element_ty), inside)
+    p = p.to(param.dtype.element_ty)
+    tl.store(param + i, p, inside)
+    if averages is not None:
+        for k in tl.static_range(len(averages)):
+            avg = averages[k] + i
+            new = ema_element(tl.load(avg, inside).to(T), p.to(T), (1 - tl.load(decays + k)).to(T))
+            tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
 
 
 def found_inf(grads):
-    found = grads[0].new_zeros((), dtype=torch.float32)
-    with torch.cuda.device_of(found):
-        for grad in grads:
-            if grad.numel() > 0:
-                with flat([grad]) as (grad,):
-                    finite_kernel[(triton.cdiv(grad.numel(), BLOCK),)](grad, found, grad.numel(), BLOCK)
-    return found
+    """torch's own, which looks at a list in few launches: an element that is not finite makes its tensor's largest so."""
+    some = [grad for grad in grads if grad.numel() > 0]
+    if not some:
+        return grads[0].new_zeros((), dtype=torch.float32)
+    return (~torch.stack(torch._foreach_norm(some, math.inf)).isfinite()).any().float()
 
 
 def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, beta1, beta2, eps, weight_decay,
@@ -55,10 +51,9 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
     if not params:
         return
     device = params[0].device
-    on_device = lambda scalar: scalar.to(device, torch.float64, non_blocking=True).reshape(())  # noqa: E731
-    lr, decays = on_device(lr), decays.double().contiguous().to(device, non_blocking=True)
-    one = torch.ones_like(lr)
-    factor = (one if clip is None else on_device(clip)) / (one if grad_scale is None else on_device(grad_scale))
+    lr, clip, grad_scale = (None if scalar is None else on_device(scalar.reshape(()), device) for scalar in (lr, clip, grad_scale))
+    decays, one = on_device(decays, device), torch.ones_like(lr)
+    factor = (one if clip is None else clip) / (one if grad_scale is None else grad_scale)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped += skip.view_as(skipped)
@@ -76,10 +71,8 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
             if n == 0:
                 continue
             with flat([*tensors, *averages[i :: len(params)]]) as (grad, exp_avg, exp_avg_sq, param, *row):
-                grid = (triton.cdiv(n, BLOCK),)
-                adam_kernel[grid](grad, exp_avg, exp_avg_sq, param, constants[i], flag, n, BLOCK)
-                if row:
-                    ema_kernel[grid](param, tuple(row), decays, flag, n, BLOCK)
+                block = block_of(param)
+                adam_kernel[(triton.cdiv(n, block),)](grad, exp_avg, exp_avg_sq, param, tuple(row) or None, decays, constants[i], flag, n, block)
 
 
 _library.library.impl("found_inf.triton", found_inf, _library.triton_key())

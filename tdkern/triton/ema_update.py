@@ -2,11 +2,12 @@
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .. import _library
-from .lists import flat
+from .lists import flat, on_device
 
-BLOCK = 2048
+BLOCK = 2048  # elements a program; float64 has half as many, which registers hold
 
 
 # lerp from the nearer end as torch.lerp does; where the parameter is not finite, the average as it is (ema_math.h).
@@ -16,12 +17,11 @@ def ema_element(avg, param, weight):
     return tl.where(param - param == 0, tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change), avg)
 
 
-# skip: 1, nothing is done; 0 or None, all is.
 @triton.jit
-def ema_kernel(param, averages, decays, skip, n, BLOCK: tl.constexpr):
+def ema_kernel(param, averages, decays, n, BLOCK: tl.constexpr):
     T: tl.constexpr = tl.float64 if averages[0].dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < (n if skip is None else n * (1 - tl.load(skip)))
+    inside = i < n
     value = tl.load(param + i, inside).to(T)
     for k in tl.static_range(len(averages)):
         avg = averages[k] + i
@@ -29,15 +29,20 @@ def ema_kernel(param, averages, decays, skip, n, BLOCK: tl.constexpr):
         tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
 
 
+def block_of(param: Tensor) -> int:
+    return BLOCK // 2 if param.dtype == torch.float64 else BLOCK
+
+
 def ema_update_(averages, params, decays):
     if not averages:
         return
-    decays = decays.double().contiguous().to(params[0].device, non_blocking=True)
+    decays = on_device(decays, params[0].device)
     with torch.cuda.device_of(params[0]):
         for i, param in enumerate(params):
             if param.numel() > 0:
                 with flat([param, *averages[i :: len(params)]]) as (param, *row):
-                    ema_kernel[(triton.cdiv(param.numel(), BLOCK),)](param, tuple(row), decays, None, param.numel(), BLOCK)
+                    block = block_of(param)
+                    ema_kernel[(triton.cdiv(param.numel(), block),)](param, tuple(row), decays, param.numel(), block)
 
 
 _library.library.impl("ema_update_.triton", ema_update_, _library.triton_key())

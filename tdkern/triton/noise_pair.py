@@ -25,8 +25,10 @@ def _box_muller(a, b, T: tl.constexpr):
     else:
         signed = a.to(tl.int32, bitcast=True)
         x = (signed ^ (signed >> 31)).to(T) * 2.3283064365386963e-10 + 1.1641532182693481e-10
-        above = tl.where(signed < 0, 1 - x, x).to(tl.int32, bitcast=True) - 0x3F3504F3
-        f = tl.where(above < 0, ((above & 0x7FFFFF) + 0x3F3504F3).to(T, bitcast=True) - 1, -x)
+        u = tl.where(signed < 0, 1 - x, x).to(tl.int32, bitcast=True)
+        above = u - 0x3F3504F3
+        exponent = above & -0x800000
+        f = tl.where(above < 0, (u - exponent).to(T, bitcast=True) - 1, -x)
         q = f * -0.18284172 + 0.29363370
         q = q * f - 0.29828411
         q = q * f + 0.33006522
@@ -34,7 +36,7 @@ def _box_muller(a, b, T: tl.constexpr):
         q = q * f + 0.50011414
         q = q * f - 0.66668397
         q = q * f + 0.99999833
-        minus_2_ln_u = (above >> 23).to(T) * -1.38629436 + (q * f - 2) * f
+        minus_2_ln_u = exponent.to(T) * (-1.38629436 / 8388608) + (q * f - 2) * f
         y = (b << 2).to(tl.int32, bitcast=True).to(T) * 4.656612873077393e-10
         z = y * y
         sine = z * -3.5950427e-5 + 2.4900010e-3
