@@ -20,9 +20,8 @@ from tdkern.losses.ct import _lpips
 from tdkern.losses.curricula import Exponential, Progressive
 from tdkern.networks import Denoiser, DhariwalUNet, SongUNet
 from tdkern.schedules import DDPM, EDM, FlowMatching, iDDPM
-from tdkern.training import Options, Trainer, load_network, loop, sample
+from tdkern.training import Options, Trainer, load_network, loop, sample, sampling
 from tdkern.training.distributed import this_process
-from tdkern.training.sampling import default_sampler
 
 RUNS = {
     "ct": {"start_scales": 3, "end_scales": 12, "weight_schedule": "karras", "batch_gpu": 4},
@@ -88,7 +87,7 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
     net, meta = load_network(straight)
     assert type(net) is type(trainer.net) and net.precond == trainer.net.precond and meta["network"] == trainer.network
     sampler = "onestep" if precond == "ct" else "heun"
-    assert default_sampler(net) == sampler
+    assert sampling.default_sampler(net) == sampler
     grid = tmp_path / "grid.png"
     tdkern_("generate", "--network", straight, "--grid", grid, "--seeds", "0-3", *(() if precond == "ct" else ("--steps", 3)))
     levels = EDM(3, max(0.002, net.sigma_min), min(80, net.sigma_max)).sigmas()
@@ -100,7 +99,7 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
 
 def test_networks_know_their_familys_levels(data):
     def net(**changes):
-        return Trainer(Options(data=data, duration=1e-3, **TINY, **changes), this_process()).net
+        return Trainer(Options(data=data, duration=1e-3, **TINY | changes), this_process()).net
 
     path = DDPM(50, "cosine")
     ddpm = net(precond="ddpm", diffusion_steps=50, noise_schedule="cosine", prediction="x0")
@@ -110,9 +109,12 @@ def test_networks_know_their_familys_levels(data):
     flow, levels = net(precond="flow"), FlowMatching().sigma_hat([0.001, 0.25, 0.999])
     assert flow.input_scaling(levels)[1].tolist() == pytest.approx([1, 250, 999])
     assert torch.equal(net(precond="iddpm").u, iDDPM().u)
+    assert [net(precond="flow", arch=arch).time_scale for arch in ("ncsnpp", "adm")] == [1, 1000]
+    consistency = [net(precond="ct", arch=arch) for arch in ("ncsnpp", "ddpmpp", "adm")]
+    assert [model.time_scale for model in consistency] == [0.25, 250, 250]  # OpenAI's; EDM's for the Fourier embedding
     with torch.no_grad():
         x = torch.randn(2, 3, 8, 8)
-        torch.testing.assert_close(net(precond="ct")(x, 0.002), x)
+        torch.testing.assert_close(consistency[1](x, 0.002), x)
 
 
 def test_consistency_training_follows_its_curriculum(data, monkeypatch):
@@ -275,3 +277,9 @@ def test_a_denoiser_calls_a_unet_as_the_other_wrappers_do(cls):
             expected = unet(scaled, t, torch.zeros(2, 2) if given[0] is None else labels, given[1])[:, :3]
             torch.testing.assert_close(net.raw(x, sigma, *given), expected)
         assert net(x, sigma, labels).shape == x.shape
+
+
+def test_previews_ask_about_levels_that_the_network_knows(data):
+    net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
+    levels = sampling.preview_levels(net)
+    assert len(levels) == 19 and torch.isin(levels, net.u).all() and levels[-1] == 0 and (levels.diff() < 0).all()

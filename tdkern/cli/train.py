@@ -76,10 +76,11 @@ from .types import Numbers, boolean
 def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
     """Train a diffusion model on images.
 
-    Flags that EDM has keep its meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
+    Flags that EDM and consistency_models have keep their meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
 
     \b
     tdkern train --outdir runs --data cifar10-train-32x32.zip --cond 1 --batch 256 --bf16
+    tdkern train --outdir runs --data cifar10-train-32x32.zip --precond ct --dropout 0 --weight-schedule karras
     tdkern train --resume runs/00000-cifar10-train-32x32-cond-ddpmpp-edm-td-gpus1-batch256-bf16
     """
     if fp16 and bf16:

@@ -12,7 +12,7 @@ from ..schedules import EDM
 
 def preview_levels(net: torch.nn.Module) -> Tensor:
     """EDM's 18 noise levels, as far as the network knows them."""
-    return EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas()
+    return net.round_sigma(EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas())
 
 
 def default_sampler(net: torch.nn.Module) -> str:
