@@ -20,7 +20,7 @@ from tdkern.losses.ct import _lpips
 from tdkern.losses.curricula import Exponential, Progressive
 from tdkern.networks import Denoiser, DhariwalUNet, SongUNet
 from tdkern.schedules import DDPM, EDM, FlowMatching, iDDPM
-from tdkern.training import Options, Trainer, load_network, loop, sample, sampling
+from tdkern.training import Options, Trainer, checkpoint, load_network, loop, sample, sampling
 from tdkern.training.distributed import this_process
 
 RUNS = {
@@ -259,6 +259,14 @@ def test_lpips_is_asked_for_before_training(tmp_path, data, monkeypatch):
     assert "loss_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
     grey = data_set(tmp_path / "grey.zip", pixels(2, (1, 8, 8)))
     assert tdkern_(*flags, "--data", grey, code=1).strip() == "Error: loss_norm lpips needs images of 3 channels, got 1"
+
+
+def test_a_denoisers_unet_is_exported_to_diffusers(tmp_path):
+    network = {"arch": "adm", "img_resolution": 4, "img_channels": 3, "label_dim": 0, "cbase": 128, "cres": [1], "dropout": 0.1, "precond": "flow",
+               "sigma_data": 0.5, "precision": "fp32"}
+    net = checkpoint.build_network(network)
+    checkpoint.write(tmp_path, checkpoint.SNAPSHOT, 8, net.state_dict(), {"network": network})
+    assert "to be called with c_in x and c_noise of Denoiser" in tdkern_("convert", "--diffusers", tmp_path, tmp_path / "unet")
 
 
 @pytest.mark.parametrize("cls", [SongUNet, DhariwalUNet])
