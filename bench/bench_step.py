@@ -1,4 +1,6 @@
 """A training step of a small U-Net, from clean images to the new weights and their average, which is the target network: without TD and with it."""
+from dataclasses import replace
+
 import pytest
 import torch
 from bench_ema_update import python_loop
@@ -43,7 +45,12 @@ def other_step(net, target, images, draw, loss_fn):
     return step
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", "EDM without TD", "published-style eager", "torch.compile"])
+WINDOW = TDEDMLoss(weight="online", td_sigma=(0.3, 5.0))
+WINDOW = replace(WINDOW, td_share=WINDOW.window_share(SHAPE[0]))
+
+
+@pytest.mark.parametrize("competitor", ["tdkern", "EDM without TD", "TD at .3<sigma<5, a share", "the same, bfloat16 target", "published-style eager",
+                                        "torch.compile"])
 def bench_step(compare, competitor):
     fused = {fn: compiled(fn) for fn in (clean_draw, cancelled)} if competitor == "torch.compile" else {}
 
@@ -51,10 +58,14 @@ def bench_step(compare, competitor):
         torch.manual_seed(0)
         model = SongUNet(SHAPE[-1], 3, 3, model_channels=CHANNELS, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0.0)
         net = EDMPrecond(model).to(DEVICE)
-        given = net, EMA(net).module, torch.randn(SHAPE, device=DEVICE) / 2
+        target = EMA(net).module
+        target.dtype = torch.bfloat16 if competitor == "the same, bfloat16 target" else None
+        given = net, target, torch.randn(SHAPE, device=DEVICE) / 2
         return {
             "tdkern": lambda: tdkern_step(*given, TDEDMLoss(weight="online")),
             "EDM without TD": lambda: tdkern_step(*given, EDMLoss()),
+            "TD at .3<sigma<5, a share": lambda: tdkern_step(*given, WINDOW),
+            "the same, bfloat16 target": lambda: tdkern_step(*given, WINDOW),
             "published-style eager": lambda: other_step(*given, published_draw, lambda *args: eager_td_edm(*args)[:, None]),
             "torch.compile": lambda: other_step(*given, fused[clean_draw], fused[cancelled]),
         }[competitor]()

@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .ops import ema_update_
 
@@ -95,9 +95,12 @@ def target_decay(rate: float, step: int) -> float:
     return min(rate, (1 + step) / (10 + step))
 
 
-def copy_decay(every: int, step: int) -> float:
-    """Decay of a target network that is copied from the network at every `every`th update, from 0, and stays as it is between: 0 or 1."""
-    return 1.0 if step % every else 0.0
+def copy_decay(every: int, step: int | Tensor) -> float | Tensor:
+    """Decay of a target network that is copied from the network at every `every`th update, from 0, and stays as it is between: 0 or 1.
+
+    Adam's own count, a tensor, as `step` leaves out the steps that it skips: a copy that was due at one is made at the next.
+    """
+    return (step % every != 0) * 1.0
 
 
 def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:

@@ -6,10 +6,11 @@ return float64 tensors on the same device.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from ._library import tensor_cache
 
 ETA = {"markov": 1.0, "shared": 0.0}
 
@@ -149,7 +150,7 @@ class VariancePreserving(Schedule):
         return torch.expm1(self.decay(t)).sqrt()
 
 
-@lru_cache(maxsize=64)
+@tensor_cache(maxsize=64)
 def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.device) -> Tensor:
     """[T + 1] float64 -ln alpha_bar at 0 .. T, kept on each device: a copy for each call would wait for the device."""
     t = torch.arange(T + 1, dtype=torch.float64, device="cpu")

@@ -188,6 +188,7 @@ def test_flags_reach_the_options(tmp_path, data):
         assert {name: options[name.replace("-", "_")] for name in flags} == flags
     assert not (tmp_path / "runs").exists()
     assert options_of("--data", data, "--outdir", tmp_path, *FLAGS)["augment"] == 0.12  # EDM's
+    assert options_of("--data", data, "--outdir", tmp_path, *FLAGS, "--td-sigma", "0.3,5")["td_share"] == pytest.approx(0.49 + 0.5 * 8**-0.5, abs=2e-3)
 
 
 @pytest.mark.parametrize("given, cond, xflip, precision", [

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond, unet
+from tdkern.networks import Denoiser, DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond, unet
 from tdkern.networks.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
+from tdkern.schedules import DDPM
 
 DATA = Path(__file__).parent / "data"
 ARCHS = ("ddpmpp", "ncsnpp", "adm")
@@ -186,6 +187,20 @@ def test_iddpm_levels():
     assert list(net.state_dict()) == ["u"]
     sigma = torch.tensor([0.5, 2.0])
     assert EDMPrecond(nn.Identity()).round_sigma(sigma) is sigma
+
+
+def test_a_cast_network_keeps_its_tables():
+    """Noise levels and frequencies are not rounded with the parameters; they still move, and stay in the state as they were."""
+    sigma = torch.tensor([0.01, 0.3, 3.0, 100.0])
+    for net in (iDDPMPrecond(Points()), Denoiser(Points(), alphas_cumprod=DDPM().alphas_cumprod), tiny("ncsnpp")[0]):
+        c_noise, state = net.input_scaling(sigma)[1], net.state_dict()
+        tables = {name: buffer.clone() for name, buffer in net.named_buffers() if "filter" not in name}
+        for cast in (net.bfloat16, net.half, lambda net=net: net.to("cpu", torch.bfloat16), net.float):
+            cast()
+            assert torch.equal(net.input_scaling(sigma)[1], c_noise) and net.state_dict().keys() == state.keys()
+            assert tables and all(torch.equal(net.get_buffer(name), table) and net.get_buffer(name).dtype == table.dtype for name, table in tables.items())
+        assert {parameter.dtype for parameter in net.half().parameters()} == {torch.float16}
+        assert all(buffer.device.type == "meta" for buffer in net.to("meta", torch.float16).buffers())
 
 
 class Points(nn.Module):

@@ -68,7 +68,8 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("changes", [
-    {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5},
+    {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5,
+     "td_share": 0.5, "target_precision": "bf16", "target_copy": 2},
     {"loss_type": "edm", "precision": "bf16"},
 ], ids=lambda changes: changes["loss_type"])
 def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeypatch, changes):

@@ -1,5 +1,6 @@
 """The noise schedules, and the two-moment mean against DDPM's textbook posterior, DDIM's formula and Monte Carlo."""
 import math
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from tdkern.schedules import DDPM, EDM, VE, VP, FlowMatching, iDDPM, two_moment
 
+CPU = torch.device("cpu")
 PATHS = [DDPM(), DDPM(50, "cosine"), VP(), VP(17.5, -0.005, 1e-3), VP(-8.0, 10.0, 0.01), VE(), FlowMatching()]
 
 
@@ -123,6 +126,20 @@ def test_ddpm_real_times():
     middle = (schedule.sigma_hat(41) * schedule.sigma_hat(42)).sqrt()
     torch.testing.assert_close(schedule.time([middle, 1e-9, 1e9]), f64(41.5, 1.0, 1000.0))
     assert torch.equal(schedule.times(5), f64(1000, 750, 500, 251, 1))
+
+
+def test_tables_made_under_fake_tensors_are_not_kept():
+    """What is cached is real, and not mixed with fake tensors either, in whatever order the two come."""
+    for T in (37, 38):
+        for fake in (T == 37, T == 38, T == 37):
+            with FakeTensorMode() if fake else nullcontext():
+                alpha = DDPM(T).alpha(torch.tensor([1, T]))
+            assert type(alpha) is (FakeTensor if fake else torch.Tensor)
+        torch.testing.assert_close(alpha if T == 38 else DDPM(T).alpha(torch.tensor([1, T])), DDPM(T).alphas_cumprod[[0, -1]].sqrt())
+    compiled = torch.compile(lambda t: DDPM(39).alpha(t), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(torch.tensor([1, 39])), DDPM(39).alphas_cumprod[[0, -1]].sqrt())
+    assert type(DDPM(39).alphas_cumprod) is torch.Tensor
+    assert DDPM(40)._table(CPU) is DDPM(40)._table(CPU)
 
 
 def test_golden_levels():

@@ -106,6 +106,42 @@ def test_hard_target_copies(data):
         assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True))
 
 
+def test_a_copy_that_was_due_at_a_skipped_step_is_made_at_the_next(data):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 3, "lr_rampup_kimg": 0}), this_process())
+    parameter = next(trainer.net.parameters())
+    for step, copied in enumerate((True, False, False, False, True, False)):
+        before = [parameter.clone() for parameter in trainer.target.module.parameters()]
+        hook = parameter.register_hook(lambda gradient, step=step: gradient * math.nan if step == 3 else gradient)
+        trainer.train_step(*batch(trainer))
+        hook.remove()
+        assert trainer.optimizer.skipped == (step >= 3)
+        expected = trainer.net.parameters() if copied else before
+        assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True)), step
+
+
+def test_the_target_network_on_a_share_and_in_another_precision(data):
+    changes = {"batch_gpu": 4, "td_share": 0.5, "target_precision": "bf16", "lr_rampup_kimg": 0, "cond": True, "augment": 0.5}
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | changes), this_process())
+    seen = {"net": [], "target": []}
+    for name, module in (("net", trainer.net), ("target", trainer.target.module)):
+        module.model.register_forward_pre_hook(lambda _, args, name=name: seen[name].append([args[0].dtype, *map(len, args)]))
+    for _ in range(3):
+        trainer.train_step(*batch(trainer))
+    assert seen["net"] == [[torch.float32, 4, 4, 4, 4]] * 6 and seen["target"] == [[torch.bfloat16, 2, 2, 2, 2]] * 6
+    assert {parameter.dtype for parameter in trainer.target.module.parameters()} == {torch.float32}
+    statistics = trainer.statistics()
+    assert 0 < statistics["valid"] <= 0.5 and all(map(math.isfinite, statistics.values()))
+
+
+def test_share_by_default():
+    assert Options(data="").td_share == 1  # as in runs from before there was one
+    assert Options(data="", td_share=None).td_share == 1
+    window = Options(data="", batch=512, gpus=4, td_sigma=[0.3, 5.0], td_share=None)
+    assert window.td_share == pytest.approx(0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4)
+    with pytest.raises(ValueError, match="target_precision must be one of fp32, fp16, bf16, got 'fp8'"):
+        Options(data="", target_precision="fp8")
+
+
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypatch):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
@@ -309,13 +345,13 @@ def one_thread(monkeypatch):
 
 
 def test_two_processes_train_one_network(tmp_path, data, monkeypatch, one_thread):
-    options = Options(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0})
+    options = Options(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5})
     first, second = _two_processes(tmp_path / "run", options)
     assert first.keys() >= {"target.model.map_layer0.weight", "ema.model.map_layer0.weight", "exp_avg.model.map_layer0.weight"}
     assert _same(first, second)
 
     resumed = tmp_path / "resumed"
-    _two_processes(resumed, Options(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0}))
+    _two_processes(resumed, Options(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5}))
     assert _same(_two_processes(resumed, options, find(resumed, STATE))[1], first)
 
     # the same three steps here: the gradients of both processes, added up

@@ -47,8 +47,12 @@ from .types import Numbers, boolean
 @click.option("--td-weight", type=click.Choice(WEIGHTS), help="Weight of the TD term. [default: pairwise_x0 with ct, else pairwise]")
 @click.option("--td-eta", type=float, help="DDIM's eta of the means, with ddpm, vp, ve and flow. [default: 1, or 0 with --td-coupling shared]")
 @click.option("--td-sigma", type=Numbers(float, 2), metavar="LO,HI", help="TD only at these noise levels, with edm. [default: at all]")
+@click.option("--td-share", type=float, metavar="SHARE",
+              help="The most of each batch that the target network runs on, highest noise first. [default: what --td-sigma needs, else 1]")
 @click.option("--target-ema-tau", type=float, help="Decay of the target network, reached by a ramp. Not with ct. [default: 0.999]")
-@click.option("--target-copy", type=int, metavar="STEPS", help="Copy the network into the target so often. [default: the target is an average]")
+@click.option("--target-copy", type=int, metavar="STEPS",
+              help="Copy the network into the target every so many updates. Not with ct. [default: the target is an average]")
+@click.option("--target-precision", type=click.Choice(list(checkpoint.PRECISIONS)), help="Precision inside the target network. [default: the network's]")
 @click.option("--steps", type=int, help="Noise levels of the TD term's index space. Not with ct and ddpm. [default: 18]")
 @click.option("--diffusion-steps", type=int, help="Times T of ddpm. [default: 1000]")
 @click.option("--noise-schedule", type=click.Choice(["linear", "cosine"]), help="Betas of ddpm. [default: linear]")

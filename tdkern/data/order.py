@@ -1,10 +1,11 @@
 """The order of images and every other random choice, each a pure function of the seed and where it is used: resuming needs no generator's state."""
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .._library import tensor_cache
 
 STREAMS = {"order": 0, "init": 1, "step": 2, "subset": 3}
 
@@ -20,7 +21,7 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *numbers)).generate_state(1, np.uint64)[0])
 
 
-@lru_cache(maxsize=2)  # a step touches two epochs at most, unless its batch is larger than the data set
+@tensor_cache(maxsize=2)  # a step touches two epochs at most, unless its batch is larger than the data set
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
 

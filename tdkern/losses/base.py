@@ -1,4 +1,5 @@
 """What every loss shares: the draws, the noisy pair, and one evaluation for every family, prediction and coupling."""
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +68,7 @@ class Loss(ABC):
     """A loss of a network's output over noisy data. A family gives `prediction` and `pair`; the rest is here."""
 
     backend: str = field(default="auto", kw_only=True)  # of the ops
+    td_share = 1.0  # the families whose target network serves the TD term alone have it as an argument
 
     @property
     @abstractmethod
@@ -101,7 +103,8 @@ class Loss(ABC):
             labels, augment_labels: passed to both networks, or None.
 
         Returns:
-            `TDTerms`. A term whose weight is 0 is left out, so the target network may give NaN there.
+            `TDTerms`. A term whose weight is 0 is left out, so the target network may give NaN there. With `td_share` below 1 a sample that
+            the target network had no place for is as one without a TD term.
 
         Raises:
             ValueError: a TD term without a target network, or a network's output has the wrong shape or dtype.
@@ -110,6 +113,7 @@ class Loss(ABC):
         """
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
         coef = batch.coef.clone()
+        chosen = self._choose(coef, batch.levels[:, 0], getattr(target_net, "num_models", 1)) if self.td_share < 1 else None
         out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0
@@ -117,7 +121,7 @@ class Loss(ABC):
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         else:
             with torch.no_grad():
-                out_target, x_tp = self._predict(target_net, batch.x_tp, batch.levels[:, 2], coef[:, 2:4], conditions)
+                out_target, x_tp = self._predict(target_net, batch.x_tp, batch.levels[:, 2], coef[:, 2:4], conditions, chosen)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
         terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
         td, base = terms.unbind(1)
@@ -127,14 +131,43 @@ class Loss(ABC):
         """[B, 2], td and base, of `td_loss`'s tensors. A family with another base loss overrides it."""
         return td_loss(*args, backend=self.backend)
 
-    def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict) -> tuple[Tensor, Tensor | None]:
-        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1."""
+    def _choose(self, coef: Tensor, sigma: Tensor, num_models: int) -> Tensor:
+        """Which samples the target network runs on: of those with a TD term, as many as `td_share` leaves room for, the largest sigma first.
+
+        The others lose their TD term: in `coef` w_td = 0 and w_base gains the w = 1/scale^2 that it would have had. Samples without a TD term
+        fill what room is left, so that the number is always ceil(td_share B), and of a network of several models each runs on as many.
+        """
+        valid = coef[:, 6] != 0
+        order = torch.where(valid, sigma, -1.0).unflatten(0, (num_models, -1)).argsort(descending=True, stable=True)  # topk may break ties anyhow
+        first = torch.arange(num_models, device=sigma.device)[:, None] * order.shape[1]
+        chosen = (order[:, :math.ceil(self.td_share * order.shape[1])] + first).flatten()
+        dropped = valid.index_fill(0, chosen, False)
+        coef[:, 6].masked_fill_(dropped, 0.0)
+        coef[:, 7] += torch.where(dropped, coef[:, 1] ** -2, 0.0)
+        return chosen
+
+    def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict, chosen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1.
+
+        chosen: the indices of the samples to run the network on; the others' outputs are then whatever memory held.
+        """
         sigma = sigma.to(x.dtype)
-        if hasattr(type(net), "raw") and self._fits(net):  # of the type: a compiled network's own `raw` is the original's, not compiled
-            return net.raw(x, sigma, **conditions), x
+        raw = hasattr(type(net), "raw") and self._fits(net)  # of the type: a compiled network's own `raw` is the original's, not compiled
+        call = net.raw if raw else net
+        if chosen is None:
+            out = call(x, sigma, **conditions)
+        else:
+            part = call(x[chosen], sigma[chosen], **{name: value if value is None else value[chosen] for name, value in conditions.items()})
+            out = part.new_empty(len(x), *part.shape[1:]).index_copy(0, chosen, part)
+        if raw:
+            return out, x
         columns[:, 0].fill_(0)
         columns[:, 1].fill_(1)
-        return net(x, sigma, **conditions), None
+        return out, None
+
+    def _check_share(self) -> None:
+        if not 0 < self.td_share <= 1:
+            raise ValueError(f"{type(self).__name__}: td_share must be above 0 and at most 1, got {self.td_share}")
 
     def _fits(self, net) -> bool:
         """Whether a network's `raw` output is the F that `TDBatch.coef` is made for."""

@@ -1,7 +1,6 @@
 """Consistency training, alone and with a temporal-difference term."""
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -186,7 +185,7 @@ class TDCTLoss(CTLoss):
         return super()._coef_args | td
 
 
-@cache
+@_library.tensor_cache()
 def _lpips() -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS of images in [-1, 1], [B, 3, H, W], as consistency models were trained (arXiv 2303.01469): small ones are first scaled up to 224."""
     try:

@@ -94,6 +94,8 @@ class TDPathLoss(PathLoss):
         coupling: of the states, and of the means unless `eta` is given: "markov" or "shared".
         eta: DDIM's eta of the means, in [0, 1]; None is 1 for "markov", 0 for "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0" 1/(A^2 + A'^2), "online" 1/(A scale)^2 or "none".
+        td_share: the target network runs on the samples that have a TD term, but never on more than ceil(td_share B), those of the largest
+            sigma_hat; what is left over has the base loss, (1 + lambda_base) times. In (0, 1]; 1 leaves nothing out.
 
     The draws: t, then the seed of the pair's noise.
     """
@@ -102,9 +104,11 @@ class TDPathLoss(PathLoss):
     coupling: str = "markov"
     eta: float | None = None
     weight: str = "pairwise"
+    td_share: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
+        self._check_share()
         name = type(self).__name__
         if not 0 <= self.lambda_base < math.inf:
             raise ValueError(f"{name}: lambda_base must be a number >= 0, got {self.lambda_base}")

@@ -13,7 +13,7 @@ class _Called(nn.Module):
 
     def __init__(self, module: nn.Module):
         super().__init__()
-        self.module = module
+        self.module, self.num_models = module, getattr(module, "num_models", 1)
 
     def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
         if augment_labels is not None:

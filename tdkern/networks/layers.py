@@ -7,6 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class KeepsBuffers(nn.Module):
+    """A module whose own buffers, tables of levels or frequencies, stay as precise as they are when `.half()` or `.to(dtype)` cast the network."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype.itemsize < buffer.dtype.itemsize:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
 @dataclass(frozen=True)
 class Init:
     """Initial values of a layer: `gain` times a distribution for its weight, `bias_gain` times the same one for its bias."""
@@ -108,7 +120,7 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
-class FourierEmbedding(nn.Module):
+class FourierEmbedding(KeepsBuffers):
     """[B] to [B, channels]: cosines, then sines, at random frequencies, which a checkpoint keeps (arXiv 2011.13456)."""
 
     def __init__(self, channels: int):

@@ -5,9 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from ..schedules import VP, iDDPM
+from .layers import KeepsBuffers
 
 
-class _Precond(nn.Module):
+class _Precond(KeepsBuffers):
     """What the five share. A subclass gives `input_scaling(sigma) -> (c_in, c_noise)` and `output_scaling(sigma) -> (c_skip, c_out)`, for sigma [B].
 
     Arguments of every subclass:
@@ -23,6 +24,7 @@ class _Precond(nn.Module):
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.num_models = getattr(model, "num_models", 1)  # of an `MLP`: a batch holds as many samples for each
 
     def forward(self, x: Tensor, sigma, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
         """The denoised D(x, sigma) = c_skip x + c_out F.

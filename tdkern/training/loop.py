@@ -29,7 +29,7 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
 
 def make_loss(options: Options) -> Loss:
     """The loss that the options describe."""
-    td = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx, "weight": options.td_weight}
+    td = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx, "weight": options.td_weight, "td_share": options.td_share}
     if options.precond == "edm":
         if options.loss_type == "edm":
             return EDMLoss(sigma_data=SIGMA_DATA)
@@ -119,8 +119,11 @@ class Trainer:
             broadcast_(self.net)  # before the copies below, which must start equal in all processes
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.loss_type == "td" or options.precond == "ct" else None
+        if self.target and options.target_precision:
+            self.target.module.dtype = checkpoint.PRECISIONS[options.target_precision]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8, decays=[1.0] * len(self.averages),
+        self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8,
+                                 decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
                                  averages=[average.module.parameters() for average in self.averages])
         self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
         self.counted = 0
@@ -154,9 +157,10 @@ class Trainer:
         if options.precond == "ct":
             target = consistency_target_decay(options, loss.num_scales)
         else:
-            target = copy_decay(options.target_copy, self.step) if options.target_copy else target_decay(options.target_ema_tau, self.step)
-        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg), target]
-        self.optimizer.decays.copy_(torch.tensor(decays[:len(self.averages)], dtype=torch.float64))
+            updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
+            target = copy_decay(options.target_copy, updates) if options.target_copy else target_decay(options.target_ema_tau, self.step)
+        self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
+        self.optimizer.decays[1:] = target  # there without TD too, where it is empty
         self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
         for average in self.averages:
             average.copy_buffers(self.net)

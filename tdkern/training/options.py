@@ -2,8 +2,9 @@
 import dataclasses
 from dataclasses import dataclass
 
+from ..losses import TDEDMLoss
 from ..losses.curricula import Exponential, Progressive
-from .checkpoint import PRECONDS
+from .checkpoint import PRECISIONS, PRECONDS
 
 PATHS = ("ddpm", "iddpm", "vp", "ve", "flow")  # the preconds whose losses have a time and DDIM's eta
 # Options that some preconds alone have, or whose default depends on the precond: its value for each where none is given. With all others it is None.
@@ -63,8 +64,10 @@ class Options:
     td_weight: str | None = None
     td_sigma: list[float] | None = None
     td_eta: float | None = None  # of the means; None: the coupling's
+    td_share: float | None = 1.0  # None: with td_sigma what its samples need, else 1
     target_ema_tau: float | None = None
-    target_copy: int | None = None  # steps; None: the target is an average
+    target_copy: int | None = None  # updates; None: the target is an average
+    target_precision: str | None = None  # None: as precision
     steps: int | None = None
     diffusion_steps: int | None = None
     noise_schedule: str | None = None
@@ -98,6 +101,8 @@ class Options:
                 setattr(self, name, defaults.get(self.precond))
             elif self.precond not in defaults:
                 raise ValueError(f"{name} is for precond {', '.join(defaults)}, got precond {self.precond}")
+        if self.target_precision not in (None, *PRECISIONS):
+            raise ValueError(f"target_precision must be one of {', '.join(PRECISIONS)}, got {self.target_precision!r}")
         share = self.batch // self.gpus
         if self.batch_gpu is None:
             self.batch_gpu = share
@@ -109,6 +114,10 @@ class Options:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch % self.gpus or share % self.batch_gpu:
             raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
+        if self.td_share is None:
+            self.td_share = round(TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu), 4) if self.td_sigma else 1.0
+        if self.td_share != 1 and self.precond == "ct":  # whose target network is needed without TD too
+            raise ValueError(f"td_share is for precond edm, {', '.join(PATHS)}, got precond ct")
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment must be in [0, 1], got {self.augment}")
         for name in ("target_ema_tau", "start_ema"):
