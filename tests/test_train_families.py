@@ -22,6 +22,7 @@ from tdkern.networks import Denoiser, DhariwalUNet, SongUNet
 from tdkern.schedules import DDPM, EDM, FlowMatching, iDDPM
 from tdkern.training import Options, Trainer, checkpoint, load_network, loop, sample, sampling
 from tdkern.training.distributed import this_process
+from tdkern.training.options import DEFAULTS
 
 RUNS = {
     "ct": {"start_scales": 3, "end_scales": 12, "weight_schedule": "karras", "batch_gpu": 4},
@@ -178,7 +179,7 @@ BEFORE = {"data": "a", "cond": False, "arch": "ddpmpp", "precond": "edm", "durat
 def test_options_of_the_version_before_mean_the_same():
     options = Options(**BEFORE)
     assert {name: asdict(options)[name] for name in BEFORE} == BEFORE
-    assert all(value is None for name, value in asdict(options).items() if name not in BEFORE)
+    assert all(getattr(options, name) is None for name in DEFAULTS if name not in BEFORE)
     assert loop.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0), steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}
     assert loop.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
