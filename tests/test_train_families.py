@@ -183,7 +183,8 @@ def test_options_of_the_version_before_mean_the_same():
     assert loop.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0), steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}
     assert loop.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
-    assert Options(data="").target_ema_tau == 0.999 and Options(data="").steps == 18 and Options(data="").k_idx == 1
+    new = Options(data="")
+    assert (new.target_ema_tau, new.steps, new.k_idx, new.dropout, Options(data="", precond="ct").dropout) == (0.999, 18, 1, 0.13, 0)
 
 
 OTHER = {"td_sigma": [0.1, 1.0], "td_eta": 1.0, "k_idx": 1.0, "one_idx": 1.0, "steps": 18, "target_ema_tau": 0.9, "target_copy": 3, "diffusion_steps": 10,

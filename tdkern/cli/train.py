@@ -34,7 +34,7 @@ from .types import Numbers, boolean
 @click.option("--lr-rampup-kimg", type=float, metavar="KIMG", help="The learning rate rises for so long. [default: 5% of the duration, at most 10000]")
 @click.option("--lr-decay", type=click.Choice(["none", "cosine"]), default="none", show_default=True, help="Fall of the learning rate over the duration.")
 @click.option("--ema", type=float, default=0.5, show_default=True, metavar="MIMG", help="Half-life of the averaged weights.")
-@click.option("--dropout", type=float, default=0.13, show_default=True, help="Dropout probability.")
+@click.option("--dropout", type=float, help="Dropout probability. [default: 0 with ct, else 0.13]")
 @click.option("--augment", type=float, default=0.12, show_default=True, metavar="P", help="Probability of each augmentation, as in EDM; 0 for none.")
 @boolean("--xflip", "Add every image's mirror image.")
 @boolean("--fp16", "Half precision inside the network.")
@@ -84,7 +84,7 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
 
     \b
     tdkern train --outdir runs --data cifar10-train-32x32.zip --cond 1 --batch 256 --bf16
-    tdkern train --outdir runs --data cifar10-train-32x32.zip --precond ct --dropout 0 --weight-schedule karras
+    tdkern train --outdir runs --data cifar10-train-32x32.zip --precond ct --weight-schedule karras
     tdkern train --resume runs/00000-cifar10-train-32x32-cond-ddpmpp-edm-td-gpus1-batch256-bf16
     """
     if fp16 and bf16:

@@ -9,6 +9,7 @@ from .checkpoint import PRECISIONS, PRECONDS
 PATHS = ("ddpm", "iddpm", "vp", "ve", "flow")  # the preconds whose losses have a time and DDIM's eta
 # Options that some preconds alone have, or whose default depends on the precond: its value for each where none is given. With all others it is None.
 DEFAULTS = {
+    "dropout": dict.fromkeys(PRECONDS, 0.13) | {"ct": 0.0},  # the target network, which ct compares the network with, has none
     "td_weight": dict.fromkeys(PRECONDS, "pairwise") | {"ct": "pairwise_x0"},
     "td_sigma": {"edm": None},
     "td_eta": dict.fromkeys(PATHS),
@@ -52,7 +53,7 @@ class Options:
     lr_rampup_kimg: float | None = None  # None: 5 % of the duration, at most 10,000
     lr_decay: str = "none"
     ema: float = 0.5  # half-life, million images
-    dropout: float = 0.13
+    dropout: float | None = None
     augment: float = 0.0  # the command line's default is EDM's
     xflip: bool = False
     precision: str = "fp32"
