@@ -93,7 +93,7 @@ def test_options_of_other_families():
     assert Options(data="").one_idx == 0.25
     with pytest.raises(ValueError, match="td_sigma is for precond edm, got precond vp"):
         Options(data="", precond="vp", td_sigma=[0.1, 1.0])
-    with pytest.raises(ValueError, match="precond must be one of edm, vp, ve, got 'no'"):
+    with pytest.raises(ValueError, match="precond must be one of edm, ct, ddpm, iddpm, vp, ve, flow, got 'no'"):
         Options(data="", precond="no")
 
 

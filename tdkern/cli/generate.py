@@ -12,6 +12,7 @@ from ..data import save_grid, save_image
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
+from ..training.sampling import default_sampler
 from .types import Numbers, boolean
 
 
@@ -23,7 +24,8 @@ from .types import Numbers, boolean
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
 @click.option("--sampler", type=click.Choice(["heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "onestep", "multistep", "ablation"]),
-              help="onestep and multistep are for consistency models. [default: heun; ablation with --solver, --disc, --schedule or --scaling]")
+              help="onestep and multistep are for consistency models, whose default is onestep. [default: heun; ablation with --solver, --disc, --schedule "
+                   "or --scaling]")
 @click.option("--steps", type=click.IntRange(min=2), default=18, show_default=True, help="Sampling steps.")
 @click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
 @click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")
@@ -49,8 +51,6 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
     tdkern generate --network model.safetensors --outdir images --sampler unipc --steps 8
     """
-    sampler = sampler or ("ablation" if disc or options["solver"] or options["schedule"] or options["scaling"] else "heun")
-    options = _options(sampler, disc, options)
     if not outdir and not grid:
         raise click.UsageError("give --outdir, --grid or both")
     process = this_process()
@@ -58,6 +58,8 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     try:
         net, meta = load_network(network, process.device)
+        sampler = sampler or ("ablation" if disc or options["solver"] or options["schedule"] or options["scaling"] else default_sampler(net))
+        options = _options(sampler, disc, options)
         lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc or "edm"], strict=True))
         lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
         sigmas = net.round_sigma(samplers.ablation_sigmas(disc or "edm", steps + (sampler == "multistep"), lo, hi, rho))  # to those that it knows

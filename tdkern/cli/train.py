@@ -9,10 +9,13 @@ import click
 from click.core import ParameterSource
 
 from ..data import DatasetError
+from ..losses.ct import LOSS_NORMS, WEIGHTINGS
+from ..losses.ddpm import PREDICTIONS
 from ..ops.td_coef import WEIGHTS
 from ..training import CheckpointError, Options, Trainer, checkpoint
 from ..training import train as run
 from ..training.distributed import joined
+from ..training.options import CURRICULA
 from .types import Numbers, boolean
 
 
@@ -31,24 +34,38 @@ from .types import Numbers, boolean
 @click.option("--lr-rampup-kimg", type=float, metavar="KIMG", help="The learning rate rises for so long. [default: 5% of the duration, at most 10000]")
 @click.option("--lr-decay", type=click.Choice(["none", "cosine"]), default="none", show_default=True, help="Fall of the learning rate over the duration.")
 @click.option("--ema", type=float, default=0.5, show_default=True, metavar="MIMG", help="Half-life of the averaged weights.")
-@click.option("--dropout", type=float, default=0.13, show_default=True, help="Dropout probability.")
+@click.option("--dropout", type=float, help="Dropout probability. [default: 0 with ct, else 0.13]")
 @click.option("--augment", type=float, default=0.12, show_default=True, metavar="P", help="Probability of each augmentation, as in EDM; 0 for none.")
 @boolean("--xflip", "Add every image's mirror image.")
 @boolean("--fp16", "Half precision inside the network.")
 @boolean("--bf16", "bfloat16 inside the network.")
 @click.option("--loss-type", type=click.Choice(["edm", "td"]), default="td", show_default=True, help="The loss of --precond alone, or with the TD term.")
 @click.option("--lambda-edm", type=float, default=0.5, show_default=True, help="Weight of the loss beside its TD term.")
-@click.option("--k-idx", type=float, default=1.0, show_default=True, help="Index distance from t to t'.")
-@click.option("--one-idx", type=float, help="Index distance from t to tau. [default: 0.25 with edm, else 1]")
+@click.option("--k-idx", type=float, help="Distance from t to t', in steps; a whole number with ddpm. Not with ct. [default: 1]")
+@click.option("--one-idx", type=float, help="Distance from t to tau, in steps. Not with ddpm. [default: 0.25 with edm and ct, else 1]")
 @click.option("--td-coupling", type=click.Choice(["markov", "shared"]), default="markov", show_default=True, help="Noise of the pair; shared is biased.")
-@click.option("--td-weight", type=click.Choice(WEIGHTS), default="pairwise", show_default=True, help="Weight of the TD term.")
+@click.option("--td-weight", type=click.Choice(WEIGHTS), help="Weight of the TD term. [default: pairwise_x0 with ct, else pairwise]")
+@click.option("--td-eta", type=float, help="DDIM's eta of the means, with ddpm, vp, ve and flow. [default: 1, or 0 with --td-coupling shared]")
 @click.option("--td-sigma", type=Numbers(float, 2), metavar="LO,HI", help="TD only at these noise levels, with edm. [default: at all]")
 @click.option("--td-share", type=float, metavar="SHARE",
               help="The most of each batch that the target network runs on, highest noise first. [default: what --td-sigma needs, else 1]")
-@click.option("--target-ema-tau", type=float, default=0.999, show_default=True, help="Decay of the target network, reached by a ramp.")
-@click.option("--target-copy", type=int, metavar="STEPS", help="Copy the network into the target every so many updates. [default: the target is an average]")
+@click.option("--target-ema-tau", type=float, help="Decay of the target network, reached by a ramp. Not with ct. [default: 0.999]")
+@click.option("--target-copy", type=int, metavar="STEPS",
+              help="Copy the network into the target every so many updates. Not with ct. [default: the target is an average]")
 @click.option("--target-precision", type=click.Choice(list(checkpoint.PRECISIONS)), help="Precision inside the target network. [default: the network's]")
-@click.option("--steps", type=int, default=18, show_default=True, help="Noise levels of the TD term's index space.")
+@click.option("--steps", type=int, help="Noise levels of the TD term's index space. Not with ct and ddpm. [default: 18]")
+@click.option("--diffusion-steps", type=int, help="Times T of ddpm. [default: 1000]")
+@click.option("--noise-schedule", type=click.Choice(["linear", "cosine"]), help="Betas of ddpm. [default: linear]")
+@click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network predicts, with ddpm. [default: eps]")
+@click.option("--loss-norm", type=click.Choice(LOSS_NORMS), help="Distance of ct; huber is improved consistency training's. [default: l2]")
+@click.option("--weight-schedule", type=click.Choice(WEIGHTINGS), help="Weight of a noise level, with ct. [default: uniform]")
+@click.option("--lognormal", type=Numbers(float, 2), metavar="MEAN,STD", help="Log-normal noise levels of ct, -1.1,2 in improved ct. [default: drawn evenly]")
+@click.option("--scale-mode", type=click.Choice(["fixed", *CURRICULA]), help="How the number of ct's noise levels grows. [default: progressive]")
+@click.option("--start-scales", type=int, help="Steps between noise levels at the start; all levels with fixed. [default: by --scale-mode: 2, 10, 40]")
+@click.option("--end-scales", type=int, help="Steps between noise levels at the end. [default: by --scale-mode: 150, 1280]")
+@click.option("--total-training-steps", type=int, help="Training steps to that end. [default: those of the duration]")
+@click.option("--target-ema-mode", type=click.Choice(["fixed", "adaptive"]), help="Whether the decay of ct's target grows too. [default: adaptive]")
+@click.option("--start-ema", type=float, help="Decay of ct's target at the start; 0, with fixed, copies the network. [default: 0.9]")
 @click.option("--tick", type=float, metavar="KIMG", help="How often to print progress. [default: 1% of the duration, at most 50]")
 @click.option("--snap", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the averaged network and a grid; 0: at the end.")
 @click.option("--dump", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the training state; 0: at the end.")
@@ -63,10 +80,11 @@ from .types import Numbers, boolean
 def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
     """Train a diffusion model on images.
 
-    Flags that EDM has keep its meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
+    Flags that EDM and consistency_models have keep their meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
 
     \b
     tdkern train --outdir runs --data cifar10-train-32x32.zip --cond 1 --batch 256 --bf16
+    tdkern train --outdir runs --data cifar10-train-32x32.zip --precond ct --weight-schedule karras
     tdkern train --resume runs/00000-cifar10-train-32x32-cond-ddpmpp-edm-td-gpus1-batch256-bf16
     """
     if fp16 and bf16:
@@ -91,7 +109,7 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
                 click.echo(json.dumps(dataclasses.asdict(options), indent=2))
                 click.echo(f"{len(trainer.dataset)} images {list(trainer.dataset.image_shape)}, {trainer.dataset.label_dim} label columns, "
                            f"{sum(p.numel() for p in trainer.net.parameters()):,} parameters, {process.world} x {process.device}")
-        except ValueError as error:
+        except (ValueError, ImportError) as error:  # lpips may not be installed
             raise click.ClickException(str(error)) from error
         if dry_run:
             return

@@ -79,6 +79,10 @@ class Loss(ABC):
     def pair(self, images: Tensor) -> TDBatch:
         """The noisy pair for `images`; every draw may be given by keyword, and the rest is drawn with torch's global generator."""
 
+    def at(self, step: int) -> "Loss":
+        """The loss of a training step, from 0: this one, unless a curriculum changes it."""
+        return self
+
     def __call__(self, net, target_net, images: Tensor, labels: Tensor | None = None, augment_pipe=None) -> Tensor:
         """Loss of each sample [B] for fresh draws, differentiable in `net`'s parameters. See the class."""
         augment_labels = None

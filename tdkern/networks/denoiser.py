@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ..predictions import skip_scale
 from ..schedules import interpolated_index
 from .precond import _Precond
+from .unet import _UNet
 
 
 class _Called(nn.Module):
@@ -19,8 +20,7 @@ class _Called(nn.Module):
             raise ValueError("Denoiser: augment_labels must be None, as the module takes none")
         labels = {} if class_labels is None or class_labels.shape[1] == 0 else {"class_labels": class_labels.argmax(1)}
         out = self.module(x, t, **labels)
-        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-        return out[:, :x.shape[1]]
+        return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
 class Denoiser(_Precond):
@@ -34,6 +34,7 @@ class Denoiser(_Precond):
         module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class labels are given, with t [B] and index
             [B] int64. It returns F, a tuple that begins with it, or an object that has it as `sample`, as diffusers' models do. Of
             more channels than x has, the first are taken: the rest are a learned variance. Its parameters are then under "model.module.".
+            `SongUNet` and `DhariwalUNet` are called as in the other wrappers, augment_labels too, and are under "model.".
         prediction: what F is: "x0", "eps", "v" or "velocity".
         alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and 1, as a diffusers scheduler has
             it. t is then real: ln sigma is interpolated, and held at the ends. Not for "velocity".
@@ -44,13 +45,13 @@ class Denoiser(_Precond):
     also says what `raw` gives and where gradients go.
 
     Raises:
-        ValueError: an argument is not as said, or augment_labels are given.
+        ValueError: an argument is not as said, or augment_labels are given to a module that takes none.
     """
 
     PREDICTIONS = ("x0", "eps", "v", "velocity")
 
     def __init__(self, module: nn.Module, prediction: str = "eps", *, alphas_cumprod=None, time_scale: float = 1.0, dtype: torch.dtype | None = None):
-        super().__init__(_Called(module), dtype=dtype)
+        super().__init__(module if isinstance(module, _UNet) else _Called(module), dtype=dtype)
         if prediction not in self.PREDICTIONS:
             raise ValueError(f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got {prediction!r}")
         if (alphas_cumprod is None) != (prediction == "velocity"):
@@ -74,3 +75,7 @@ class Denoiser(_Precond):
 
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return skip_scale(self.prediction, sigma)
+
+    def raw_scaled(self, scaled: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+        """As in the other wrappers; F has x's channels."""
+        return super().raw_scaled(scaled, c_noise, class_labels, augment_labels)[:, :scaled.shape[1]]

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.files import beside, sync_directory, write_atomic
-from ..networks import EDMPrecond, VEPrecond, VPPrecond, unet
+from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond, unet
+from ..schedules import DDPM
 
 FORMAT = 2
 SNAPSHOT, STATE = "network-snapshot", "training-state"
-PRECONDS = {"edm": EDMPrecond, "vp": VPPrecond, "ve": VEPrecond}
+PRECONDS = {"edm": EDMPrecond, "ct": CTPrecond, "ddpm": Denoiser, "iddpm": iDDPMPrecond, "vp": VPPrecond, "ve": VEPrecond, "flow": Denoiser}
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the image inside the network
 
 
@@ -42,7 +43,17 @@ def build_network(network: dict) -> torch.nn.Module:
     precond, sigma_data, dtype = arguments.pop("precond"), arguments.pop("sigma_data"), PRECISIONS[arguments.pop("precision")]
     if precond not in PRECONDS:
         raise ValueError(f"build_network: precond must be one of {', '.join(PRECONDS)}, got {precond!r}")
-    settings = {"sigma_data": sigma_data} if precond == "edm" else {}
+    times = 1.0 if arguments["arch"] == "ncsnpp" else 1000.0  # NCSN++'s embedding is made for c_noise around 1, the others' for DDPM's times
+    settings = {}
+    if precond == "edm":
+        settings = {"sigma_data": sigma_data}
+    elif precond == "ct":
+        settings = {"sigma_data": sigma_data, "time_scale": times / 4}
+    elif precond == "ddpm":
+        path = DDPM(arguments.pop("diffusion_steps"), arguments.pop("noise_schedule"))
+        settings = {"prediction": arguments.pop("prediction"), "alphas_cumprod": path.alphas_cumprod}
+    elif precond == "flow":
+        settings = {"prediction": "velocity", "time_scale": times}
     return PRECONDS[precond](unet(**arguments), dtype=dtype, **settings)
 
 

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import samplers
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
-from ..ema import EMA, copy_decay, edm_decay, target_decay
-from ..losses import EDMLoss, Loss, TDEDMLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from ..ema import EMA, consistency_decay, copy_decay, edm_decay, target_decay
+from ..losses import CTLoss, DDPMLoss, EDMLoss, FlowLoss, Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from ..losses.ct import _lpips
 from ..optim import AdamEMA
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
-from .options import Options
-from .sampling import preview_levels, sample
+from .options import CURRICULA, Options
+from .sampling import default_sampler, preview_levels, sample
 
 SIGMA_DATA = 0.5
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
@@ -33,8 +35,37 @@ def make_loss(options: Options) -> Loss:
             return EDMLoss(sigma_data=SIGMA_DATA)
         return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, td_coupling=options.td_coupling,
                          td_sigma=options.td_sigma and tuple(options.td_sigma), **td)
-    alone, with_td = {"vp": (VPLoss, TDVPLoss), "ve": (VELoss, TDVELoss)}[options.precond]
-    return alone() if options.loss_type == "edm" else with_td(lambda_base=options.lambda_edm, coupling=options.td_coupling, **td)
+    if options.precond == "ct":
+        return _ct_loss(options)
+    td |= {"lambda_base": options.lambda_edm, "coupling": options.td_coupling, "eta": options.td_eta}
+    if options.precond in ("ddpm", "iddpm"):  # iDDPMPrecond knows the levels of 1000 cosine times
+        times = {"beta_schedule": "cosine"}
+        if options.precond == "ddpm":
+            times = {"T": options.diffusion_steps, "beta_schedule": options.noise_schedule, "prediction": options.prediction}
+        if options.loss_type == "edm":
+            return DDPMLoss(**times)
+        del td["steps"], td["one_idx"], td["k_idx"]
+        return TDDDPMLoss(k=int(options.k_idx) if options.k_idx % 1 == 0 else options.k_idx, **times, **td)
+    alone, with_td = {"vp": (VPLoss, TDVPLoss), "ve": (VELoss, TDVELoss), "flow": (FlowLoss, TDFlowLoss)}[options.precond]
+    return alone() if options.loss_type == "edm" else with_td(**td)
+
+
+def _ct_loss(options: Options) -> CTLoss:
+    scales = options.start_scales
+    if options.scale_mode != "fixed":
+        scales = CURRICULA[options.scale_mode](options.start_scales, options.end_scales, options.total_training_steps)
+    ct = {"num_scales": scales, "sigma_data": SIGMA_DATA, "loss_norm": options.loss_norm, "weighting": options.weight_schedule,
+          "lognormal": options.lognormal and tuple(options.lognormal)}
+    if options.loss_norm == "lpips":
+        _lpips()  # it is missing, or fetched, before the first step
+    if options.loss_type == "edm":
+        return CTLoss(**ct)
+    return TDCTLoss(**ct, lambda_td=options.lambda_edm, one_idx=options.one_idx, weight=options.td_weight, coupling=options.td_coupling)
+
+
+def consistency_target_decay(options: Options, num_scales: int) -> float:
+    """Decay of consistency training's target in a step of so many noise levels."""
+    return consistency_decay(options.start_ema, options.start_scales, num_scales) if options.target_ema_mode == "adaptive" else options.start_ema
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
@@ -74,6 +105,10 @@ class Trainer:
                         "augment_dim": self.augment_pipe.label_dim if self.augment_pipe else 0,
                         "cbase": options.cbase, "cres": options.cres, "dropout": options.dropout, "precond": options.precond, "sigma_data": SIGMA_DATA,
                         "precision": options.precision}
+        if options.precond == "ddpm":
+            self.network |= {name: getattr(options, name) for name in ("diffusion_steps", "noise_schedule", "prediction")}
+        if options.loss_norm == "lpips" and channels != 3:
+            raise ValueError(f"loss_norm lpips needs images of 3 channels, got {channels}")
         self.loss = make_loss(options)
         torch.manual_seed(derive_seed(options.seed, "init"))
         self.net = checkpoint.build_network(self.network).to(process.device)
@@ -83,7 +118,7 @@ class Trainer:
         if process.world > 1:
             broadcast_(self.net)  # before the copies below, which must start equal in all processes
         self.ema = EMA(self.net)
-        self.target = EMA(self.net) if options.loss_type == "td" else None
+        self.target = EMA(self.net) if options.loss_type == "td" or options.precond == "ct" else None
         if self.target and options.target_precision:
             self.target.module.dtype = checkpoint.PRECISIONS[options.target_precision]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
@@ -110,16 +145,20 @@ class Trainer:
             group["lr"] = learning_rate(options, self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        loss = self.loss.at(self.step)
         for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
             x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
-            terms = self.loss.evaluate(self.net, self.target and self.target.module, self.loss.pair(x), y if y.shape[1] else None, augment_labels)
+            terms = loss.evaluate(self.net, self.target and self.target.module, loss.pair(x), y if y.shape[1] else None, augment_labels)
             # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
             (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
-        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
-        target = copy_decay(options.target_copy, updates) if options.target_copy else target_decay(options.target_ema_tau, self.step)
+        if options.precond == "ct":
+            target = consistency_target_decay(options, loss.num_scales)
+        else:
+            updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
+            target = copy_decay(options.target_copy, updates) if options.target_copy else target_decay(options.target_ema_tau, self.step)
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
         self.optimizer.decays[1:] = target  # there without TD too, where it is empty
         self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
@@ -136,7 +175,9 @@ class Trainer:
         self.sums.zero_()
         self.optimizer.skipped.zero_()
         self.counted = self.nimg
-        terms = {"loss": loss, "td": td, "base": base, "valid": valid} if self.target else {"loss": loss}
+        terms = {"loss": loss, "td": td, "base": base, "valid": valid} if self.options.loss_type == "td" else {"loss": loss}
+        if self.options.precond == "ct":
+            terms["scales"] = self.loss.at(self.step - 1).num_scales
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -236,7 +277,8 @@ class Record:
         net = trainer.ema.module
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
         seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
-        images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net)) for part in seeds])
+        sampler = getattr(samplers, default_sampler(net))
+        images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net), sampler=sampler) for part in seeds])
         save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
 
     def state(self) -> None:

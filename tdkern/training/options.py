@@ -3,8 +3,35 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..losses import TDEDMLoss
+from ..losses.curricula import Exponential, Progressive
 from .checkpoint import PRECISIONS, PRECONDS
 
+PATHS = ("ddpm", "iddpm", "vp", "ve", "flow")  # the preconds whose losses have a time and DDIM's eta
+# Options that some preconds alone have, or whose default depends on the precond: its value for each where none is given. With all others it is None.
+DEFAULTS = {
+    "dropout": dict.fromkeys(PRECONDS, 0.13) | {"ct": 0.0},  # the target network, which ct compares the network with, has none
+    "td_weight": dict.fromkeys(PRECONDS, "pairwise") | {"ct": "pairwise_x0"},
+    "td_sigma": {"edm": None},
+    "td_eta": dict.fromkeys(PATHS),
+    "k_idx": dict.fromkeys(("edm", *PATHS), 1.0),
+    "one_idx": {"edm": 0.25, "ct": 0.25, "vp": 1.0, "ve": 1.0, "flow": 1.0},
+    "steps": dict.fromkeys(("edm", "vp", "ve", "flow"), 18),
+    "target_ema_tau": dict.fromkeys(("edm", *PATHS), 0.999),
+    "target_copy": dict.fromkeys(("edm", *PATHS)),
+    "diffusion_steps": {"ddpm": 1000},
+    "noise_schedule": {"ddpm": "linear"},
+    "prediction": {"ddpm": "eps"},
+    "loss_norm": {"ct": "l2"},
+    "weight_schedule": {"ct": "uniform"},
+    "lognormal": {"ct": None},
+    "scale_mode": {"ct": "progressive"},
+    "start_scales": {"ct": None},
+    "end_scales": {"ct": None},
+    "total_training_steps": {"ct": None},
+    "target_ema_mode": {"ct": "adaptive"},
+    "start_ema": {"ct": 0.9},
+}
+CURRICULA = {"progressive": Progressive, "exponential": Exponential}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay, see `resumed`)
 FREE = ("data", "duration", "tick", "snap", "dump", "workers")
 
@@ -26,22 +53,35 @@ class Options:
     lr_rampup_kimg: float | None = None  # None: 5 % of the duration, at most 10,000
     lr_decay: str = "none"
     ema: float = 0.5  # half-life, million images
-    dropout: float = 0.13
+    dropout: float | None = None
     augment: float = 0.0  # the command line's default is EDM's
     xflip: bool = False
     precision: str = "fp32"
     loss_type: str = "td"
     lambda_edm: float = 0.5
-    k_idx: float = 1.0
-    one_idx: float | None = None  # None: 0.25 with precond edm, else 1
+    k_idx: float | None = None
+    one_idx: float | None = None
     td_coupling: str = "markov"
-    td_weight: str = "pairwise"
+    td_weight: str | None = None
     td_sigma: list[float] | None = None
+    td_eta: float | None = None  # of the means; None: the coupling's
     td_share: float | None = 1.0  # None: with td_sigma what its samples need, else 1
-    target_ema_tau: float = 0.999
+    target_ema_tau: float | None = None
     target_copy: int | None = None  # updates; None: the target is an average
     target_precision: str | None = None  # None: as precision
-    steps: int = 18
+    steps: int | None = None
+    diffusion_steps: int | None = None
+    noise_schedule: str | None = None
+    prediction: str | None = None
+    loss_norm: str | None = None
+    weight_schedule: str | None = None
+    lognormal: list[float] | None = None  # None: levels are drawn evenly
+    scale_mode: str | None = None
+    start_scales: int | None = None  # None, with ct: the curriculum's own, or 40
+    end_scales: int | None = None
+    total_training_steps: int | None = None  # None, with ct: the duration's at the start
+    target_ema_mode: str | None = None
+    start_ema: float | None = None
     tick: float | None = None  # thousand images; None: 1 % of the duration, at most 50
     snap: int = 50  # ticks; 0: only at the end
     dump: int = 50
@@ -57,10 +97,11 @@ class Options:
             self.tick = min(10 * self.duration, 50)
         if self.precond not in PRECONDS:
             raise ValueError(f"precond must be one of {', '.join(PRECONDS)}, got {self.precond!r}")
-        if self.one_idx is None:
-            self.one_idx = 0.25 if self.precond == "edm" else 1.0
-        if self.td_sigma is not None and self.precond != "edm":
-            raise ValueError(f"td_sigma is for precond edm, got precond {self.precond}")
+        for name, defaults in DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults.get(self.precond))
+            elif self.precond not in defaults:
+                raise ValueError(f"{name} is for precond {', '.join(defaults)}, got precond {self.precond}")
         if self.target_precision not in (None, *PRECISIONS):
             raise ValueError(f"target_precision must be one of {', '.join(PRECISIONS)}, got {self.target_precision!r}")
         share = self.batch // self.gpus
@@ -76,12 +117,35 @@ class Options:
             raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
         if self.td_share is None:
             self.td_share = round(TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu), 4) if self.td_sigma else 1.0
+        if self.td_share != 1 and self.precond == "ct":  # whose target network is needed without TD too
+            raise ValueError(f"td_share is for precond edm, {', '.join(PATHS)}, got precond ct")
         if not 0 <= self.augment <= 1:
             raise ValueError(f"augment must be in [0, 1], got {self.augment}")
-        if not 0 <= self.target_ema_tau < 1:
-            raise ValueError(f"target_ema_tau must be in [0, 1), got {self.target_ema_tau}")
+        for name in ("target_ema_tau", "start_ema"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.target_copy is not None and not self.target_copy >= 1:
             raise ValueError(f"target_copy must be at least 1, got {self.target_copy}")
+        if self.precond == "ct":
+            self._complete_ct()
+
+    def _complete_ct(self) -> None:
+        """Check consistency training's options and fill in how its number of noise levels grows, which a longer duration then does not change."""
+        if self.scale_mode not in ("fixed", *CURRICULA):
+            raise ValueError(f"scale_mode must be one of fixed, {', '.join(CURRICULA)}, got {self.scale_mode!r}")
+        if self.target_ema_mode not in ("fixed", "adaptive"):
+            raise ValueError(f"target_ema_mode must be fixed or adaptive, got {self.target_ema_mode!r}")
+        if self.target_ema_mode == "adaptive" and self.start_ema == 0:
+            raise ValueError("start_ema must be above 0 with target_ema_mode adaptive, got 0")
+        scales = {"start_scales": 40, "end_scales": None, "total_training_steps": None}
+        if self.scale_mode != "fixed":
+            curriculum = CURRICULA[self.scale_mode]
+            scales = {"start_scales": curriculum.start_scales, "end_scales": curriculum.end_scales, "total_training_steps": self.total_steps}
+        for name, default in scales.items():
+            if getattr(self, name) is None:
+                setattr(self, name, default)
+            elif default is None:
+                raise ValueError(f"{name} is for scale_mode {', '.join(CURRICULA)}, got scale_mode fixed")
 
     @property
     def total_steps(self) -> int:

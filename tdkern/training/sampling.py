@@ -12,7 +12,12 @@ from ..schedules import EDM
 
 def preview_levels(net: torch.nn.Module) -> Tensor:
     """EDM's 18 noise levels, as far as the network knows them."""
-    return EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas()
+    return net.round_sigma(EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas())
+
+
+def default_sampler(net: torch.nn.Module) -> str:
+    """The name of the sampler where none is asked for: one step of a consistency model, else EDM's, which serves every denoiser."""
+    return "onestep" if net.precond == "ct" else "heun"
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
