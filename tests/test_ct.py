@@ -10,7 +10,7 @@ from torch import nn
 
 from tdkern.ema import EMA, consistency_decay
 from tdkern.losses import CTLoss, TDCTLoss
-from tdkern.losses.ct import _lpips
+from tdkern.losses.ct import lpips
 from tdkern.losses.curricula import Exponential, Halving, Progressive
 from tdkern.networks import MLP, CTPrecond
 from tdkern.ops import td_coef
@@ -208,7 +208,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
             return (x - y).square().mean((1, 2, 3))
 
     monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(LPIPS=LPIPS))
-    _lpips.cache_clear()
+    lpips.cache_clear()
     net, target = networks()
     images = torch.rand(4, 3, 2, 2, dtype=F64) * 2 - 1
     flat = [CTPrecond(nn.Sequential(), time_scale=0.25) for _ in range(2)]
@@ -227,7 +227,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
     torch.testing.assert_close(terms.base, weight * (calls[0][0] - calls[0][1]).square().mean((1, 2, 3)))
     assert torch.autograd.grad(terms.base.sum(), net.model.output.weight)[0].abs().sum() > 0 and not calls[0][1].requires_grad
     monkeypatch.setitem(sys.modules, "piq", None)
-    _lpips.cache_clear()
+    lpips.cache_clear()
     with pytest.raises(ImportError, match=r"loss_norm 'lpips' needs piq and torchvision: `pip install tdkern\[lpips\]`"):
         loss.evaluate(*flat, batch)
 

@@ -228,19 +228,28 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
         raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")  # as DataLoader hands it on
     assert not (tmp_path / "b.npz").exists()
     assert "is a directory" in tdkern_("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
-    assert "--steps must be at least 2 each, got 1" in tdkern_("fid", "steps", "--network", "a", "--ref", ref, "--steps", "4,1", code=2).output
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 
 
-def test_steps_measures_what_generate_draws(tmp_path, stand_in):
-    options = Options(data=str(data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])), cond=True, arch="ddpmpp", cbase=4, cres=[1])
+@pytest.mark.parametrize("precond, samplers", [("edm", {"heun": [3, 7], "dpmpp": [2, 4]}), ("ct", {"multistep": [2, 4]})])
+def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, samplers):
+    options = Options(data=str(data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])), cond=True, arch="ddpmpp", cbase=4, cres=[1],
+                      precond=precond)
     trainer = Trainer(options, this_process())
     for parameter in trainer.ema.module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     write(tmp_path, SNAPSHOT, 0, trainer.ema.module.state_dict(), {"network": trainer.network})
     ref = tmp_path / "ref.npz"
     tdkern_("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
-    for sampler, nfes in (("heun", [3, 7]), ("dpmpp", [2, 4])):
+    few = ["fid", "steps", "--network", tmp_path, "--ref", ref, "--steps", "4,1", "--num", "8"]
+    if precond == "edm":
+        assert "--steps must be at least 2 each with heun, got 1" in tdkern_(*few, code=2).output
+    else:
+        fid = json.loads(tdkern_(*few).stdout.splitlines()[-1])["results"][1]["fid"]  # a consistency model's one step, by default
+        tdkern_("generate", "--network", tmp_path, "--outdir", tmp_path / "one", "--seeds", "0-7")
+        files = tdkern_("fid", "calc", "--images", tmp_path / "one", "--ref", ref, "--num", "8", "--workers", "0").stdout
+        assert float(files) == pytest.approx(fid, rel=1e-5)
+    for sampler, nfes in samplers.items():
         flags = ["--network", tmp_path, "--sampler", sampler, "--batch", "3"]
         result = tdkern_("fid", "steps", *flags, "--ref", ref, "--steps", "2,4", "--num", "8", "--seed", "5")
         *table, line = result.stdout.splitlines()

@@ -16,11 +16,11 @@ from tdkern import samplers
 from tdkern.cli import main
 from tdkern.ema import consistency_decay
 from tdkern.losses import CTLoss, DDPMLoss, FlowLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
-from tdkern.losses.ct import _lpips
+from tdkern.losses.ct import lpips
 from tdkern.losses.curricula import Exponential, Progressive
 from tdkern.networks import Denoiser, DhariwalUNet, SongUNet
 from tdkern.schedules import DDPM, EDM, FlowMatching, iDDPM
-from tdkern.training import Options, Trainer, checkpoint, load_network, loop, sample, sampling
+from tdkern.training import Options, Trainer, checkpoint, load_network, loop, objective, sample, sampling
 from tdkern.training.distributed import this_process
 from tdkern.training.options import DEFAULTS
 
@@ -167,7 +167,7 @@ def test_a_longer_duration_keeps_the_curriculum():
     ({"precond": "vp", "td_eta": 0.0}, TDVPLoss(eta=0.0)),
 ])
 def test_losses_of_the_options(changes, expected):
-    assert loop.make_loss(Options(data="", duration=1e-3, batch=8, **changes)) == expected
+    assert objective.make_loss(Options(data="", duration=1e-3, batch=8, **changes)) == expected
 
 
 # what the version before these families saved, with every option of the loss changed
@@ -181,9 +181,10 @@ def test_options_of_the_version_before_mean_the_same():
     options = Options(**BEFORE)
     assert {name: asdict(options)[name] for name in BEFORE} == BEFORE
     assert all(getattr(options, name) is None for name in DEFAULTS if name not in BEFORE)
-    assert loop.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0), steps=20)
+    assert objective.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0),
+                                                     steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}
-    assert loop.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
+    assert objective.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
     new = Options(data="")
     assert (new.target_ema_tau, new.steps, new.k_idx, new.dropout, Options(data="", precond="ct").dropout) == (0.999, 18, 1, 0.13, 0)
 
@@ -237,7 +238,7 @@ def test_an_option_that_does_nothing_is_refused(precond):
 ])
 def test_options_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        loop.make_loss(Options(**{"data": "", "precond": "ct", **changes}))
+        objective.make_loss(Options(**{"data": "", "precond": "ct", **changes}))
 
 
 def test_flags_are_those_of_consistency_models(tmp_path, data):
@@ -258,7 +259,7 @@ def test_flags_are_those_of_consistency_models(tmp_path, data):
 
 def test_lpips_is_asked_for_before_training(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "piq", None)
-    _lpips.cache_clear()
+    lpips.cache_clear()
     flags = ["train", "--dry-run", "--outdir", tmp_path, "--precond", "ct", "--loss-norm", "lpips", "--batch", 8, "--cbase", 4, "--cres", 1]
     assert "loss_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
     grey = data_set(tmp_path / "grey.zip", pixels(2, (1, 8, 8)))

@@ -11,12 +11,12 @@ from tqdm import tqdm
 from .. import samplers
 from ..data import DatasetError, ImageDataset
 from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
-from ..schedules import EDM
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
+from ..training.sampling import sampling_levels
 from .types import Numbers
 
-SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc")  # those that take a number of steps and nothing else
+SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep")  # those that take a number of steps and nothing else
 
 with_ref = click.option("--ref", required=True, metavar="NPZ|URL", help="Reference statistics: of tdkern fid ref, or EDM's.")
 with_num = click.option("--num", type=click.IntRange(min=2), default=50000, show_default=True, help="Images.")
@@ -82,10 +82,11 @@ def reference_statistics(data, dest, batch, workers, detector):
 @fid.command()
 @click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
 @with_ref
-@click.option("--steps", type=Numbers(int), default="4,6,9,12,18", show_default=True, metavar="LIST", help="Numbers of sampling steps, each at least 2.")
+@click.option("--steps", type=Numbers(int), default="4,6,9,12,18", show_default=True, metavar="LIST",
+            help="Numbers of sampling steps, each at least 2; 1 is for multistep.")
 @with_num
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first image; the others' count up from it.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), default="heun", show_default=True, help="With the sampler's defaults.")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="With the sampler's defaults. [default: multistep of a consistency model, else heun]")
 @with_batch
 @with_detector
 def steps(network, ref, steps, num, seed, sampler, batch, detector):
@@ -94,10 +95,12 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for its other flags use it and fid calc.
     Prints a table, where NFE is the number of network evaluations an image, then the same as one line of JSON.
     """
-    if min(steps) < 2:
-        raise click.UsageError(f"--steps must be at least 2 each, got {min(steps)}")
     with _command() as process:
         net, meta = load_network(network, process.device)
+        sampler = sampler or ("multistep" if net.precond == "ct" else "heun")
+        least = 1 if sampler == "multistep" else 2
+        if min(steps) < least:
+            raise click.UsageError(f"--steps must be at least {least} each with {sampler}, got {min(steps)}")
         extract, reference = Inception(detector, process.device), _reference(ref, num, process)
         batches = torch.arange(seed, seed + num).split(batch)[process.rank :: process.world]
         if process.rank == 0:
@@ -105,8 +108,8 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
             click.echo(f"{'steps':>5} {'NFE':>4} {'FID':>10}")
         rows = []
         for count in steps:
-            sigmas = net.round_sigma(EDM(count, max(EDM.sigma_min, net.sigma_min), min(EDM.sigma_max, net.sigma_max)).sigmas())
-            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=getattr(samplers, sampler)) for seeds in _bar(batches, process))
+            sigmas, options = sampling_levels(net, sampler, count)
+            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=getattr(samplers, sampler), **options) for seeds in _bar(batches, process))
             ours = feature_statistics(images, extract, process.device)
             if process.rank == 0:
                 nfe = 2 * count - 1 if sampler == "heun" else count

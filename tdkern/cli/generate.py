@@ -12,7 +12,7 @@ from ..data import save_grid, save_image
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
-from ..training.sampling import default_sampler
+from ..training.sampling import default_sampler, sampling_levels
 from .types import Numbers, boolean
 
 
@@ -60,14 +60,8 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
         net, meta = load_network(network, process.device)
         sampler = sampler or ("ablation" if disc or options["solver"] or options["schedule"] or options["scaling"] else default_sampler(net))
         options = _options(sampler, disc, options)
-        lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc or "edm"], strict=True))
-        lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
-        sigmas = net.round_sigma(samplers.ablation_sigmas(disc or "edm", steps + (sampler == "multistep"), lo, hi, rho))  # to those that it knows
-        if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
-            sigmas = sigmas[:-1]
-            options["sigma_min"] = sigmas[-1].item()
-        if sampler == "ablation":  # the range is the schedule's too
-            options |= {"sigma_min": lo, "sigma_max": hi}
+        sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        options |= follow
         batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
         images = []
         for part in tqdm(batches, unit="batch", disable=process.rank > 0):

@@ -142,7 +142,7 @@ class CTLoss(Loss):
             return terms
         D, D_p = (per_sample(scale, x0) * F + (0 if x is None else per_sample(skip, x0) * x)
                   for F, x, skip, scale in ((out, x_t, coef[:, 0], coef[:, 1]), (out_target, x_tp, coef[:, 2], coef[:, 3])))
-        return torch.stack([terms[:, 0], weight.to(terms.dtype) * _lpips()(D, D_p)], 1)
+        return torch.stack([terms[:, 0], weight.to(terms.dtype) * lpips()(D, D_p)], 1)
 
 
 @dataclass(frozen=True)
@@ -186,15 +186,15 @@ class TDCTLoss(CTLoss):
 
 
 @_library.tensor_cache()
-def _lpips() -> Callable[[Tensor, Tensor], Tensor]:
+def lpips() -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS of images in [-1, 1], [B, 3, H, W], as consistency models were trained (arXiv 2303.01469): small ones are first scaled up to 224."""
     try:
         from piq import LPIPS
     except ImportError as error:
         raise ImportError("CTLoss: loss_norm 'lpips' needs piq and torchvision: `pip install tdkern[lpips]`") from error
-    lpips = LPIPS(replace_pooling=True, reduction="none")  # fetches VGG16's weights, once
+    distance = LPIPS(replace_pooling=True, reduction="none")  # fetches VGG16's weights, once
 
     def prepared(image: Tensor) -> Tensor:
         return (interpolate(image, size=224, mode="bilinear") if image.shape[-1] < 256 else image) / 2 + 0.5
 
-    return lambda D, D_p: lpips(prepared(D), prepared(D_p))
+    return lambda D, D_p: distance(prepared(D), prepared(D_p))

@@ -14,58 +14,15 @@ from tqdm import tqdm
 from .. import samplers
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
-from ..ema import EMA, consistency_decay, copy_decay, edm_decay, target_decay
-from ..losses import CTLoss, DDPMLoss, EDMLoss, FlowLoss, Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
-from ..losses.ct import _lpips
+from ..ema import EMA, edm_decay
 from ..optim import AdamEMA
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
-from .options import CURRICULA, Options
+from .objective import SIGMA_DATA, make_loss, target_decay
+from .options import Options
 from .sampling import default_sampler, preview_levels, sample
 
-SIGMA_DATA = 0.5
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
-
-
-def make_loss(options: Options) -> Loss:
-    """The loss that the options describe."""
-    td = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx, "weight": options.td_weight, "td_share": options.td_share}
-    if options.precond == "edm":
-        if options.loss_type == "edm":
-            return EDMLoss(sigma_data=SIGMA_DATA)
-        return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, td_coupling=options.td_coupling,
-                         td_sigma=options.td_sigma and tuple(options.td_sigma), **td)
-    if options.precond == "ct":
-        return _ct_loss(options)
-    td |= {"lambda_base": options.lambda_edm, "coupling": options.td_coupling, "eta": options.td_eta}
-    if options.precond in ("ddpm", "iddpm"):  # iDDPMPrecond knows the levels of 1000 cosine times
-        times = {"beta_schedule": "cosine"}
-        if options.precond == "ddpm":
-            times = {"T": options.diffusion_steps, "beta_schedule": options.noise_schedule, "prediction": options.prediction}
-        if options.loss_type == "edm":
-            return DDPMLoss(**times)
-        del td["steps"], td["one_idx"], td["k_idx"]
-        return TDDDPMLoss(k=int(options.k_idx) if options.k_idx % 1 == 0 else options.k_idx, **times, **td)
-    alone, with_td = {"vp": (VPLoss, TDVPLoss), "ve": (VELoss, TDVELoss), "flow": (FlowLoss, TDFlowLoss)}[options.precond]
-    return alone() if options.loss_type == "edm" else with_td(**td)
-
-
-def _ct_loss(options: Options) -> CTLoss:
-    scales = options.start_scales
-    if options.scale_mode != "fixed":
-        scales = CURRICULA[options.scale_mode](options.start_scales, options.end_scales, options.total_training_steps)
-    ct = {"num_scales": scales, "sigma_data": SIGMA_DATA, "loss_norm": options.loss_norm, "weighting": options.weight_schedule,
-          "lognormal": options.lognormal and tuple(options.lognormal)}
-    if options.loss_norm == "lpips":
-        _lpips()  # it is missing, or fetched, before the first step
-    if options.loss_type == "edm":
-        return CTLoss(**ct)
-    return TDCTLoss(**ct, lambda_td=options.lambda_edm, one_idx=options.one_idx, weight=options.td_weight, coupling=options.td_coupling)
-
-
-def consistency_target_decay(options: Options, num_scales: int) -> float:
-    """Decay of consistency training's target in a step of so many noise levels."""
-    return consistency_decay(options.start_ema, options.start_scales, num_scales) if options.target_ema_mode == "adaptive" else options.start_ema
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
@@ -154,13 +111,9 @@ class Trainer:
             self.sums += torch.stack([part.detach().double().sum() for part in terms])
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
-        if options.precond == "ct":
-            target = consistency_target_decay(options, loss.num_scales)
-        else:
-            updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
-            target = copy_decay(options.target_copy, updates) if options.target_copy else target_decay(options.target_ema_tau, self.step)
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
-        self.optimizer.decays[1:] = target  # there without TD too, where it is empty
+        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
+        self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)  # there without a target too, where it is empty
         self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
         for average in self.averages:
             average.copy_buffers(self.net)

@@ -6,18 +6,32 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
-from ..samplers import heun
-from ..schedules import EDM
-
-
-def preview_levels(net: torch.nn.Module) -> Tensor:
-    """EDM's 18 noise levels, as far as the network knows them."""
-    return net.round_sigma(EDM(sigma_min=max(EDM.sigma_min, net.sigma_min), sigma_max=min(EDM.sigma_max, net.sigma_max)).sigmas())
+from ..samplers import ablation_sigmas, heun
+from ..samplers.ablation import RANGES
 
 
 def default_sampler(net: torch.nn.Module) -> str:
     """The name of the sampler where none is asked for: one step of a consistency model, else EDM's, which serves every denoiser."""
     return "onestep" if net.precond == "ct" else "heun"
+
+
+def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
+                    sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
+    """The noise levels of so many steps of a sampler, all of which the network knows, and those of the sampler's options that follow from them.
+
+    disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
+    """
+    lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True))
+    lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
+    sigmas = net.round_sigma(ablation_sigmas(disc, steps + (sampler == "multistep"), lo, hi, rho))
+    if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
+        return sigmas[:-1], {"sigma_min": sigmas[-2].item()}
+    return sigmas, {"sigma_min": lo, "sigma_max": hi} if sampler == "ablation" else {}  # the range is the schedule's too
+
+
+def preview_levels(net: torch.nn.Module) -> Tensor:
+    """The levels of the grids that training writes: of 18 steps."""
+    return sampling_levels(net, default_sampler(net), 18)[0]
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
