@@ -39,8 +39,9 @@ def test_dry_run(tmp_path):
     assert found["sanitize"]["checks"]["none cpp"]["done"]
     rows = found["bench"]["results"]["rows"] + found["step"]["results"]["rows"]
     assert {(row["op"], row["competitor"]) for row in rows} == {
-        ("td_loss", "tdkern"), ("td_loss", "copy"), ("loss path", "tdkern"), ("loss path", "published-style eager"), ("training step", "tdkern"),
-        ("training step", "EDM without TD"), ("training step", "published-style eager")}
+        ("td_loss", "tdkern"), ("td_loss", "copy as an autograd node"), ("td_loss", "copy"), ("loss path", "tdkern"), ("loss path", "published-style eager"),
+        ("training step", "tdkern"), ("training step", "EDM without TD"), ("training step", "TD at .3<sigma<5, a share"),
+        ("training step", "the same, bfloat16 target"), ("training step", "published-style eager")}
     assert all(row["median_us"] > 0 and row["extra_bytes"] >= 0 and row["threads"] == 1 for row in rows)
     assert {row["elements"] for row in rows if row["group"] == "bench_growth"} == {1000, 10000}
     assert "a dry run" in (tmp_path / "out/comparison.md").read_text() and len(list((tmp_path / "out").iterdir())) <= 8
