@@ -10,7 +10,7 @@ from tdkern.optim import AdamEMA
 FUSED, CHECKED = "Adam(fused=True) + 2 _foreach_lerp_", "the same behind GradScaler's check"  # which looks at the gradients first, as ours does
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", FUSED, CHECKED, "Adam(foreach=True) + 2 _foreach_lerp_", "copy"])
+@pytest.mark.parametrize("competitor", ["tdkern", FUSED, CHECKED, "Adam(foreach=True) + 2 _foreach_lerp_", "negation in place", "copy"])
 def bench_adam_ema(compare, competitor):
     # Read the gradients; read and write the parameters, both moments and two averages. Ours reads the gradients once more, to look at them first.
     moved = 11 * 4 * unet_elements()

@@ -23,7 +23,7 @@ def foreach(averages, params):
         torch._foreach_lerp_(average, params, 1 - decay)
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", "Python loop", "torch._foreach_lerp_", "copy"])
+@pytest.mark.parametrize("competitor", ["tdkern", "Python loop", "torch._foreach_lerp_", "negation in place", "copy"])
 def bench_ema_update(compare, competitor):
     # Read the parameters; read and write two averages.
     moved = 5 * 4 * unet_elements()

@@ -6,7 +6,8 @@
 On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On a GPU, if there is one,
 measure.py says how. A benchmark calls `compare(op, size, competitor, make, moved=bytes)`: make() makes inputs and returns the step
 on them. `moved` counts by hand, in a comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these,
-and "copy" is a competitor that copies as many. TDKERN_BENCH_RESULTS names another folder for the results.
+and "copy" is a competitor that copies as many, "negation in place" one that reads half as many and writes them back. TDKERN_BENCH_RESULTS
+names another folder for the results.
 """
 import ctypes
 import gc
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import DEVICE, TINY, copy_of, on_cuda, peak_extra
+from measure import DEVICE, TINY, copy_of, negation_of, on_cuda, peak_extra
 
 import tdkern
 
@@ -67,7 +68,8 @@ def compare(request, threads):
         row = {"group": Path(request.node.fspath).stem, "op": op, "size": size, "competitor": competitor, "threads": threads, "moved": moved}
         row |= {"elements": elements} if elements else {}
         seconds = 0.01 if TINY else seconds
-        make = (lambda: copy_of(moved)) if competitor == "copy" else make
+        floor = {"copy": copy_of, "negation in place": negation_of}.get(competitor)
+        make = (lambda: floor(moved)) if floor else make
         if DEVICE == "cuda":
             row |= on_cuda(make, moved or 1, seconds / 4, rotate)
         else:

@@ -39,6 +39,12 @@ def copy_of(moved: int):
     return lambda: target.copy_(source)
 
 
+def negation_of(moved: int):
+    """The floor of what works in place: a step that negates in place, and so reads as many bytes and writes them back."""
+    values = torch.randn(moved // 8, device=DEVICE)
+    return values.neg_
+
+
 def peak_extra(step, device: str) -> int:
     """The most bytes of tensors on the device that step() holds at any time beside what there was before, what it returns included."""
     if device == "cuda":
