@@ -138,6 +138,8 @@ def test_share_by_default():
     assert Options(data="", td_share=None).td_share == 1
     window = Options(data="", batch=512, gpus=4, td_sigma=[0.3, 5.0], td_share=None)
     assert window.td_share == pytest.approx(0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4)
+    for td_sigma, share in (([70.0, 80.0], 1e-4), ([-1.0, 0.0], 1e-4), ([-1.0, 80.0], 1)):  # next to none, none, nearly all
+        assert Options(data="", batch=512, td_sigma=td_sigma, td_share=None).td_share == pytest.approx(share, abs=1e-12)
     with pytest.raises(ValueError, match="target_precision must be one of fp32, fp16, bf16, got 'fp8'"):
         Options(data="", target_precision="fp8")
 
