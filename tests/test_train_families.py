@@ -108,6 +108,8 @@ def test_networks_know_their_familys_levels(data):
     assert ddpm.prediction == "x0"
     for t in (1, 17, 50):  # the network is told t - 1, as in the field
         assert ddpm.input_scaling(path.sigma_hat(torch.tensor([t])))[1].item() == pytest.approx(t - 1, abs=1e-6)
+    fourier = net(precond="ddpm", diffusion_steps=50, noise_schedule="cosine", arch="ncsnpp")  # whose embedding is of times up to 1
+    assert fourier.input_scaling(path.sigma_hat(torch.tensor([17])))[1].item() == pytest.approx(16 / 50, abs=1e-6)
     flow, levels = net(precond="flow"), FlowMatching().sigma_hat([0.001, 0.25, 0.999])
     assert flow.input_scaling(levels)[1].tolist() == pytest.approx([1, 250, 999])
     assert torch.equal(net(precond="iddpm").u, iDDPM().u)

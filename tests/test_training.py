@@ -106,6 +106,15 @@ def test_hard_target_copies(data):
         assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True))
 
 
+def test_the_targets_decay_is_reached_by_a_ramp(data):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_ema_tau": 0.15, "lr_rampup_kimg": 0}), this_process())
+    for decay in (0.1, 0.15, 0.15):
+        before = [parameter.clone() for parameter in trainer.target.module.parameters()]
+        trainer.train_step(*batch(trainer))
+        for new, old, parameter in zip(trainer.target.module.parameters(), before, trainer.net.parameters(), strict=True):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * parameter)
+
+
 def test_a_copy_that_was_due_at_a_skipped_step_is_made_at_the_next(data):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 3, "lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
