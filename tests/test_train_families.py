@@ -8,12 +8,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_resume import Stop, check_same, contents, resume, start
-from tiny import TINY, data_set, pixels
+from test_resume import check_same, contents, resume, start, start_and_stop
+from tiny import TINY, data_set, pixels, tdkern_
 from torch import nn
 
 from tdkern import samplers
-from tdkern.cli import main
 from tdkern.ema import consistency_decay
 from tdkern.losses import CTLoss, DDPMLoss, FlowLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.losses.ct import lpips
@@ -24,30 +23,14 @@ from tdkern.training import Options, Trainer, checkpoint, load_network, loop, ob
 from tdkern.training.distributed import this_process
 from tdkern.training.options import DEFAULTS
 
+pytestmark = pytest.mark.usefixtures("short_previews")
+
 RUNS = {
     "ct": {"start_scales": 3, "end_scales": 12, "weight_schedule": "karras", "batch_gpu": 4},
     "ddpm": {"prediction": "v", "noise_schedule": "cosine", "diffusion_steps": 50, "k_idx": 3.0, "arch": "adm"},
     "iddpm": {"td_eta": 0.0},
     "flow": {"td_coupling": "shared", "steps": 9},
 }
-
-
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
-
-
-def tdkern_(*args, code=0):
-    from click.testing import CliRunner
-
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def image(path):
@@ -66,15 +49,7 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
     options = Options(data=data, duration=56e-6, precond=precond, loss_type=loss_type, cond=True, augment=0.5, **TINY | {"lr": 0.02} | RUNS[precond])
     straight = start(options, tmp_path / "straight")
 
-    def stop(record, real=loop.Record.state):
-        real(record)
-        if record.trainer.step == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Record, "state", stop)
-        with pytest.raises(Stop):
-            start(options, tmp_path / "resumed")
+    start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.rand(10)
     resume(tmp_path / "resumed")
     check_same(contents(tmp_path / "resumed"), contents(straight))

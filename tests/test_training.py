@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import TINY, children, data_set, pixels
+from tiny import TINY, children, pixels, two_steps
 
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
@@ -19,14 +19,7 @@ from tdkern.training.distributed import Process, joined, this_process
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
+pytestmark = pytest.mark.usefixtures("short_previews")
 
 
 def batch(trainer, rank=0, world=1):
@@ -311,7 +304,7 @@ def _rank(rank, port, run_dir, options, state):
     """One of two processes, under the environment that torchrun sets."""
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    loop.EDM = lambda: EDM(steps=2)
+    loop.preview_levels = two_steps
     sys.stderr = open(os.devnull, "w")
     derive = loop.derive_seed
     loop.derive_seed = lambda seed, stream, *numbers: derive(seed + (rank if stream == "init" else 0), stream, *numbers)  # only the first's start may count
