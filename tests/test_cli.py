@@ -15,7 +15,6 @@ from tdkern.networks import MLP, iDDPMPrecond
 
 FLAGS = ["--cbase", "4", "--cres", "1", "--batch", "8", "--tick", "0.008", "--workers", "0", "--lr-rampup-kimg", "0"]
 
-
 pytestmark = pytest.mark.usefixtures("short_previews")
 
 

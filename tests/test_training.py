@@ -16,10 +16,9 @@ from tdkern.training import Options, Trainer, loop, sample, sampling, train
 from tdkern.training.checkpoint import STATE, find, read, write
 from tdkern.training.distributed import Process, joined, this_process
 
-CPU = torch.device("cpu")
-
-
 pytestmark = pytest.mark.usefixtures("short_previews")
+
+CPU = torch.device("cpu")
 
 
 def batch(trainer, rank=0, world=1):
