@@ -273,3 +273,14 @@ def test_previews_ask_about_levels_that_the_network_knows(data):
     net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
     levels = sampling.preview_levels(net)
     assert len(levels) == 19 and torch.isin(levels, net.u).all() and levels[-1] == 0 and (levels.diff() < 0).all()
+
+
+def test_levels_that_are_one_to_the_network(data):
+    """A sampler that must descend takes fewer steps; Heun's method takes EDM's."""
+    net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
+    edms, _ = sampling.sampling_levels(net, "heun", 150)
+    assert len(edms) == 151 and (edms.diff() == 0).any()
+    for sampler in ("ddim", "ddpm", "dpmpp", "unipc", "multistep"):
+        levels, options = sampling.sampling_levels(net, sampler, 150)
+        assert len(levels) < 150 and torch.isin(levels, net.u).all()
+        getattr(samplers, sampler)(lambda x, sigma: 0 * x, torch.zeros(1), levels, **options)  # which refuses levels that do not fall
