@@ -20,6 +20,22 @@ def _params(backends):
 
 
 @pytest.fixture
+def data(tmp_path):
+    """A file of ten images in three classes."""
+    from tiny import data_set, pixels
+
+    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
+
+
+@pytest.fixture
+def short_previews(monkeypatch):
+    """The grids of images that training writes are not what its tests should take time for."""
+    from tiny import two_steps
+
+    monkeypatch.setattr("tdkern.training.loop.preview_levels", two_steps)
+
+
+@pytest.fixture
 def unwritten_is_nan():
     """What an op leaves unwritten is NaN, and not what another backend left in the same memory."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -63,6 +63,15 @@ def test_equals_the_reference_in_float64(backend, dtypes, decoupled):
     close(lists, expected, backend)
 
 
+def test_averages_see_the_parameters_as_they_are_stored(backend):
+    """With decay 0 an average in float32 is the new parameter, rounded to its half precision."""
+    for dtypes, (net, wide) in DTYPES.items():
+        if net != wide:
+            lists = problem(dtypes, device_of(backend), K=1)
+            adam_ema_(*lists[:6], [0.0], lr=0.01, backend=backend)
+            assert all(torch.equal(average, param.float()) for param, average in zip(lists[0], lists[5][0], strict=True)), dtypes
+
+
 @pytest.mark.parametrize("lie", LIE)
 @pytest.mark.parametrize("K", [0, 1, 3])
 def test_any_layout(backend, lie, K):

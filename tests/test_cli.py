@@ -8,32 +8,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from click.testing import CliRunner
-from tiny import data_set, pixels, png, raw_data_set
+from tiny import pixels, png, raw_data_set, tdkern_
 
 import tdkern.cli
-from tdkern.cli import main
 from tdkern.networks import MLP, iDDPMPrecond
-from tdkern.schedules import EDM
-from tdkern.training import loop
 
 FLAGS = ["--cbase", "4", "--cres", "1", "--batch", "8", "--tick", "0.008", "--workers", "0", "--lr-rampup-kimg", "0"]
 
-
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
-
-
-def tdkern_(*args, code=0):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.output
+pytestmark = pytest.mark.usefixtures("short_previews")
 
 
 def options_of(*args):

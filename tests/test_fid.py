@@ -89,9 +89,12 @@ def test_statistics_are_edms():
 
 
 def test_files_of_statistics(tmp_path, monkeypatch):
-    path, statistics = tmp_path / "a.npz", golden("d8_full")[1]
+    (_, statistics, other), path, old = golden("d8_full"), tmp_path / "a.npz", tmp_path / "old.npz"
+    write_statistics(path, other)
+    old.hardlink_to(path)
     write_statistics(path, statistics)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
+    assert np.array_equal(read_statistics(old).mu, other.mu)  # a new file took the old one's name: it was never half-written
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "old.npz"]
     fetched = []
     monkeypatch.setattr(fid, "urlopen", lambda url, timeout: fetched.append(url) or io.BytesIO(path.read_bytes()))
     for read in (read_statistics(path), read_statistics("https://a.b/c.npz")):

@@ -10,23 +10,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import TINY, children, data_set, pixels
+from tiny import TINY, children, two_steps
 from tqdm import tqdm
 
-from tdkern.schedules import EDM
 from tdkern.training import Options, Trainer, loop, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read
 from tdkern.training.distributed import this_process
 
-
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())  # the grids of images are not what takes time here
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
+pytestmark = pytest.mark.usefixtures("short_previews")
 
 
 def start(options, run_dir):
@@ -67,6 +58,19 @@ class Stop(Exception):
     pass
 
 
+def start_and_stop(options, run_dir, monkeypatch):
+    """A run that ends after the training state of its third step."""
+    def stop(record, real=loop.Record.state):
+        real(record)
+        if record.trainer.step == 3:
+            raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Record, "state", stop)
+        with pytest.raises(Stop):
+            start(options, run_dir)
+
+
 @pytest.mark.parametrize("changes", [
     {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5,
      "td_share": 0.5, "target_precision": "bf16", "target_copy": 2},
@@ -79,15 +83,7 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
     assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | ({"target"} if changes["loss_type"] == "td" else set())
 
-    def stop(record, real=loop.Record.state):
-        real(record)
-        if record.trainer.step == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Record, "state", stop)
-        with pytest.raises(Stop):
-            start(options, tmp_path / "resumed")
+    start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence
     torch.rand(10)
     resume(tmp_path / "resumed", workers=2)
@@ -130,7 +126,7 @@ def _child(run_dir, options, kill):
     """In a process of its own: start or resume a run, and be killed at the n-th of its calls of a function, if told to."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    loop.EDM = lambda: EDM(steps=2)
+    loop.preview_levels = two_steps
     sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(threading.RLock())  # its own lock between processes would be left behind by a kill
     if kill is not None:

@@ -8,12 +8,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_resume import Stop, check_same, contents, resume, start
-from tiny import TINY, data_set, pixels
+from test_resume import check_same, contents, resume, start, start_and_stop
+from tiny import TINY, data_set, pixels, tdkern_
 from torch import nn
 
 from tdkern import samplers
-from tdkern.cli import main
 from tdkern.ema import consistency_decay
 from tdkern.losses import CTLoss, DDPMLoss, FlowLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.losses.ct import lpips
@@ -24,30 +23,14 @@ from tdkern.training import Options, Trainer, checkpoint, load_network, loop, ob
 from tdkern.training.distributed import this_process
 from tdkern.training.options import DEFAULTS
 
+pytestmark = pytest.mark.usefixtures("short_previews")
+
 RUNS = {
     "ct": {"start_scales": 3, "end_scales": 12, "weight_schedule": "karras", "batch_gpu": 4},
     "ddpm": {"prediction": "v", "noise_schedule": "cosine", "diffusion_steps": 50, "k_idx": 3.0, "arch": "adm"},
     "iddpm": {"td_eta": 0.0},
     "flow": {"td_coupling": "shared", "steps": 9},
 }
-
-
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
-
-
-def tdkern_(*args, code=0):
-    from click.testing import CliRunner
-
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def image(path):
@@ -66,15 +49,7 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
     options = Options(data=data, duration=56e-6, precond=precond, loss_type=loss_type, cond=True, augment=0.5, **TINY | {"lr": 0.02} | RUNS[precond])
     straight = start(options, tmp_path / "straight")
 
-    def stop(record, real=loop.Record.state):
-        real(record)
-        if record.trainer.step == 3:
-            raise Stop
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Record, "state", stop)
-        with pytest.raises(Stop):
-            start(options, tmp_path / "resumed")
+    start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.rand(10)
     resume(tmp_path / "resumed")
     check_same(contents(tmp_path / "resumed"), contents(straight))
@@ -108,6 +83,8 @@ def test_networks_know_their_familys_levels(data):
     assert ddpm.prediction == "x0"
     for t in (1, 17, 50):  # the network is told t - 1, as in the field
         assert ddpm.input_scaling(path.sigma_hat(torch.tensor([t])))[1].item() == pytest.approx(t - 1, abs=1e-6)
+    fourier = net(precond="ddpm", diffusion_steps=50, noise_schedule="cosine", arch="ncsnpp")  # whose embedding is of times up to 1
+    assert fourier.input_scaling(path.sigma_hat(torch.tensor([17])))[1].item() == pytest.approx(16 / 50, abs=1e-6)
     flow, levels = net(precond="flow"), FlowMatching().sigma_hat([0.001, 0.25, 0.999])
     assert flow.input_scaling(levels)[1].tolist() == pytest.approx([1, 250, 999])
     assert torch.equal(net(precond="iddpm").u, iDDPM().u)
@@ -296,3 +273,14 @@ def test_previews_ask_about_levels_that_the_network_knows(data):
     net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
     levels = sampling.preview_levels(net)
     assert len(levels) == 19 and torch.isin(levels, net.u).all() and levels[-1] == 0 and (levels.diff() < 0).all()
+
+
+def test_levels_that_are_one_to_the_network(data):
+    """A sampler that must descend takes fewer steps; Heun's method takes EDM's."""
+    net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
+    edms, _ = sampling.sampling_levels(net, "heun", 150)
+    assert len(edms) == 151 and (edms.diff() == 0).any()
+    for sampler in ("ddim", "ddpm", "dpmpp", "unipc", "multistep"):
+        levels, options = sampling.sampling_levels(net, sampler, 150)
+        assert len(levels) < 150 and torch.isin(levels, net.u).all()
+        getattr(samplers, sampler)(lambda x, sigma: 0 * x, torch.zeros(1), levels, **options)  # which refuses levels that do not fall

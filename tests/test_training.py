@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import TINY, children, data_set, pixels
+from tiny import TINY, children, pixels, two_steps
 
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
@@ -16,17 +16,9 @@ from tdkern.training import Options, Trainer, loop, sample, sampling, train
 from tdkern.training.checkpoint import STATE, find, read, write
 from tdkern.training.distributed import Process, joined, this_process
 
+pytestmark = pytest.mark.usefixtures("short_previews")
+
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def short_sampling(monkeypatch):
-    monkeypatch.setattr(loop, "preview_levels", lambda net: EDM(steps=2).sigmas())
-
-
-@pytest.fixture
-def data(tmp_path):
-    return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
 
 
 def batch(trainer, rank=0, world=1):
@@ -106,6 +98,15 @@ def test_hard_target_copies(data):
         assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), expected, strict=True))
 
 
+def test_the_targets_decay_is_reached_by_a_ramp(data):
+    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_ema_tau": 0.15, "lr_rampup_kimg": 0}), this_process())
+    for decay in (0.1, 0.15, 0.15):
+        before = [parameter.clone() for parameter in trainer.target.module.parameters()]
+        trainer.train_step(*batch(trainer))
+        for new, old, parameter in zip(trainer.target.module.parameters(), before, trainer.net.parameters(), strict=True):
+            torch.testing.assert_close(new, decay * old + (1 - decay) * parameter)
+
+
 def test_a_copy_that_was_due_at_a_skipped_step_is_made_at_the_next(data):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 3, "lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
@@ -138,6 +139,8 @@ def test_share_by_default():
     assert Options(data="", td_share=None).td_share == 1
     window = Options(data="", batch=512, gpus=4, td_sigma=[0.3, 5.0], td_share=None)
     assert window.td_share == pytest.approx(0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4)
+    for td_sigma, share in (([70.0, 80.0], 1e-4), ([-1.0, 0.0], 1e-4), ([-1.0, 80.0], 1)):  # next to none, none, nearly all
+        assert Options(data="", batch=512, td_sigma=td_sigma, td_share=None).td_share == pytest.approx(share, abs=1e-12)
     with pytest.raises(ValueError, match="target_precision must be one of fp32, fp16, bf16, got 'fp8'"):
         Options(data="", target_precision="fp8")
 
@@ -300,7 +303,7 @@ def _rank(rank, port, run_dir, options, state):
     """One of two processes, under the environment that torchrun sets."""
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
-    loop.EDM = lambda: EDM(steps=2)
+    loop.preview_levels = two_steps
     sys.stderr = open(os.devnull, "w")
     derive = loop.derive_seed
     loop.derive_seed = lambda seed, stream, *numbers: derive(seed + (rank if stream == "init" else 0), stream, *numbers)  # only the first's start may count

@@ -15,6 +15,24 @@ children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
 
 
+def two_steps(net):
+    """In place of the training loop's `preview_levels`, in a process of its own too."""
+    from tdkern.schedules import EDM
+
+    return EDM(steps=2).sigmas()
+
+
+def tdkern_(*args, code=0):
+    """What a command prints; it must end with this code."""
+    from click.testing import CliRunner
+
+    from tdkern.cli import main
+
+    result = CliRunner().invoke(main, [str(arg) for arg in args])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
 def pixels(count=10, shape=(3, 8, 8), seed=0):
     """Random images [count, C, H, W] uint8."""
     return np.random.default_rng(seed).integers(0, 256, (count, *shape), np.uint8)

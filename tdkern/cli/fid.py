@@ -112,7 +112,8 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
             images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=getattr(samplers, sampler), **options) for seeds in _bar(batches, process))
             ours = feature_statistics(images, extract, process.device)
             if process.rank == 0:
-                nfe = 2 * count - 1 if sampler == "heun" else count
+                taken = len(sigmas) - 1
+                nfe = 2 * taken - 1 if sampler == "heun" else taken
                 rows.append({"steps": count, "nfe": nfe, "fid": frechet_distance(ours, reference)})
                 click.echo(f"{count:>5} {nfe:>4} {rows[-1]['fid']:>10.4f}")
         if process.rank == 0:

@@ -89,8 +89,8 @@ class TDEDMLoss(EDMLoss):
         td_coupling: "markov" or "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0", "online" 1/(A scale)^2 (the published code's) or "none".
         td_sigma: (lo, hi), TD only at sigma in that range; elsewhere EDM's loss, as where the pair leaves the schedule.
-        td_share: the target network runs on the samples that have a TD term, but never on more than ceil(td_share B), those of the largest
-            sigma; what is left over has no TD term. In (0, 1]; 1 leaves nothing out. `window_share` has what fits `td_sigma`.
+        td_share: the target network runs on ceil(td_share B) samples: of those with a TD term the ones of the largest sigma, then others. A
+            TD term without room gives way to EDM's loss, as outside `td_sigma`. In (0, 1]; `window_share` has what fits `td_sigma`.
 
     The rest is as in `EDMLoss`; `target_net` is needed. The draws: ln sigma, then the seed of the pair's noise.
     """
@@ -126,7 +126,7 @@ class TDEDMLoss(EDMLoss):
         the default noise levels 2 % in batches of 16, 0.4 % in batches of 512. Those are of the smallest sigma, where TD brings least.
         """
         lo, hi = (0.0, math.inf) if self.td_sigma is None else self.td_sigma
-        edges = torch.tensor([lo, hi], dtype=torch.float64, device="cpu").log()
+        edges = torch.tensor([lo, hi], dtype=torch.float64, device="cpu").clamp(min=0).log()  # `td_sigma` may begin below 0
         p = torch.special.ndtr((edges - self.P_mean) / self.P_std).diff().item()
         return min(p + (p * (1 - p) / batch) ** 0.5, 1.0)
 

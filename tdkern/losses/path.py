@@ -94,8 +94,8 @@ class TDPathLoss(PathLoss):
         coupling: of the states, and of the means unless `eta` is given: "markov" or "shared".
         eta: DDIM's eta of the means, in [0, 1]; None is 1 for "markov", 0 for "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0" 1/(A^2 + A'^2), "online" 1/(A scale)^2 or "none".
-        td_share: the target network runs on the samples that have a TD term, but never on more than ceil(td_share B), those of the largest
-            sigma_hat; what is left over has the base loss, (1 + lambda_base) times. In (0, 1]; 1 leaves nothing out.
+        td_share: the target network runs on ceil(td_share B) samples: of those with a TD term the ones of the largest sigma_hat, then others.
+            A sample whose TD term has no room has (1 + lambda_base) base. In (0, 1].
 
     The draws: t, then the seed of the pair's noise.
     """

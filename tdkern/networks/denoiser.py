@@ -38,7 +38,7 @@ class Denoiser(_Precond):
         prediction: what F is: "x0", "eps", "v" or "velocity".
         alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and 1, as a diffusers scheduler has
             it. t is then real: ln sigma is interpolated, and held at the ends. Not for "velocity".
-        time_scale: for "velocity", t is time_scale sigma/(1 + sigma); 1000 for networks that count so.
+        time_scale: a factor of t: for "velocity", whose t is sigma/(1 + sigma), 1000 for networks that count so.
         dtype: of the image inside the module; None is x's.
 
     Call it as `net(x, sigma, class_labels=None, augment_labels=None) -> D`; class_labels are one-hot, [B, classes]. See `EDMPrecond`, which
@@ -71,7 +71,7 @@ class Denoiser(_Precond):
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "velocity":
             return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
-        return (1 + sigma**2).rsqrt(), interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
+        return (1 + sigma**2).rsqrt(), self.time_scale * interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
 
     def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return skip_scale(self.prediction, sigma)

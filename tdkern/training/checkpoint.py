@@ -43,7 +43,8 @@ def build_network(network: dict) -> torch.nn.Module:
     precond, sigma_data, dtype = arguments.pop("precond"), arguments.pop("sigma_data"), PRECISIONS[arguments.pop("precision")]
     if precond not in PRECONDS:
         raise ValueError(f"build_network: precond must be one of {', '.join(PRECONDS)}, got {precond!r}")
-    times = 1.0 if arguments["arch"] == "ncsnpp" else 1000.0  # NCSN++'s embedding is made for c_noise around 1, the others' for DDPM's times
+    fourier = arguments["arch"] == "ncsnpp"  # its embedding is made for c_noise around 1, the others' for DDPM's times
+    times = 1.0 if fourier else 1000.0
     settings = {}
     if precond == "edm":
         settings = {"sigma_data": sigma_data}
@@ -51,7 +52,7 @@ def build_network(network: dict) -> torch.nn.Module:
         settings = {"sigma_data": sigma_data, "time_scale": times / 4}
     elif precond == "ddpm":
         path = DDPM(arguments.pop("diffusion_steps"), arguments.pop("noise_schedule"))
-        settings = {"prediction": arguments.pop("prediction"), "alphas_cumprod": path.alphas_cumprod}
+        settings = {"prediction": arguments.pop("prediction"), "alphas_cumprod": path.alphas_cumprod, "time_scale": 1 / path.T if fourier else 1.0}
     elif precond == "flow":
         settings = {"prediction": "velocity", "time_scale": times}
     return PRECONDS[precond](unet(**arguments), dtype=dtype, **settings)

@@ -116,7 +116,8 @@ class Options:
         if self.batch % self.gpus or share % self.batch_gpu:
             raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
         if self.td_share is None:
-            self.td_share = round(TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu), 4) if self.td_sigma else 1.0
+            window = TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu) if self.td_sigma else 1.0
+            self.td_share = max(round(window, 4), 1e-4)  # one sample, where the window holds next to none
         if self.td_share != 1 and self.precond == "ct":  # whose target network is needed without TD too
             raise ValueError(f"td_share is for precond edm, {', '.join(PATHS)}, got precond ct")
         if not 0 <= self.augment <= 1:

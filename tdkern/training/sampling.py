@@ -19,11 +19,16 @@ def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str
                     sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
     """The noise levels of so many steps of a sampler, all of which the network knows, and those of the sampler's options that follow from them.
 
+    Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that must descend at each step takes fewer steps.
+    EDM's samplers take them all, as in EDM: a step between equal levels changes nothing.
+
     disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
     """
     lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True))
     lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
     sigmas = net.round_sigma(ablation_sigmas(disc, steps + (sampler == "multistep"), lo, hi, rho))
+    if sampler not in ("heun", "euler", "ablation"):
+        sigmas = sigmas.unique_consecutive()
     if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
         return sigmas[:-1], {"sigma_min": sigmas[-2].item()}
     return sigmas, {"sigma_min": lo, "sigma_max": hi} if sampler == "ablation" else {}  # the range is the schedule's too
