@@ -267,6 +267,10 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, sampler
             files = tdkern_("fid", "calc", "--images", images, "--ref", ref, "--num", "8", "--batch", "3", "--workers", "0").stdout
             assert float(files) == pytest.approx(row["fid"], rel=1e-5)
         assert measured["results"][0]["fid"] != pytest.approx(measured["results"][1]["fid"], rel=1e-3)
+    if precond == "ct":  # with --steps, multistep is its sampler by default
+        tdkern_("generate", "--network", tmp_path, "--outdir", tmp_path / "few", "--steps", "2", "--seeds", "5-12", "--batch", "3")
+        few, asked = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("few", "multistep2"))
+        assert len(few) == 8 and few == asked
 
 
 def test_steps_shares_the_seeds_among_processes(tmp_path, stand_in, monkeypatch):

@@ -24,8 +24,8 @@ from .types import Numbers, boolean
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
 @click.option("--sampler", type=click.Choice(["heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "onestep", "multistep", "ablation"]),
-              help="onestep and multistep are for consistency models, whose default is onestep. [default: heun; ablation with --solver, --disc, --schedule "
-                   "or --scaling]")
+              help="onestep and multistep are for consistency models, whose default is onestep, or multistep with --steps. [default: heun; ablation with "
+                   "--solver, --disc, --schedule or --scaling]")
 @click.option("--steps", type=click.IntRange(min=2), default=18, show_default=True, help="Sampling steps.")
 @click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
 @click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")
@@ -58,7 +58,10 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     try:
         net, meta = load_network(network, process.device)
-        sampler = sampler or ("ablation" if disc or options["solver"] or options["schedule"] or options["scaling"] else default_sampler(net))
+        if not sampler:
+            ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
+            several = click.get_current_context().get_parameter_source("steps") is ParameterSource.COMMANDLINE and net.precond == "ct"
+            sampler = "ablation" if ablation else "multistep" if several else default_sampler(net)
         options = _options(sampler, disc, options)
         sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         options |= follow
