@@ -3,7 +3,6 @@ import io
 import json
 import os
 import pickle
-import socket
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,8 +12,7 @@ import click
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from tiny import children, data_set, pixels
+from tiny import data_set, in_two_processes, invoked, pixels
 
 from tdkern.cli import main
 from tdkern.data import DatasetError, save_image
@@ -46,12 +44,6 @@ class StandIn:
 @pytest.fixture
 def stand_in(monkeypatch):
     monkeypatch.setattr(cli, "Inception", StandIn)
-
-
-def tdkern_(*args, code=0):
-    result = CliRunner().invoke(main, [str(arg) for arg in args])
-    assert result.exit_code == code, result.output
-    return result
 
 
 def golden(name):
@@ -195,18 +187,18 @@ def test_ref_then_calc(tmp_path, stand_in):
         (tmp_path / "images" / f"{i // 10 * 1000:06d}").mkdir(parents=True, exist_ok=True)
         save_image(tmp_path / "images" / f"{i // 10 * 1000:06d}" / f"{i:06d}.png", image)
     ref = tmp_path / "new" / "ref.npz"
-    tdkern_("fid", "ref", "--data", data_set(tmp_path / "grey.zip", images), "--dest", ref, "--batch", "7")
+    invoked("fid", "ref", "--data", data_set(tmp_path / "grey.zip", images), "--dest", ref, "--batch", "7")
     features = [StandIn()(torch.from_numpy(x).expand(-1, 3, -1, -1)).double().numpy() for x in (images, others)]
     np.testing.assert_allclose(np.load(ref)["mu"], features[0].mean(0), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(np.load(ref)["sigma"], np.cov(features[0].T), rtol=1e-5, atol=1e-7)
 
-    result = tdkern_("fid", "calc", "--images", tmp_path / "images", "--ref", ref, "--num", "21", "--batch", "4", "--workers", "0")
+    result = invoked("fid", "calc", "--images", tmp_path / "images", "--ref", ref, "--num", "21", "--batch", "4", "--workers", "0")
     expected = frechet_distance(*(Statistics(x.mean(0), np.cov(x.T)) for x in features))
     assert float(result.stdout) == pytest.approx(expected, rel=1e-4)
     assert "Warning: the FID of 21 images is biased upwards" in result.stderr and f"FID of 21 images in {tmp_path / 'images'} against {ref}" in result.stderr
-    result = tdkern_("fid", "calc", "--images", tmp_path / "grey.zip", "--ref", ref, "--num", "30")
+    result = invoked("fid", "calc", "--images", tmp_path / "grey.zip", "--ref", ref, "--num", "30")
     assert abs(float(result.stdout)) < 1e-12 and "FID of 30 images (grey, as RGB)" in result.stderr
-    some = [tdkern_("fid", "calc", "--images", tmp_path / "grey.zip", "--ref", ref, "--num", "29", "--seed", seed).stdout for seed in (0, 0, 1)]
+    some = [invoked("fid", "calc", "--images", tmp_path / "grey.zip", "--ref", ref, "--num", "29", "--seed", seed).stdout for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2]
 
 
@@ -215,7 +207,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     write_statistics(ref, Statistics(np.zeros(6), np.eye(6)))
 
     def refused(*args):
-        return tdkern_("fid", *args, code=1).output.strip().splitlines()[-1]
+        return invoked("fid", *args, code=1).output.strip().splitlines()[-1]
 
     assert refused("calc", "--images", path, "--ref", ref) == f"Error: {path}: holds 3 images, --num asks for 50000; generate more, or give --num 3"
     assert "nowhere: no such folder or zip" in refused("calc", "--images", "nowhere", "--ref", ref)
@@ -230,7 +222,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     with pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"), cli._command():
         raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")  # as DataLoader hands it on
     assert not (tmp_path / "b.npz").exists()
-    assert "is a directory" in tdkern_("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
+    assert "is a directory" in invoked("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 
 
@@ -243,18 +235,18 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, sampler
         torch.nn.init.normal_(parameter, std=0.3)
     write(tmp_path, SNAPSHOT, 0, trainer.ema.module.state_dict(), {"network": trainer.network})
     ref = tmp_path / "ref.npz"
-    tdkern_("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
+    invoked("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
     few = ["fid", "steps", "--network", tmp_path, "--ref", ref, "--steps", "4,1", "--num", "8"]
     if precond == "edm":
-        assert "--steps must be at least 2 each with heun, got 1" in tdkern_(*few, code=2).output
+        assert "--steps must be at least 2 each with heun, got 1" in invoked(*few, code=2).output
     else:
-        fid = json.loads(tdkern_(*few).stdout.splitlines()[-1])["results"][1]["fid"]  # a consistency model's one step, by default
-        tdkern_("generate", "--network", tmp_path, "--outdir", tmp_path / "one", "--seeds", "0-7")
-        files = tdkern_("fid", "calc", "--images", tmp_path / "one", "--ref", ref, "--num", "8", "--workers", "0").stdout
+        fid = json.loads(invoked(*few).stdout.splitlines()[-1])["results"][1]["fid"]  # a consistency model's one step, by default
+        invoked("generate", "--network", tmp_path, "--outdir", tmp_path / "one", "--seeds", "0-7")
+        files = invoked("fid", "calc", "--images", tmp_path / "one", "--ref", ref, "--num", "8", "--workers", "0").stdout
         assert float(files) == pytest.approx(fid, rel=1e-5)
     for sampler, nfes in samplers.items():
         flags = ["--network", tmp_path, "--sampler", sampler, "--batch", "3"]
-        result = tdkern_("fid", "steps", *flags, "--ref", ref, "--steps", "2,4", "--num", "8", "--seed", "5")
+        result = invoked("fid", "steps", *flags, "--ref", ref, "--steps", "2,4", "--num", "8", "--seed", "5")
         *table, line = result.stdout.splitlines()
         measured = json.loads(line)
         assert (measured["sampler"], measured["num"], measured["seed"], measured["ref"]) == (sampler, 8, 5, str(ref))
@@ -263,12 +255,12 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, sampler
         assert [[float(word) for word in row.split()] for row in table[1:]] == [[*list(row.values())[:2], round(row["fid"], 4)] for row in measured["results"]]
         for row in measured["results"]:
             images = tmp_path / f"{sampler}{row['steps']}"
-            tdkern_("generate", *flags, "--outdir", images, "--steps", row["steps"], "--seeds", "5-12")
-            files = tdkern_("fid", "calc", "--images", images, "--ref", ref, "--num", "8", "--batch", "3", "--workers", "0").stdout
+            invoked("generate", *flags, "--outdir", images, "--steps", row["steps"], "--seeds", "5-12")
+            files = invoked("fid", "calc", "--images", images, "--ref", ref, "--num", "8", "--batch", "3", "--workers", "0").stdout
             assert float(files) == pytest.approx(row["fid"], rel=1e-5)
         assert measured["results"][0]["fid"] != pytest.approx(measured["results"][1]["fid"], rel=1e-3)
     if precond == "ct":  # with --steps, multistep is its sampler by default
-        tdkern_("generate", "--network", tmp_path, "--outdir", tmp_path / "few", "--steps", "2", "--seeds", "5-12", "--batch", "3")
+        invoked("generate", "--network", tmp_path, "--outdir", tmp_path / "few", "--steps", "2", "--seeds", "5-12", "--batch", "3")
         few, asked = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("few", "multistep2"))
         assert len(few) == 8 and few == asked
 
@@ -285,38 +277,24 @@ def test_steps_shares_the_seeds_among_processes(tmp_path, stand_in, monkeypatch)
     monkeypatch.setattr(cli, "sample", sample)
     for rank, shares in enumerate(([[0, 1], [4]], [[2, 3]])):
         monkeypatch.setattr(cli, "joined", lambda rank=rank: nullcontext(Process(rank, 2, torch.device("cpu"))))
-        output = tdkern_("fid", "steps", "--network", "a", "--ref", ref, "--steps", "2,3", "--num", "5", "--batch", "2").output
+        output = invoked("fid", "steps", "--network", "a", "--ref", ref, "--steps", "2,3", "--num", "5", "--batch", "2").output
         assert drawn == 2 * shares and bool(output) == (rank == 0)  # the first alone prints
         drawn.clear()
 
 
-def _rank(rank, runs):
-    """One of two processes, under the environment that torchrun sets."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"})
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
+def _rank(rank, args):
+    """One of two processes."""
     cli.Inception = StandIn
-    for port, args in runs:
-        os.environ["MASTER_PORT"] = str(port)
-        main(args, standalone_mode=False)
+    main(args, standalone_mode=False)
 
 
 def test_two_processes_share_the_images(tmp_path, stand_in):
     """Also where the second has none: one batch."""
-    data, runs = data_set(tmp_path / "a.zip", pixels(11)), []
+    data = data_set(tmp_path / "a.zip", pixels(11))
     for batch in ("3", "11"):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            runs.append((free.getsockname()[1], ["fid", "ref", "--data", str(data), "--batch", batch, "--workers", "0", "--dest", str(tmp_path / batch)]))
-    ranks = [children.Process(target=_rank, args=(rank, runs)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
-    for _, args in runs:
+        args = ["fid", "ref", "--data", str(data), "--batch", batch, "--workers", "0", "--dest", str(tmp_path / batch)]
+        in_two_processes(_rank, args)
         two = read_statistics(args[-1])
-        tdkern_(*args)
+        invoked(*args)
         for ours, theirs in zip(read_statistics(args[-1]), two, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)

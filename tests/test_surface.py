@@ -1,5 +1,7 @@
 """What holds for every op on every backend: any shapes, strides, dtypes and lists (Hypothesis), PyTorch's own checks, bad arguments, and memory."""
 import math
+import os
+import re
 import sys
 from pathlib import Path
 
@@ -360,3 +362,20 @@ def test_evaluating_a_loss_takes_one_dF(loss):
     step()
     dF = net.F.numel() * 4
     assert dF <= peak_extra(step, "cpu") <= dF + 4096
+
+
+def test_a_large_output_lies_on_large_pages():
+    """A mapping's flags, hg among them, stand in smaps behind its range."""
+    if _library.MISSING["cpp"] or not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip(_library.MISSING["cpp"] or "this system has no transparent huge pages")
+    out = torch.ones(3, 3 * 2**20, requires_grad=True)  # 36 MB
+    coef = torch.tensor([[0.0, 1, 0, 1, 1, 1, 0, 1]]).expand(3, 8).contiguous()
+    dF, = torch.autograd.grad(tdkern.td_loss(out, torch.zeros(()).expand(out.shape), torch.zeros(()).expand(out.shape), coef, backend="cpp").sum(), out)
+    assert torch.equal(dF, torch.full_like(dF, 2 / dF[0].numel()))
+    inside, flags = False, ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(match[1], 16) <= dF.data_ptr() + dF.nbytes // 2 < int(match[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert " hg" in flags

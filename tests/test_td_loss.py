@@ -2,7 +2,6 @@
 import gc
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -419,23 +418,6 @@ def test_td_loss_does_not_depend_on_threads(name):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(results[0][i], other[i]) for other in results[1:] for i in (0, 1))
-
-
-def test_td_loss_asks_for_large_pages_for_a_large_gradient():
-    """A mapping's flags, hg among them, stand in smaps behind its range."""
-    if _library.MISSING["cpp"] or not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
-        pytest.skip(_library.MISSING["cpp"] or "this system has no transparent huge pages")
-    out = torch.ones(3, 3 * 2**20, requires_grad=True)  # 36 MB
-    coef = torch.tensor([[0.0, 1, 0, 1, 1, 1, 0, 1]]).expand(3, 8).contiguous()
-    dF, = torch.autograd.grad(tdkern.td_loss(out, torch.zeros(()).expand(out.shape), torch.zeros(()).expand(out.shape), coef, backend="cpp").sum(), out)
-    assert torch.equal(dF, torch.full_like(dF, 2 / dF[0].numel()))
-    inside, flags = False, ""
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if match := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(match[1], 16) <= dF.data_ptr() + dF.nbytes // 2 < int(match[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line
-    assert " hg" in flags
 
 
 # ---- bad arguments --------------------------------------------------------------------------------------------------

@@ -1,14 +1,11 @@
 import json
 import math
-import os
-import socket
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import TINY, children, pixels, two_steps
+from tiny import TINY, in_two_processes, pixels, two_steps
 
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
@@ -299,12 +296,9 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
         sample(net, trainer.network, [5], sigmas, class_idx=3)
 
 
-def _rank(rank, port, run_dir, options, state):
-    """One of two processes, under the environment that torchrun sets."""
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
-    torch.set_num_threads(1)
+def _rank(rank, run_dir, options, state):
+    """One of two processes."""
     loop.preview_levels = two_steps
-    sys.stderr = open(os.devnull, "w")
     derive = loop.derive_seed
     loop.derive_seed = lambda seed, stream, *numbers: derive(seed + (rank if stream == "init" else 0), stream, *numbers)  # only the first's start may count
     with joined() as process:
@@ -318,18 +312,9 @@ class Taken(Exception):
 
 
 def _two_processes(run_dir, options, state=None):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     for rank in range(2):
         (run_dir / f"rank{rank}").mkdir(parents=True, exist_ok=True)
-    ranks = [children.Process(target=_rank, args=(rank, port, run_dir, options, state)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    in_two_processes(_rank, run_dir, options, state)
     return [read(find(run_dir / f"rank{rank}", STATE), STATE)[1] for rank in range(2)]
 
 

@@ -2,6 +2,9 @@
 import io
 import json
 import multiprocessing
+import os
+import socket
+import sys
 import zipfile
 
 import numpy as np
@@ -22,15 +25,43 @@ def two_steps(net):
     return EDM(steps=2).sigmas()
 
 
-def tdkern_(*args, code=0):
-    """What a command prints; it must end with this code."""
+def invoked(*args, code=0):
+    """click's result of a command, which must end with this code."""
     from click.testing import CliRunner
 
     from tdkern.cli import main
 
     result = CliRunner().invoke(main, [str(arg) for arg in args])
     assert result.exit_code == code, result.output
-    return result.output
+    return result
+
+
+def tdkern_(*args, code=0):
+    """What a command prints; it must end with this code."""
+    return invoked(*args, code=code).output
+
+
+def _as_torchrun(rank, port, work, args):
+    import torch
+
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")
+    work(rank, *args)
+
+
+def in_two_processes(work, *args):
+    """Calls work(rank, *args) in two processes, under the environment that torchrun sets; both must end well. work: of a module."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [children.Process(target=_as_torchrun, args=(rank, port, work, args)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def pixels(count=10, shape=(3, 8, 8), seed=0):
