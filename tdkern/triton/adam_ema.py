@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import _library
-from .ema_update import block_of, ema_element
+from .ema_update import block_of, update_averages
 from .lists import flat, on_device
 
 
@@ -32,10 +32,7 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, 
     p = p.to(param.dtype.element_ty)
     tl.store(param + i, p, inside)
     if averages is not None:
-        for k in tl.static_range(len(averages)):
-            avg = averages[k] + i
-            new = ema_element(tl.load(avg, inside).to(T), p.to(T), (1 - tl.load(decays + k)).to(T))
-            tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
+        update_averages(averages, decays, p, i, inside, T)
 
 
 def found_inf(grads):

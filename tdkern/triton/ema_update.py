@@ -17,16 +17,21 @@ def ema_element(avg, param, weight):
     return tl.where(param - param == 0, tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change), avg)
 
 
+# The averages of a block of one parameter; value: it, as it is stored.
+@triton.jit
+def update_averages(averages, decays, value, i, inside, T: tl.constexpr):
+    for k in tl.static_range(len(averages)):
+        avg = averages[k] + i
+        new = ema_element(tl.load(avg, inside).to(T), value.to(T), (1 - tl.load(decays + k)).to(T))
+        tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
+
+
 @triton.jit
 def ema_kernel(param, averages, decays, n, BLOCK: tl.constexpr):
     T: tl.constexpr = tl.float64 if averages[0].dtype.element_ty == tl.float64 else tl.float32
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
-    value = tl.load(param + i, inside).to(T)
-    for k in tl.static_range(len(averages)):
-        avg = averages[k] + i
-        new = ema_element(tl.load(avg, inside).to(T), value, (1 - tl.load(decays + k)).to(T))
-        tl.store(avg, new.to(averages[k].dtype.element_ty), inside)
+    update_averages(averages, decays, tl.load(param + i, inside), i, inside, T)
 
 
 def block_of(param: Tensor) -> int:
