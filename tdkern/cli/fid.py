@@ -13,7 +13,7 @@ from ..data import DatasetError, ImageDataset
 from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
-from ..training.sampling import sampling_levels
+from ..training.sampling import default_sampler, sampling_levels
 from .types import Numbers
 
 SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep")  # those that take a number of steps and nothing else
@@ -97,7 +97,7 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
     """
     with _command() as process:
         net, meta = load_network(network, process.device)
-        sampler = sampler or ("multistep" if net.precond == "ct" else "heun")
+        sampler = sampler or default_sampler(net, steps_given=True)
         least = 1 if sampler == "multistep" else 2
         if min(steps) < least:
             raise click.UsageError(f"--steps must be at least {least} each with {sampler}, got {min(steps)}")

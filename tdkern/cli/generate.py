@@ -4,7 +4,6 @@ from pathlib import Path
 
 import click
 import torch
-from click.core import ParameterSource
 from tqdm import tqdm
 
 from .. import samplers
@@ -13,7 +12,7 @@ from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
 from ..training.sampling import default_sampler, sampling_levels
-from .types import Numbers, boolean
+from .types import Numbers, boolean, on_command_line
 
 
 @click.command()
@@ -60,8 +59,7 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
         net, meta = load_network(network, process.device)
         if not sampler:
             ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
-            several = click.get_current_context().get_parameter_source("steps") is ParameterSource.COMMANDLINE and net.precond == "ct"
-            sampler = "ablation" if ablation else "multistep" if several else default_sampler(net)
+            sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
         options = _options(sampler, disc, options)
         sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         options |= follow
@@ -89,6 +87,6 @@ def _options(sampler: str, disc: str | None, values: dict) -> dict:
     idle |= dict.fromkeys(("steps", "sigma_min", "rho", "disc"), "--sampler onestep") if sampler == "onestep" else {}
     idle |= {"rho": f"--disc {disc}"} if disc not in (None, "edm") else {}
     for name, reason in idle.items():
-        if click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE:
+        if on_command_line(name):
             raise click.UsageError(f"--{name} does nothing with {reason}")
     return {name: value for name, value in values.items() if name in known and value is not None}

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import click
-from click.core import ParameterSource
 
 from ..data import DatasetError
 from ..losses.ct import LOSS_NORMS, WEIGHTINGS
@@ -16,7 +15,7 @@ from ..training import CheckpointError, Options, Trainer, checkpoint
 from ..training import train as run
 from ..training.distributed import joined
 from ..training.options import CURRICULA
-from .types import Numbers, boolean
+from .types import Numbers, boolean, on_command_line
 
 
 @click.command()
@@ -95,10 +94,10 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
         values["gpus"] = process.world
         try:
             if resume:
-                if any(map(_given, ("outdir", "desc", "nosubdirs"))):
+                if any(map(on_command_line, ("outdir", "desc", "nosubdirs"))):
                     raise click.UsageError("--resume goes on in the run's own directory; leave out --outdir, --desc and --nosubdirs")
-                switches = {"precision"} if _given("fp16") or _given("bf16") else set()
-                given = {name: value for name, value in values.items() if name in switches | {"gpus"} or _given(name)}
+                switches = {"precision"} if on_command_line("fp16") or on_command_line("bf16") else set()
+                given = {name: value for name, value in values.items() if name in switches | {"gpus"} or on_command_line(name)}
                 run_dir, state, options = _find_run(Path(resume), given)
             else:
                 if not values["data"] or not outdir:
@@ -121,10 +120,6 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
             run(trainer, run_dir if process.rank == 0 else None)
         except (DatasetError, CheckpointError) as error:  # from a worker process the message is a whole traceback, which ends in ours
             raise click.ClickException(str(error).strip().splitlines()[-1]) from error
-
-
-def _given(name: str) -> bool:
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE
 
 
 def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:

@@ -1,5 +1,6 @@
 """Kinds of command-line values."""
 import click
+from click.core import ParameterSource
 
 
 class Numbers(click.ParamType):
@@ -26,3 +27,8 @@ class Numbers(click.ParamType):
 def boolean(name: str, help: str):
     """A switch as EDM's: `--xflip`, `--xflip=1` or `--xflip False`."""
     return click.option(name, type=bool, is_flag=False, flag_value=True, default=False, show_default=True, metavar="[BOOL]", help=help)
+
+
+def on_command_line(name: str) -> bool:
+    """Whether the running command was given this option, and did not take its default."""
+    return click.get_current_context().get_parameter_source(name) is ParameterSource.COMMANDLINE

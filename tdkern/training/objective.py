@@ -11,12 +11,13 @@ SIGMA_DATA = 0.5
 
 def make_loss(options: Options) -> Loss:
     """The loss that the options describe."""
-    td = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx, "weight": options.td_weight, "td_share": options.td_share}
+    td = {"weight": options.td_weight, "td_share": options.td_share}
+    index = {"steps": options.steps, "k_idx": options.k_idx, "one_idx": options.one_idx}
     if options.precond == "edm":
         if options.loss_type == "edm":
             return EDMLoss(sigma_data=SIGMA_DATA)
         return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, td_coupling=options.td_coupling,
-                         td_sigma=options.td_sigma and tuple(options.td_sigma), **td)
+                         td_sigma=options.td_sigma and tuple(options.td_sigma), **index, **td)
     if options.precond == "ct":
         return _ct_loss(options)
     td |= {"lambda_base": options.lambda_edm, "coupling": options.td_coupling, "eta": options.td_eta}
@@ -26,10 +27,9 @@ def make_loss(options: Options) -> Loss:
             times = {"T": options.diffusion_steps, "beta_schedule": options.noise_schedule, "prediction": options.prediction}
         if options.loss_type == "edm":
             return DDPMLoss(**times)
-        del td["steps"], td["one_idx"], td["k_idx"]
         return TDDDPMLoss(k=int(options.k_idx) if options.k_idx % 1 == 0 else options.k_idx, **times, **td)
     alone, with_td = {"vp": (VPLoss, TDVPLoss), "ve": (VELoss, TDVELoss), "flow": (FlowLoss, TDFlowLoss)}[options.precond]
-    return alone() if options.loss_type == "edm" else with_td(**td)
+    return alone() if options.loss_type == "edm" else with_td(**index, **td)
 
 
 def _ct_loss(options: Options) -> CTLoss:

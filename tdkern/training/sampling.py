@@ -10,9 +10,11 @@ from ..samplers import ablation_sigmas, heun
 from ..samplers.ablation import RANGES
 
 
-def default_sampler(net: torch.nn.Module) -> str:
-    """The name of the sampler where none is asked for: one step of a consistency model, else EDM's, which serves every denoiser."""
-    return "onestep" if net.precond == "ct" else "heun"
+def default_sampler(net: torch.nn.Module, steps_given: bool = False) -> str:
+    """The name of the sampler where none is asked for: of a consistency model one step, or the steps given, else EDM's, which serves every denoiser."""
+    if net.precond == "ct":
+        return "multistep" if steps_given else "onestep"
+    return "heun"
 
 
 def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
