@@ -11,7 +11,9 @@ import tdkern
 
 ELEMENTS = (10**3, 10**4) if TINY else (10**4, 10**5, 10**6, 10**7, 10**8)
 SAMPLE = 500 if TINY else 2000  # elements
-BYTES = {"td_loss": 6 * 4, "noise_pair": 3 * 4, "ema_update_": 5 * 4, "heun_step": 2 * (4 + 8)}  # an element, as in the op's own benchmark
+# What each must move for an element. adam_ema_ reads the gradients twice: it looks at all of them
+# before it changes anything.
+BYTES = {"td_loss": 6 * 4, "noise_pair": 3 * 4, "ema_update_": 5 * 4, "heun_step": 2 * (4 + 8), "adam_ema_": 10 * 4}
 
 
 def td_loss(B, draw):
@@ -38,8 +40,14 @@ def heun_step(B, draw):
     return lambda: tdkern.heun_step(F, x, coef, net_dtype=torch.float32)
 
 
+def adam_ema_(B, draw):
+    param, grad, exp_avg, exp_avg_sq, average = (draw().abs_() for _ in range(5))
+    lists = [[tensor] for tensor in (param, grad, exp_avg, exp_avg_sq, torch.ones((), device=DEVICE))]
+    return lambda: tdkern.ops.adam_ema_(*lists, [[average]], [0.999], lr=1e-4)
+
+
 @pytest.mark.parametrize("elements", ELEMENTS, ids="{:.0e}".format)
-@pytest.mark.parametrize("op", [td_loss, noise_pair, ema_update_, heun_step])
+@pytest.mark.parametrize("op", [td_loss, noise_pair, ema_update_, adam_ema_, heun_step])
 @pytest.mark.parametrize("competitor", ["tdkern", "copy"])
 def bench_growth(compare, op, elements, competitor):
     def make():

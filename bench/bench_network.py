@@ -15,11 +15,11 @@ from tdkern.networks.layers import Conv2d, ResBlock
 
 class PlainConv2d(Conv2d):
     def _upsample(self, x):
-        weight = (4 * self.resample_filter).repeat(x.shape[1], 1, 1, 1)
+        weight = (4 * self.resample_filter).to(x.dtype).repeat(x.shape[1], 1, 1, 1)
         return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1])
 
     def _downsample(self, x):
-        return F.conv2d(x, self.resample_filter.repeat(x.shape[1], 1, 1, 1), stride=2, padding=self.filter_padding, groups=x.shape[1])
+        return F.conv2d(x, self.resample_filter.to(x.dtype).repeat(x.shape[1], 1, 1, 1), stride=2, padding=self.filter_padding, groups=x.shape[1])
 
 
 class PlainResBlock(ResBlock):

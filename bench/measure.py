@@ -84,9 +84,9 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
     count = min(64, max(1, math.ceil(4 * cache / moved))) if rotate else 1
     steps = [make() for _ in range(count)]
     held = [[step() for _ in range(2)][-1] for step in steps]
-    row = {"sets": count, "extra_bytes": peak_extra(steps[0], "cuda"), "syncs": _syncs(steps[0])}
+    row = {"sets": count, "extra_bytes": peak_extra(steps[0], "cuda"), "syncs": syncs(steps[0])}
     try:
-        row |= _launches(steps[0])
+        row |= launches(steps[0])
     except RuntimeError as error:  # the profiler is not everywhere allowed
         row["launches_error"] = str(error)
 
@@ -94,17 +94,17 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
         for i, step in enumerate(steps):
             held[i] = step()
 
-    times = _events(one_by_one, seconds)
+    times = events(one_by_one, seconds)
     row |= {"median_us": statistics.median(times) / count * 1e6, "min_us": min(times) / count * 1e6, "rounds": len(times)}
     if rotate and row["syncs"] == 0 and moved < 2**28:
         try:
-            row["graph_us"] = statistics.median(_events(_captured(steps), seconds)) / count * 1e6
+            row["graph_us"] = statistics.median(events(captured(steps), seconds)) / count * 1e6
         except RuntimeError as error:
             row["graph_error"] = str(error)
     return row
 
 
-def _events(run, seconds: float) -> list[float]:
+def events(run, seconds: float) -> list[float]:
     """Times of run() in s: as many rounds as fit in `seconds`, 10 to 200, each of as many runs as last 5 ms."""
     run()
     torch.cuda.synchronize()
@@ -125,7 +125,7 @@ def _events(run, seconds: float) -> list[float]:
     return times
 
 
-def _captured(steps):
+def captured(steps):
     """The replay of a graph of all steps; their outputs live in it side by side."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -144,7 +144,7 @@ def _captured(steps):
     return replay
 
 
-def _syncs(step) -> int:
+def syncs(step) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -155,7 +155,7 @@ def _syncs(step) -> int:
     return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
-def _launches(step) -> dict:
+def launches(step) -> dict:
     from torch.profiler import ProfilerActivity, profile
 
     torch.cuda.synchronize()

@@ -198,7 +198,7 @@ def test_measuring_on_cuda(monkeypatch):
         stream=contextlib.nullcontext, CUDAGraph=Graph, graph=contextlib.nullcontext, set_sync_debug_mode=lambda mode: None)
     monkeypatch.setattr(measure, "torch", types.SimpleNamespace(cuda=cuda, autograd=torch.autograd))
     monkeypatch.setattr(measure, "DEVICE", "cuda")
-    monkeypatch.setattr(measure, "_launches", lambda step: {"launches": 4, "copies": 0})
+    monkeypatch.setattr(measure, "launches", lambda step: {"launches": 4, "copies": 0})
 
     def make():
         def step():

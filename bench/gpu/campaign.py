@@ -1,17 +1,25 @@
 """Builds tdkern on a CUDA machine, proves it there and measures it.
 
-    bench/gpu/campaign.sh [--dry] OUT [stage ...]
+    bench/gpu/campaign.sh [--dry] [--seconds S] OUT [--again STAGE ...]
 
-    build      for the GPU at hand, in place
-    tests      the op tests on cuda and triton in every dtype; then every op on more than 2^31 elements
-    sanitize   memcheck, racecheck, initcheck and synccheck over a call of every op, cuda's and triton's kernels apart
-    bench      pytest bench/ in CUDA events and graph replays, with launches, host waits and peak memory
-    step       the whole loss path and a training step against the published style and torch.compile
+    build      for the GPU at hand, in place; at once where a library that was carried here works
+    smoke      a call of every op, cuda's and triton's, against the reference
+    tests      the op tests on cuda and triton in every dtype; then every op on 2^31 elements
+    sanitize   memcheck, racecheck, initcheck and synccheck over a call of every op
+    warm       compiles what `compile` times, beside the tests
+    bench      pytest bench/ in CUDA events and graph replays, launches, host waits, peak memory
+    step       whole training steps, published style against ours (steps.py)
+    sampler    18 steps of Heun's method, eager against one CUDA graph
+    compile    the same training steps under torch.compile
+    profile    ncu over the kernels: bandwidth, occupancy, registers, stalls
+    confirm    this machine's own build, where `build` took a carried library
 
-Without a stage all of them, in this order and inside nine minutes; none takes the time that those after it need. Each writes
-OUT/<stage>.json, with its failure if it fails, and the next still runs. OUT/log.txt has what the commands printed, OUT/comparison.md the
-figures beside the predictions (comparison.py; NOTES.md argues them). --dry needs no GPU: it builds for sm_90 into build/dry and runs the
-other stages on the C++ backend at tiny sizes.
+Without --again all of them, in this order, tests, sanitize and warm side by side, inside nine
+minutes; none takes the time that those after it need. OUT/campaign.json is written anew after each
+stage, with the failure of one that failed, and the next still runs. OUT/log.txt has what the
+commands printed, OUT/comparison.md the figures beside the predictions (comparison.py; NOTES.md
+argues them), OUT/<device>.json what bench/results keeps. --dry needs no GPU: it builds for sm_90
+into build/dry and runs the other stages on the C++ backend at tiny sizes.
 """
 import argparse
 import importlib.util
@@ -25,17 +33,32 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
 import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11", "pytest", "pytest_benchmark", "hypothesis", "scipy")
+NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
+          "pytest", "pytest_benchmark", "hypothesis", "scipy")
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
-TOTAL = 530  # seconds
-SHARES = {"build": 110, "tests": 150, "sanitize": 80, "bench": 120, "step": 70}  # of TOTAL; what a stage leaves over is the next ones'
+CUDA = Path("/usr/local/cuda/bin")
+TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
+SHARES = {"build": 70, "smoke": 40, "tests": 130, "sanitize": 130, "warm": 130, "bench": 110,
+          "step": 85, "sampler": 15, "compile": 40, "profile": 30, "confirm": 10}
+SIDE_BY_SIDE = ("tests", "sanitize", "warm")
+KERNELS = "regex:(forward|backward|sum|pair|coef|heun_step|ema|adam|finite|count)_kernel"
+METRICS = {  # ncu's name: ours
+    "gpu__time_duration.sum": "ns",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm_percent",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy_percent",
+    "launch__registers_per_thread": "registers",
+    "smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio": "memory_stalls",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
+}
 
 
 class Failed(Exception):
@@ -50,17 +73,24 @@ class Failed(Exception):
 class Campaign:
     out: Path
     dry: bool
-    ends: float = field(default_factory=lambda: time.monotonic() + TOTAL)  # of the campaign, then of the stage that runs
+    ends: float = field(default_factory=lambda: time.monotonic() + TOTAL)  # of the running stage
+
+    @property
+    def left(self) -> float:
+        return max(0.1, self.ends - time.monotonic())
 
     def run(self, *command, limit: float = TOTAL, **env: str) -> dict:
-        """Runs a command in the repository's root until the limit or the stage's end: then an interrupt, so that it writes what it has; ten seconds
-        later a kill of its whole group. Never raises for what the command does."""
-        limit, start = max(0.1, min(limit, self.ends - time.monotonic())), time.monotonic()
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHONUNBUFFERED": "1", **env}
-        if not shutil.which("nvcc") and Path("/usr/local/cuda/bin/nvcc").exists():
-            env["PATH"] += ":/usr/local/cuda/bin"
+        """Runs a command in the repository's root until the limit or the stage's end: then an
+        interrupt, so that it writes what it has; ten seconds later a kill of its whole group.
+        Never raises for what the command does."""
+        limit, start = min(limit, self.left), time.monotonic()
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env}
+        if not shutil.which("nvcc") and (CUDA / "nvcc").exists():
+            env["PATH"] += f":{CUDA}"
         with tempfile.TemporaryFile("w+", errors="replace") as log:
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log,
+                                       stderr=subprocess.STDOUT, start_new_session=True)
             timed_out = False
             for number, wait in ((signal.SIGINT, limit), (signal.SIGKILL, 10), (signal.SIGKILL, None)):
                 try:
@@ -71,7 +101,8 @@ class Campaign:
                     os.killpg(process.pid, number)
             log.seek(0)
             text = log.read()
-        result = {"command": " ".join(map(str, command)), "rc": process.returncode, "seconds": round(time.monotonic() - start, 1), "timed_out": timed_out}
+        result = {"command": " ".join(map(str, command)), "rc": process.returncode,
+                  "seconds": round(time.monotonic() - start, 1), "timed_out": timed_out}
         with open(self.out / "log.txt", "a") as every:
             every.write(f"==== {result}\n{text[-1_000_000:]}\n")
         return {**result, "text": text}
@@ -80,47 +111,99 @@ class Campaign:
         """Runs pytest; returns counts, failures and what took longest."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            done = self.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments, limit=limit, **env)
+            done = self.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider",
+                            f"--junitxml={report}", *arguments, limit=limit, **env)
             cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
         bad = {f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
                for case in cases for part in case if part.tag in ("failure", "error")}
         skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-        slowest = sorted(((float(case.get("time")), case.get("name")) for case in cases), reverse=True)[:5]
+        times = sorted(((float(case.get("time")), case.get("name")) for case in cases), reverse=True)
         facts = {key: done[key] for key in ("command", "rc", "seconds", "timed_out")}
-        facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad, "slowest": slowest}
+        facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad,
+                  "slowest": times[:5]}
         return facts if cases else {**facts, "tail": done["text"][-2000:]}
 
 
-# ---- the stages -----------------------------------------------------------------------------------------------------
+# ---- the stages -------------------------------------------------------------------------------
 
 
 def build(at: Campaign) -> dict:
+    """In place. A library that was carried here and loads spares the wait: `confirm` builds then."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise Failed(f"python3 lacks {', '.join(missing)}: carry their wheels and name the folder in TDKERN_WHEELS")
-    where = ["--build-lib", "build/dry/lib", "--build-temp", "build/dry/temp"] if at.dry else ["--inplace"]
+        raise Failed(f"python3 lacks {', '.join(missing)}: carry their wheels and name the folder "
+                     "in TDKERN_WHEELS")
+    if not at.dry:
+        capability()
+        facts = library_facts(at)
+        if works(facts):
+            return {"carried": True, **facts}
+    return {"carried": False, **build_into(at, "build/dry" if at.dry else None)}
+
+
+def confirm(at: Campaign) -> dict:
+    """The build of this machine, into a folder of its own."""
+    return build_into(at, "build/confirm")
+
+
+def build_into(at: Campaign, folder: str | None) -> dict:
+    where = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"] if folder else ["--inplace"]
     arch = "9.0" if at.dry else capability()
-    done = at.run(sys.executable, "setup.py", "build_ext", *where, TDKERN_CUDA="1", TORCH_CUDA_ARCH_LIST=arch,
-                  PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = at.run(sys.executable, "setup.py", "build_ext", *where, TDKERN_CUDA="1",
+                  TORCH_CUDA_ARCH_LIST=arch, PATH=path)
     facts = {"seconds": done["seconds"], "architecture": arch}
     if done["rc"]:
-        raise Failed("the build failed" + " by its time limit" * done["timed_out"], **facts, tail=done["text"][-3000:])
-    reports = (ROOT / ("build/dry/lib/tdkern" if at.dry else "tdkern") / "lib/ptxas").glob("*.txt")
-    registers = {path.stem: max(map(int, re.findall(r"Used (\d+) registers", path.read_text()))) for path in sorted(reports)}
-    info = json.loads(at.run(sys.executable, "-c", "import json, tdkern; print(json.dumps(tdkern.info()))")["text"].splitlines()[-1])
-    if not at.dry and (info["backends"]["cuda"] or info["backends"]["triton"]):
-        raise Failed("built, but a backend is missing", **facts, info=info)
-    return {**facts, "registers": registers, "info": info}
+        reason = "the build failed by its time limit" if done["timed_out"] else "the build failed"
+        raise Failed(reason, **facts, tail=done["text"][-3000:])
+    reports = (ROOT / (f"{folder}/lib/tdkern" if folder else "tdkern") / "lib/ptxas").glob("*.txt")
+    used = {path.stem: re.findall(r"Used (\d+) registers", path.read_text()) for path in sorted(reports)}
+    facts |= {"registers": {stem: max(map(int, counts)) for stem, counts in used.items()}}
+    facts |= library_facts(at)
+    if not folder and not works(facts):
+        raise Failed("built, but a backend is missing", **facts)
+    return facts
+
+
+def library_facts(at: Campaign) -> dict:
+    done = at.run(sys.executable, "-c", "import json, tdkern; print(json.dumps(tdkern.info()))")
+    try:
+        return {"info": json.loads(done["text"].splitlines()[-1])}
+    except (ValueError, IndexError):
+        return {"info": None, "tail": done["text"][-2000:]}
+
+
+def works(facts: dict) -> bool:
+    backends = (facts["info"] or {}).get("backends")
+    return bool(backends) and not backends["cuda"] and not backends["triton"]
+
+
+def smoke(at: Campaign) -> dict:
+    """Every op once, each backend in a process of its own."""
+    def call(backend: str) -> dict:
+        done = at.run(sys.executable, "bench/gpu/selection.py", backend, OMP_NUM_THREADS="1")
+        facts = {"rc": done["rc"], "seconds": done["seconds"]}
+        return facts if not done["rc"] else {**facts, "tail": done["text"][-3000:]}
+
+    backends = ["cpp"] if at.dry else ["cuda", "triton"]
+    with ThreadPoolExecutor() as pool:
+        facts = dict(zip(backends, pool.map(call, backends), strict=True))
+    bad = [backend for backend in backends if facts[backend]["rc"]]
+    if bad:
+        raise Failed(f"an op fails on {', '.join(bad)}", **facts)
+    return facts
 
 
 def tests(at: Campaign) -> dict:
     """Triton compiles hundreds of specialisations: with pytest-xdist in parallel."""
     if at.dry:
-        facts = {"large": at.pytest("bench/gpu/test_large.py", OMP_NUM_THREADS="1", TDKERN_LARGE="10007")}
+        large = at.pytest("bench/gpu/test_large.py", OMP_NUM_THREADS="1", TDKERN_LARGE="10007")
+        facts = {"large": large}
     else:
-        spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
+        spread = ["-n", "10"] if importlib.util.find_spec("xdist") else []
         files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
-        facts = {"ops": at.pytest(*spread, *files, "-k", "(cuda or triton) and not ahead_of_time", limit=at.ends - time.monotonic() - 45),
+        chosen = "(cuda or triton) and not ahead_of_time and not host"
+        facts = {"ops": at.pytest(*spread, *files, "-k", chosen, limit=at.left - 35),
                  "large": at.pytest("bench/gpu/test_large.py")}
     if any(part["failed"] or part["rc"] or not part["passed"] for part in facts.values()):
         raise Failed("tests failed", **facts)
@@ -128,54 +211,125 @@ def tests(at: Campaign) -> dict:
 
 
 def sanitize(at: Campaign) -> dict:
-    """All tools at once, each a process of its own. In the dry run the calls alone, without a tool."""
-    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    """All tools at once, each a process of its own. In the dry run the calls alone, without one."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(CUDA))
     if not at.dry and not tool:
         raise Failed("compute-sanitizer is not here")
-    backends, tools = (["cpp"], ["none"]) if at.dry else (["cuda", "triton"], ["memcheck", "racecheck", "initcheck", "synccheck"])
+    backends, tools = ["cuda", "triton"], ["memcheck", "racecheck", "initcheck", "synccheck"]
+    if at.dry:
+        backends, tools = ["cpp"], ["none"]
 
     def check(name: str, backend: str) -> dict:
-        under = [] if at.dry else [tool, "--tool", name, "--error-exitcode", "86", "--print-limit", "10"]
-        if name == "memcheck":  # an error that CUDA returns is raised where it matters; torch and Triton also call to see whether something works
+        under = [tool, "--tool", name, "--error-exitcode", "86", "--print-limit", "10"]
+        if name == "memcheck":
+            # An error that CUDA returns is raised where it matters; torch and Triton also call
+            # to see whether something works.
             under += ["--report-api-errors", "no"]
-        # an allocation of its own for every tensor, so that one read past its end is found
-        done = at.run(*under, sys.executable, "bench/gpu/selection.py", backend, PYTORCH_NO_CUDA_MEMORY_CACHING="1", OMP_NUM_THREADS="1")
+        command = [sys.executable, "bench/gpu/selection.py", backend]
+        # An allocation of its own for every tensor, so that one read past its end is found.
+        done = at.run(*([] if at.dry else under), *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+                      OMP_NUM_THREADS="1")
         errors = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", done["text"])
-        facts = {"rc": done["rc"], "seconds": done["seconds"], "timed_out": done["timed_out"], "errors": int(errors[-1]) if errors else None,
+        facts = {"rc": done["rc"], "seconds": done["seconds"], "timed_out": done["timed_out"],
+                 "errors": int(errors[-1]) if errors else None,
                  "done": "every op ran" in done["text"]}
         return facts if facts["done"] and not done["rc"] else {**facts, "tail": done["text"][-3000:]}
 
     with ThreadPoolExecutor() as pool:
-        running = {f"{name} {backend}": pool.submit(check, name, backend) for name in tools for backend in backends}
+        running = {f"{name} {backend}": pool.submit(check, name, backend)
+                   for backend in backends for name in tools}
         facts = {name: each.result() for name, each in running.items()}
-    if any(each["rc"] or not each["done"] for each in facts.values()):
-        raise Failed("not clean: " + ", ".join(name + " (out of time)" * each["timed_out"] for name, each in facts.items() if each["rc"] or not each["done"]),
-                     checks=facts)
+    bad = [name + " (out of time)" * each["timed_out"] for name, each in facts.items()
+           if each["rc"] or not each["done"]]
+    if bad:
+        raise Failed("not clean: " + ", ".join(bad), checks=facts)
     return {"checks": facts}
 
 
-def measured(at: Campaign, files: list[str], dry_arguments: list[str]) -> dict:
+def bench(at: Campaign) -> dict:
+    names = ["growth", "loss_path", "td_loss", "noise_pair", "ema_update", "adam_ema", "heun_step"]
     with tempfile.TemporaryDirectory() as folder:
-        env = {"TDKERN_BENCH_RESULTS": folder, **({"TDKERN_BENCH_TINY": "1", "OMP_NUM_THREADS": "1"} if at.dry else {})}
-        facts = at.pytest(*(f"bench/bench_{name}.py" for name in files), *(dry_arguments if at.dry else []), **env)
-        facts["results"] = next((json.loads(path.read_text()) for path in Path(folder).glob("*.json")), None)
-    if facts["rc"] or not facts["results"]:
-        raise Failed("benchmarks failed" + " by their time limit" * facts["timed_out"], **facts)
+        env, arguments = {"TDKERN_BENCH_RESULTS": folder}, []
+        if at.dry:
+            env |= {"TDKERN_BENCH_TINY": "1", "OMP_NUM_THREADS": "1"}
+            arguments = ["-k", "(td_loss or loss_path) and (tdkern or copy)"]
+        facts = at.pytest(*(f"bench/bench_{name}.py" for name in names), *arguments, **env)
+        results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    facts["rows"] = results[0]["rows"] if results else []
+    if facts["rc"] or not results:
+        reason = "benchmarks failed"
+        raise Failed(reason + " by their time limit" if facts["timed_out"] else reason, **facts)
     return facts
 
 
-def bench(at: Campaign) -> dict:
-    return measured(at, ["growth", "td_loss", "noise_pair", "ema_update", "adam_ema", "heun_step"], ["-k", "td_loss and (tdkern or copy)"])
+def steps(at: Campaign, part: str) -> dict:
+    """steps.py writes a line a case, so that a limit costs the last case alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder) / "rows.jsonl"
+        extra = ["--tiny"] if at.dry else []
+        done = at.run(sys.executable, "bench/gpu/steps.py", lines, "--part", part,
+                      "--seconds", str(round(at.left - 12)), *extra)
+        text = lines.read_text() if lines.exists() else ""
+    facts = {"rc": done["rc"], "rows": [json.loads(line) for line in text.splitlines()]}
+    bad = [row for row in facts["rows"] if "failure" in row]
+    if bad or not facts["rows"] or (done["rc"] and not done["timed_out"]):
+        raise Failed(f"{len(bad)} cases failed", **facts, tail=done["text"][-3000:])
+    return facts
 
 
 def step(at: Campaign) -> dict:
-    return measured(at, ["loss_path", "step"], ["-k", "not compile"])
+    return steps(at, "steps")
 
 
-STAGES = {stage.__name__: stage for stage in (build, tests, sanitize, bench, step)}
+def sampler(at: Campaign) -> dict:
+    return steps(at, "sampler")
 
 
-# ---- around them ----------------------------------------------------------------------------------------------------
+def warm(at: Campaign) -> dict:
+    return {"took_s": [row["took_s"] for row in steps(at, "compile")["rows"]]}
+
+
+def compile(at: Campaign) -> dict:
+    return steps(at, "compile")
+
+
+def profile(at: Campaign) -> dict:
+    """ncu's figures of each kernel at 10^8 elements; in the dry run the calls alone."""
+    command = [sys.executable, "bench/gpu/profile_ops.py"]
+    if at.dry:
+        done = at.run(*command, "cpp", "10007", OMP_NUM_THREADS="1")
+        return finished(done, {"seconds": done["seconds"]})
+    tool = shutil.which("ncu") or shutil.which("ncu", path=str(CUDA))
+    if not tool:
+        raise Failed("ncu is not here")
+    ncu = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
+           "--kernel-name", KERNELS, "--metrics", ",".join(METRICS)]
+    done = at.run(*ncu, *command, "cuda", str(10**8))
+    return finished(done, {"seconds": done["seconds"], "kernels": profiled(done["text"])})
+
+
+def profiled(text: str) -> list[dict]:
+    """The rows of ncu's CSV, which begins behind whatever the program printed."""
+    import csv
+
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    rows = list(csv.DictReader(line for line in lines[start:] if line.startswith('"')))
+    return [{"kernel": row["Kernel Name"][:120]} | {ours: row.get(name) for name, ours in METRICS.items()}
+            for row in rows[1:]]  # the first names the units
+
+
+def finished(done: dict, facts: dict) -> dict:
+    if done["rc"]:
+        raise Failed("the profile failed", **facts, tail=done["text"][-3000:])
+    return facts
+
+
+STAGES = {stage.__name__: stage for stage in
+          (build, smoke, tests, sanitize, warm, bench, step, sampler, compile, profile, confirm)}
+
+
+# ---- around them ------------------------------------------------------------------------------
 
 
 def capability() -> str:
@@ -192,53 +346,92 @@ def machine() -> dict:
 
     def said(*command) -> str | None:
         try:
-            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20).stdout.strip() or None
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+            return done.stdout.strip() or None
         except (OSError, subprocess.TimeoutExpired):
             return None
 
-    facts = {"commit": said("git", "describe", "--always", "--dirty"), "python": sys.version.split()[0], "torch": torch.__version__}
+    facts = {"commit": said("git", "describe", "--always", "--dirty"),
+             "python": sys.version.split()[0], "torch": torch.__version__,
+             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
-        facts |= {"device": properties.name, "multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size,
-                  "memory_bytes": properties.total_memory, "driver": said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")}
+        driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        facts |= {"device": properties.name, "multiprocessors": properties.multi_processor_count,
+                  "l2_bytes": properties.L2_cache_size, "memory_bytes": properties.total_memory,
+                  "driver": driver}
     return facts
 
 
-def run_stage(name: str, stage, at: Campaign) -> bool:
-    """Runs a stage and writes its JSON, whatever becomes of it."""
-    start, result = time.monotonic(), {"stage": name, "ok": True, "dry": at.dry}
+def run_stage(name: str, at: Campaign) -> dict:
+    """A stage's results, whatever becomes of it."""
+    start, result = time.monotonic(), {"ok": True}
     try:
-        result |= machine() | stage(at)
+        result |= STAGES[name](at)
     except Failed as failure:
         result |= {"ok": False, "failure": str(failure), **failure.facts}
     except Exception as error:  # a stage's own fault must not cost the others their turn
         result |= {"ok": False, "failure": f"{type(error).__name__}: {error}"}
     result["stage_seconds"] = round(time.monotonic() - start, 1)
-    (at.out / f"{name}.json.new").write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(at.out / f"{name}.json.new", at.out / f"{name}.json")
-    print(f"{name:<9} {'ok' if result['ok'] else 'FAILED: ' + result['failure']}  ({result['stage_seconds']} s)", flush=True)
-    return result["ok"]
+    said = "ok" if result["ok"] else "FAILED: " + result["failure"]
+    print(f"{name:<9} {said}  ({result['stage_seconds']} s)", flush=True)
+    return result
+
+
+def write(path: Path, facts: dict) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(facts, indent=1) + "\n")
+    os.replace(new, path)
+
+
+def groups_of(stages: list[str]) -> list[list[str]]:
+    """The stages in their order; those that may share the machine run together."""
+    groups = []
+    for name in stages:
+        if groups and name in SIDE_BY_SIDE and groups[-1][-1] in SIDE_BY_SIDE:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def kept(result: dict) -> dict:
+    """What bench/results keeps of a campaign: all but what it printed."""
+    return {key: value for key, value in result.items() if key not in ("tail", "command")}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true", help="without a GPU: the plumbing, on the C++ backend at tiny sizes")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dry", action="store_true",
+                        help="without a GPU: the plumbing, on the C++ backend at tiny sizes")
+    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all stages together")
     parser.add_argument("out", type=Path, help="a folder for the results")
-    parser.add_argument("stage", nargs="*", help=f"of {', '.join(STAGES)}; all if none is given")
+    parser.add_argument("--again", nargs="+", metavar="STAGE", choices=list(STAGES),
+                        help=f"these alone, of {', '.join(STAGES)}")
     args = parser.parse_args(arguments)
-    unknown = [name for name in args.stage if name not in STAGES]
-    if unknown:
-        parser.error(f"stage must be one of {', '.join(STAGES)}, got {unknown[0]}")
     args.out.mkdir(parents=True, exist_ok=True)
     at = Campaign(args.out.resolve(), args.dry)
-    ends, ok, stages = at.ends, True, args.stage or list(STAGES)
-    for i, name in enumerate(stages):
-        at.ends = time.monotonic() + TOTAL if args.dry else ends - sum(SHARES[later] for later in stages[i + 1:])
-        ok = run_stage(name, STAGES[name], at) and ok
-    table = comparison.markdown(at.out)
+    stages = [name for name in STAGES if name in (args.again or STAGES)]
+    groups = groups_of(stages)
+    shares = [max(SHARES[name] for name in group) for group in groups]
+    ends = time.monotonic() + args.seconds
+    file = at.out / "campaign.json"
+    results = json.loads(file.read_text())["stages"] if file.exists() else {}
+    facts = machine() | {"dry": args.dry}
+    for i, group in enumerate(groups):
+        later = sum(shares[i + 1:]) * args.seconds / sum(shares)
+        end = time.monotonic() + TOTAL if args.dry else ends - later
+        with ThreadPoolExecutor() as pool:
+            results |= zip(group, pool.map(lambda name, end=end: run_stage(name, replace(at, ends=end)), group))
+        write(file, facts | {"stages": results})
+    if "device" in facts:
+        name = re.sub(r"\W+", "-", facts["device"].lower())
+        write(at.out / f"{name}.json", facts | {"stages": {n: kept(r) for n, r in results.items()}})
+    table = comparison.markdown(file)
     (at.out / "comparison.md").write_text(table + "\n")
     print(table)
-    return 0 if ok else 1
+    return 0 if all(results[name]["ok"] for name in stages) else 1
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# bench/gpu/campaign.sh [--dry] OUT [stage ...]: builds tdkern on a CUDA machine, proves it there and measures it (campaign.py says how).
+# bench/gpu/campaign.sh [--dry] [--seconds S] OUT [--again STAGE ...]: builds tdkern on a CUDA machine,
+# proves it there and measures it (campaign.py says how).
 # TDKERN_WHEELS names a folder of wheels for what the machine's python3 lacks; PYTHON another interpreter.
 set -euo pipefail
 PYTHON=${PYTHON:-python3}

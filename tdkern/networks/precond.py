@@ -72,7 +72,10 @@ class _Precond(KeepsBuffers):
     def _inputs(self, x: Tensor, sigma) -> tuple[Tensor, Tensor]:
         double = x.dtype == next(self.model.parameters(), x).dtype == torch.float64
         x = x.to(torch.float64 if double else torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1)
+        if isinstance(sigma, Tensor):
+            sigma = sigma.to(x).reshape(-1)
+        else:
+            sigma = x.new_full((1,), float(sigma))  # filled there: a copy would wait for the device
         if sigma.shape[0] not in (1, x.shape[0]):
             raise ValueError(f"{type(self).__name__}: sigma must have one element or {x.shape[0]}, as x has samples, got {sigma.shape[0]}")
         return x, sigma.expand(x.shape[0])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._library import tensor_cache
 from ..networks.precond import _Precond
 from ..ops import heun_step
 
@@ -52,12 +53,19 @@ def network(denoiser, x: Tensor, callback) -> tuple[_Precond | None, dict]:
     return net if own and callback is None and x.dtype in (torch.float32, torch.float64) else None, labels
 
 
+@tensor_cache(maxsize=16)
+def _table(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """The rows as a float64 tensor. Kept, since bringing numbers to a device waits for it, which
+    a CUDA graph of the sampler, captured after a call of it, does not allow."""
+    return torch.tensor(rows, dtype=torch.float64, device=device)
+
+
 def fused(net: _Precond, labels: dict, x: Tensor, steps: list[Step], draw, correct: bool = False) -> Tensor:
     calls = []  # sigma, h, churn and the level behind it, of every call
     for sigma, h, sigma_next, churn, behind in steps:
         end = h, churn or 0.0, behind
         calls += [(sigma, h, 0.0, sigma_next), (sigma_next, *end)] if correct and sigma_next > 0 else [(sigma, *end)]
-    sigma, h, churn, behind = torch.tensor(calls, dtype=torch.float64, device=x.device).unbind(1)
+    sigma, h, churn, behind = _table(tuple(calls), x.device).unbind(1)
     coef = torch.stack([sigma, *net.output_scaling(sigma), h, churn, net.input_scaling(behind)[0]], 1)
 
     scaled, c_noise = net.scaled(x, steps[0].sigma)

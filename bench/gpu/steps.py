@@ -1,0 +1,239 @@
+"""Whole training steps of a DDPM++ at 32x32, and the 18-step sampler, on one GPU.
+
+    python bench/gpu/steps.py OUT.jsonl [--part steps|compile|sampler] [--seconds S] [--tiny]
+
+A line of JSON for each case as soon as it is measured, in order of worth, until the time is up.
+A step takes clean images to new weights and averages: EDM's average and, where there is one, the
+target network. "published" is the same step as the published training loops write it: the plain
+network (bench_network.py), the loss as separate passes (published.py), torch's Adam, gradients
+cleaned and averages moved one parameter at a time.
+"""
+import argparse
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import measure  # noqa: E402
+from bench_loss_path import published_draw  # noqa: E402
+from bench_network import make_plain  # noqa: E402
+from measure import DEVICE  # noqa: E402
+from published import eager_td_edm  # noqa: E402
+
+from tdkern.ema import EMA  # noqa: E402
+from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss  # noqa: E402
+from tdkern.networks import CTPrecond, EDMPrecond, unet  # noqa: E402
+from tdkern.optim import AdamEMA  # noqa: E402
+from tdkern.samplers import heun  # noqa: E402
+from tdkern.schedules import EDM  # noqa: E402
+
+LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
+WINDOW = (0.3, 5.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training step: which loss, whose code, in which arithmetic, how launched, on how much."""
+
+    loss: str
+    style: str = "tdkern"
+    precision: str = "bf16"
+    mode: str = "eager"
+    batch: int = 256
+
+
+def cases(part: str) -> list[Case]:
+    """The cases of a part, those first that an aim asks for."""
+    if part == "compile":
+        return [Case("TD+EDM", mode="compile"), Case("EDM", mode="compile")]
+    main = [Case("EDM"), Case("TD+EDM"), Case("TD+EDM window"), Case("TD+EDM", "published")]
+    main += [Case(loss, mode="graph") for loss in ("EDM", "TD+EDM", "TD+EDM window")]
+    main += [Case("TD+EDM", "published", "fp32"), Case("TD+EDM", precision="fp32")]
+    main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
+    main += [Case("TD+EDM", style, "tf32") for style in ("published", "tdkern")]
+    main += [Case("EDM", precision=precision) for precision in ("fp32", "tf32")]
+    others = [Case(loss, mode=mode, batch=batch) for batch in (64, 512)
+              for mode in ("graph", "eager") for loss in ("EDM", "TD+EDM", "TD+EDM window")]
+    return main + others + [Case("TD+EDM", "published", batch=batch) for batch in (64, 512)]
+
+
+# ---- one step -----------------------------------------------------------------------------------
+
+
+def set_arithmetic(precision: str) -> None:
+    """float32 products of convolutions and matrices in TF32 or not, as `torch.backends` has it."""
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def make_net(case: Case, tiny: bool):
+    torch.manual_seed(0)
+    resolution = 8 if tiny else 32
+    model = unet("ddpmpp", resolution, 3, cbase=8 if tiny else None, cres=[1] if tiny else None)
+    net = (CTPrecond if "CT" in case.loss else EDMPrecond)(model).to(DEVICE)
+    net.dtype = torch.bfloat16 if case.precision == "bf16" else None
+    if case.style == "published":
+        make_plain(net)
+    return net
+
+
+def loss_of(case: Case):
+    if case.loss == "TD+EDM window":
+        windowed = TDEDMLoss(weight="online", td_sigma=WINDOW)
+        return replace(windowed, td_share=windowed.window_share(case.batch))
+    return {"EDM": EDMLoss, "TD+EDM": lambda: TDEDMLoss(weight="online"), "CT": CTLoss,
+            "TD+CT": TDCTLoss}[case.loss]()
+
+
+def tdkern_step(case: Case, net, ema, target, images):
+    averages = [average for average in (ema, target) if average is not None]
+    optimizer = AdamEMA(net.parameters(), LR, averages=[a.module.parameters() for a in averages],
+                        decays=DECAYS[:len(averages)])
+    loss, scale = loss_of(case), images[0].numel() / len(images)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        (loss(net, target and target.module, images).sum() * scale).backward()
+        optimizer.step()
+
+    return step
+
+
+def published_step(net, ema, target, images):
+    optimizer = torch.optim.Adam(net.parameters(), LR)
+    one = torch.ones(len(images), dtype=torch.float64, device=DEVICE)
+    networks = [(average.module, decay) for average, decay in zip((ema, target), DECAYS)]
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
+        x_t, x_tp, levels, _, valid = published_draw(images, sigma, one)
+        with torch.no_grad():
+            out_target = target.module.raw(x_tp, levels[:, 2]).float()
+        out = net.raw(x_t, levels[:, 0]).float()
+        loss = eager_td_edm(out, out_target, images, x_t, x_tp, levels, valid)
+        (loss.sum() * (images[0].numel() / len(images))).backward()
+        for param in net.parameters():
+            torch.nan_to_num(param.grad, nan=0, posinf=1e5, neginf=-1e5, out=param.grad)
+        optimizer.step()
+        with torch.no_grad():
+            for module, decay in networks:
+                for average, param in zip(module.parameters(), net.parameters(), strict=True):
+                    average.copy_(param.detach().lerp(average, decay))
+
+    return step
+
+
+def make_step(case: Case, tiny: bool):
+    set_arithmetic(case.precision)
+    net = make_net(case, tiny)
+    ema, target = EMA(net), EMA(net) if case.loss != "EDM" else None
+    if case.mode == "compile":
+        for each in (net, target and target.module):
+            if each is not None:
+                each.model = torch.compile(each.model)
+    size = 8 if tiny else 32
+    images = torch.randn(case.batch, 3, size, size, device=DEVICE) / 2
+    if case.style == "published":
+        return published_step(net, ema, target, images)
+    return tdkern_step(case, net, ema, target, images)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def timed(step, seconds: float) -> dict:
+    """The median time of a step in ms, of steps that follow each other without a wait between."""
+    if DEVICE == "cuda":
+        times = measure.events(step, seconds)
+        return {"ms": 1e3 * sorted(times)[len(times) // 2], "rounds": len(times)}
+    start = time.perf_counter()
+    step()
+    return {"ms": 1e3 * (time.perf_counter() - start), "rounds": 1}
+
+
+def measured_step(case: Case, tiny: bool, seconds: float) -> dict:
+    if tiny:
+        case = replace(case, batch=4)
+    step = make_step(case, tiny)
+    for _ in range(3):
+        step()
+    row = {}
+    if case.mode == "graph" and DEVICE == "cuda":
+        step = measure.captured([step])
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        if case.mode != "graph":
+            row |= {"host_waits": measure.syncs(step), **measure.launches(step)}
+    row |= timed(step, seconds)
+    if DEVICE == "cuda":
+        row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return row | {"images_per_s": 1e3 * case.batch / row["ms"]}
+
+
+def measured_sampler(mode: str, tiny: bool, seconds: float) -> dict:
+    """18 steps of Heun's method of a small network, 64 images in float32 state."""
+    torch.manual_seed(0)
+    size = 8 if tiny else 32
+    model = unet("ddpmpp", size, 3, cbase=8 if tiny else 64, cres=[1] if tiny else [1, 2])
+    net = EDMPrecond(model, dtype=torch.bfloat16).to(DEVICE).eval().requires_grad_(False)
+    sigmas = EDM(steps=18).sigmas()
+    x = torch.randn(2 if tiny else 64, 3, size, size, device=DEVICE) * sigmas[0].item()
+
+    def sample():
+        return heun(net, x, sigmas)
+
+    sample()
+    row = {"host_waits": measure.syncs(sample)} if DEVICE == "cuda" else {}
+    step = measure.captured([sample]) if mode == "graph" and DEVICE == "cuda" else sample
+    return row | timed(step, seconds)
+
+
+def attempt(measured, *args) -> dict:
+    """What was measured, or how it failed: a failing case must not cost the next its turn."""
+    try:
+        return measured(*args)
+    except Exception as error:
+        return {"failure": f"{type(error).__name__}: {str(error)[:600]}"}
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--part", choices=["steps", "compile", "sampler"], default="steps")
+    parser.add_argument("--seconds", type=float, default=100, help="no case begins after these")
+    parser.add_argument("--each", type=float, default=1.0, help="seconds of timing a case")
+    parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
+    args = parser.parse_args()
+    ends = time.monotonic() + args.seconds
+    todo = ["eager", "graph"] if args.part == "sampler" else cases(args.part)
+    for case in todo:
+        if time.monotonic() > ends:
+            break
+        start = time.monotonic()
+        if args.part == "sampler":
+            row = {"op": "sampler", "mode": case}
+            row |= attempt(measured_sampler, case, args.tiny, args.each)
+        else:
+            row = {"op": "step", **asdict(case)}
+            row |= attempt(measured_step, case, args.tiny, args.each)
+        row["took_s"] = round(time.monotonic() - start, 1)
+        with open(args.out, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
