@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -11,8 +12,6 @@
 
 #if defined(__CUDACC__)
 #define TDKERN_CUDA_KEY CUDA
-// Weak: a torch without CUDA, against which this library builds and loads too, has no such symbol.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #else
 #define TDKERN_CUDA_KEY CPU
 #endif
@@ -25,11 +24,24 @@ constexpr int kBlocks = 3;  // an SM, at the least: 80 registers a thread
 #if defined(__CUDACC__)
 constexpr int64_t kMaxGrid = 0x7fffffff;
 
+// Torch's aoti_torch_get_current_cuda_stream, looked up in the torch that is running: so that a library
+// built where torch has no CUDA serves a torch that has it.
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
+
+inline CurrentStream current_stream() {
+  static const CurrentStream found = [] {
+    void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    void* symbol = torch_cuda ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  return found;
+}
+
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "tdkern was built against a torch without CUDA: build it again, `pip install --no-build-isolation .`");
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
+    STD_TORCH_CHECK(current_stream() != nullptr, "tdkern: this torch has no CUDA: install one that has");
+    TORCH_ERROR_CODE_CHECK(current_stream()(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
   }
 
   // Runs kernel(args...) on `blocks` blocks of kThreads. op: whom to name in an error.
