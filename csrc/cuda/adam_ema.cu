@@ -55,7 +55,7 @@ __device__ __forceinline__ void elements(const AdamStep<T>& s, const N* grad, N*
 }
 
 template <typename N, typename D>
-__global__ void __launch_bounds__(kThreads, kBlocks) adam_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 3 : 4) adam_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a) {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
   if (a.skip()) return;
   const TableChunk c = table_chunk(table);

@@ -10,6 +10,12 @@ namespace tdkern {
 namespace {
 
 constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
+// Of backward, in which there is mostly nothing to do: starting more of them would take longer than that.
+constexpr int64_t kBackwardBlocks = std::min<int64_t>(1024, kMaxGrid);
+
+// Blocks of an SM in the forward pass: with four, 64 registers a thread, but float64 needs more.
+template <typename D>
+constexpr int kResident = std::is_same_v<D, double> ? 3 : 4;
 
 // `count` elements of one sample: at most kChunk, so that an int indexes them.
 template <typename N, typename D>
@@ -80,7 +86,7 @@ __device__ __forceinline__ void write_loss(T* loss, const double* coef, int64_t 
 
 // sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
 template <Norm NORM, int vec, typename N, typename D, typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kResident<D>) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
     const int64_t b = task / chunks;
     T td = 0, base = 0;
@@ -110,22 +116,39 @@ __global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* sums, c
   }
 }
 
+// Whether forward's dF, which is for an upstream gradient of 1, is not yet what is asked for.
+template <typename N, typename D>
+__device__ __forceinline__ bool differs(const TdLossRows<N, D>& in, int64_t b) {
+  return in.upstream[2 * b] != 1 || in.upstream[2 * b + 1] != 1;
+}
+
 template <Norm NORM, int vec, typename N, typename D>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<N, D> in, int64_t chunks) {
+__device__ __forceinline__ void correct(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
   using T = typename TdLossRows<N, D>::T;
-  for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
-    const int64_t b = task / chunks;
-    const Chunk<N, D> c = chunk_at(in, b, task % chunks * kChunk);
-    const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
-    if (g_td == 1 && g_base == 1) continue;
-    if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
-      if (g_td == g_base && g_td != 0) {
-        for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g_td;
-        continue;
-      }
+  const Chunk<N, D> c = chunk_at(in, b, begin);
+  const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
+  if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
+    if (g_td == g_base && g_td != 0) {
+      for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g_td;
+      return;
     }
-    T td = 0, base = 0;
-    compute<NORM, vec>(in, c, b, td, base);
+  }
+  T td = 0, base = 0;
+  compute<NORM, vec>(in, c, b, td, base);
+}
+
+// A block's `group` tasks, which its threads look at together before they work on any.
+template <Norm NORM, int vec, typename N, typename D>
+__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<N, D> in, int64_t chunks, int64_t group) {
+  const int64_t first = blockIdx.x * group, tasks = in.batch * chunks;
+  const int64_t last = first + group < tasks ? first + group : tasks;
+  for (int64_t start = first; start < last; start += kThreads) {
+    const int64_t mine = start + threadIdx.x, end = start + kThreads < last ? start + kThreads : last;
+    if (!__syncthreads_or(mine < end && differs(in, mine / chunks))) continue;
+    for (int64_t task = start; task < end; ++task) {
+      const int64_t b = task / chunks;
+      if (differs(in, b)) correct<NORM, vec>(in, b, task % chunks * kChunk);
+    }
   }
 }
 
@@ -188,7 +211,8 @@ void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_targ
     const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
     const auto kernel = in.norm == Norm::l1 ? backward_of<Norm::l1>(view) : backward_of<Norm::l2>(view);
     const int64_t chunks = chunks_per_sample(in.n);
-    launch("td_loss_backward_", kernel, grid_of(in.batch * chunks), view, chunks);
+    const int64_t tasks = in.batch * chunks, group = (tasks + kBackwardBlocks - 1) / kBackwardBlocks;
+    launch("td_loss_backward_", kernel, static_cast<int>((tasks + group - 1) / group), view, chunks, group);
   });
 }
 

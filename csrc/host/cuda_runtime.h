@@ -27,6 +27,7 @@
 #define __grid_constant__
 #define __shared__ static thread_local
 #define __syncthreads() cuda_host::barrier(__LINE__)
+#define __syncthreads_or(value) cuda_host::any(value, __LINE__)
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -49,6 +50,17 @@ inline const std::function<void()>* body;
 inline void barrier(int line) {
   running->line = line;
   swapcontext(&running->context, &scheduler);
+}
+
+// Whether `value` is not 0 in any thread of the block.
+inline int any(int value, int line) {
+  static thread_local int found;
+  barrier(line);  // the last call's answer has been read
+  found = 0;
+  barrier(line);
+  found = found || value;
+  barrier(line);
+  return found;
 }
 
 inline void enter() {

@@ -22,7 +22,8 @@ TDKERN_HD Step<T> make_step(const double* coef, bool correct) {
 // V is T or a vector of T; x_hat and noise are 0 where they are not given.
 template <typename T, typename V>
 TDKERN_HD V step_element(const Step<T>& s, V F, V x, V x_hat, V noise) {
-  return s.x * x + s.F * F + s.x_hat * x_hat + s.noise * noise;
+  const V from_state = multiply_add(s.F, F, s.x * x);
+  return multiply_add(s.noise, noise, multiply_add(s.x_hat, x_hat, from_state));
 }
 
 }  // namespace tdkern

@@ -155,8 +155,8 @@ TDKERN_HD PairSample<T> make_pair_sample(double alpha, double sigma, double alph
 // V is T or a vector of T. shared: n2 is not read.
 template <typename T, typename V>
 TDKERN_HD void pair_element(const PairSample<T>& sample, bool shared, V x0, V n1, V n2, V& x_t, V& x_tp) {
-  x_tp = sample.alpha_p * x0 + sample.sigma_p * n1;
-  x_t = shared ? sample.a * x0 + sample.s * n1 : sample.a * x_tp + sample.s * n2;
+  x_tp = multiply_add(sample.sigma_p, n1, sample.alpha_p * x0);
+  x_t = shared ? multiply_add(sample.s, n1, sample.a * x0) : multiply_add(sample.s, n2, sample.a * x_tp);
 }
 
 }  // namespace tdkern

@@ -24,7 +24,8 @@ inline CoefOptions coef_options(bool from_index, int64_t steps, double sigma_min
   return {from_index, static_cast<double>(steps), sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, eta, td_lo, td_hi,
           named<Precond>("precond", precond, {"edm", "ct"}),
           named<BaseWeight>("base_weight", base_weight, {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
-          named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"})};
+          named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
+          pow(sigma_max, 1.0 / rho), pow(sigma_min, 1.0 / rho)};
 }
 
 struct CoefTensors {

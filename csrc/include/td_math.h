@@ -17,6 +17,17 @@ namespace tdkern {
 
 // ---- one element -------------------------------------------------------------------------------------------------
 
+// a b + c. On the device rounded once, and by name: which products nvcc would fuse by itself depends on
+// the code around them, and with that the bits would. On the CPU the compiler's flags decide.
+template <typename A, typename V>
+TDKERN_HD V multiply_add(A a, V b, V c) {
+#if defined(__CUDA_ARCH__)
+  return fma(static_cast<V>(a), b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 enum class Norm : int { none, l2, l1 };  // of the base loss: off, base^2 or |base|
 
 // A sample's constants at the precision of its arithmetic. dF = grad_td delta + grad_base base, for l1 sign(base).
@@ -49,12 +60,12 @@ TDKERN_HD V sign(V x) {
 template <bool TD, Norm BASE, bool CONSISTENCY, typename T, typename V>
 TDKERN_HD V td_element(const Sample<T>& s, V F, V F_p, V x0, V x_t, V x_tp, V& sum_td, V& sum_base) {
   V dF = {};
-  const V e = x0 - (s.skip * x_t + s.scale * F);
+  const V e = x0 - multiply_add(s.scale, F, s.skip * x_t);
   V e_p = {};
-  if constexpr (TD || CONSISTENCY) e_p = x0 - (s.skip_p * x_tp + s.scale_p * F_p);
+  if constexpr (TD || CONSISTENCY) e_p = x0 - multiply_add(s.scale_p, F_p, s.skip_p * x_tp);
   if constexpr (TD) {
-    const V delta = s.A * e - s.A_p * e_p;
-    sum_td += delta * delta;
+    const V delta = multiply_add(s.A, e, -(s.A_p * e_p));
+    sum_td = multiply_add(delta, delta, sum_td);
     dF = s.grad_td * delta;
   }
   if constexpr (BASE != Norm::none) {
@@ -62,8 +73,8 @@ TDKERN_HD V td_element(const Sample<T>& s, V F, V F_p, V x0, V x_t, V x_tp, V& s
     if constexpr (CONSISTENCY) base = e - e_p;
     V slope = base;
     if constexpr (BASE == Norm::l1) slope = sign<T>(base);
-    sum_base += slope * base;
-    dF += s.grad_base * slope;
+    sum_base = multiply_add(slope, base, sum_base);
+    dF = multiply_add(s.grad_base, slope, dF);
   }
   return dF;
 }
@@ -118,21 +129,31 @@ struct CoefOptions {
   Precond precond;
   BaseWeight base_weight;
   Weight weight;
+  double root_max, root_min;  // sigma_max^(1/rho) and sigma_min^(1/rho), the same for all samples
 };
 
 // EDM's schedule: sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho).
-TDKERN_HD double sigma_of_index(const CoefOptions& o, double a, double b, double index) {
-  return pow(fmin(fmax(a + index / (o.steps - 1.0) * (b - a), b), a), o.rho);
+// Its ends are exact, so that A is exactly 0 where sigma and sigma_tau are both sigma_min.
+TDKERN_HD double sigma_of_index(const CoefOptions& o, double index) {
+  const double root = o.root_max + index / (o.steps - 1.0) * (o.root_min - o.root_max);
+  if (root >= o.root_max) return o.sigma_max;
+  if (root <= o.root_min) return o.sigma_min;
+  return pow(root, o.rho);
+}
+
+// The real index of sigma, from 0 to steps - 1.
+TDKERN_HD double index_of_sigma(const CoefOptions& o, double sigma) {
+  const double place = (pow(sigma, 1.0 / o.rho) - o.root_max) / (o.root_min - o.root_max);
+  return fmin(fmax(place, 0.0), 1.0) * (o.steps - 1.0);
 }
 
 // The four levels (t, tau, t', tau') and the eight numbers of one sample from its sigma or index.
 TDKERN_HD void td_coef_sample(const CoefOptions& o, double noise, double* coef, double* levels) {
-  const double a = pow(o.sigma_max, 1.0 / o.rho), b = pow(o.sigma_min, 1.0 / o.rho);
-  const double index = o.from_index ? noise : fmin(fmax((pow(noise, 1.0 / o.rho) - a) / (b - a), 0.0), 1.0) * (o.steps - 1.0);
-  const double sigma = o.from_index ? sigma_of_index(o, a, b, index) : noise;
-  const double sigma_tau = sigma_of_index(o, a, b, index + o.one_idx);
-  const double sigma_p = sigma_of_index(o, a, b, index + o.k_idx);
-  const double sigma_tau_p = sigma_of_index(o, a, b, index + (o.k_idx + o.one_idx));
+  const double index = o.from_index ? noise : index_of_sigma(o, noise);
+  const double sigma = o.from_index ? sigma_of_index(o, index) : noise;
+  const double sigma_tau = sigma_of_index(o, index + o.one_idx);
+  const double sigma_p = sigma_of_index(o, index + o.k_idx);
+  const double sigma_tau_p = sigma_of_index(o, index + (o.k_idx + o.one_idx));
 
   double skip, scale, skip_p, scale_p, A, A_p, kappa;
   two_moment(1.0, sigma, 1.0, sigma_tau, o.eta, &A, &kappa);

@@ -54,7 +54,8 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped += skip.view_as(skipped)
-    torch._foreach_add_(steps, (~skip).float())
+    counted = (~skip).float()
+    torch._foreach_add_(steps, [counted.view_as(count) for count in steps])  # of one tensor it would wait for its value
     step = torch.stack([count.reshape(()) for count in steps]).double()
     shrink = 1 - lr * weight_decay if decoupled else 1.0
     values = (factor, shrink, 0.0 if decoupled else weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step).sqrt(), eps, lr / (1 - beta1**step))

@@ -36,7 +36,7 @@ def _box_muller(a, b, T: tl.constexpr):
         q = q * f + 0.50011414
         q = q * f - 0.66668397
         q = q * f + 0.99999833
-        minus_2_ln_u = exponent.to(T) * (-1.38629436 / 8388608) + (q * f - 2) * f
+        minus_2_ln_u = tl.fma(q * f - 2, f, exponent.to(T) * (-1.38629436 / 8388608))
         y = (b << 2).to(tl.int32, bitcast=True).to(T) * 4.656612873077393e-10
         z = y * y
         sine = z * -3.5950427e-5 + 2.4900010e-3
@@ -89,11 +89,13 @@ def pair_kernel(x0, x_t, x_tp, in_t, in_tp, x0_row, out_row, alpha, sigma, alpha
     sample, offset_low = zero + b.to(tl.uint32), zero + (counter & 0xFFFFFFFF).to(tl.uint32)
     offset_high = zero + (counter >> 31 & 0xFFFFFFFE).to(tl.uint32)
     n1 = _normals(key, block, sample, offset_low, offset_high, T, BLOCK)
-    clean_p = alpha_p_b.to(T) * clean + sigma_p_b.to(T) * n1
+    # An fma by name: which of the two products the compiler would fuse depends on the code around.
+    clean_p = tl.fma(sigma_p_b.to(T), n1, alpha_p_b.to(T) * clean)
     if SHARED:
-        clean_t = a.to(T) * clean + s.to(T) * n1
+        clean_t = tl.fma(s.to(T), n1, a.to(T) * clean)
     else:
-        clean_t = a.to(T) * clean_p + s.to(T) * _normals(key, block, sample, offset_low, offset_high + 1, T, BLOCK)
+        n2 = _normals(key, block, sample, offset_low, offset_high + 1, T, BLOCK)
+        clean_t = tl.fma(s.to(T), n2, a.to(T) * clean_p)
     at += b * out_row
     tl.store(x_t + at, clean_t.to(x_t.dtype.element_ty), inside)
     tl.store(x_tp + at, clean_p.to(x_tp.dtype.element_ty), inside)

@@ -18,6 +18,9 @@ def _load(pointer, i, end, T: tl.constexpr):
     return tl.load(pointer + i, i < end, other=0.0).to(T)
 
 
+# Where a product feeds a sum it is an fma by name: which products the compiler would fuse by itself
+# depends on the code around them, such as whether dF is written, and so would the bits.
+#
 # One chunk of sample b, from element `begin`: its sums of delta^2 and of base^2 or |base|; writes dF for the upstream gradient g_td, g_base. A term
 # that is off adds exactly 0, whatever its error is, and what only terms that are off need is not read.
 @triton.jit
@@ -36,22 +39,22 @@ def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
     sum_td, sum_base = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
     for start in range(0, CHUNK, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        D = scale * _load(F, i, end, T)
-        D_p = scale_p * _load(F_p, i, target_end, T)
+        D = tl.fma(scale, _load(F, i, end, T), 0.0)
+        D_p = tl.fma(scale_p, _load(F_p, i, target_end, T), 0.0)
         if x_t is not None:
-            D += skip * _load(x_t, i, end, T)
+            D = tl.fma(skip, _load(x_t, i, end, T), D)
         if x_tp is not None:
-            D_p += skip_p * _load(x_tp, i, target_end, T)
+            D_p = tl.fma(skip_p, _load(x_tp, i, target_end, T), D_p)
         clean = _load(x0, i, end, T)
         e, e_p = clean - D, clean - D_p
 
-        delta = tl.where(i < td_end, A * e - A_p * e_p, 0)
+        delta = tl.where(i < td_end, tl.fma(A, e, -(A_p * e_p)), 0)
         base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
-        sum_td += delta * delta
+        sum_td = tl.fma(delta, delta, sum_td)
         slope = tl.where(base > 0, 1, tl.where(base < 0, -1, base)) if L1 else base  # sign(base), which is 0 at 0 and NaN at NaN
-        sum_base += slope * base
+        sum_base = tl.fma(slope, base, sum_base)
         if dF is not None:
-            tl.store(dF + i, (grad_td * delta + grad_base * slope).to(dF.dtype.element_ty), i < rest)
+            tl.store(dF + i, tl.fma(grad_td, delta, grad_base * slope).to(dF.dtype.element_ty), i < rest)
     return tl.sum(sum_td), tl.sum(sum_base)
 
 
