@@ -105,7 +105,7 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
 
 
 def events(run, seconds: float) -> list[float]:
-    """Times of run() in s: as many rounds as fit in `seconds`, 10 to 200, each of as many runs as last 5 ms."""
+    """Times of run() in s: as many rounds as fit in `seconds`, 5 to 200, each of as many runs as last 5 ms."""
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -115,7 +115,7 @@ def events(run, seconds: float) -> list[float]:
     runs = max(1, round(0.005 / once))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
-    for _ in range(int(min(200, max(10, seconds / once / runs)))):
+    for _ in range(int(min(200, max(5, seconds / once / runs)))):
         begin.record()
         for _ in range(runs):
             run()

@@ -46,8 +46,8 @@ NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
 CUDA = Path("/usr/local/cuda/bin")
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
-SHARES = {"build": 70, "smoke": 40, "tests": 130, "sanitize": 130, "warm": 130, "bench": 110,
-          "step": 85, "sampler": 15, "compile": 40, "profile": 30, "confirm": 10}
+SHARES = {"build": 70, "smoke": 40, "tests": 150, "sanitize": 150, "warm": 150, "bench": 110,
+          "step": 60, "sampler": 15, "compile": 40, "profile": 30, "confirm": 10}
 SIDE_BY_SIDE = ("tests", "sanitize", "warm")
 KERNELS = "regex:(forward|backward|sum|pair|coef|heun_step|ema|adam|finite|count)_kernel"
 METRICS = {  # ncu's name: ours
@@ -200,7 +200,7 @@ def tests(at: Campaign) -> dict:
         large = at.pytest("bench/gpu/test_large.py", OMP_NUM_THREADS="1", TDKERN_LARGE="10007")
         facts = {"large": large}
     else:
-        spread = ["-n", "10"] if importlib.util.find_spec("xdist") else []
+        spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
         files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
         chosen = "(cuda or triton) and not ahead_of_time and not host"
         facts = {"ops": at.pytest(*spread, *files, "-k", chosen, limit=at.left - 35),
@@ -247,7 +247,7 @@ def sanitize(at: Campaign) -> dict:
 
 
 def bench(at: Campaign) -> dict:
-    names = ["growth", "loss_path", "td_loss", "noise_pair", "ema_update", "adam_ema", "heun_step"]
+    names = ["growth", "adam_ema", "ema_update", "heun_step", "loss_path", "td_loss", "noise_pair"]
     with tempfile.TemporaryDirectory() as folder:
         env, arguments = {"TDKERN_BENCH_RESULTS": folder}, []
         if at.dry:
@@ -351,7 +351,8 @@ def machine() -> dict:
         except (OSError, subprocess.TimeoutExpired):
             return None
 
-    facts = {"commit": said("git", "describe", "--always", "--dirty"),
+    commit = os.environ.get("TDKERN_COMMIT") or said("git", "describe", "--always", "--dirty")
+    facts = {"commit": commit,
              "python": sys.version.split()[0], "torch": torch.__version__,
              "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     if torch.cuda.is_available():
@@ -365,7 +366,7 @@ def machine() -> dict:
 
 def run_stage(name: str, at: Campaign) -> dict:
     """A stage's results, whatever becomes of it."""
-    start, result = time.monotonic(), {"ok": True}
+    start, result = time.monotonic(), {"ok": True, "commit": machine()["commit"]}
     try:
         result |= STAGES[name](at)
     except Failed as failure:
