@@ -8,8 +8,7 @@
     sanitize   memcheck, racecheck, initcheck and synccheck over a call of every op
     warm       compiles what `compile` times, beside the tests
     bench      pytest bench/ in CUDA events and graph replays, launches, host waits, peak memory
-    step       whole training steps, published style against ours (steps.py)
-    sampler    18 steps of Heun's method, eager against one CUDA graph
+    step       whole training steps, published style against ours, and the sampler (steps.py)
     compile    the same training steps under torch.compile
     profile    ncu over the kernels: bandwidth, occupancy, registers, stalls
     confirm    this machine's own build, where `build` took a carried library
@@ -47,7 +46,7 @@ OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema"
 CUDA = Path("/usr/local/cuda/bin")
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
 SHARES = {"build": 70, "smoke": 40, "tests": 150, "sanitize": 150, "warm": 150, "bench": 110,
-          "step": 60, "sampler": 15, "compile": 40, "profile": 30, "confirm": 10}
+          "step": 75, "compile": 40, "profile": 30, "confirm": 10}
 SIDE_BY_SIDE = ("tests", "sanitize", "warm")
 KERNELS = "regex:(forward|backward|sum|pair|coef|heun_step|ema|adam|finite|count)_kernel"
 METRICS = {  # ncu's name: ours
@@ -117,7 +116,7 @@ class Campaign:
         bad = {f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
                for case in cases for part in case if part.tag in ("failure", "error")}
         skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-        times = sorted(((float(case.get("time")), case.get("name")) for case in cases), reverse=True)
+        times = sorted(((float(case.get("time")), str(case.get("name"))) for case in cases), reverse=True)
         facts = {key: done[key] for key in ("command", "rc", "seconds", "timed_out")}
         facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad,
                   "slowest": times[:5]}
@@ -278,11 +277,7 @@ def steps(at: Campaign, part: str) -> dict:
 
 
 def step(at: Campaign) -> dict:
-    return steps(at, "steps")
-
-
-def sampler(at: Campaign) -> dict:
-    return steps(at, "sampler")
+    return steps(at, "step")
 
 
 def warm(at: Campaign) -> dict:
@@ -326,7 +321,7 @@ def finished(done: dict, facts: dict) -> dict:
 
 
 STAGES = {stage.__name__: stage for stage in
-          (build, smoke, tests, sanitize, warm, bench, step, sampler, compile, profile, confirm)}
+          (build, smoke, tests, sanitize, warm, bench, step, compile, profile, confirm)}
 
 
 # ---- around them ------------------------------------------------------------------------------

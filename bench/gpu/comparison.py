@@ -102,7 +102,7 @@ def step_ratio(rows: list[dict], what: str) -> float | None:
 
 def sampler_ratio(rows: list[dict]) -> float | None:
     """How many times faster the sampler is in one CUDA graph."""
-    ms = {row["mode"]: row.get("ms") for row in rows}
+    ms = {row["mode"]: row.get("ms") for row in rows if row["op"] == "sampler"}
     return ms["eager"] / ms["graph"] if ms.get("eager") and ms.get("graph") else None
 
 
@@ -136,7 +136,7 @@ def markdown(file: Path | None = None) -> str:
     for what, (*_, predicted, aim, at_most) in STEPS.items():
         texts = cells("{:.2f}×", predicted, aim, step_ratio(steps, what), at_most)
         lines.append("| " + " | ".join(["step", "256x3x32x32", what, *texts]) + " |")
-    texts = cells("{:.1f}×", None, 2, sampler_ratio(rows.get("sampler", [])), False)
+    texts = cells("{:.1f}×", None, 2, sampler_ratio(steps), False)
     lines.append("| " + " | ".join(["sampler", "64x3x32x32", "eager / one graph", *texts]) + " |")
     return "\n".join(lines)
 

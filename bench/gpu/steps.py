@@ -1,6 +1,6 @@
 """Whole training steps of a DDPM++ at 32x32, and the 18-step sampler, on one GPU.
 
-    python bench/gpu/steps.py OUT.jsonl [--part steps|compile|sampler] [--seconds S] [--tiny]
+    python bench/gpu/steps.py OUT.jsonl [--part step|compile] [--seconds S] [--tiny]
 
 A line of JSON for each case as soon as it is measured, in order of worth, until the time is up.
 A step takes clean images to new weights and averages: EDM's average and, where there is one, the
@@ -48,12 +48,20 @@ class Case:
     batch: int = 256
 
 
-def cases(part: str) -> list[Case]:
+@dataclass(frozen=True)
+class Sampler:
+    """18 steps of Heun's method of a small network, 64 images; called step by step or replayed."""
+
+    mode: str
+
+
+def cases(part: str) -> list[Case | Sampler]:
     """The cases of a part, those first that an aim asks for."""
     if part == "compile":
         return [Case("TD+EDM", mode="compile"), Case("EDM", mode="compile")]
     three = ("EDM", "TD+EDM", "TD+EDM window")
     main = [Case(loss, mode=mode) for mode in ("eager", "graph") for loss in three]
+    main += [Sampler("eager"), Sampler("graph")]
     main += [Case("TD+EDM", "published", precision) for precision in ("bf16", "fp32")]
     main += [Case("TD+EDM", precision="fp32")]
     main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
@@ -159,7 +167,9 @@ def timed(step, seconds: float) -> dict:
     return {"ms": 1e3 * (time.perf_counter() - start), "rounds": 1}
 
 
-def measured_step(case: Case, tiny: bool, seconds: float) -> dict:
+def measured(case: Case | Sampler, tiny: bool, seconds: float) -> dict:
+    if isinstance(case, Sampler):
+        return measured_sampler(case.mode, tiny, seconds)
     if tiny:
         case = replace(case, batch=4)
     step = make_step(case, tiny)
@@ -180,7 +190,6 @@ def measured_step(case: Case, tiny: bool, seconds: float) -> dict:
 
 
 def measured_sampler(mode: str, tiny: bool, seconds: float) -> dict:
-    """18 steps of Heun's method of a small network, 64 images in float32 state."""
     torch.manual_seed(0)
     size = 8 if tiny else 32
     model = unet("ddpmpp", size, 3, cbase=8 if tiny else 64, cres=[1] if tiny else [1, 2])
@@ -197,7 +206,7 @@ def measured_sampler(mode: str, tiny: bool, seconds: float) -> dict:
     return row | timed(step, seconds)
 
 
-def attempt(measured, *args) -> dict:
+def attempt(*args) -> dict:
     """What was measured, or how it failed: a failing case must not cost the next its turn."""
     try:
         return measured(*args)
@@ -213,23 +222,18 @@ def attempt(measured, *args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--part", choices=["steps", "compile", "sampler"], default="steps")
+    parser.add_argument("--part", choices=["step", "compile"], default="step")
     parser.add_argument("--seconds", type=float, default=100, help="no case begins after these")
     parser.add_argument("--each", type=float, default=0.6, help="seconds of timing a case")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
-    todo = ["eager", "graph"] if args.part == "sampler" else cases(args.part)
-    for case in todo:
+    for case in cases(args.part):
         if time.monotonic() > ends:
             break
         start = time.monotonic()
-        if args.part == "sampler":
-            row = {"op": "sampler", "mode": case}
-            row |= attempt(measured_sampler, case, args.tiny, args.each)
-        else:
-            row = {"op": "step", **asdict(case)}
-            row |= attempt(measured_step, case, args.tiny, args.each)
+        row = {"op": "sampler" if isinstance(case, Sampler) else "step", **asdict(case)}
+        row |= attempt(case, args.tiny, args.each)
         row["took_s"] = round(time.monotonic() - start, 1)
         with open(args.out, "a") as file:
             file.write(json.dumps(row) + "\n")

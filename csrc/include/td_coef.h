@@ -21,11 +21,12 @@ Enum named(const char* argument, const std::string& name, std::initializer_list<
 inline CoefOptions coef_options(bool from_index, int64_t steps, double sigma_min, double sigma_max, double rho, double sigma_data, double k_idx, double one_idx,
                                 double lambda_base, const std::string& precond, const std::string& base_weight, double eta, const std::string& weight, double td_lo,
                                 double td_hi) {
+  const double root_max = pow(sigma_max, 1.0 / rho), root_min = pow(sigma_min, 1.0 / rho);
   return {from_index, static_cast<double>(steps), sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, eta, td_lo, td_hi,
           named<Precond>("precond", precond, {"edm", "ct"}),
           named<BaseWeight>("base_weight", base_weight, {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
           named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
-          pow(sigma_max, 1.0 / rho), pow(sigma_min, 1.0 / rho)};
+          root_max, root_min, pow(root_max, rho), pow(root_min, rho)};
 }
 
 struct CoefTensors {

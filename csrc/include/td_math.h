@@ -129,15 +129,16 @@ struct CoefOptions {
   Precond precond;
   BaseWeight base_weight;
   Weight weight;
-  double root_max, root_min;  // sigma_max^(1/rho) and sigma_min^(1/rho), the same for all samples
+  // The same for all samples: root_max = sigma_max^(1/rho), root_min = sigma_min^(1/rho), and these to the
+  // power of rho, which rounding keeps from being sigma_max and sigma_min.
+  double root_max, root_min, end_max, end_min;
 };
 
 // EDM's schedule: sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho).
-// Its ends are exact, so that A is exactly 0 where sigma and sigma_tau are both sigma_min.
 TDKERN_HD double sigma_of_index(const CoefOptions& o, double index) {
   const double root = o.root_max + index / (o.steps - 1.0) * (o.root_min - o.root_max);
-  if (root >= o.root_max) return o.sigma_max;
-  if (root <= o.root_min) return o.sigma_min;
+  if (root >= o.root_max) return o.end_max;
+  if (root <= o.root_min) return o.end_min;
   return pow(root, o.rho);
 }
 

@@ -1,0 +1,120 @@
+"""silu of a group normalisation, channels last and without gradients, in one reading for the sums
+and one for the result. What a target network and a sampler run between two convolutions: PyTorch
+brings the image into channels first for it and back, in nine passes over memory.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 64, 64  # pixels and channels of a tile
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@triton.jit
+def _tile(x, add, image, first_row, first_column, pixels, channels,
+          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """x + add of a tile in float32, 0 outside; where its elements lie, and which are there."""
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < pixels) & (column < channels)
+    at = (image * pixels + row) * channels + column
+    values = tl.load(x + at, inside, other=0.0).to(tl.float32)
+    if add is not None:
+        more = tl.load(add + image * channels + column, column < channels, other=0.0)
+        values = tl.where(inside, values + more.to(tl.float32), 0.0)
+    return values, at, inside
+
+
+# Of each channel in each tile: the mean, and the sum of squares about it.
+@triton.jit
+def sums_kernel(x, add, means, squares, pixels, channels, tiles, blocks,
+                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
+    values, _, inside = _tile(x, add, image, tile * ROWS, block * COLUMNS, pixels, channels,
+                              ROWS, COLUMNS)
+    count = tl.minimum(pixels - tile * ROWS, ROWS).to(tl.float32)
+    mean = tl.sum(values, 0) / count
+    away = tl.where(inside, values - mean[None, :], 0.0)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    to = (image * tiles + tile) * channels + column
+    tl.store(means + to, mean, column < channels)
+    tl.store(squares + to, tl.sum(away * away, 0), column < channels)
+
+
+# Of each group: the mean, and 1 / sqrt(variance + eps).
+@triton.jit
+def groups_kernel(means, squares, mean_of, inverse_of, pixels, channels, tiles, groups, eps,
+                  TILES: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    image, group = program // groups, program % groups
+    size = channels // groups
+    tile, place = tl.arange(0, TILES)[:, None], tl.arange(0, SIZE)[None, :]
+    inside = (tile < tiles) & (place < size)
+    at = (image * tiles + tile) * channels + group * size + place
+    count = tl.where(inside, tl.minimum(pixels - tile * ROWS, ROWS), 0).to(tl.float32)
+    tile_means = tl.load(means + at, inside, other=0.0)
+    total = (pixels * size).to(tl.float32)
+    mean = tl.sum(tl.sum(tile_means * count, 1), 0) / total
+    away = tile_means - mean
+    square = tl.load(squares + at, inside, other=0.0) + count * away * away
+    variance = tl.sum(tl.sum(square, 1), 0) / total
+    tl.store(mean_of + program, mean)
+    tl.store(inverse_of + program, 1 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def result_kernel(x, add, y, mean_of, inverse_of, weight, bias, weight_row, pixels, channels, tiles,
+                  blocks, groups, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    program = tl.program_id(0).to(tl.int64)
+    block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
+    values, at, inside = _tile(x, add, image, tile * ROWS, block * COLUMNS, pixels, channels,
+                               ROWS, COLUMNS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS)
+    there = column < channels
+    group = image * groups + column // (channels // groups)
+    mean = tl.load(mean_of + group, there, other=0.0)
+    inverse = tl.load(inverse_of + group, there, other=0.0)
+    scale = inverse * tl.load(weight + image * weight_row + column, there, other=0.0).to(tl.float32)
+    shift = tl.load(bias + image * weight_row + column, there, other=0.0).to(tl.float32)
+    normal = (values - mean[None, :]) * scale[None, :] + shift[None, :]
+    result = normal / (1 + tl.exp(-normal))
+    tl.store(y + at, result.to(y.dtype.element_ty), inside)
+
+
+def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+                    add: Tensor | None = None) -> Tensor:
+    """silu(group_norm(x + add)), in float32 from x's dtype to x's dtype.
+
+    Args:
+        x: [B, C, H, W] float32, bfloat16 or float16, contiguous in channels last.
+        groups: of C / groups channels.
+        weight, bias: [C], or [B, C] for one of each image; contiguous.
+        eps: added to the variance.
+        add: [B, C] in x's dtype, contiguous, added to every pixel before; or None.
+
+    Returns:
+        [B, C, H, W] like x.
+
+    No gradient. Deterministic. No host synchronisation.
+    """
+    batch, channels, height, width = x.shape
+    pixels, y = height * width, torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    tiles, blocks = triton.cdiv(pixels, ROWS), triton.cdiv(channels, COLUMNS)
+    means, squares = torch.empty(2, batch, tiles, channels, device=x.device)
+    mean_of, inverse_of = torch.empty(2, batch, groups, device=x.device)
+    grid = (batch * tiles * blocks,)
+    size = triton.next_power_of_2(channels // groups)
+    with torch.cuda.device_of(x):
+        sums_kernel[grid](x, add, means, squares, pixels, channels, tiles, blocks,
+                          ROWS, COLUMNS, **OPTIONS)
+        groups_kernel[(batch * groups,)](means, squares, mean_of, inverse_of, pixels, channels,
+                                         tiles, groups, eps, triton.next_power_of_2(tiles), size,
+                                         ROWS, num_warps=1, enable_fp_fusion=True)
+        result_kernel[grid](x, add, y, mean_of, inverse_of, weight, bias,
+                            channels if weight.ndim == 2 else 0, pixels, channels, tiles, blocks,
+                            groups, ROWS, COLUMNS, **OPTIONS)
+    return y

@@ -1,0 +1,35 @@
+"""group_norm_silu against group_norm and silu in float64."""
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import BF16, F16, F32, F64, device_of
+
+from tdkern import _library
+
+pytestmark = pytest.mark.skipif(bool(_library.MISSING["triton"]), reason=_library.MISSING["triton"])
+SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (3, 128, 16, 16), (2, 36, 1, 1), (2, 192, 9, 9), (0, 8, 4, 4)]
+EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("extra", ["plain", "added", "of each image", "far from 0"])
+def test_group_norm_silu(shape, dtype, extra):
+    from tdkern.triton.norm_silu import group_norm_silu
+
+    device, random = device_of("triton"), torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=random, dtype=F64).to(device, dtype)  # noqa: E731
+    batch, channels = shape[:2]
+    x = draw(*shape).contiguous(memory_format=torch.channels_last)
+    x = x + 30 if extra == "far from 0" else x
+    add = draw(batch, channels) if extra == "added" else None
+    each = (batch, channels) if extra == "of each image" else (channels,)
+    weight, bias = 1 + draw(*each).float() / 2, draw(*each).float()
+    groups = min(32, channels // 4)
+    got = group_norm_silu(x, groups, weight, bias, 1e-5, add)
+    wide = x.double() if add is None else x.double() + add.double()[:, :, None, None]
+    normal = F.group_norm(wide, groups, eps=1e-5)
+    scale, shift = (t.double().reshape(-1, channels, 1, 1) for t in (weight, bias))
+    assert got.dtype == dtype and got.shape == x.shape and got.stride() == torch.empty_like(x).stride()
+    torch.testing.assert_close(got.double(), F.silu(normal * scale + shift),
+                               rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
