@@ -117,7 +117,7 @@ class Campaign:
                for case in cases for part in case if part.tag in ("failure", "error")}
         skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
         times = sorted(((float(case.get("time")), str(case.get("name"))) for case in cases), reverse=True)
-        facts = {key: done[key] for key in ("command", "rc", "seconds", "timed_out")}
+        facts = {key: done[key] for key in ("rc", "seconds", "timed_out")}
         facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad,
                   "slowest": times[:5]}
         return facts if cases else {**facts, "tail": done["text"][-2000:]}
@@ -393,7 +393,7 @@ def groups_of(stages: list[str]) -> list[list[str]]:
 
 def kept(result: dict) -> dict:
     """What bench/results keeps of a campaign: all but what it printed."""
-    return {key: value for key, value in result.items() if key not in ("tail", "command")}
+    return {key: value for key, value in result.items() if key != "tail"}
 
 
 def main(arguments: list[str] | None = None) -> int:
