@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import half
+
 
 class KeepsBuffers(nn.Module):
     """A module whose own buffers, tables of levels or frequencies, stay as precise as they are when `.half()` or `.to(dtype)` cast the network."""
@@ -76,9 +78,9 @@ class Conv2d(nn.Module):
         if self.filter_first:
             x = self._downsample(x)
         if self.weight is not None:
-            # in half precision the cast also lays the weight out as tensor cores want it, in the same pass
-            layout = torch.channels_last if x.dtype.itemsize == 2 else torch.preserve_format
-            x = F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
+            # in half precision the cast also lays the weight out, in the same pass
+            weight = self.weight.to(x.dtype, memory_format=half.image_format(x))
+            x = F.conv2d(x, weight, self.bias.to(x.dtype), padding=self.padding)
         return self._downsample(x) if self.filter_last else x
 
     def _upsample(self, x: Tensor) -> Tensor:
@@ -109,6 +111,23 @@ class GroupNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def silu(self, x: Tensor, add: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """silu(norm(x + add)), or with (scale, shift) = modulation silu(norm(x) (1 + scale) + shift).
+
+        x: [B, C, H, W]; add: [B, C], modulation: [B, 2 C], both in x's dtype.
+        """
+        if half.fuses(x):
+            weight, bias = self.weight, self.bias
+            if modulation is not None:
+                scale, shift = modulation.float().chunk(2, 1)
+                weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+            return half.norm_silu(x, self.groups, weight, bias, self.eps, add)
+        h = self(x if add is None else x + add[:, :, None, None])
+        if modulation is not None:
+            scale, shift = modulation[:, :, None, None].chunk(2, 1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        return F.silu(h)
 
 
 class PositionalEmbedding(nn.Module):
@@ -179,13 +198,9 @@ class ResBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        a = self.affine(emb)[:, :, None, None].to(h.dtype)
-        if self.style.scale_shift:
-            scale, shift = a.chunk(2, 1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
-        else:
-            h = F.silu(self.norm1(h + a))
+        h = self.conv0(self.norm0.silu(x))
+        a = self.affine(emb).to(h.dtype)
+        h = self.norm1.silu(h, modulation=a) if self.style.scale_shift else self.norm1.silu(h, a)
         h = self.conv1(F.dropout(h, self.style.dropout, self.training))
         x = self._add(x if self.skip is None else self.skip(x), h)
         return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x

@@ -6,14 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import half
 from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
 
 
 class _UNet(nn.Module):
     """The encoder and decoder that both networks share.
 
-    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations. In half precision activations are
-    channels_last throughout, whatever the image is; in float32 they have the image's memory format.
+    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations.
+    In half precision activations lie in memory as `half` says, whatever the image is; in float32
+    they have the image's memory format.
     """
 
     checkpointing = False
@@ -84,7 +86,8 @@ class _UNet(nn.Module):
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The output of every layer of the encoder, for the decoder to take from the end."""
-        x = x.contiguous(memory_format=torch.channels_last) if x.dtype.itemsize == 2 else x
+        if x.dtype.itemsize == 2:
+            x = x.contiguous(memory_format=half.image_format(x))
         aux, skips = x, []
         for level in self.levels:
             if level == self.levels[0]:
@@ -180,7 +183,7 @@ class SongUNet(_UNet):
         aux = None
         for level, h in zip(reversed(self.levels), self._decode(self._encode(x, emb), emb), strict=True):
             if level == self.levels[0] or self.decoder_type == "skip":
-                out = self.dec[f"{level}_aux_conv"](F.silu(self.dec[f"{level}_aux_norm"](h)))
+                out = self.dec[f"{level}_aux_conv"](self.dec[f"{level}_aux_norm"].silu(h))
                 aux = out if aux is None else self.dec[f"{level}_aux_up"](aux) + out
         return aux
 
@@ -220,4 +223,4 @@ class DhariwalUNet(_UNet):
             emb = emb + self.map_label(self._labels(class_labels, emb))
         emb = F.silu(emb)
         h = self._decode(self._encode(x, emb), emb)[-1]
-        return self.out_conv(F.silu(self.out_norm(h)))
+        return self.out_conv(self.out_norm.silu(h))
