@@ -31,4 +31,5 @@ def norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
     from ..triton.norm_silu import group_norm_silu
 
     x = x.contiguous(memory_format=torch.channels_last)
+    add = add if add is None else add.contiguous()
     return group_norm_silu(x, groups, weight.contiguous(), bias.contiguous(), eps, add)

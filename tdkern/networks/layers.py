@@ -72,7 +72,7 @@ class Conv2d(nn.Module):
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None] if up or down else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         if self.up:
             x = self._upsample(x)
         if self.filter_first:
@@ -80,7 +80,8 @@ class Conv2d(nn.Module):
         if self.weight is not None:
             # in half precision the cast also lays the weight out, in the same pass
             weight = self.weight.to(x.dtype, memory_format=half.image_format(x))
-            x = F.conv2d(x, weight, self.bias.to(x.dtype), padding=self.padding)
+            bias = self.bias.to(x.dtype) if with_bias else None
+            x = F.conv2d(x, weight, bias, padding=self.padding)
         return self._downsample(x) if self.filter_last else x
 
     def _upsample(self, x: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class GroupNorm(nn.Module):
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
     def silu(self, x: Tensor, add: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
-        """silu(norm(x + add)), or with (scale, shift) = modulation silu(norm(x) (1 + scale) + shift).
+        """silu(norm(x + add)); (scale, shift) = modulation: silu(norm(x + add) (1 + scale) + shift).
 
         x: [B, C, H, W]; add: [B, C], modulation: [B, 2 C], both in x's dtype.
         """
@@ -198,9 +199,16 @@ class ResBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(self.norm0.silu(x))
+        # conv0's bias is a pass of its own over its output, unless the next kernel adds it
+        bias_later = half.fuses(x)
+        h = self.conv0(self.norm0.silu(x), with_bias=not bias_later)
+        bias = self.conv0.bias.to(h.dtype) if bias_later else None
         a = self.affine(emb).to(h.dtype)
-        h = self.norm1.silu(h, modulation=a) if self.style.scale_shift else self.norm1.silu(h, a)
+        if self.style.scale_shift:
+            add = bias.expand(len(h), -1) if bias_later else None
+            h = self.norm1.silu(h, add, modulation=a)
+        else:
+            h = self.norm1.silu(h, a + bias if bias_later else a)
         h = self.conv1(F.dropout(h, self.style.dropout, self.training))
         x = self._add(x if self.skip is None else self.skip(x), h)
         return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x
