@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
-from tdkern.predictions import PRECONDS
 
 SD = 0.5  # sigma_data
 
@@ -19,11 +18,10 @@ class Raw:
     """A network whose raw output is given, and which fits whatever loss asks."""
 
     def __init__(self, out, loss):
-        self.out = out
-        fitting = loss.prediction if isinstance(loss.prediction, dict) else {"precond": PRECONDS[loss.prediction][0]}
-        vars(self).update(fitting)
+        self.out, self.preconditioning = out, loss.preconditioning
 
-    def raw(self, *_, **__):
+    def __call__(self, *_, raw, **__):
+        assert raw
         return self.out
 
 

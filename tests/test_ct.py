@@ -90,7 +90,7 @@ def test_scalings_and_weightings_golden(kind):
     golden = load("cm_tables")
     sigma, sd, s_min = golden["scal_sigma"], float(golden[f"scal_{kind}_sigma_data"]), float(golden[f"scal_{kind}_sigma_min"])
     net = CTPrecond(nn.Identity(), sd, s_min)
-    (c_in, c_noise), (c_skip, c_out) = net.input_scaling(sigma), net.output_scaling(sigma)
+    (c_in, c_noise), (c_skip, c_out) = net.input_scaling(sigma), net.preconditioning.skip_scale(sigma)
     assert error(c_noise, golden["net_time"]) < 1e-12
     for ours, name in ((c_skip, "c_skip"), (c_out, "c_out"), (c_in, "c_in")):
         assert error(ours, golden[f"scal_{kind}_boundary_{name}"]) < 1e-12, name

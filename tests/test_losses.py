@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tdkern._library import resolve
 from tdkern.losses import EDMLoss, TDEDMLoss
+from tdkern.preconditioning import EDM, Eps
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.stem for path in DATA.glob("td_edm_*.npz"))
@@ -27,12 +28,11 @@ def load(name):
 class Raw:
     """A network with EDM's preconditioning whose raw output is given."""
 
-    precond = "edm"
-
     def __init__(self, out, sigma_data=0.5):
-        self.out, self.sigma_data, self.calls = out, sigma_data, []
+        self.out, self.preconditioning, self.calls = out, EDM(sigma_data), []
 
-    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+    def __call__(self, x, sigma, class_labels=None, augment_labels=None, *, raw):
+        assert raw
         self.calls.append((x, sigma, class_labels, augment_labels))
         self.grad_enabled = torch.is_grad_enabled()
         return self.out
@@ -41,23 +41,22 @@ class Raw:
 class Linear(torch.nn.Module):
     """A small network with EDM's preconditioning, both as F and as D."""
 
-    precond = "edm"
-
     def __init__(self, sigma_data=0.5, seed=0):
         super().__init__()
-        self.sigma_data = sigma_data
+        self.sigma_data, self.preconditioning = sigma_data, EDM(sigma_data)
         self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
 
-    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+    def output(self, x, sigma):
         c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, 1, 1, 1)
         return torch.tanh(self.conv(c_in * x) + sigma.log().reshape(-1, 1, 1, 1) / 4)
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x, sigma, class_labels=None, augment_labels=None, *, raw=False):
         s, sd = sigma.reshape(-1, 1, 1, 1), self.sigma_data
-        return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * self.raw(x, sigma)
+        out = self.output(x, sigma)
+        return out if raw else sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * out
 
 
 def plain(net):
@@ -200,15 +199,13 @@ def test_raw_and_plain_networks_agree(make, backend):
 
 def test_raw_is_used_only_where_it_fits():
     class Refuses(Linear):
-        def raw(self, *args, **kwargs):
-            raise AssertionError("raw was called")
-
-        def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        def forward(self, x, sigma, class_labels=None, augment_labels=None, *, raw=False):
+            assert not raw, "raw was called"
             return x
 
     batch = make_batch(TDEDMLoss())
     other_precond = Refuses()
-    other_precond.precond = "vp"
+    other_precond.preconditioning = Eps()
     for net in (Refuses(sigma_data=0.25), other_precond):
         assert TDEDMLoss().evaluate(net, net, batch).loss.isfinite().all()
     with pytest.raises(AssertionError, match="raw was called"):

@@ -59,9 +59,9 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
     assert all(("td" in tick) == (loss_type == "td") for tick in ticks)
     assert loss_type == "edm" or any(tick["valid"] > 0 and tick["td"] > 0 for tick in ticks)
     trainer = Trainer(options, this_process())
-    assert trainer.loss._fits(trainer.net)  # the fused path
+    assert trainer.loss.fits(trainer.net)  # the fused path
     net, meta = load_network(straight)
-    assert type(net) is type(trainer.net) and net.precond == trainer.net.precond and meta["network"] == trainer.network
+    assert type(net) is type(trainer.net) and net.preconditioning == trainer.net.preconditioning and meta["network"] == trainer.network
     sampler = "onestep" if precond == "ct" else "heun"
     assert sampling.default_sampler(net) == sampler
     grid = tmp_path / "grid.png"
@@ -265,7 +265,7 @@ def test_a_denoiser_calls_a_unet_as_the_other_wrappers_do(cls):
     with torch.no_grad():
         for given in ((labels, augment), (None, None), (labels, None)):
             expected = unet(scaled, t, torch.zeros(2, 2) if given[0] is None else labels, given[1])[:, :3]
-            torch.testing.assert_close(net.raw(x, sigma, *given), expected)
+            torch.testing.assert_close(net(x, sigma, *given, raw=True), expected)
         assert net(x, sigma, labels).shape == x.shape
 
 

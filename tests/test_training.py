@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import TINY, in_two_processes, pixels, two_steps
 
+import tdkern.samplers as samplers
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
 from tdkern.training import Options, Trainer, loop, sample, sampling, train
@@ -64,7 +65,7 @@ def test_one_step_updates_network_and_averages(data):
 def test_other_families(data, precond, loss_type):
     trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"precond": precond, "loss_type": loss_type, "lr_rampup_kimg": 0}), this_process())
     assert type(trainer.loss).__name__ == {"edm": "", "td": "TD"}[loss_type] + precond.upper() + "Loss"
-    assert trainer.loss._fits(trainer.net)  # the fused path
+    assert trainer.loss.fits(trainer.net)  # the fused path
     before = [parameter.clone() for parameter in trainer.net.parameters()]
     trainer.train_step(*batch(trainer))
     assert any(not torch.equal(*pair) for pair in zip(trainer.net.parameters(), before, strict=True))
@@ -281,8 +282,10 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
             parameter.normal_(std=0.3)
     sigmas = EDM(steps=4).sigmas()
     churn = {"S_churn": 10.0, "S_noise": 1.01}
-    monkeypatch.setattr(net, "forward", None)  # samples go through `raw_scaled`: the samplers' fused path
+    fused, heun_step = [], samplers.base.heun_step
+    monkeypatch.setattr(samplers.base, "heun_step", lambda *args, **kwargs: fused.append(1) or heun_step(*args, **kwargs))
     together = sample(net, trainer.network, [5, 6, 7], sigmas, **churn)
+    assert len(fused) == 7  # samples take the samplers' fused path
     assert together.shape == (3, 3, 8, 8)
     assert together.dtype == torch.uint8
     torch.rand(3)

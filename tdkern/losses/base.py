@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..ops import noise_pair, td_loss
-from ..predictions import skip_scale
-from ..reference.td_coef import td_weighting
+from ..preconditioning import Preconditioning, append_dims, unwrapped
 from ..schedules import two_moment
+from ..weighting import td_weighting
 
 
 class TDBatch(NamedTuple):
@@ -34,46 +34,68 @@ class TDTerms(NamedTuple):
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] numbers as a column that multiplies `like`, [B, ...], in its dtype."""
-    return values.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return append_dims(values.to(like.dtype), like.ndim)
 
 
-def path_coef(alpha: Tensor, sigma: Tensor, valid: Tensor, *, prediction: str, eta: float, weight: str, lambda_base: float,
-              mean_matching: bool = False) -> tuple[Tensor, Tensor]:
-    """The columns of `td_loss`'s `coef` and the noise levels, for pairs on any path: what `td_coef` is for EDM's.
+def path_coef(
+    alpha: Tensor,
+    sigma: Tensor,
+    valid: Tensor,
+    *,
+    preconditioning: Preconditioning,
+    eta: float,
+    weight: str,
+    lambda_base: float,
+    mean_matching: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The columns of `td_loss`'s `coef` and the noise levels, for pairs on any path.
 
-    A = alpha_tau - kappa alpha_t by `two_moment`, D = skip x + scale F by `skip_scale` in EDM's state, w_td by `weight`; the base loss has the
-    weight w = 1/scale^2, in which it is the mean square error of F. Where the pair leaves the path w_td = 0 and w_base is (1 + lambda_base) w
-    or, with `mean_matching`, lambda_base w plus the weight of A^2 |x0 - D|^2, the TD term of a pair whose x_t' is the data itself.
+    It is what `td_coef` is for EDM's path: A = alpha_tau - kappa alpha_t by `two_moment`,
+    D = skip x + scale F in EDM's state by the preconditioning, w_td by `weight`. The base loss has
+    the weight w = 1/scale^2, in which it is the mean square error of F. Where the pair leaves the
+    path w_td = 0 and w_base is (1 + lambda_base) w or, with `mean_matching`, lambda_base w plus the
+    weight of A^2 |x0 - D|^2, which is the TD term of a pair whose x_t' is the data itself.
 
     Args:
         alpha, sigma: [4, B] float64, the levels at t, tau, t', tau'.
         valid: [B] bool, whether the sample has a TD term.
-        prediction, eta, weight, lambda_base: as in the losses; `eta` is of the means.
+        preconditioning: the network's.
+        eta: DDIM's eta of the posterior means, in [0, 1]; it does not set the states' noise.
+        weight: w_td, a name of `weighting.td_weighting`.
+        lambda_base: weight of the base loss beside the TD term, >= 0.
+        mean_matching: whether the whole return, which is known there, replaces the base loss.
 
     Returns:
         coef [B, 8] and levels [B, 4] = sigma / alpha, float64.
     """
     levels = sigma / alpha
     A, A_p = two_moment(alpha[0::2], sigma[0::2], alpha[1::2], sigma[1::2], eta=eta)[0]
-    skip, scale = skip_scale(prediction, levels[0::2])
+    skip, scale = preconditioning.skip_scale(levels[0::2])
     w = scale[0] ** -2
-    w_end = A**2 * td_weighting(weight, A, 0 * A, scale[0], 0 * A) if mean_matching else w
+    w_end = w
+    if mean_matching:
+        w_end = A**2 * td_weighting(weight, A, 0 * A, scale[0], 0 * A)
     w_td = torch.where(valid, td_weighting(weight, A, A_p, *scale), 0.0)
     w_base = lambda_base * w + torch.where(valid, 0.0, w_end)
-    return torch.stack([skip[0], scale[0], skip[1], scale[1], A, A_p, w_td, w_base], 1), levels.T
+    coef = torch.stack([skip[0], scale[0], skip[1], scale[1], A, A_p, w_td, w_base], 1)
+    return coef, levels.T
 
 
 @dataclass(frozen=True)
 class Loss(ABC):
-    """A loss of a network's output over noisy data. A family gives `prediction` and `pair`; the rest is here."""
+    """A loss of a network's output over noisy data.
 
-    backend: str = field(default="auto", kw_only=True)  # of the ops
-    td_share = 1.0  # the families whose target network serves the TD term alone have it as an argument
+    A family gives `preconditioning` and `pair`; the rest is here.
+    """
+
+    backend: str = field(default="auto", kw_only=True)  # which backend the ops use
+    # the families whose target network serves the TD term alone have it as an argument
+    td_share = 1.0
 
     @property
     @abstractmethod
-    def prediction(self) -> dict:
-        """The attributes of a network whose `raw` output is the F that `TDBatch.coef` is made for; a loss with its own `_fits` may have a name here."""
+    def preconditioning(self) -> Preconditioning:
+        """Whose raw output is the F that `TDBatch.coef` is made for."""
 
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
@@ -94,10 +116,11 @@ class Loss(ABC):
         """The loss of a given pair, in its parts.
 
         Args:
-            net: the online network, `net(x, sigma, class_labels, augment_labels) -> D` with x [B, ...] and sigma [B] in
-                x's dtype. One that also has `raw`, with the same arguments, giving F, and whose attributes equal
-                `self.prediction`, is called through `raw`: its preconditioning is then part of the one fused launch. To compile
-                a network and keep that, compile the `model` inside it.
+            net: the online network, `net(x, sigma, class_labels, augment_labels) -> D` with x
+                [B, ...] and sigma [B] in x's dtype. One whose `preconditioning` equals the loss's
+                is called with `raw=True` too and gives F: its preconditioning is then part of the
+                one fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
+                under `fully_shard`.
             target_net: the same for the target network; it runs without gradients, and not at all without a TD term.
             batch: from `pair`.
             labels, augment_labels: passed to both networks, or None.
@@ -113,7 +136,7 @@ class Loss(ABC):
         """
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
         coef = batch.coef.clone()
-        chosen = self._choose(coef, batch.levels[:, 0], getattr(target_net, "num_models", 1)) if self.td_share < 1 else None
+        chosen = self._choose(coef, batch.levels[:, 0], getattr(unwrapped(target_net), "num_models", 1)) if self.td_share < 1 else None
         out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0
@@ -152,14 +175,19 @@ class Loss(ABC):
         chosen: the indices of the samples to run the network on; the others' outputs are then whatever memory held.
         """
         sigma = sigma.to(x.dtype)
-        raw = hasattr(type(net), "raw") and self._fits(net)  # of the type: a compiled network's own `raw` is the original's, not compiled
-        call = net.raw if raw else net
+        fused = self.fits(net)
+        if fused:
+            conditions = conditions | {"raw": True}
         if chosen is None:
-            out = call(x, sigma, **conditions)
+            out = net(x, sigma, **conditions)
         else:
-            part = call(x[chosen], sigma[chosen], **{name: value if value is None else value[chosen] for name, value in conditions.items()})
+            theirs = {
+                name: value[chosen] if isinstance(value, Tensor) else value
+                for name, value in conditions.items()
+            }
+            part = net(x[chosen], sigma[chosen], **theirs)
             out = part.new_empty(len(x), *part.shape[1:]).index_copy(0, chosen, part)
-        if raw:
+        if fused:
             return out, x
         columns[:, 0].fill_(0)
         columns[:, 1].fill_(1)
@@ -169,9 +197,9 @@ class Loss(ABC):
         if not 0 < self.td_share <= 1:
             raise ValueError(f"{type(self).__name__}: td_share must be above 0 and at most 1, got {self.td_share}")
 
-    def _fits(self, net) -> bool:
-        """Whether a network's `raw` output is the F that `TDBatch.coef` is made for."""
-        return all(getattr(net, name, None) == value for name, value in self.prediction.items())
+    def fits(self, net) -> bool:
+        """Whether a network, wrapped or not, takes the fused path: its preconditioning is the loss's."""
+        return getattr(unwrapped(net), "preconditioning", None) == self.preconditioning
 
     def _check_images(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:

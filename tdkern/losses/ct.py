@@ -10,6 +10,7 @@ from torch.special import ndtr, ndtri
 from .. import _library
 from ..ops import td_coef, td_loss
 from ..ops.td_coef import BASE_WEIGHTS
+from ..preconditioning import CT
 from ..schedules import EDM, eta_of
 from .base import Loss, TDBatch, per_sample
 
@@ -77,8 +78,8 @@ class CTLoss(Loss):
                 raise ValueError(f"{name}: lognormal must have levels between sigma_min and sigma_max, got {self.lognormal}")
 
     @property
-    def prediction(self) -> dict:
-        return {"precond": "ct", "sigma_data": self.sigma_data, "sigma_min": self.sigma_min}
+    def preconditioning(self) -> CT:
+        return CT(self.sigma_data, self.sigma_min)
 
     @property
     def _coef_args(self) -> dict:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import td_coef
+from ..preconditioning import EDM
 from .base import Loss, TDBatch
 
 
@@ -40,8 +41,8 @@ class EDMLoss(Loss):
         td_coef(torch.zeros(0), **self._coef_args, backend="reference")  # checks the others
 
     @property
-    def prediction(self) -> dict:
-        return {"precond": "edm", "sigma_data": self.sigma_data}
+    def preconditioning(self) -> EDM:
+        return EDM(self.sigma_data)
 
     @property
     def _coef_args(self) -> dict:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _library
 from ..ops.td_coef import WEIGHTS
-from ..predictions import PRECONDS, skip_scale
+from ..preconditioning import PREDICTIONS, Preconditioning
 from ..schedules import Schedule, eta_of
 from .base import Loss, TDBatch, path_coef
 
@@ -31,7 +31,11 @@ class PathLoss(Loss):
     @property
     @abstractmethod
     def prediction(self) -> str:
-        """What F is, a name of `predictions.skip_scale`."""
+        """What F is, a name of `preconditioning.PREDICTIONS`."""
+
+    @property
+    def preconditioning(self) -> Preconditioning:
+        return PREDICTIONS[self.prediction]
 
     def pair(self, images: Tensor, *, t: Tensor | None = None, noise: Tensor | None = None) -> TDBatch:
         """x_t / alpha_t = x0 + sigma_hat(t) noise.
@@ -46,7 +50,7 @@ class PathLoss(Loss):
         """
         self._check_images(images)
         level = self.schedule.sigma_hat(self._time(t, images))
-        skip, scale = skip_scale(self.prediction, level)
+        skip, scale = self.preconditioning.skip_scale(level)
         zero = torch.zeros_like(level)
         coef = torch.stack([skip, scale, zero, zero, zero, zero, zero, scale**-2], 1)
         x_t, _ = self._noisy_pair(images, level, level, "shared", noise, None)
@@ -62,9 +66,6 @@ class PathLoss(Loss):
         if _library.readable(given) and not ((given >= low - slack) & (given <= high + slack)).all():
             raise ValueError(f"{type(self).__name__}: t must be from {low:g} to {high:g}, got values from {given.min().item()} to {given.max().item()}")
         return given
-
-    def _fits(self, net) -> bool:
-        return getattr(net, "precond", None) in PRECONDS[self.prediction]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class TDPathLoss(PathLoss):
         valid = t - k - delta >= path.t_end
         t_p = (t - k).clamp(min=path.t_min)
         times = torch.stack([t, (t - delta).clamp(min=path.t_end), t_p, (t_p - delta).clamp(min=path.t_end)])
-        coef, levels = path_coef(path.alpha(times), path.sigma(times), valid, prediction=self.prediction, weight=self.weight,
+        coef, levels = path_coef(path.alpha(times), path.sigma(times), valid, preconditioning=self.preconditioning, weight=self.weight,
                                  eta=eta_of(self.coupling) if self.eta is None else self.eta, lambda_base=self.lambda_base, mean_matching=self.mean_matching)
         x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.coupling, noise, noise_p)
         return TDBatch(images, x_t, x_tp, coef, levels)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
 
 
-class _UNet(nn.Module):
+class UNet(nn.Module):
     """The encoder and decoder that both networks share.
 
     Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations. In half precision activations are
@@ -114,7 +114,7 @@ class _UNet(nn.Module):
         return outputs
 
 
-class SongUNet(_UNet):
+class SongUNet(UNet):
     """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
 
     Args:
@@ -185,7 +185,7 @@ class SongUNet(_UNet):
         return aux
 
 
-class DhariwalUNet(_UNet):
+class DhariwalUNet(UNet):
     """ADM (Dhariwal and Nichol, arXiv 2105.05233), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
 
     Args and Raises: as SongUNet. Attention has 64 channels a head, and is left out of layers with fewer.

@@ -13,8 +13,8 @@ sigma (its level) and denoised.
 
 `heun`, `euler`, `ddim` and `ddpm` have a fused path. A denoiser that is a network of `networks` (`EDMPrecond` and its like), or a
 `functools.partial` of one that gives its labels by keyword, is called through its raw output F, and `heun_step` makes its next
-input from F in one launch. The result is the same to rounding. A callback, which is shown what that launch does not make, takes
-the plain path, and so does every other callable: for a compiled network, compile the `model` inside it.
+input from F in one launch. So is one that DistributedDataParallel, torch.compile or `fully_shard` wraps. The result is the same to
+rounding. A callback, which is shown what that launch does not make, takes the plain path, and so does every other callable.
 """
 from .ablation import ablation, ablation_sigmas
 from .consistency import multistep, onestep

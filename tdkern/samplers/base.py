@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..networks.precond import _Precond
+from ..networks.precond import Preconditioned
 from ..ops import heun_step
+from ..preconditioning import unwrapped
 
 
 def checked_levels(sampler: str, sigmas, *, falling: bool = True) -> list[float]:
@@ -45,32 +46,43 @@ class Step(NamedTuple):
     behind: float  # the level with that noise
 
 
-def network(denoiser, x: Tensor, callback) -> tuple[_Precond | None, dict]:
+def network(denoiser, x: Tensor, callback) -> tuple[Preconditioned | None, dict]:
     """The network behind the denoiser, with its labels; None unless the fused path gives what the plain one does."""
-    net, labels = (denoiser.func, denoiser.keywords) if isinstance(denoiser, partial) and not denoiser.args else (denoiser, {})
-    own = isinstance(net, _Precond) and all(getattr(type(net), name) is getattr(_Precond, name) for name in ("forward", "raw"))
-    return net if own and callback is None and x.dtype in (torch.float32, torch.float64) else None, labels
+    net, labels = denoiser, {}
+    if isinstance(denoiser, partial) and not denoiser.args:
+        net, labels = denoiser.func, denoiser.keywords
+    inner = unwrapped(net)
+    own = isinstance(inner, Preconditioned) and type(inner).forward is Preconditioned.forward
+    if not own or callback is not None or x.dtype not in (torch.float32, torch.float64):
+        return None, labels
+    return net, labels
 
 
-def fused(net: _Precond, labels: dict, x: Tensor, steps: list[Step], draw, correct: bool = False) -> Tensor:
+def fused(net, labels: dict, x: Tensor, steps: list[Step], draw, correct: bool = False) -> Tensor:
     calls = []  # sigma, h, churn and the level behind it, of every call
     for sigma, h, sigma_next, churn, behind in steps:
         end = h, churn or 0.0, behind
-        calls += [(sigma, h, 0.0, sigma_next), (sigma_next, *end)] if correct and sigma_next > 0 else [(sigma, *end)]
+        if correct and sigma_next > 0:
+            calls += [(sigma, h, 0.0, sigma_next), (sigma_next, *end)]
+        else:
+            calls += [(sigma, *end)]
     sigma, h, churn, behind = torch.tensor(calls, dtype=torch.float64, device=x.device).unbind(1)
-    coef = torch.stack([sigma, *net.output_scaling(sigma), h, churn, net.input_scaling(behind)[0]], 1)
+    inner = unwrapped(net)
+    skip_scale = inner.preconditioning.skip_scale(sigma)
+    coef = torch.stack([sigma, *skip_scale, h, churn, inner.input_scaling(behind)[0]], 1)
+    rows = iter(coef)
+    net_dtype = inner.input_dtype(x)
 
-    scaled, c_noise = net.scaled(x, steps[0].sigma)
-    rows = zip(coef, net.input_scaling(sigma)[1].to(c_noise.dtype)[:, None].expand(-1, len(x)), strict=True)
-    net_dtype = scaled.dtype
+    scaled = None
     for i, step in enumerate(steps):
         state, begin, last = x, None, i + 1 == len(steps)
         if correct and step.sigma_next > 0:
-            row, c_noise = next(rows)
+            row = next(rows)
             begin = x
-            state, scaled = heun_step(net.raw_scaled(scaled, c_noise, **labels), x, row, net_dtype=net_dtype)
-        row, c_noise = next(rows)
-        F = net.raw_scaled(scaled, c_noise, **labels)
+            F = net(x, row[0], raw=True, scaled=scaled, **labels)
+            state, scaled = heun_step(F, x, row, net_dtype=net_dtype)
+        row = next(rows)
+        F = net(state, row[0], raw=True, scaled=scaled, **labels)
         noise = None if step.churn is None else draw(state)
         x, scaled = heun_step(F, state, row, begin, noise, net_dtype=None if last else net_dtype)
     return x

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
+from ..preconditioning import CT
 from ..samplers import ablation_sigmas, heun
 from ..samplers.ablation import RANGES
 
 
 def default_sampler(net: torch.nn.Module, steps_given: bool = False) -> str:
     """The name of the sampler where none is asked for: of a consistency model one step, or the steps given, else EDM's, which serves every denoiser."""
-    if net.precond == "ct":
+    if isinstance(net.preconditioning, CT):
         return "multistep" if steps_given else "onestep"
     return "heun"
 
