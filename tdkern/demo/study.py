@@ -113,9 +113,11 @@ class Run:
             group["lr"] = config.lr * (1 + math.cos(math.pi * step / self.iterations)) / 2
         self.optimizer.zero_grad()
         batch = draw.pair(self.loss)
-        terms = self.loss.evaluate(self.net, self.target.module, batch)
-        # as EDM: a sum over elements, a mean over the batch; the seeds' parameters are apart, so their losses just add up
-        (terms.loss.sum() * draw.images.shape[1] / config.batch).backward()
+        # as EDM: a sum over elements, a mean over the batch; the seeds' parameters are apart, so
+        # their losses just add up
+        scale = draw.images.shape[1] / config.batch
+        terms = self.loss.evaluate(self.net, self.target.module, batch, gradient_scale=scale)
+        terms.loss.sum().backward()
         self.optimizer.step()
         self.ema.update(self.net, edm_decay(config.batch, config.ema_halflife * self.iterations * config.batch, (step + 1) * config.batch))
         if batch.x_tp is not None:

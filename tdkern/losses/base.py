@@ -105,14 +105,39 @@ class Loss(ABC):
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
         return self
 
-    def __call__(self, net, target_net, images: Tensor, labels: Tensor | None = None, augment_pipe=None) -> Tensor:
-        """Loss of each sample [B] for fresh draws, differentiable in `net`'s parameters. See the class."""
+    def __call__(
+        self,
+        net,
+        target_net,
+        images: Tensor,
+        labels: Tensor | None = None,
+        augment_pipe=None,
+        *,
+        gradient_scale: float = 1.0,
+    ) -> Tensor:
+        """Loss of each sample [B] for fresh draws, differentiable in `net`'s parameters.
+
+        See the class, and `evaluate` for `gradient_scale`.
+        """
         augment_labels = None
         if augment_pipe is not None:
             images, augment_labels = augment_pipe(images)
-        return self.evaluate(net, target_net, self.pair(images), labels, augment_labels).loss
+        batch = self.pair(images)
+        terms = self.evaluate(
+            net, target_net, batch, labels, augment_labels, gradient_scale=gradient_scale
+        )
+        return terms.loss
 
-    def evaluate(self, net, target_net, batch: TDBatch, labels: Tensor | None = None, augment_labels: Tensor | None = None) -> TDTerms:
+    def evaluate(
+        self,
+        net,
+        target_net,
+        batch: TDBatch,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        *,
+        gradient_scale: float = 1.0,
+    ) -> TDTerms:
         """The loss of a given pair, in its parts.
 
         Args:
@@ -124,9 +149,13 @@ class Loss(ABC):
             target_net: the same for the target network; it runs without gradients, and not at all without a TD term.
             batch: from `pair`.
             labels, augment_labels: passed to both networks, or None.
+            gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
+                with `terms.loss.sum().backward()` the gradient that the launch has written is then
+                handed out as it is, where a factor behind the loss is a second pass over it.
+                EDM's is the number of elements of a sample over the batch size.
 
         Returns:
-            `TDTerms`. A term whose weight is 0 is left out, so the target network may give NaN there. With `td_share` below 1 a sample that
+            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target network may give NaN there. With `td_share` below 1 a sample that
             the target network had no place for is as one without a TD term.
 
         Raises:
@@ -137,6 +166,7 @@ class Loss(ABC):
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
         coef = batch.coef.clone()
         chosen = self._choose(coef, batch.levels[:, 0], getattr(unwrapped(target_net), "num_models", 1)) if self.td_share < 1 else None
+        coef[:, 6:] *= gradient_scale
         out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0

@@ -105,10 +105,21 @@ class Trainer:
         loss = self.loss.at(self.step)
         for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
             x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
-            terms = loss.evaluate(self.net, self.target and self.target.module, loss.pair(x), y if y.shape[1] else None, augment_labels)
-            # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
-            (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
-            self.sums += torch.stack([part.detach().double().sum() for part in terms])
+            # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean
+            # over the whole batch
+            scale = x[0].numel() / options.batch
+            terms = loss.evaluate(
+                self.net,
+                self.target and self.target.module,
+                loss.pair(x),
+                y if y.shape[1] else None,
+                augment_labels,
+                gradient_scale=scale,
+            )
+            terms.loss.sum().backward()
+            sums = torch.stack([part.detach().double().sum() for part in terms])
+            sums[:3] /= scale  # loss, td and base are reported as means over elements
+            self.sums += sums
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
