@@ -92,7 +92,7 @@ def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[
         level = family.draw(n, generator)
         noise, noise_p = torch.randn(2, *images.shape, generator=generator)
         batch = (draw := Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})).pair(loss)
-        yield draw._replace(noise={"noise": (batch.x_t - images) / batch.levels[:, :1].float()})
+        yield draw._replace(noise={"noise": (batch.x_t - images) / batch.sigma[:, None].float()})
 
 
 class Run:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE, W_TD
 from ..ops import noise_pair, td_loss
 from ..preconditioning import Preconditioning, append_dims, unwrapped
 from ..schedules import two_moment
@@ -21,6 +22,16 @@ class TDBatch(NamedTuple):
     x_tp: Tensor | None  # as x0, the target network's input; None where the loss has no TD term
     coef: Tensor  # [B, 8] float64, the eight numbers of `td_loss`
     levels: Tensor  # [B, 4] float64, the noise levels at t, tau, t', tau'
+
+    @property
+    def sigma(self) -> Tensor:
+        """[B] float64, the noise level of x_t."""
+        return self.levels[:, SIGMA]
+
+    @property
+    def sigma_p(self) -> Tensor:
+        """[B] float64, the noise level of x_t'."""
+        return self.levels[:, SIGMA_P]
 
 
 class TDTerms(NamedTuple):
@@ -155,8 +166,9 @@ class Loss(ABC):
                 EDM's is the number of elements of a sample over the batch size.
 
         Returns:
-            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target network may give NaN there. With `td_share` below 1 a sample that
-            the target network had no place for is as one without a TD term.
+            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target
+            network may give NaN there. With `td_share` below 1 a sample that the target network had
+            no place for is as one without a TD term.
 
         Raises:
             ValueError: a TD term without a target network, or a network's output has the wrong shape or dtype.
@@ -165,20 +177,31 @@ class Loss(ABC):
         """
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
         coef = batch.coef.clone()
-        chosen = self._choose(coef, batch.levels[:, 0], getattr(unwrapped(target_net), "num_models", 1)) if self.td_share < 1 else None
-        coef[:, 6:] *= gradient_scale
-        out, x_t = self._predict(net, batch.x_t, batch.levels[:, 0], coef[:, 0:2], conditions)
+        chosen = None
+        if self.td_share < 1:
+            num_models = getattr(unwrapped(target_net), "num_models", 1)
+            chosen = self._choose(coef, batch.sigma, num_models)
+        coef[:, W_TD:] *= gradient_scale
+        out, x_t = self._predict(net, batch.x_t, batch.sigma, conditions)
+        if x_t is None:
+            coef[:, SKIP].fill_(0)
+            coef[:, SCALE].fill_(1)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0
         elif target_net is None:
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         else:
             with torch.no_grad():
-                out_target, x_tp = self._predict(target_net, batch.x_tp, batch.levels[:, 2], coef[:, 2:4], conditions, chosen)
+                out_target, x_tp = self._predict(
+                    target_net, batch.x_tp, batch.sigma_p, conditions, chosen
+                )
+            if x_tp is None:
+                coef[:, SKIP_P].fill_(0)
+                coef[:, SCALE_P].fill_(1)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
         terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
         td, base = terms.unbind(1)
-        return TDTerms(terms.sum(1), td, base, coef[:, 6] != 0)
+        return TDTerms(terms.sum(1), td, base, coef[:, W_TD] != 0)
 
     def _terms(self, *args: Tensor | None) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors. A family with another base loss overrides it."""
@@ -190,19 +213,27 @@ class Loss(ABC):
         The others lose their TD term: in `coef` w_td = 0 and w_base gains the w = 1/scale^2 that it would have had. Samples without a TD term
         fill what room is left, so that the number is always ceil(td_share B), and of a network of several models each runs on as many.
         """
-        valid = coef[:, 6] != 0
+        valid = coef[:, W_TD] != 0
         order = torch.where(valid, sigma, -1.0).unflatten(0, (num_models, -1)).argsort(descending=True, stable=True)  # topk may break ties anyhow
         first = torch.arange(num_models, device=sigma.device)[:, None] * order.shape[1]
         chosen = (order[:, :math.ceil(self.td_share * order.shape[1])] + first).flatten()
         dropped = valid.index_fill(0, chosen, False)
-        coef[:, 6].masked_fill_(dropped, 0.0)
-        coef[:, 7] += torch.where(dropped, coef[:, 1] ** -2, 0.0)
+        coef[:, W_TD].masked_fill_(dropped, 0.0)
+        coef[:, W_BASE] += torch.where(dropped, coef[:, SCALE] ** -2, 0.0)
         return chosen
 
-    def _predict(self, net, x: Tensor, sigma: Tensor, columns: Tensor, conditions: dict, chosen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """A network's output and the x of D = skip x + scale output; where the output is D itself, sets `columns`, [B, 2], to skip = 0, scale = 1.
+    def _predict(
+        self,
+        net,
+        x: Tensor,
+        sigma: Tensor,
+        conditions: dict,
+        chosen: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output, None where the output is D.
 
-        chosen: the indices of the samples to run the network on; the others' outputs are then whatever memory held.
+        chosen: the indices of the samples to run the network on; the others' outputs are then
+            whatever memory held.
         """
         sigma = sigma.to(x.dtype)
         fused = self.fits(net)
@@ -217,11 +248,7 @@ class Loss(ABC):
             }
             part = net(x[chosen], sigma[chosen], **theirs)
             out = part.new_empty(len(x), *part.shape[1:]).index_copy(0, chosen, part)
-        if fused:
-            return out, x
-        columns[:, 0].fill_(0)
-        columns[:, 1].fill_(1)
-        return out, None
+        return out, x if fused else None
 
     def _check_share(self) -> None:
         if not 0 < self.td_share <= 1:

@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 from torch.special import ndtr, ndtri
 
 from .. import _library
+from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE
 from ..ops import td_coef, td_loss
 from ..ops.td_coef import BASE_WEIGHTS
 from ..preconditioning import CT
@@ -116,9 +117,9 @@ class CTLoss(Loss):
         if _library.readable(index) and not ((index >= 0) & (index <= last)).all():
             raise ValueError(f"{type(self).__name__}: index must be from 0 to {last}, got values from {index.min().item()} to {index.max().item()}")
         coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
-        sigma, sigma_p = levels[:, 0], levels[:, 2]
+        sigma, sigma_p = levels[:, SIGMA], levels[:, SIGMA_P]
         if self.weighting == "inverse-step":
-            coef[:, 7] /= sigma - sigma_p
+            coef[:, W_BASE] /= sigma - sigma_p
         return TDBatch(images, *self._noisy_pair(images, sigma, sigma_p, "shared", noise, None), coef, levels)
 
     def _draw_index(self, images: Tensor) -> Tensor:
@@ -135,15 +136,21 @@ class CTLoss(Loss):
         return ndtr((torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu").log() - mean) / std).tolist()
 
     def _terms(self, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None) -> Tensor:
-        weight = coef[:, 7].clone()
+        weight = coef[:, W_BASE].clone()
         if self.loss_norm == "lpips":
-            coef[:, 7] = 0  # TD alone
+            coef[:, W_BASE] = 0  # TD alone
         terms = td_loss(out, out_target, x0, coef, x_t, x_tp, base="consistency", **self._norm, backend=self.backend)
         if self.loss_norm != "lpips":
             return terms
-        D, D_p = (per_sample(scale, x0) * F + (0 if x is None else per_sample(skip, x0) * x)
-                  for F, x, skip, scale in ((out, x_t, coef[:, 0], coef[:, 1]), (out_target, x_tp, coef[:, 2], coef[:, 3])))
+        D = _denoised(out, x_t, coef[:, SKIP], coef[:, SCALE])
+        D_p = _denoised(out_target, x_tp, coef[:, SKIP_P], coef[:, SCALE_P])
         return torch.stack([terms[:, 0], weight.to(terms.dtype) * lpips()(D, D_p)], 1)
+
+
+def _denoised(F: Tensor, x: Tensor | None, skip: Tensor, scale: Tensor) -> Tensor:
+    """D = skip x + scale F, where x is None for skip = 0."""
+    D = per_sample(scale, F) * F
+    return D if x is None else D + per_sample(skip, F) * x
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..columns import SIGMA, SIGMA_P
 from ..ops import td_coef
 from ..preconditioning import EDM
 from .base import Loss, TDBatch
@@ -58,7 +59,8 @@ class EDMLoss(Loss):
         """
         self._check_images(images)
         coef, levels = td_coef(self._sigma(sigma, images), **self._coef_args, backend=self.backend)
-        x_t, _ = self._noisy_pair(images, levels[:, 0], levels[:, 0], "shared", noise, None)
+        sigma = levels[:, SIGMA]
+        x_t, _ = self._noisy_pair(images, sigma, sigma, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, levels)
 
     def _sigma(self, given: Tensor | None, images: Tensor) -> Tensor:
@@ -155,5 +157,7 @@ class TDEDMLoss(EDMLoss):
         else:
             self._check_shape("index", index, images.shape[:1])
             coef, levels = td_coef(index, from_index=True, **self._coef_args, backend=self.backend)
-        x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.td_coupling, noise, noise_p)
+        x_t, x_tp = self._noisy_pair(
+            images, levels[:, SIGMA], levels[:, SIGMA_P], self.td_coupling, noise, noise_p
+        )
         return TDBatch(images, x_t, x_tp, coef, levels)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _library
+from ..columns import SIGMA, SIGMA_P
 from ..ops.td_coef import WEIGHTS
 from ..preconditioning import PREDICTIONS, Preconditioning
 from ..schedules import Schedule, eta_of
@@ -147,7 +148,9 @@ class TDPathLoss(PathLoss):
         times = torch.stack([t, (t - delta).clamp(min=path.t_end), t_p, (t_p - delta).clamp(min=path.t_end)])
         coef, levels = path_coef(path.alpha(times), path.sigma(times), valid, preconditioning=self.preconditioning, weight=self.weight,
                                  eta=eta_of(self.coupling) if self.eta is None else self.eta, lambda_base=self.lambda_base, mean_matching=self.mean_matching)
-        x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.coupling, noise, noise_p)
+        x_t, x_tp = self._noisy_pair(
+            images, levels[:, SIGMA], levels[:, SIGMA_P], self.coupling, noise, noise_p
+        )
         return TDBatch(images, x_t, x_tp, coef, levels)
 
 
