@@ -103,7 +103,7 @@ FAMILIES = [
     continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps"),
     continuous("ve", TDVELoss, ve, 0.0, 1.0, "score"),
     continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity"),
-    Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(td_coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
+    Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
            ("edm",), (None,), "index"),
     Family("ct", lambda coupling, prediction, weight, eta: TDCTLoss(coupling=coupling, weight=weight), karras(40), (0.25, 1.0),
            [0.0, 20.0, 37.0, 38.0], ("ct",), (None,), "index", "consistency"),

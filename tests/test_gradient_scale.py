@@ -84,7 +84,7 @@ def test_a_factor_behind_the_loss_is_a_second_pass(upstreams):
 
 LOSSES = [
     EDMLoss(), TDEDMLoss(), TDEDMLoss(td_sigma=(0.3, 5.0), td_share=0.5), CTLoss(20), TDCTLoss(20),
-    CTLoss(20, loss_norm="huber"), TDCTLoss(20, loss_norm="l1"), DDPMLoss(), FlowLoss(), TDFlowLoss(),
+    CTLoss(20, base_norm="huber"), TDCTLoss(20, base_norm="l1"), DDPMLoss(), FlowLoss(), TDFlowLoss(),
 ]
 
 

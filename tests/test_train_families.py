@@ -130,10 +130,10 @@ def test_a_longer_duration_keeps_the_curriculum():
     ({"precond": "ct"}, TDCTLoss(Progressive(2, 150, 125))),
     ({"precond": "ct", "scale_mode": "fixed", "loss_type": "edm"}, CTLoss(40)),
     ({"precond": "ct", "scale_mode": "exponential", "loss_norm": "huber", "weight_schedule": "inverse-step", "lognormal": [-1.1, 2.0], "loss_type": "edm"},
-     CTLoss(Exponential(10, 1280, 125), loss_norm="huber", weighting="inverse-step", lognormal=(-1.1, 2.0))),
+     CTLoss(Exponential(10, 1280, 125), base_norm="huber", base_weight="inverse-step", lognormal=(-1.1, 2.0))),
     ({"precond": "ct", "scale_mode": "progressive", "start_scales": 4, "end_scales": 20, "total_training_steps": 50, "loss_norm": "l1", "lambda_edm": 0.1,
       "one_idx": 0.5, "td_coupling": "shared", "td_weight": "online"},
-     TDCTLoss(Progressive(4, 20, 50), loss_norm="l1", lambda_td=0.1, one_idx=0.5, coupling="shared", weight="online")),
+     TDCTLoss(Progressive(4, 20, 50), base_norm="l1", lambda_base=0.1, one_idx=0.5, coupling="shared", weight="online")),
     ({"precond": "ddpm"}, TDDDPMLoss()),
     ({"precond": "ddpm", "loss_type": "edm", "prediction": "x0", "diffusion_steps": 100}, DDPMLoss(100, prediction="x0")),
     ({"precond": "ddpm", "k_idx": 5, "prediction": "v", "noise_schedule": "cosine", "td_eta": 0.5, "lambda_edm": 1.0, "td_weight": "none"},
@@ -158,7 +158,7 @@ def test_options_of_the_version_before_mean_the_same():
     options = Options(**BEFORE)
     assert {name: asdict(options)[name] for name in BEFORE} == BEFORE
     assert all(getattr(options, name) is None for name in DEFAULTS if name not in BEFORE)
-    assert objective.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0),
+    assert objective.make_loss(options) == TDEDMLoss(lambda_base=0.25, k_idx=2.0, one_idx=0.5, coupling="shared", weight="online", td_sigma=(0.3, 5.0),
                                                      steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}
     assert objective.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
@@ -205,7 +205,7 @@ def test_an_option_that_does_nothing_is_refused(precond):
     ({"start_scales": 200}, "end_scales must be at least 200, got 150"),
     ({"scale_mode": "fixed", "start_scales": 1}, "steps must be at least 2"),
     ({"scale_mode": "exponential", "duration": 1e-6}, "Exponential: total_steps must be at least 8, got 1"),
-    ({"loss_norm": "no"}, "loss_norm must be one of l2, l1, huber, lpips, got 'no'"),
+    ({"loss_norm": "no"}, "base_norm must be one of l2, l1, huber, lpips, got 'no'"),
     ({"lognormal": [0.0, 0.0]}, r"lognormal must be \(P_mean, P_std\) with P_std > 0"),
     ({"td_share": 0.5}, "td_share is for precond edm, ddpm, iddpm, vp, ve, flow, got precond ct"),
     ({"precond": "ddpm", "k_idx": 1.5}, "k must be a whole number from 1 to T - 1 = 999, got 1.5"),
@@ -238,7 +238,7 @@ def test_lpips_is_asked_for_before_training(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "piq", None)
     lpips.cache_clear()
     flags = ["train", "--dry-run", "--outdir", tmp_path, "--precond", "ct", "--loss-norm", "lpips", "--batch", 8, "--cbase", 4, "--cres", 1]
-    assert "loss_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
+    assert "base_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
     grey = data_set(tmp_path / "grey.zip", pixels(2, (1, 8, 8)))
     assert tdkern_(*flags, "--data", grey, code=1).strip() == "Error: loss_norm lpips needs images of 3 channels, got 1"
 

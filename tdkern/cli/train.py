@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..data import DatasetError
-from ..losses.ct import LOSS_NORMS, WEIGHTINGS
+from ..losses.ct import BASE_NORMS, CT_WEIGHTS
 from ..losses.ddpm import PREDICTIONS
 from ..ops.td_coef import WEIGHTS
 from ..training import CheckpointError, Options, Trainer, checkpoint
@@ -56,8 +56,8 @@ from .types import Numbers, boolean, on_command_line
 @click.option("--diffusion-steps", type=int, help="Times T of ddpm. [default: 1000]")
 @click.option("--noise-schedule", type=click.Choice(["linear", "cosine"]), help="Betas of ddpm. [default: linear]")
 @click.option("--prediction", type=click.Choice(PREDICTIONS), help="What the network predicts, with ddpm. [default: eps]")
-@click.option("--loss-norm", type=click.Choice(LOSS_NORMS), help="Distance of ct; huber is improved consistency training's. [default: l2]")
-@click.option("--weight-schedule", type=click.Choice(WEIGHTINGS), help="Weight of a noise level, with ct. [default: uniform]")
+@click.option("--loss-norm", type=click.Choice(BASE_NORMS), help="Distance of ct; huber is improved consistency training's. [default: l2]")
+@click.option("--weight-schedule", type=click.Choice(CT_WEIGHTS), help="Weight of a noise level, with ct. [default: uniform]")
 @click.option("--lognormal", type=Numbers(float, 2), metavar="MEAN,STD", help="Log-normal noise levels of ct, -1.1,2 in improved ct. [default: drawn evenly]")
 @click.option("--scale-mode", type=click.Choice(["fixed", *CURRICULA]), help="How the number of ct's noise levels grows. [default: progressive]")
 @click.option("--start-scales", type=int, help="Steps between noise levels at the start; all levels with fixed. [default: by --scale-mode: 2, 10, 40]")

@@ -138,7 +138,7 @@ FAMILIES = {
                 ddpm, "VE's ancestral sampler", (10, 20, 50, 100)),
     "edm": _edm({"EDM": EDMLoss(), "TD": TDEDMLoss()}),
     # 20 levels, l2 and karras: of seven settings tried, where both curves fall steadily; what TD brings here is no evidence for the others
-    "ct": _ct({"CT": CTLoss(20, weighting="karras"), "TD": TDCTLoss(20, weighting="karras")}),
+    "ct": _ct({"CT": CTLoss(20, base_weight="karras"), "TD": TDCTLoss(20, base_weight="karras")}),
     "flow": _path({"flow": FlowLoss(), "TD": TDFlowLoss()}, lambda mlp: Denoiser(Timed(mlp, 0, 1), "velocity"),
                   euler, "Euler's method", (5, 10, 20, 50)),
 }

@@ -79,8 +79,8 @@ class Draw(NamedTuple):
 
 
 def _on_a_path(loss: Loss) -> bool:
-    shared = "shared" in (getattr(loss, "coupling", None), getattr(loss, "td_coupling", None))
-    return "noise_p" in signature(loss.pair).parameters and not shared
+    draws_both = "noise_p" in signature(loss.pair).parameters
+    return draws_both and loss.coupling != "shared"
 
 
 def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[Draw]:

@@ -15,8 +15,8 @@ from ..preconditioning import CT
 from ..schedules import EDM, eta_of
 from .base import Loss, TDBatch, per_sample
 
-LOSS_NORMS = ("l2", "l1", "huber", "lpips")
-WEIGHTINGS = (*BASE_WEIGHTS, "inverse-step")
+BASE_NORMS = ("l2", "l1", "huber", "lpips")
+CT_WEIGHTS = (*BASE_WEIGHTS, "inverse-step")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class CTLoss(Loss):
     (arXiv 2310.14189, table 1) divided by the number of elements n, (sqrt(||d||_2^2 + c^2) - c) / n. The driver multiplies every
     loss by n for EDM's gradient scale: "huber" then has iCT's numbers, the others n times those of consistency training.
 
-    iCT is `CTLoss(Exponential(total_steps=K), loss_norm="huber", weighting="inverse-step", lognormal=(-1.1, 2.0))` with `net` itself as the
+    iCT is `CTLoss(Exponential(total_steps=K), base_norm="huber", base_weight="inverse-step", lognormal=(-1.1, 2.0))` with `net` itself as the
     target network; where it has dropout, the two calls draw masks of their own.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate` are its two halves. The fused path needs
@@ -40,8 +40,8 @@ class CTLoss(Loss):
         num_scales: number of noise levels, >= 2, or a curriculum: a callable step -> number, such as those of `losses.curricula`. This
             object never changes: `loss.at(step)` is the loss of a step.
         sigma_data, sigma_min, sigma_max, rho: of the data and the schedule.
-        loss_norm: "l2", "l1", "huber" or "lpips"; the last needs `pip install tdkern[lpips]` and images [B, 3, H, W] in [-1, 1].
-        weighting: w(t), "uniform" 1, "snr" t^-2, "snr+1", "karras" t^-2 + sigma_data^-2, "truncated-snr" max(t^-2, 1), or iCT's
+        base_norm: "l2", "l1", "huber" or "lpips"; the last needs `pip install tdkern[lpips]` and images [B, 3, H, W] in [-1, 1].
+        base_weight: w(t), "uniform" 1, "snr" t^-2, "snr+1", "karras" t^-2 + sigma_data^-2, "truncated-snr" max(t^-2, 1), or iCT's
             "inverse-step" 1/(t - t').
         huber_c: c > 0 of "huber"; None is iCT's 0.00054 sqrt(n).
         lognormal: (P_mean, P_std): indices as a log-normal t falls between levels, iCT's; None draws them evenly.
@@ -58,14 +58,14 @@ class CTLoss(Loss):
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    loss_norm: str = "l2"
-    weighting: str = "uniform"
+    base_norm: str = "l2"
+    base_weight: str = "uniform"
     huber_c: float | None = field(default=None, kw_only=True)
     lognormal: tuple[float, float] | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         name = type(self).__name__
-        for argument, value, names in (("loss_norm", self.loss_norm, LOSS_NORMS), ("weighting", self.weighting, WEIGHTINGS)):
+        for argument, value, names in (("base_norm", self.base_norm, BASE_NORMS), ("base_weight", self.base_weight, CT_WEIGHTS)):
             if value not in names:
                 raise ValueError(f"{name}: {argument} must be one of {', '.join(names)}, got {value!r}")
         if self.lognormal is not None and not self.lognormal[1] > 0:
@@ -84,13 +84,15 @@ class CTLoss(Loss):
 
     @property
     def _coef_args(self) -> dict:
-        weighting = "uniform" if self.weighting == "inverse-step" else self.weighting
+        base_weight = self.base_weight
+        if base_weight == "inverse-step":
+            base_weight = "uniform"  # `pair` divides by the step
         return {"steps": self.num_scales, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho, "sigma_data": self.sigma_data,
-                "from_index": True, "precond": "ct", "base_weight": weighting, "lambda_base": 0.0, "td_sigma": (-1.0, 0.0)}  # TD nowhere: w_base = w
+                "from_index": True, "precond": "ct", "base_weight": base_weight, "lambda_base": 0.0, "td_sigma": (-1.0, 0.0)}  # TD nowhere: w_base = w
 
     @property
     def _norm(self) -> dict:
-        return {"base_norm": "l2" if self.loss_norm == "lpips" else self.loss_norm, "huber_c": self.huber_c}
+        return {"base_norm": "l2" if self.base_norm == "lpips" else self.base_norm, "huber_c": self.huber_c}
 
     def at(self, step: int) -> "CTLoss":
         """The loss of a training step, from 0: this one with the curriculum's number of scales there."""
@@ -118,7 +120,7 @@ class CTLoss(Loss):
             raise ValueError(f"{type(self).__name__}: index must be from 0 to {last}, got values from {index.min().item()} to {index.max().item()}")
         coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
         sigma, sigma_p = levels[:, SIGMA], levels[:, SIGMA_P]
-        if self.weighting == "inverse-step":
+        if self.base_weight == "inverse-step":
             coef[:, W_BASE] /= sigma - sigma_p
         return TDBatch(images, *self._noisy_pair(images, sigma, sigma_p, "shared", noise, None), coef, levels)
 
@@ -137,10 +139,10 @@ class CTLoss(Loss):
 
     def _terms(self, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None) -> Tensor:
         weight = coef[:, W_BASE].clone()
-        if self.loss_norm == "lpips":
+        if self.base_norm == "lpips":
             coef[:, W_BASE] = 0  # TD alone
         terms = td_loss(out, out_target, x0, coef, x_t, x_tp, base="consistency", **self._norm, backend=self.backend)
-        if self.loss_norm != "lpips":
+        if self.base_norm != "lpips":
             return terms
         D = _denoised(out, x_t, coef[:, SKIP], coef[:, SCALE])
         D_p = _denoised(out_target, x_tp, coef[:, SKIP_P], coef[:, SCALE_P])
@@ -159,7 +161,7 @@ class TDCTLoss(CTLoss):
 
     With tau = sigma(i + one_idx) and tau' = sigma(i + 1 + one_idx),
     delta = A (x0 - D(x_t, t)) - A' (x0 - D'(x_t', t')),  A = 1 - kappa from `two_moment`,
-    loss = w_td mean(delta^2) + lambda_td CT's loss, or (1 + lambda_td) CT's loss where the pair leaves the schedule, i + 1 + one_idx > num_scales - 1.
+    loss = w_td mean(delta^2) + lambda_base CT's loss, or (1 + lambda_base) CT's loss where the pair leaves the schedule, i + 1 + one_idx > num_scales - 1.
 
     As CT needs, the states share their noise, so that TD's target of D, x0 - r (x0 - D') with r = A'/A, is biased off the exact denoiser: for
     Gaussian data of standard deviation sigma_data its slope in x_t is off by +13, +22, +26 and +25 % at t = .5, 1, 2 and 4 with the other
@@ -167,8 +169,8 @@ class TDCTLoss(CTLoss):
     that function's slope, sigma_data / sqrt(sigma_data^2 + t^2), the target of TD is off by 0, +1, +2 and +3 %; less with more scales.
 
     Args:
-        num_scales, sigma_data, sigma_min, sigma_max, rho, loss_norm, weighting, huber_c, lognormal, backend: as in `CTLoss`.
-        lambda_td: weight of CT's loss beside the TD term, >= 0 (the published code's name).
+        num_scales, sigma_data, sigma_min, sigma_max, rho, base_norm, base_weight, huber_c, lognormal, backend: as in `CTLoss`.
+        lambda_base: weight of CT's loss beside the TD term, >= 0.
         one_idx: index distance from t to tau, > 0.
         weight: w_td, "pairwise_x0" 1/max(A^2 + A'^2, 0.01), "pairwise", "online" or "none", as in `td_coef`.
         coupling: of the means, "markov" kappa = (tau/t)^2, the published code's, or "shared" tau/t.
@@ -176,20 +178,20 @@ class TDCTLoss(CTLoss):
     The rest is as in `CTLoss`. TD costs no further forward: D' at (x_t', t') is CT's.
     """
 
-    lambda_td: float = 0.5
+    lambda_base: float = 0.5
     one_idx: float = 0.25
     weight: str = "pairwise_x0"
     coupling: str = "markov"
 
     def __post_init__(self):
-        if not self.lambda_td >= 0:
-            raise ValueError(f"TDCTLoss: lambda_td must be a number >= 0, got {self.lambda_td}")
+        if not self.lambda_base >= 0:
+            raise ValueError(f"TDCTLoss: lambda_base must be a number >= 0, got {self.lambda_base}")
         eta_of(self.coupling)
         super().__post_init__()
 
     @property
     def _coef_args(self) -> dict:
-        td = {"lambda_base": self.lambda_td, "td_sigma": None, "one_idx": self.one_idx, "weight": self.weight, "coupling": self.coupling}
+        td = {"lambda_base": self.lambda_base, "td_sigma": None, "one_idx": self.one_idx, "weight": self.weight, "coupling": self.coupling}
         return super()._coef_args | td
 
 
@@ -199,7 +201,7 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
     try:
         from piq import LPIPS
     except ImportError as error:
-        raise ImportError("CTLoss: loss_norm 'lpips' needs piq and torchvision: `pip install tdkern[lpips]`") from error
+        raise ImportError("CTLoss: base_norm 'lpips' needs piq and torchvision: `pip install tdkern[lpips]`") from error
     distance = LPIPS(replace_pooling=True, reduction="none")  # fetches VGG16's weights, once
 
     def prepared(image: Tensor) -> Tensor:

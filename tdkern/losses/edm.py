@@ -76,7 +76,7 @@ class TDEDMLoss(EDMLoss):
 
     With i the real index of sigma (`schedules.EDM`): t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx, and
     delta = A (x0 - D(x_t, t)) - A' (x0 - D'(x_t', t')),  A = 1 - kappa from `two_moment`, D' the target network,
-    loss = w_td mean(delta^2) + lambda_edm EDM's loss, or (1 + lambda_edm) EDM's loss where the pair leaves the schedule.
+    loss = w_td mean(delta^2) + lambda_base EDM's loss, or (1 + lambda_base) EDM's loss where the pair leaves the schedule.
 
     The coupling decides whether this has EDM's minimiser. With "markov", the default, x_t' is an earlier point of the
     Markov path that ends in x_t: E[x0 - D'(x_t') | x_t] = 0 at the optimum, the TD target is unbiased and has at most
@@ -86,10 +86,10 @@ class TDEDMLoss(EDMLoss):
 
     Args:
         P_mean, P_std, sigma_data, backend: as in `EDMLoss`.
-        lambda_edm: weight of EDM's loss beside the TD term, >= 0.
+        lambda_base: weight of EDM's loss beside the TD term, >= 0.
         sigma_min, sigma_max, rho, steps: the schedule.
         k_idx, one_idx: index distances from t to t' and from t to tau, > 0.
-        td_coupling: "markov" or "shared".
+        coupling: "markov" or "shared".
         weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0", "online" 1/(A scale)^2 (the published code's) or "none".
         td_sigma: (lo, hi), TD only at sigma in that range; elsewhere EDM's loss, as where the pair leaves the schedule.
         td_share: the target network runs on ceil(td_share B) samples: of those with a TD term the ones of the largest sigma, then others. A
@@ -98,28 +98,28 @@ class TDEDMLoss(EDMLoss):
     The rest is as in `EDMLoss`; `target_net` is needed. The draws: ln sigma, then the seed of the pair's noise.
     """
 
-    lambda_edm: float = 0.5
+    lambda_base: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
     steps: int = 18
     k_idx: float = 1.0
     one_idx: float = 0.25
-    td_coupling: str = "markov"
+    coupling: str = "markov"
     weight: str = "pairwise"
     td_sigma: tuple[float, float] | None = None
     td_share: float = 1.0
 
     def __post_init__(self):
         self._check_share()
-        if not self.lambda_edm >= 0:
-            raise ValueError(f"TDEDMLoss: lambda_edm must be a number >= 0, got {self.lambda_edm}")
+        if not self.lambda_base >= 0:
+            raise ValueError(f"TDEDMLoss: lambda_base must be a number >= 0, got {self.lambda_base}")
         super().__post_init__()
 
     @property
     def _coef_args(self) -> dict:
         return {"steps": self.steps, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho, "sigma_data": self.sigma_data,
-                "k_idx": self.k_idx, "one_idx": self.one_idx, "lambda_base": self.lambda_edm, "coupling": self.td_coupling, "weight": self.weight,
+                "k_idx": self.k_idx, "one_idx": self.one_idx, "lambda_base": self.lambda_base, "coupling": self.coupling, "weight": self.weight,
                 "td_sigma": self.td_sigma}
 
     def window_share(self, batch: int) -> float:
@@ -158,6 +158,6 @@ class TDEDMLoss(EDMLoss):
             self._check_shape("index", index, images.shape[:1])
             coef, levels = td_coef(index, from_index=True, **self._coef_args, backend=self.backend)
         x_t, x_tp = self._noisy_pair(
-            images, levels[:, SIGMA], levels[:, SIGMA_P], self.td_coupling, noise, noise_p
+            images, levels[:, SIGMA], levels[:, SIGMA_P], self.coupling, noise, noise_p
         )
         return TDBatch(images, x_t, x_tp, coef, levels)

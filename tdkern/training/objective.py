@@ -16,7 +16,7 @@ def make_loss(options: Options) -> Loss:
     if options.precond == "edm":
         if options.loss_type == "edm":
             return EDMLoss(sigma_data=SIGMA_DATA)
-        return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_edm=options.lambda_edm, td_coupling=options.td_coupling,
+        return TDEDMLoss(sigma_data=SIGMA_DATA, lambda_base=options.lambda_edm, coupling=options.td_coupling,
                          td_sigma=options.td_sigma and tuple(options.td_sigma), **index, **td)
     if options.precond == "ct":
         return _ct_loss(options)
@@ -36,13 +36,13 @@ def _ct_loss(options: Options) -> CTLoss:
     scales = options.start_scales
     if options.scale_mode != "fixed":
         scales = CURRICULA[options.scale_mode](options.start_scales, options.end_scales, options.total_training_steps)
-    ct = {"num_scales": scales, "sigma_data": SIGMA_DATA, "loss_norm": options.loss_norm, "weighting": options.weight_schedule,
+    ct = {"num_scales": scales, "sigma_data": SIGMA_DATA, "base_norm": options.loss_norm, "base_weight": options.weight_schedule,
           "lognormal": options.lognormal and tuple(options.lognormal)}
     if options.loss_norm == "lpips":
         lpips()  # it is missing, or fetched, before the first step
     if options.loss_type == "edm":
         return CTLoss(**ct)
-    return TDCTLoss(**ct, lambda_td=options.lambda_edm, one_idx=options.one_idx, weight=options.td_weight, coupling=options.td_coupling)
+    return TDCTLoss(**ct, lambda_base=options.lambda_edm, one_idx=options.one_idx, weight=options.td_weight, coupling=options.td_coupling)
 
 
 def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor) -> float | Tensor:
