@@ -13,6 +13,7 @@ from torch import Tensor
 from ._library import tensor_cache
 
 ETA = {"markov": 1.0, "shared": 0.0}
+BETA_SCHEDULES = ("linear", "cosine")
 
 
 def eta_of(coupling: str) -> float:
@@ -189,7 +190,7 @@ class DDPM(VariancePreserving):
         if not (isinstance(self.T, int) and self.T >= 2):
             raise ValueError(f"DDPM: T must be a whole number, at least 2, got {self.T}")
         betas = self.beta_schedule
-        if not (betas in ("linear", "cosine") if isinstance(betas, str) else
+        if not (betas in BETA_SCHEDULES if isinstance(betas, str) else
                 isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
             raise ValueError(f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in (0, 1), got {betas!r}")
 

@@ -8,10 +8,28 @@ import torch
 from torch import Tensor
 
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE, W_TD
+from ..fields import flag
 from ..ops import noise_pair, td_loss
 from ..preconditioning import Preconditioning, append_dims, unwrapped
 from ..schedules import two_moment
 from ..weighting import td_weighting
+
+NO_TD = (-1.0, 0.0)  # as `td_sigma` of `td_coef`: no noise level has a TD term, so w_base = w
+
+
+def lambda_base_flag():
+    """The field of the base loss's weight, which all losses with TD have."""
+    return flag(0.5, "Weight of the base loss beside its TD term, >= 0.")
+
+
+def share_flag():
+    """The field of the target network's share of a batch, where it serves the TD term alone."""
+    return flag(
+        1.0,
+        "The most of each batch that the target network runs on, highest noise first, in (0, 1]; a "
+        "sample whose TD term has no room has the base loss in its place.",
+        metavar="SHARE",
+    )
 
 
 class TDBatch(NamedTuple):
@@ -111,6 +129,17 @@ class Loss(ABC):
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
         """The noisy pair for `images`; every draw may be given by keyword, and the rest is drawn with torch's global generator."""
+
+    def prepare(self, image_shape: tuple[int, ...]) -> None:  # noqa: B027  (most need nothing)
+        """Fetch what a loss needs beside the networks, before the first step of a run.
+
+        Args:
+            image_shape: [channels, height, width] of the images.
+
+        Raises:
+            ValueError: the loss cannot be had of such images.
+            ImportError: a library is missing; the message says how to get it.
+        """
 
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
