@@ -42,6 +42,7 @@ def flag(
     metavar: str | None = None,
     default_help: str | None = None,
     only: Callable | None = None,
+    filled=None,
     kw_only: bool = dataclasses.MISSING,
 ):
     """A dataclass field that is a flag of `tdkern train` too.
@@ -52,8 +53,9 @@ def flag(
         choices: the words that the value may be.
         within: the numbers that it may be.
         metavar: what stands for the value in the help, such as its unit.
-        default_help: what the help says of a default that is None.
+        default_help: what the help says of the default in place of its value.
         only: of a family, whether the option is for it; None is for all.
+        filled: the value that None is replaced by, where the option is for the family.
         kw_only: as in `dataclasses.field`.
     """
     metadata = {
@@ -63,6 +65,7 @@ def flag(
         "metavar": metavar,
         "default_help": default_help,
         "only": only,
+        "filled": filled,
     }
     return dataclasses.field(default=default, metadata=metadata, kw_only=kw_only)
 
@@ -88,10 +91,15 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
         if value is None:
             continue
         if rules.get("choices") and isinstance(value, str) and value not in rules["choices"]:
-            known = ", ".join(rules["choices"])
-            raise ValueError(f"{name} must be one of {known}, got {value!r}")
+            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {value!r}")
         if rules.get("within") and not rules["within"].holds(value):
             raise ValueError(f"{name} {rules['within'].text}, got {value}")
+
+
+def _listed(words: Collection[str]) -> str:
+    if len(words) == 2:
+        return " or ".join(words)
+    return f"one of {', '.join(words)}"
 
 
 def base_type(hint):

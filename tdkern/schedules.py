@@ -69,6 +69,8 @@ class EDM:
     def __post_init__(self):
         if self.steps < 2:
             raise ValueError(f"EDM: steps must be at least 2, got {self.steps}")
+        if self.steps % 1:
+            raise ValueError(f"EDM: steps must be a whole number, got {self.steps}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.rho <= 0:

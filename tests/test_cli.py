@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import pixels, png, raw_data_set, tdkern_
+from tiny import by_flag, pixels, png, raw_data_set, tdkern_
 
 import tdkern.cli
 from tdkern.networks import MLP, iDDPMPrecond
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
 def options_of(*args):
     """The options that `tdkern train --dry-run` prints."""
     output = tdkern_("train", "--dry-run", *args)
-    return json.loads(output[: output.index("\n}") + 2])
+    return by_flag(json.loads(output[: output.index("\n}") + 2]))
 
 
 def test_train_then_generate(tmp_path, data):

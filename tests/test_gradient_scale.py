@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TINY, pixels
+from tiny import TINY, options_of, pixels
 
 from tdkern import _library
 from tdkern.demo import families, study
 from tdkern.evaluation.mixture import GaussianMixture
 from tdkern.losses import CTLoss, DDPMLoss, EDMLoss, FlowLoss, TDCTLoss, TDEDMLoss, TDFlowLoss
 from tdkern.networks import EDMPrecond, SongUNet
-from tdkern.training import Options, Trainer
+from tdkern.training import Trainer
 from tdkern.training.distributed import this_process
 
 
@@ -48,9 +48,9 @@ def test_where_upstream_is_1_nothing_of_dF_is_read_or_written(compiled, dtype):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("changes", [{}, {"td_share": 0.5}, {"loss_type": "edm"}, {"precond": "flow"}, {"precond": "ct"}])
+@pytest.mark.parametrize("changes", [{}, {"td_share": 0.5}, {"td": False}, {"family": "flow"}, {"family": "ct"}])
 def test_driver(data, upstreams, precision, changes):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"precision": precision, "batch_gpu": 4} | changes), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"precision": precision, "batch_gpu": 4} | changes), this_process())
     trainer.train_step(torch.from_numpy(pixels(8)), torch.zeros(8, 0))
     assert len(upstreams) == 2 and passes(upstreams) == 0
 

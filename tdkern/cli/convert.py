@@ -3,6 +3,7 @@ import click
 
 from ..integrations import convert as run
 from ..integrations import export_diffusers
+from ..training import load_network
 
 
 @click.command()
@@ -24,6 +25,9 @@ def convert(src, dst, diffusers):
     tdkern convert --diffusers runs/00000-... unet
     """
     try:
-        click.echo((export_diffusers if diffusers else run)(src, dst))
+        if diffusers:
+            click.echo(export_diffusers(load_network(src)[0], dst, name=src))
+        else:
+            click.echo(run(src, dst))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

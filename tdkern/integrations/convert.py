@@ -6,15 +6,18 @@ import torch
 from torch import Tensor
 
 from ..data.files import write_atomic
-from ..networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
-from ..training.checkpoint import PRECISIONS, CheckpointError, restore
+from ..networks.saved import PRECISIONS, CheckpointError, NetworkSpec, restore
 from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
 
 FORMAT = 1
-MODELS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet)}
-PRECONDS = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
-SETTINGS = {"EDMPrecond": ("sigma_data",), "VPPrecond": ("beta_d", "beta_min", "M", "epsilon_t"), "VEPrecond": ("sigma_min", "sigma_max"),
-            "iDDPMPrecond": ("C_1", "C_2", "M")}  # constructor arguments, which are also attributes
+# EDM's classes that tdkern has too: of a wrapper, the constructor arguments that are also attributes
+MODELS = ("SongUNet", "DhariwalUNet")
+SETTINGS = {
+    "EDMPrecond": ("sigma_data",),
+    "VPPrecond": ("beta_d", "beta_min", "M", "epsilon_t"),
+    "VEPrecond": ("sigma_min", "sigma_max"),
+    "iDDPMPrecond": ("C_1", "C_2", "M"),
+}
 
 
 def convert(src: str | Path, dst: str | Path) -> str:
@@ -100,8 +103,11 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
             raise ValueError("a list of more than 100 numbers")
         if any(type(value) not in (int, float) for value in network["arguments"].values()):
             raise ValueError("an argument of its preconditioning is not a number")
+        if network["class"] not in SETTINGS:
+            raise ValueError(f"no class {network['class']!r}")
         with torch.device("meta"):
-            net = PRECONDS[network["class"]](MODELS[network["model"]](**model), **network["arguments"])
+            net = NetworkSpec.from_json(network).build()
+        net.dtype = None
         inner = net.model
         if (network["img_resolution"], network["img_channels"], network["label_dim"]) != (inner.img_resolution, inner.in_channels, inner.label_dim):
             raise ValueError("its images or classes are not its U-Net's")
@@ -223,7 +229,7 @@ def _flatten(file: PickleFile, value: dict) -> tuple[dict[str, Tensor], int]:
 
 def _describe(file: PickleFile, net, model) -> dict | None:
     """How `build` makes a pickled network; None if it is not one of tdkern's."""
-    if _class_name(net) not in PRECONDS or _class_name(model) not in MODELS:
+    if _class_name(net) not in SETTINGS or _class_name(model) not in MODELS:
         return None
     if _state(model).get("_init_args"):
         raise file.refuse("its network was made with arguments that have no names")

@@ -29,6 +29,7 @@ def share_flag():
         "The most of each batch that the target network runs on, highest noise first, in (0, 1]; a "
         "sample whose TD term has no room has the base loss in its place.",
         metavar="SHARE",
+        default_help="what --td-sigma needs, else 1",
     )
 
 
@@ -140,6 +141,10 @@ class Loss(ABC):
             ValueError: the loss cannot be had of such images.
             ImportError: a library is missing; the message says how to get it.
         """
+
+    def window_share(self, batch: int) -> float:
+        """A `td_share` that leaves out next to no TD term in batches of a size."""
+        return 1.0
 
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""

@@ -219,6 +219,8 @@ class TDTimeLoss(TDPathLoss):
         name = type(self).__name__
         if not self.steps >= 2:
             raise ValueError(f"{name}: steps must be at least 2, got {self.steps}")
+        if self.steps % 1:
+            raise ValueError(f"{name}: steps must be a whole number, got {self.steps}")
         if not (0 < self.k_idx < math.inf and 0 < self.one_idx < math.inf):
             raise ValueError(
                 f"{name}: k_idx and one_idx must be positive numbers, "

@@ -6,16 +6,9 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
-from ..preconditioning import CT
+from ..families import default_sampler
 from ..samplers import ablation_sigmas, heun
 from ..samplers.ablation import RANGES
-
-
-def default_sampler(net: torch.nn.Module, steps_given: bool = False) -> str:
-    """The name of the sampler where none is asked for: of a consistency model one step, or the steps given, else EDM's, which serves every denoiser."""
-    if isinstance(net.preconditioning, CT):
-        return "multistep" if steps_given else "onestep"
-    return "heun"
 
 
 def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
@@ -37,9 +30,12 @@ def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str
     return sigmas, {"sigma_min": lo, "sigma_max": hi} if sampler == "ablation" else {}  # the range is the schedule's too
 
 
+PREVIEW_STEPS = 18  # of the grids of images that training writes
+
+
 def preview_levels(net: torch.nn.Module) -> Tensor:
-    """The levels of the grids that training writes: of 18 steps."""
-    return sampling_levels(net, default_sampler(net), 18)[0]
+    """The noise levels of the grids that training writes."""
+    return sampling_levels(net, default_sampler(net), PREVIEW_STEPS)[0]
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
