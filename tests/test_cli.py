@@ -73,6 +73,9 @@ def test_generate_with_every_sampler(tmp_path, data):
     for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
         output = generate("--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2)
         assert f"--{flag} does nothing with --sampler {sampler}" in output
+    generate("--sampler", "multistep", "--steps", "1", name="one of multistep")
+    assert np.array_equal(images["one of multistep"], images["onestep"])
+    assert "--steps must be at least 2 with heun, got 1" in generate("--steps", "1", name="refused", code=2)
     assert "--rho does nothing with --disc vp" in generate("--disc", "vp", "--rho", "7", name="refused", code=2)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from tdkern import samplers
 from tdkern.ema import consistency_decay
-from tdkern.families import FAMILIES
+from tdkern.families import FAMILIES, default_sampler
 from tdkern.losses import CTLoss, DDPMLoss, FlowLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.losses.ct import lpips
 from tdkern.losses.curricula import Exponential, Progressive
@@ -63,7 +63,7 @@ def test_a_run(tmp_path, data, monkeypatch, family, td):
     net, meta = load_network(straight)
     assert type(net) is type(trainer.net) and net.preconditioning == trainer.net.preconditioning and meta["network"] == trainer.network
     sampler = "onestep" if family == "ct" else "heun"
-    assert sampling.default_sampler(net) == sampler
+    assert default_sampler(net) == sampler
     grid = tmp_path / "grid.png"
     tdkern_("generate", "--network", straight, "--grid", grid, "--seeds", "0-3", *(() if family == "ct" else ("--steps", 3)))
     levels = net.round_sigma(EDM(3, max(0.002, net.sigma_min), min(80, net.sigma_max)).sigmas())

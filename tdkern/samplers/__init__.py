@@ -16,10 +16,71 @@ sigma (its level) and denoised.
 input from F in one launch. So is one that DistributedDataParallel, torch.compile or `fully_shard` wraps. The result is the same to
 rounding. A callback, which is shown what that launch does not make, takes the plain path, and so does every other callable.
 """
+from collections.abc import Callable
+from typing import NamedTuple
+
 from .ablation import ablation, ablation_sigmas
 from .consistency import multistep, onestep
 from .ddim import ddim, ddpm
 from .edm import euler, heun
 from .fewstep import dpmpp, unipc
 
-__all__ = ["ablation", "ablation_sigmas", "ddim", "ddpm", "dpmpp", "euler", "heun", "multistep", "onestep", "unipc"]
+
+def _one_a_step(steps: int) -> int:
+    return steps
+
+
+class Sampler(NamedTuple):
+    """What is to be known of a sampler beside its arguments.
+
+    Args:
+        sample: the function.
+        evaluations: of the network, in so many steps.
+        least_steps: the fewest that it takes.
+        repeats: whether it takes one level twice in a row.
+        from_one_level: whether it asks the network at its first level alone.
+        ends_at_sigma_min: whether its last level is the network's lowest, where a consistency model
+            gives back what it gets, rather than 0.
+        has_range: whether its arguments are the ends of the levels too.
+        choices: whether the user has more to choose than the number of steps.
+    """
+
+    sample: Callable
+    evaluations: Callable[[int], int] = _one_a_step
+    least_steps: int = 2
+    repeats: bool = False
+    from_one_level: bool = False
+    ends_at_sigma_min: bool = False
+    has_range: bool = False
+    choices: bool = False
+
+
+SAMPLERS = {
+    # EDM's samplers take equal levels, as in EDM: a step between them changes nothing
+    "heun": Sampler(heun, lambda steps: 2 * steps - 1, repeats=True),
+    "euler": Sampler(euler, repeats=True),
+    "ddim": Sampler(ddim),
+    "ddpm": Sampler(ddpm),
+    "dpmpp": Sampler(dpmpp),
+    "unipc": Sampler(unipc),
+    "onestep": Sampler(onestep, lambda steps: 1, from_one_level=True, choices=True),
+    "multistep": Sampler(multistep, least_steps=1, ends_at_sigma_min=True),
+    "ablation": Sampler(
+        ablation, lambda steps: 2 * steps - 1, repeats=True, has_range=True, choices=True
+    ),
+}
+
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "ablation",
+    "ablation_sigmas",
+    "ddim",
+    "ddpm",
+    "dpmpp",
+    "euler",
+    "heun",
+    "multistep",
+    "onestep",
+    "unipc",
+]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import samplers
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
 from ..ema import EMA, consistency_decay, copy_decay, edm_decay
@@ -20,6 +19,7 @@ from ..families import FAMILIES, default_sampler
 from ..losses import Loss
 from ..networks.saved import PRECISIONS, NetworkSpec, restore
 from ..optim import AdamEMA
+from ..samplers import SAMPLERS
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
 from .formats import as_json
@@ -279,7 +279,7 @@ class Record:
         net = trainer.ema.module
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
         seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
-        sampler = getattr(samplers, default_sampler(net))
+        sampler = SAMPLERS[default_sampler(net)].sample
         images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net), sampler=sampler) for part in seeds])
         save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
 

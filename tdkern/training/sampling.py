@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data import to_uint8
 from ..families import default_sampler
-from ..samplers import ablation_sigmas, heun
+from ..samplers import SAMPLERS, ablation_sigmas, heun
 from ..samplers.ablation import RANGES
 
 
@@ -16,18 +16,19 @@ def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str
     """The noise levels of so many steps of a sampler, all of which the network knows, and those of the sampler's options that follow from them.
 
     Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that must descend at each step takes fewer steps.
-    EDM's samplers take them all, as in EDM: a step between equal levels changes nothing.
 
     disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
     """
     lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True))
     lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
-    sigmas = net.round_sigma(ablation_sigmas(disc, steps + (sampler == "multistep"), lo, hi, rho))
-    if sampler not in ("heun", "euler", "ablation"):
+    kind = SAMPLERS[sampler]
+    count = steps + 1 if kind.ends_at_sigma_min else steps
+    sigmas = net.round_sigma(ablation_sigmas(disc, count, lo, hi, rho))
+    if not kind.repeats:
         sigmas = sigmas.unique_consecutive()
-    if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
+    if kind.ends_at_sigma_min:
         return sigmas[:-1], {"sigma_min": sigmas[-2].item()}
-    return sigmas, {"sigma_min": lo, "sigma_max": hi} if sampler == "ablation" else {}  # the range is the schedule's too
+    return sigmas, {"sigma_min": lo, "sigma_max": hi} if kind.has_range else {}
 
 
 PREVIEW_STEPS = 18  # of the grids of images that training writes
