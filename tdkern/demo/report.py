@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from .families import BANDS, Levels
 from .study import Study
 

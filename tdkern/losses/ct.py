@@ -8,6 +8,7 @@ from torch.nn.functional import interpolate
 from torch.special import ndtr, ndtri
 
 from .. import _library
+from .._cache import tensor_cache
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE
 from ..fields import flag
 from ..ops import td_coef, td_loss
@@ -278,7 +279,7 @@ class TDCTLoss(CTLoss):
         }
 
 
-@_library.tensor_cache()
+@tensor_cache()
 def lpips() -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS of images in [-1, 1], [B, 3, H, W], as consistency models were trained.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from ..data.files import beside, sync_directory, write_atomic
 from ..integrations import load_converted
 from ..networks.saved import CheckpointError, NetworkSpec, restore
