@@ -146,6 +146,7 @@ FAMILIES = {
     "ve": Family(VELoss, TDVELoss, VEPrecond),
     "flow": Family(FlowLoss, TDFlowLoss, Denoiser, _flow),
 }
+DEFAULT = "edm"
 
 
 def families_with(name: str) -> list[str]:
@@ -160,5 +161,5 @@ def default_sampler(net: Preconditioned, steps_given: bool = False) -> str:
     every denoiser.
     """
     its = [family for family in FAMILIES.values() if family.wrapper is type(net)]
-    family = its[0] if its else FAMILIES["edm"]
+    family = its[0] if its else FAMILIES[DEFAULT]
     return family.sampler_with_steps if steps_given else family.sampler

@@ -3,7 +3,7 @@ import dataclasses
 import inspect
 from dataclasses import dataclass, field
 
-from ..families import FAMILIES, Family, families_with
+from ..families import DEFAULT, FAMILIES, Family, families_with
 from ..fields import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
 from ..losses import Loss
 from ..losses.curricula import Exponential, Progressive
@@ -35,7 +35,7 @@ class Options:
     data: str = flag(help="Images, in EDM's layout.", metavar="ZIP|DIR")
     cond: bool = flag(False, "Train a class-conditional network.")
     arch: str = flag("ddpmpp", "Network.", choices=PRESETS)
-    family: str = flag("edm", "Loss and preconditioning.", choices=FAMILIES)
+    family: str = flag(DEFAULT, "Loss and preconditioning.", choices=FAMILIES)
     td: bool = flag(True, "Whether the loss has the temporal-difference term.")
     duration: float = flag(
         200.0, "Training duration, million images.", within=POSITIVE, metavar="MIMG"
