@@ -28,7 +28,8 @@ with_detector = click.option("--detector", metavar="FILE", help="torch-fidelity'
 def fid():
     """Frechet inception distance (FID) of images to reference statistics.
 
-    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli -- fid calc ...
+    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone
+    --nproc_per_node=8 -m tdkern.cli -- fid calc ...
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-49999 --subdirs
@@ -66,7 +67,7 @@ def calc(images, ref, num, seed, batch, workers, detector):
 @with_workers
 @with_detector
 def reference_statistics(data, dest, batch, workers, detector):
-    """Write reference statistics: mean and covariance of the features of all images of a data set."""
+    """Write reference statistics: mean and covariance of all images' features."""
     with _command() as process:
         dataset = ImageDataset(data)
         extract = Inception(detector, process.device)
@@ -99,10 +100,11 @@ def reference_statistics(data, dest, batch, workers, detector):
 @with_batch
 @with_detector
 def steps(network, ref, steps, num, seed, sampler, batch, detector):
-    """FID of a network's images for each of several numbers of sampling steps, without writing the images.
+    """FID of a network's images for several numbers of sampling steps, without writing them.
 
-    The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for its other flags use it and fid calc.
-    Prints a table, where NFE is the number of network evaluations an image, then the same as one line of JSON.
+    The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
+    its other flags use it and fid calc. Prints a table, where NFE is the number of network
+    evaluations an image, then the same as one line of JSON.
     """
     with _command() as process:
         net, meta = load_network(network, process.device)
@@ -130,7 +132,10 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
 
 @contextmanager
 def _command():
-    """This process, joined with the others; what is wrong with a file or an installation becomes one line."""
+    """This process, joined with the others.
+
+    What is wrong with a file or an installation becomes one line.
+    """
     try:
         with joined() as process:
             yield process
@@ -151,7 +156,10 @@ def _reference(ref: str, num: int, process: Process) -> Statistics | None:
 
 
 def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: int, process: Process) -> Statistics:
-    """Statistics of all images of a data set, in batches that do not depend on the number of processes."""
+    """Statistics of all images of a data set.
+
+    The batches do not depend on the number of processes.
+    """
     order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][process.rank :: process.world]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda")
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)

@@ -18,8 +18,8 @@ from .types import Numbers, boolean, on_command_line
 
 @click.command()
 @click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
-@click.option("--outdir", metavar="DIR", help="Where the images go, one PNG a seed.")
-@click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image a seed, such as 1,2,5-10.")
+@click.option("--outdir", metavar="DIR", help="Where the images go, one PNG for each seed.")
+@click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image for each seed, such as 1,2,5-10.")
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")

@@ -29,7 +29,8 @@ from .types import on_command_line
 def train(outdir, preset, config, resume, desc, nosubdirs, dry_run, **values):
     """Train a diffusion model on images.
 
-    Flags that EDM and consistency_models have keep their meaning. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli train ...
+    Flags that EDM and consistency_models have keep their meaning. For several GPUs: torchrun
+    --standalone --nproc_per_node=8 -m tdkern.cli train ...
 
     \b
     tdkern train --outdir runs --data cifar10-train-32x32.zip --cond 1 --batch 256 --bf16
@@ -99,7 +100,10 @@ def _new_options(preset: str | None, config: str | None, given: dict) -> Options
 
 
 def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
-    """The run's directory, its training state (none if it was killed before the first) and its options with those given."""
+    """The run's directory, its training state and its options with those given.
+
+    There is no state if the run was killed before the first.
+    """
     run_dir = path.resolve().parent if path.resolve().name.startswith(checkpoint.STATE + "-") else path
     saved = run_dir / "training_options.json"
     if path == run_dir and saved.exists() and not any(run_dir.glob(f"{checkpoint.STATE}-*")):
@@ -122,7 +126,10 @@ def _name(trainer: Trainer, desc: str | None) -> str:
 
 
 def _make_run_dir(outdir: Path, name: str | None) -> Path:
-    """The next numbered directory in `outdir`, or without a name `outdir` itself, which must not hold a run yet."""
+    """The next numbered directory in `outdir`, or without a name `outdir` itself.
+
+    It must not hold a run yet.
+    """
     try:
         outdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

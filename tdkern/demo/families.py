@@ -1,4 +1,4 @@
-"""What a study needs to know of a family: its losses, its network, how its noise levels are drawn and how it is sampled."""
+"""What a study needs to know of a family: losses, network, noise levels and sampler."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,10 @@ BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40
 
 
 class Levels:
-    """The noise levels at which errors are measured: the middles, in log sigma, of the cells that make up BANDS."""
+    """The noise levels at which errors are measured.
+
+    They are the middles, in log sigma, of the cells that make up BANDS.
+    """
 
     edges = torch.tensor([lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]], dtype=torch.float64)
     sigma = (edges[1:] * edges[:-1]).sqrt()
@@ -27,7 +30,10 @@ class Levels:
         self.share = cdf(self.edges).diff()  # of the noise levels that training draws
 
     def by_band(self, error: Tensor) -> Tensor:
-        """[seeds, levels] to [seeds, bands + 1]: the mean in each band, and last over all levels as training weighs them."""
+        """[seeds, levels] to [seeds, bands + 1]: the mean in each band.
+
+        The last is over all levels, as training weighs them.
+        """
         bands = [error[:, self.band == i].mean(1) for i in range(len(BANDS))]
         return torch.stack([*bands, self.overall(error)], 1)
 
@@ -59,7 +65,9 @@ class Family:
 
 
 class Timed(nn.Module):
-    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`: moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
+    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`.
+
+    It is moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
 
     `c_in(c_noise)` scales the input, where the wrapper leaves that to the network.
     """

@@ -105,7 +105,10 @@ def conclusion(study: Study) -> str:
 
 
 def to_json(study: Study) -> dict:
-    """The study's numbers, seed by seed: all that the tables and the picture are made of, the samples apart."""
+    """The study's numbers, seed by seed.
+
+    They are all that the tables and the picture are made of, the samples apart.
+    """
     return {
         "tdkern": __version__,
         "torch": torch.__version__,
@@ -129,7 +132,11 @@ def _row(name: str, cells) -> str:
 
 
 def _verdict(differences: list[Difference], places: list[str]) -> str:
-    """Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different elsewhere"."""
+    """Differences in words.
+
+    Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different
+    elsewhere".
+    """
     clear = [(place, difference) for place, difference in zip(places, differences, strict=True) if difference.clear]
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):

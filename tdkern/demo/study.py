@@ -1,4 +1,7 @@
-"""The demo's study: every method trained side by side on the same draws, then measured against the exact denoiser."""
+"""The demo's study: every method trained side by side on the same draws, then measured.
+
+Errors are measured against the exact denoiser.
+"""
 import copy
 import math
 import time
@@ -23,7 +26,10 @@ CURVE = 16  # measurements during training
 
 @dataclass(frozen=True)
 class Config:
-    """What a study is made of; the same values give the same numbers, times apart, if `compute` is given."""
+    """What a study is made of.
+
+    The same values give the same numbers, times apart, if `compute` is given.
+    """
 
     seeds: int = 8
     iterations: int = 4000
@@ -35,7 +41,7 @@ class Config:
     lr: float = 2e-3  # Adam's, with cosine decay
     ema_halflife: float = 0.02  # of the averaged weights, as a share of the run
     target_ema_tau: float = 0.999
-    points: int = 1024  # samples a seed
+    points: int = 1024  # samples of each seed
 
 
 @dataclass
@@ -53,7 +59,10 @@ class Outcome:
 
 @dataclass
 class Study:
-    """All methods' outcomes, in the order of the report; the last one is the baseline at the default TD's compute."""
+    """All methods' outcomes, in the order of the report.
+
+    The last one is the baseline at the default TD's compute.
+    """
 
     family: Family
     config: Config
@@ -154,15 +163,16 @@ def train(config: Config, mixture: GaussianMixture, family: Family, losses: dict
 def run_study(config: Config, family: Family = STUDY) -> Study:
     """Train and measure every method.
 
-    All methods share initial weights, data, noise levels and noise. The baseline at equal compute runs for `compute` times the
-    iterations, its learning rate and averages stretched with them.
+    All methods share initial weights, data, noise levels and noise. The baseline at equal compute
+    runs for `compute` times the iterations, its learning rate and averages stretched with them.
 
     Args:
         config: the study's.
         family: what is trained and how it is sampled; its own `config` overrides the study's.
 
     Returns:
-        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, the baseline at equal compute.
+        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, the
+        baseline at equal compute.
 
     Raises:
         FloatingPointError: a seed diverged.
@@ -199,13 +209,16 @@ def _run_study(config: Config, family: Family) -> Study:
 
 
 class Samples:
-    """The latents that every sampler starts from, and the data that its samples are compared with."""
+    """The latents that samplers start from, and the data that samples are compared with."""
 
     def __init__(self, config: Config, mixture: GaussianMixture):
         self.seed, self.latents, self.reference = config.seed, normal_points(config.points, 2, seed=config.seed + 1000), mixture.points(config.points)
 
     def distance(self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones. Latents and noise are the same for every model and call."""
+        """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones.
+
+        Latents and noise are the same for every model and call.
+        """
         distances = []
         for steps in budgets:
             sigmas, generator, noise = family.sigmas(steps), torch.Generator().manual_seed(self.seed), {}

@@ -1,4 +1,4 @@
-"""Networks of EDM, and state dicts of any, from the files that others saved to `model.safetensors`."""
+"""Networks of EDM, and state dicts of any, from others' files to `model.safetensors`."""
 import json
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from ..networks.saved import PRECISIONS, CheckpointError, NetworkSpec, restore
 from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
 
 FORMAT = 1
-# EDM's classes that tdkern has too: of a wrapper, the constructor arguments that are also attributes
+# EDM's classes that tdkern has too: of a wrapper, the constructor arguments that are also
+# attributes
 MODELS = ("SongUNet", "DhariwalUNet")
 SETTINGS = {
     "EDMPrecond": ("sigma_data",),
@@ -21,7 +22,9 @@ SETTINGS = {
 
 
 def convert(src: str | Path, dst: str | Path) -> str:
-    """Write a network that another program saved as one safetensors file. Nothing in `src` is executed.
+    """Write a network that another program saved as one safetensors file.
+
+    Nothing in `src` is executed.
 
     | src | dst |
     | --- | --- |
@@ -32,14 +35,16 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
     Args:
         src: the file or folder.
-        dst: a .safetensors file that is not there yet. Its metadata has JSON under "tdkern": format, network (its classes and their
-            arguments, or null where tdkern has no such network), source, and a diffusers config.
+        dst: a .safetensors file that is not there yet. Its metadata has JSON under "tdkern":
+            format, network (its classes and their arguments, or null where tdkern has no such
+            network), source, and a diffusers config.
 
     Returns:
         One line that says what was done.
 
     Raises:
-        ValueError: `src` is refused or holds no tensors, or `dst` is not a new .safetensors file. Nothing is written then.
+        ValueError: `src` is refused or holds no tensors, or `dst` is not a new .safetensors file.
+            Nothing is written then.
     """
     import safetensors.torch
 
@@ -64,10 +69,12 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
     Args:
         path: the .safetensors file.
-        device: where the network goes. One that was trained in half precision computes in it on a GPU, as in EDM.
+        device: where the network goes. One that was trained in half precision computes in it on a
+            GPU, as in EDM.
 
     Returns:
-        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients; meta["network"] describes it.
+        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients;
+        meta["network"] describes it.
 
     Raises:
         CheckpointError: the file cannot be read, or holds no network that tdkern has.
@@ -92,7 +99,10 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
-    """The network of a description, with its tensors; raises CheckpointError where they do not agree, before memory or time is spent."""
+    """The network of a description, with its tensors.
+
+    It raises CheckpointError where they do not agree, before memory or time is spent.
+    """
     try:
         if network["precision"] not in PRECISIONS or not all(type(network[name]) is int for name in ("img_resolution", "img_channels", "label_dim")):
             raise ValueError("no precision, img_resolution, img_channels or label_dim")
@@ -119,7 +129,7 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
 
 
 def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
-    """Tensors, metadata, what they are and what is left out, from a pickle or a file of torch.save."""
+    """Tensors, metadata, what they are and what is left out, of a pickle or torch.save's file."""
     file = PickleFile(src)
     value = file.value if type(file.value) is dict else {"it": file.value}
     networks = [key for key, entry in value.items() if "_modules" in _state(entry)]
@@ -176,7 +186,7 @@ class _Collector:
         self.file, self.tensors, self.seen, self.size = file, {}, set(), 0
 
     def enter(self, value, name: str) -> None:
-        """Go into a container, once: a file may make one that contains itself, or doubles with every level."""
+        """Go into a container, once: a file may make one that contains itself, or doubles."""
         if id(value) in self.seen or len(name) > 1000:
             raise self.file.refuse("a part of it is in two places, or nested too deep")
         self.seen.add(id(value))

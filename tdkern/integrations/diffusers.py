@@ -14,12 +14,16 @@ from ..networks.precond import Preconditioned
 
 
 def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the network") -> str:
-    """Write the U-Net of a network as a folder of diffusers' `UNet2DModel`, which then computes the same: F(c_in x, c_noise), before c_out and c_skip.
+    """Write the U-Net of a network as a folder of diffusers' `UNet2DModel`.
 
-    diffusers' EDMEulerScheduler does an `EDMPrecond`'s preconditioning. A `UNet2DModel` has one number of groups in all its normalisations, 32, whole
-    attention heads of 64 channels, a noise embedding as wide as its first level, and no scale on its residual sums. So it can be a `DhariwalUNet`
-    (ADM) whose levels are multiples of 64 channels from 128 up, the first as wide as model_channels, as the published ADM networks are. It cannot
-    be a `SongUNet`, which scales each sum by sqrt(1/2) and, in the decoder, has attention in a level's last block alone.
+    That then computes the same: F(c_in x, c_noise), before c_out and c_skip.
+
+    diffusers' EDMEulerScheduler does an `EDMPrecond`'s preconditioning. A `UNet2DModel` has one
+    number of groups in all its normalisations, 32, whole attention heads of 64 channels, a noise
+    embedding as wide as its first level, and no scale on its residual sums. So it can be a
+    `DhariwalUNet` (ADM) whose levels are multiples of 64 channels from 128 up, the first as wide as
+    model_channels, as the published ADM networks are. It cannot be a `SongUNet`, which scales each
+    sum by sqrt(1/2) and, in the decoder, has attention in a level's last block alone.
 
     Args:
         net: such as `load_network` gives.
@@ -30,7 +34,8 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
         One line that says what was done.
 
     Raises:
-        ValueError: the network has no counterpart in diffusers, or `dst` is there. Nothing is written then.
+        ValueError: the network has no counterpart in diffusers, or `dst` is there. Nothing is
+            written then.
     """
     import safetensors.torch
 
@@ -84,7 +89,10 @@ def _config(model: DhariwalUNet) -> dict:
 
 
 def _tensors(model: DhariwalUNet) -> dict[str, Tensor]:
-    """The parameters under a UNet2DModel's names. In diffusers a level ends with its resampling, in EDM the next begins with it."""
+    """The parameters under a UNet2DModel's names.
+
+    In diffusers a level ends with its resampling, in EDM the next begins with it.
+    """
     tensors = _layer(model.map_layer0, "time_embedding.linear_1") | _layer(model.map_layer1, "time_embedding.linear_2")
     if model.map_label is not None:
         tensors["class_embedding.weight"] = model.map_label.weight.T

@@ -1,4 +1,7 @@
-"""What every loss shares: the draws, the noisy pair, and one evaluation for every family, prediction and coupling."""
+"""What every loss shares: the draws, the noisy pair, and one evaluation.
+
+The evaluation is the same for every family, prediction and coupling.
+"""
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -54,7 +57,7 @@ class TDBatch(NamedTuple):
 
 
 class TDTerms(NamedTuple):
-    """A loss and its parts, one number a sample."""
+    """A loss and its parts, one number for each sample."""
 
     loss: Tensor  # [B], td + base
     td: Tensor  # [B], weighted; 0 where not valid
@@ -129,7 +132,10 @@ class Loss(ABC):
 
     @abstractmethod
     def pair(self, images: Tensor) -> TDBatch:
-        """The noisy pair for `images`; every draw may be given by keyword, and the rest is drawn with torch's global generator."""
+        """The noisy pair for `images`.
+
+        Every draw may be given by keyword; the rest is drawn with torch's global generator.
+        """
 
     def prepare(self, image_shape: tuple[int, ...]) -> None:  # noqa: B027  (most need nothing)
         """Fetch what a loss needs beside the networks, before the first step of a run.
@@ -191,7 +197,8 @@ class Loss(ABC):
                 is called with `raw=True` too and gives F: its preconditioning is then part of the
                 one fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
                 under `fully_shard`.
-            target_net: the same for the target network; it runs without gradients, and not at all without a TD term.
+            target_net: the same for the target network; it runs without gradients, and not at all
+                without a TD term.
             batch: from `pair`.
             labels, augment_labels: passed to both networks, or None.
             gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
@@ -205,9 +212,11 @@ class Loss(ABC):
             no place for is as one without a TD term.
 
         Raises:
-            ValueError: a TD term without a target network, or a network's output has the wrong shape or dtype.
+            ValueError: a TD term without a target network, or a network's output has the wrong
+                shape or dtype.
 
-        Gradient to `net`'s parameters only. Deterministic if the networks are. No host synchronisation.
+        Gradient to `net`'s parameters only. Deterministic if the networks are. No host
+        synchronisation.
         """
         conditions = {"class_labels": labels, "augment_labels": augment_labels}
         coef = batch.coef.clone()
@@ -238,14 +247,22 @@ class Loss(ABC):
         return TDTerms(terms.sum(1), td, base, coef[:, W_TD] != 0)
 
     def _terms(self, *args: Tensor | None) -> Tensor:
-        """[B, 2], td and base, of `td_loss`'s tensors. A family with another base loss overrides it."""
+        """[B, 2], td and base, of `td_loss`'s tensors.
+
+        A family with another base loss overrides it.
+        """
         return td_loss(*args, backend=self.backend)
 
     def _choose(self, coef: Tensor, sigma: Tensor, num_models: int) -> Tensor:
-        """Which samples the target network runs on: of those with a TD term, as many as `td_share` leaves room for, the largest sigma first.
+        """Which samples the target network runs on.
 
-        The others lose their TD term: in `coef` w_td = 0 and w_base gains the w = 1/scale^2 that it would have had. Samples without a TD term
-        fill what room is left, so that the number is always ceil(td_share B), and of a network of several models each runs on as many.
+        Of those with a TD term they are as many as `td_share` leaves room for, the largest sigma
+        first.
+
+        The others lose their TD term: in `coef` w_td = 0 and w_base gains the w = 1/scale^2 that it
+            would have had. Samples without a TD term
+        fill what room is left, so that the number is always ceil(td_share B), and of a network of
+        several models each runs on as many.
         """
         valid = coef[:, W_TD] != 0
         order = torch.where(valid, sigma, -1.0).unflatten(0, (num_models, -1)).argsort(descending=True, stable=True)  # topk may break ties anyhow
@@ -289,7 +306,9 @@ class Loss(ABC):
             raise ValueError(f"{type(self).__name__}: td_share must be above 0 and at most 1, got {self.td_share}")
 
     def fits(self, net) -> bool:
-        """Whether a network, wrapped or not, takes the fused path: its preconditioning is the loss's."""
+        """Whether a network takes the fused path, wrapped or not: its preconditioning is the
+        loss's.
+        """
         return getattr(unwrapped(net), "preconditioning", None) == self.preconditioning
 
     def _check_images(self, images: Tensor) -> None:
@@ -301,9 +320,13 @@ class Loss(ABC):
             raise ValueError(f"{type(self).__name__}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
     def _noisy_pair(self, x0: Tensor, sigma: Tensor, sigma_p: Tensor, coupling: str, noise: Tensor | None, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x_t, x_t') in EDM's state: one Markov path with `noise_p` up to x_t' and `noise` from there, or one shared noise.
+        """(x_t, x_t') in EDM's state.
 
-        With neither noise given the pair comes from the `noise_pair` op, and its seed from torch's global generator on x0's device.
+        They lie on one Markov path with `noise_p` up to x_t' and `noise` from there, or share one
+        noise.
+
+        With neither noise given the pair comes from the `noise_pair` op, and its seed from torch's
+        global generator on x0's device.
         """
         shared = coupling == "shared"
         if shared and noise_p is not None:

@@ -45,7 +45,7 @@ class CTLoss(Loss):
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
     are its two halves. The fused path needs `networks.CTPrecond` with the same sigma_data and
-    sigma_min; the target network runs once a step.
+    sigma_min; the target network runs once in each step.
 
     Args:
         num_scales: number of noise levels, >= 2, or a curriculum: a callable step -> number, such

@@ -15,7 +15,8 @@ from .layers import KeepsBuffers
 class Preconditioned(KeepsBuffers):
     """A network as a denoiser in EDM's state; every wrapper here is one.
 
-    A subclass sets `preconditioning` and gives `input_scaling(sigma) -> (c_in, c_noise)` for sigma [B].
+    A subclass sets `preconditioning` and gives `input_scaling(sigma) -> (c_in, c_noise)` for sigma
+    [B].
 
     Args of every subclass:
         model: called as `model(c_in x, c_noise, class_labels, augment_labels)`, c_noise [B]; its
@@ -212,8 +213,8 @@ class VEPrecond(Preconditioned):
 class iDDPMPrecond(Preconditioned):
     """Improved DDPM (arXiv 2102.09672): c_skip = 1, c_out = -s, c_in = 1/sqrt(s^2+1).
 
-    c_noise = M-1-j, and j is the nearest level u_j of `schedules.iDDPM`. Of a model with twice the channels, the second
-    half, which learns variances, is left out of F.
+    c_noise = M-1-j, and j is the nearest level u_j of `schedules.iDDPM`. Of a model with twice the
+    channels, the second half, which learns variances, is left out of F.
     """
 
     preconditioning = Eps()

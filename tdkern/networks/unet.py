@@ -1,4 +1,7 @@
-"""The U-Nets of EDM, with the constructor arguments and parameter names of its checkpoints: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)."""
+"""The U-Nets of EDM: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM).
+
+They have the constructor arguments and parameter names of EDM's checkpoints.
+"""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,8 +15,9 @@ from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linea
 class UNet(nn.Module):
     """The encoder and decoder that both networks share.
 
-    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations. In half precision activations are
-    channels_last throughout, whatever the image is; in float32 they have the image's memory format.
+    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their
+    activations. In half precision activations are channels_last throughout, whatever the image is;
+    in float32 they have the image's memory format.
     """
 
     checkpointing = False
@@ -25,9 +29,12 @@ class UNet(nn.Module):
 
     def _build(self, stem: int, widths: Sequence[int], num_blocks: int, attn_resolutions: Sequence[int], style: BlockStyle, heads: Callable[[int], int],
                attend_all: bool, encoder_type: str = "standard") -> None:
-        """Add `enc` and `dec`: `widths` are the channels of each level, `heads` the attention heads at so many channels.
+        """Add `enc` and `dec`.
 
-        attend_all: in the decoder, all blocks of a level at `attn_resolutions` have attention, else the last one only.
+        `widths` are the channels of each level, `heads` the attention heads at so many channels.
+
+        attend_all: in the decoder, all blocks of a level at `attn_resolutions` have attention, else
+            the last one only.
         """
         if self.img_resolution % 2 ** (len(widths) - 1):
             raise ValueError(f"{type(self).__name__}: img_resolution must be a multiple of {2 ** (len(widths) - 1)}, as it has {len(widths)} levels, "
@@ -70,7 +77,10 @@ class UNet(nn.Module):
                 channels = width
 
     def _labels(self, class_labels: Tensor | None, emb: Tensor) -> Tensor:
-        """Class labels in the embedding's dtype; in training, rows are zeroed with probability `label_dropout`."""
+        """Class labels in the embedding's dtype.
+
+        In training, rows are zeroed with probability `label_dropout`.
+        """
         shape = None if class_labels is None else list(class_labels.shape)
         if shape != [emb.shape[0], self.label_dim]:
             raise ValueError(f"{type(self).__name__}: class_labels must have shape {[emb.shape[0], self.label_dim]}, got {shape}")
@@ -115,22 +125,30 @@ class UNet(nn.Module):
 
 
 class SongUNet(UNet):
-    """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
+    """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), as in EDM.
+
+    (arXiv 2206.00364, appendix C.2 and F.1.)
 
     Args:
-        img_resolution: height and width in pixels, a multiple of 2^(levels - 1); names the layers and places the attention.
+        img_resolution: height and width in pixels, a multiple of 2^(levels - 1); names the layers
+            and places the attention.
         in_channels, out_channels: channels of the image and of the output.
         label_dim, augment_dim: widths of the class and augmentation labels, 0 for none.
-        model_channels, channel_mult: width, and its multiple at each level, from the full resolution down.
-        channel_mult_emb, channel_mult_noise: multiples of `model_channels` for the embedding and the noise embedding.
-        num_blocks: residual blocks a level. attn_resolutions: resolutions with self-attention.
-        dropout: of activations, in training. label_dropout: probability that a sample's class labels are zeroed in training.
+        model_channels, channel_mult: width, and its multiple at each level, from the full
+            resolution down.
+        channel_mult_emb, channel_mult_noise: multiples of `model_channels` for the embedding and
+            the noise embedding.
+        num_blocks: residual blocks of each level. attn_resolutions: resolutions with self-attention.
+        dropout: of activations, in training. label_dropout: probability that a sample's class
+            labels are zeroed in training.
         embedding_type: "positional" (DDPM++) or "fourier" (NCSN++).
-        encoder_type: "standard" (DDPM++), "residual" (NCSN++) or "skip". decoder_type: "standard" or "skip".
+        encoder_type: "standard" (DDPM++), "residual" (NCSN++) or "skip". decoder_type: "standard"
+            or "skip".
         resample_filter: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
 
     Raises:
-        ValueError: an argument names nothing, img_resolution does not divide, or dropout is not in [0, 1].
+        ValueError: an argument is not one of the names above, img_resolution does not divide, or dropout is not in
+            [0, 1].
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
@@ -165,10 +183,18 @@ class SongUNet(UNet):
                 self.dec[f"{level}_aux_conv"] = Conv2d(width, out_channels, 3, init_zero)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        """The raw output F [B, out_channels, H, W] in x's dtype, from the scaled image x [B, in_channels, H, W] and c_noise [B].
+        """The raw output F [B, out_channels, H, W] in x's dtype.
 
-        The embedding is computed in c_noise's dtype. class_labels: [B, label_dim], one-hot floats, if label_dim is not 0.
-        augment_labels: [B, augment_dim], or None, which stands for zeros. Gradients to all floating inputs and parameters. Deterministic outside training.
+        It is computed from the scaled image x [B, in_channels, H, W] and c_noise [B].
+
+        The embedding is computed in c_noise's dtype.
+
+        Args:
+            x, noise_labels: the scaled image and c_noise.
+            class_labels: [B, label_dim], one-hot floats, if label_dim is not 0.
+            augment_labels: [B, augment_dim], or None, which stands for zeros.
+
+        Gradients to all floating inputs and parameters. Deterministic outside training.
         """
         emb = torch.cat(self.map_noise(noise_labels).chunk(2, 1)[::-1], 1)  # sines first
         if self.map_label is not None:
@@ -186,9 +212,12 @@ class SongUNet(UNet):
 
 
 class DhariwalUNet(UNet):
-    """ADM (Dhariwal and Nichol, arXiv 2105.05233), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
+    """ADM (Dhariwal and Nichol, arXiv 2105.05233), as in EDM.
 
-    Args and Raises: as SongUNet. Attention has 64 channels a head, and is left out of layers with fewer.
+    (arXiv 2206.00364, appendix C.2 and F.1.)
+
+    Args and Raises: as SongUNet. Attention has heads of 64 channels, and is left out of
+    layers with fewer.
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,

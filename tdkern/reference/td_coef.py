@@ -1,4 +1,4 @@
-"""The noise levels and the eight numbers of `td_loss` in plain PyTorch, composed of the public definitions."""
+"""The noise levels and the eight numbers of `td_loss`, of the public definitions."""
 import torch
 from torch import Tensor
 

@@ -11,7 +11,10 @@ from .base import Step, checked_levels, run, unit_noise
 def raised_levels(
     sampler: str, levels: list[float], S_churn: float, S_min: float, S_max: float
 ) -> list[float]:
-    """sigma_hat = sigma (1 + gamma) of every step (arXiv 2206.00364, algorithm 2, lines 3 and 5)."""
+    """sigma_hat = sigma (1 + gamma) of every step.
+
+    (arXiv 2206.00364, algorithm 2, lines 3 and 5.)
+    """
     if not S_churn >= 0:
         raise ValueError(f"{sampler}: S_churn must be a number >= 0, got {S_churn}")
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
@@ -63,8 +66,8 @@ def heun(
         S_churn, S_min, S_max, S_noise: noise added before a step at S_min <= sigma <= S_max; none
             with S_churn = 0.
         generator: `torch.Generator` of that noise; None is torch's global one.
-        randn_like: `randn_like(x) -> unit noise` in place of the generator, once a step; for a seed
-            a sample, or recorded noise.
+        randn_like: `randn_like(x) -> unit noise` in place of the generator, once in each step; it
+            allows a seed for each sample, or recorded noise.
         callback: called at every step with a dict of step, x (before noise is added), sigma (its
             level) and denoised.
 

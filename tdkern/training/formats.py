@@ -1,7 +1,7 @@
 """The formats of what a run writes, and how an older one is read.
 
-A change of what is written gets a new number, a function in `NEXT_FORMAT`, and an example of the old
-format in tests/data.
+A change of what is written gets a new number, a function in `NEXT_FORMAT`, and an example of the
+old format in tests/data.
 """
 from dataclasses import asdict
 
@@ -74,7 +74,7 @@ NEXT_FORMAT = {1: _format_2, 2: _format_3, 3: _format_4}
 
 
 def as_json(options) -> dict:
-    """A run's `Options` as its file holds them; `tdkern train --config` starts the same run again."""
+    """A run's `Options` as its file holds them, for `tdkern train --config`."""
     return {"format": FORMAT, **asdict(options)}
 
 

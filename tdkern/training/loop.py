@@ -1,4 +1,8 @@
-"""The training loop. Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same bits."""
+"""The training loop.
+
+Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same
+bits.
+"""
 import json
 import math
 import sys
@@ -30,7 +34,10 @@ ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
-    """EDM's augmentation, whose 9 labels both networks are told (arXiv 2206.00364, appendix F.2); None where its probability is 0."""
+    """EDM's augmentation, whose 9 labels both networks are told; None where its probability is 0.
+
+    (arXiv 2206.00364, appendix F.2.)
+    """
     return AugmentPipe(p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) if options.augment else None
 
 
@@ -55,7 +62,10 @@ def target_decay(
 
 
 def learning_rate(options: Options, nimg: int) -> float:
-    """EDM's learning rate after `nimg` images: a linear ramp, then constant or, with "cosine", falling to 0 over the duration."""
+    """EDM's learning rate after `nimg` images.
+
+    It is a linear ramp, then constant or, with "cosine", falling to 0 over the duration.
+    """
     ramp = 1000 * options.lr_rampup_kimg
     lr = options.lr * (min(nimg / ramp, 1) if ramp else 1)
     if options.lr_decay == "cosine":
@@ -72,7 +82,8 @@ class Trainer:
         state: the training state to go on from; None starts.
 
     Raises:
-        ValueError: the data, the network or the loss cannot be made as the options say, or the state does not fit.
+        ValueError: the data, the network or the loss cannot be made as the options say, or the
+            state does not fit.
     """
 
     def __init__(self, options: Options, process: Process, state: Path | None = None):
@@ -127,10 +138,16 @@ class Trainer:
         return self.step * self.options.batch
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step on this process's share of the batch: images [B, C, H, W] uint8, labels [B, label_dim]."""
+        """One step on this process's share of the batch.
+
+        Args:
+            images: [B, C, H, W] uint8.
+            labels: [B, label_dim].
+        """
         options, device = self.options, self.process.device
-        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which this sets both: what a step
-        # draws depends on nothing before it, so a resumed run needs no generator's state. Each process draws its own noise.
+        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which
+        # this sets both: what a step draws depends on nothing before it, so a resumed run needs no
+        # generator's state. Each process draws its own noise.
         torch.manual_seed(derive_seed(options.seed, "step", self.step, self.process.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.nimg)
@@ -166,7 +183,10 @@ class Trainer:
         self.step += 1
 
     def statistics(self) -> dict[str, float]:
-        """Means a sample since the last call, over all processes, and the steps skipped; the one place that waits for the device."""
+        """Means over the samples since the last call, over all processes, and the steps skipped.
+
+        It is the one place that waits for the device.
+        """
         if self.process.world > 1:
             sum_([self.sums])
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
@@ -297,7 +317,10 @@ class Record:
             file.write(line + "\n")
 
     def _drop_later_statistics(self) -> None:
-        """Keep of stats.jsonl what was written up to where training goes on: the rest comes again."""
+        """Keep of stats.jsonl what was written up to where training goes on.
+
+        The rest comes again.
+        """
         path = self.run_dir / "stats.jsonl"
         if path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

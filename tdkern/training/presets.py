@@ -1,6 +1,9 @@
-"""The settings of published runs, for `tdkern train --preset`; what a source leaves out is a default.
+"""The settings of published runs, for `tdkern train --preset`.
 
-Sources: EDM (arXiv 2206.00364, table 6 and its published commands), TD+EDM and TD+CT (2606.15048 and
+What a source leaves out is a default.
+
+Sources: EDM (arXiv 2206.00364, table 6 and its published commands), TD+EDM and TD+CT (2606.15048
+    and
 the published commands), CT (2303.01469), improved CT (2310.14189). Consistency models were trained
 with RAdam; the driver has Adam, so those runs are not repeated to the letter.
 """

@@ -13,9 +13,12 @@ from ..samplers.ablation import RANGES
 
 def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
                     sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
-    """The noise levels of so many steps of a sampler, all of which the network knows, and those of the sampler's options that follow from them.
+    """The noise levels of so many steps of a sampler, all of which the network knows.
 
-    Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that must descend at each step takes fewer steps.
+    With them come those of the sampler's options that follow from them.
+
+    Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that
+    must descend at each step takes fewer steps.
 
     disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
     """
@@ -40,13 +43,14 @@ def preview_levels(net: torch.nn.Module) -> Tensor:
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
-    """Draw one image a seed, all in one batch.
+    """Draw one image for each seed, all in one batch.
 
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's noise through a CPU generator
-            of its own, so an image depends on its seed and not on its batch or device, beyond rounding.
+        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's
+            noise through a CPU generator of its own, so an image depends on its seed and not on its
+            batch or device, beyond rounding.
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
         class_idx: the class of all images; None draws one an image. For class-conditional networks.
