@@ -81,7 +81,10 @@ class V(Preconditioning):
 
 @dataclass(frozen=True)
 class Velocity(Preconditioning):
-    """F predicts flow matching's velocity eps - x0 (arXiv 2210.02747): D = (x - sigma F) / (1 + sigma)."""
+    """F predicts flow matching's velocity eps - x0: D = (x - sigma F) / (1 + sigma).
+
+    (arXiv 2210.02747.)
+    """
 
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 1 / (1 + sigma), -sigma / (1 + sigma)

@@ -24,8 +24,9 @@ from .types import Numbers, boolean, on_command_line
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
 @click.option("--sampler", type=click.Choice(list(SAMPLERS)),
-              help="onestep and multistep are for consistency models, whose default is onestep, or multistep with --steps. [default: heun; ablation with "
-                   "--solver, --disc, --schedule or --scaling]")
+              help="onestep and multistep are for consistency models, whose default is onestep, or "
+                   "multistep with --steps. [default: heun; ablation with --solver, --disc, "
+                   "--schedule or --scaling]")
 @click.option("--steps", type=click.IntRange(min=1), default=18, show_default=True, help="Sampling steps.")
 @click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
 @click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")

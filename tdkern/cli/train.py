@@ -22,7 +22,12 @@ from .types import on_command_line
 @click.option("--preset", type=click.Choice(list(PRESETS)), help="Start from these options.")
 @click.option("--config", metavar="JSON", help="Start from the options in a run's own file.")
 @options_flags
-@click.option("--resume", metavar="DIR", help="Go on with a run, or from a training state, in its own directory and with its own options.")
+@click.option(
+    "--resume",
+    metavar="DIR",
+    help="Go on with a run, or from a training state, in its own directory and with its own "
+    "options.",
+)
 @click.option("--desc", metavar="TEXT", help="Added to the run directory's name.")
 @click.option("--nosubdirs", is_flag=True, help="Write into --outdir itself.")
 @click.option("-n", "--dry-run", is_flag=True, help="Print the options and exit.")

@@ -46,7 +46,8 @@ class Family:
     """A way to train and to sample: all that differs between the studies."""
 
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
-    network: Callable[[nn.Module], nn.Module]  # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    network: Callable[[nn.Module], nn.Module]
     draw: Callable[[int, torch.Generator], dict[str, Tensor]]  # n noise levels, as a keyword of `loss.pair`
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
@@ -57,7 +58,8 @@ class Family:
     exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise  # what a perfect network gives
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
-    follow_samples: bool = False  # over training: the distance of samples with the smallest budget instead of the error
+    # over training: the distance of samples with the smallest budget instead of the error
+    follow_samples: bool = False
 
     @property
     def levels(self) -> Levels:

@@ -34,7 +34,8 @@ class Config:
     seeds: int = 8
     iterations: int = 4000
     seed: int = 0
-    compute: float | None = None  # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
+    # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
+    compute: float | None = None
     batch: int = 16  # of each seed
     width: int = 64
     num_blocks: int = 2
@@ -51,7 +52,9 @@ class Outcome:
     iterations: int
     step_ms: float  # median CPU time of a step
     curve_steps: list[int]
-    curve: Tensor  # [len(curve_steps), seeds]: error over all noise levels, as training weighs them, or sample distance
+    # [len(curve_steps), seeds]: error over all noise levels, as training weighs them, or sample
+    # distance
+    curve: Tensor
     error: Tensor  # [seeds, levels]
     distance: Tensor  # [seeds, budgets]
     samples: Tensor  # [points, 2], of the first seed, with the largest budget
@@ -100,7 +103,8 @@ def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[
         images = mixture.sample(n, generator).float()
         level = family.draw(n, generator)
         noise, noise_p = torch.randn(2, *images.shape, generator=generator)
-        batch = (draw := Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})).pair(loss)
+        draw = Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})
+        batch = draw.pair(loss)
         yield draw._replace(noise={"noise": (batch.x_t - images) / batch.sigma[:, None].float()})
 
 

@@ -28,10 +28,12 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
     | src | dst |
     | --- | --- |
-    | EDM's network-snapshot-*.pkl | the EMA network, which `load_converted` and `tdkern generate` rebuild |
+    | EDM's network-snapshot-*.pkl | the EMA network, which `tdkern generate` rebuilds |
     | EDM's training-state-*.pt | the same of its network "net", which is no average |
-    | any other file of torch.save, such as a state dict | its tensors under their own names, a nested dict's joined by dots |
+    | another file of torch.save, such as a state dict | its tensors under their own names |
     | a diffusers folder | its tensors under their own names, and its config |
+
+    The names of a nested dict are joined by dots.
 
     Args:
         src: the file or folder.
@@ -266,5 +268,8 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({one_line(error)}); "
                               "save it by diffusers' save_pretrained, or give a file") from error
-    done = f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and its config"
+    done = (
+        f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and "
+        "its config"
+    )
     return tensors, {"diffusers": config}, done, "nothing"

@@ -138,7 +138,8 @@ class SongUNet(UNet):
             resolution down.
         channel_mult_emb, channel_mult_noise: multiples of `model_channels` for the embedding and
             the noise embedding.
-        num_blocks: residual blocks of each level. attn_resolutions: resolutions with self-attention.
+        num_blocks: residual blocks of each level.
+        attn_resolutions: resolutions with self-attention.
         dropout: of activations, in training. label_dropout: probability that a sample's class
             labels are zeroed in training.
         embedding_type: "positional" (DDPM++) or "fourier" (NCSN++).
@@ -147,8 +148,8 @@ class SongUNet(UNet):
         resample_filter: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
 
     Raises:
-        ValueError: an argument is not one of the names above, img_resolution does not divide, or dropout is not in
-            [0, 1].
+        ValueError: an argument is not one of the names above, img_resolution does not divide, or
+            dropout is not in [0, 1].
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,

@@ -12,8 +12,8 @@ The state is EDM's, x = x0 + sigma eps, for every family: x_t = alpha_t x0 + sig
 x, at sigma = sigma_t / alpha_t. In it no sampler needs alpha, so DDPM's, DDIM's and DPM-Solver's
 steps serve any network that gives its D there (`networks`).
 
-A callback is called once in each step with a dict of step, x (the state of which the denoiser is asked,
-before noise is added to it), sigma (its level) and denoised.
+A callback is called once in each step with a dict of step, x (the state of which the denoiser is
+asked, before noise is added to it), sigma (its level) and denoised.
 
 `heun`, `euler`, `ddim` and `ddpm` have a fused path. A denoiser that is a network of `networks`
 (`EDMPrecond` and its like), or a `functools.partial` of one that gives its labels by keyword, is

@@ -17,8 +17,8 @@ def multistep(denoiser, x: Tensor, sigmas, *, sigma_min: float = 0.002, clip_den
     `schedules.EDM(40).sigma([0, 22, 39])`, and mean two calls.
 
     Args:
-        denoiser, x, sigmas, callback: see the module; one call in each step, of a network that gives D
-            from any level at once. The levels fall.
+        denoiser, x, sigmas, callback: see the module; one call in each step, of a network that
+            gives D from any level at once. The levels fall.
         sigma_min: level at which the network was trained to give x back, >= 0.
         clip_denoised: clamp D, and the result, to [-1, 1].
         generator: `torch.Generator` of the noise; None is torch's global one.

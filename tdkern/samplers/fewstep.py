@@ -73,7 +73,8 @@ def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tens
 def _sample(sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool, callback) -> Tensor:
     levels = checked_levels(sampler, sigmas)
     lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in levels]
-    known, begin, values = [], x, 0  # (lambda, D), the newest first; the state and the number of values that the last prediction took
+    known = []  # (lambda, D), the newest first
+    begin, values = x, 0  # the state and the number of values that the last prediction took
     for step, (lam, lam_next) in enumerate(pairwise(lambdas)):
         denoised = denoise(denoiser, x, levels[step])
         if callback is not None:

@@ -154,33 +154,42 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = self.loss.at(self.step)
-        for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
-            x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
-            # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean
-            # over the whole batch
-            scale = x[0].numel() / options.batch
-            terms = loss.evaluate(
-                self.net,
-                self.target and self.target.module,
-                loss.pair(x),
-                y if y.shape[1] else None,
-                augment_labels,
-                gradient_scale=scale,
-            )
-            terms.loss.sum().backward()
-            sums = torch.stack([part.detach().double().sum() for part in terms])
-            sums[:3] /= scale  # loss, td and base are reported as means over elements
-            self.sums += sums
+        size = options.batch_gpu
+        for part in zip(images.split(size), labels.split(size), strict=True):
+            self._backward(loss, *part)
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
-        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
+        # on the device, which alone knows of skipped steps
+        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
         # empty where there is no target network
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
-        self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        self.optimizer.step()
         for average in self.averages:
             average.copy_buffers(self.net)
         self.step += 1
+
+    def _backward(self, loss: Loss, images: Tensor, labels: Tensor) -> None:
+        """Add the gradient and the terms of a part of the batch; arguments as `train_step`'s."""
+        x0, augment_labels = to_float(images), None
+        if self.augment_pipe:
+            x0, augment_labels = self.augment_pipe(x0)
+        # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over
+        # the whole batch
+        scale = x0[0].numel() / self.options.batch
+        terms = loss.evaluate(
+            self.net,
+            self.target and self.target.module,
+            loss.pair(x0),
+            labels if labels.shape[1] else None,
+            augment_labels,
+            gradient_scale=scale,
+        )
+        terms.loss.sum().backward()
+        sums = torch.stack([term.detach().double().sum() for term in terms])
+        sums[:3] /= scale  # loss, td and base are reported as means over elements
+        self.sums += sums
 
     def statistics(self) -> dict[str, float]:
         """Means over the samples since the last call, over all processes, and the steps skipped.
