@@ -8,7 +8,7 @@ differentiated by PyTorch itself, which makes it the oracle of the others.
 import ctypes
 import importlib.util
 import os
-from functools import cache, lru_cache, partial, wraps
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -92,22 +92,6 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     if device.type != wanted:
         raise ValueError(f"{op}: backend {backend!r} takes tensors on {wanted}, got {device.type}")
     return backend
-
-
-def tensor_cache(maxsize: int | None = None):
-    """A decorator: `lru_cache` for a function that makes tensors. Where it is traced it makes them anew: fake tensors and real ones do not mix."""
-    def decorate(make):
-        kept = lru_cache(maxsize)(make)
-
-        @wraps(make)
-        def call(*args):
-            real = not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is torch.Tensor
-            return kept(*args) if real else make(*args)
-
-        call.cache_clear = kept.cache_clear
-        return call
-
-    return decorate
 
 
 def readable(values: torch.Tensor) -> bool:

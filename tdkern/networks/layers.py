@@ -1,4 +1,8 @@
-"""What the U-Nets are made of. Weights stay in their own dtype and are cast to the activation's, so that one network runs in any precision."""
+"""What the U-Nets are made of.
+
+Weights stay in their own dtype and are cast to the activation's, so that one network runs in any
+precision.
+"""
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +14,10 @@ from . import half
 
 
 class KeepsBuffers(nn.Module):
-    """A module whose own buffers, tables of levels or frequencies, stay as precise as they are when `.half()` or `.to(dtype)` cast the network."""
+    """A module whose own buffers stay as precise as they are when the network is cast.
+
+    They are tables of levels or frequencies; `.half()` and `.to(dtype)` cast the rest.
+    """
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -23,14 +30,21 @@ class KeepsBuffers(nn.Module):
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values of a layer: `gain` times a distribution for its weight, `bias_gain` times the same one for its bias."""
+    """Initial values of a layer.
+
+    They are `gain` times a distribution for its weight, `bias_gain` times the same one for its
+    bias.
+    """
 
     mode: str
     gain: float = 1.0
     bias_gain: float = 0.0
 
     def parameters(self, shape: tuple[int, ...], bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Weight and bias of a layer whose weight has `shape` [out, in, *kernel]; both have the layer's fans, which count the kernel."""
+        """Weight and bias of a layer whose weight has `shape` [out, in, *kernel].
+
+        Both have the layer's fans, which count the kernel.
+        """
         fan_out, fan_in = (channels * prod(shape[2:]) for channels in shape[:2])
         draw = {
             "xavier_uniform": lambda size: (6 / (fan_in + fan_out)) ** 0.5 * (2 * torch.rand(size) - 1),
@@ -55,7 +69,8 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Convolution with same padding, after an optional resampling by two with a separable filter.
 
-    A kernel of 0 is the filter alone. `fused` puts the filter after the convolution when going down and pads once for both.
+    A kernel of 0 is the filter alone. `fused` puts the filter after the convolution when going down
+    and pads once for both.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, init: Init | None = None, *, up: bool = False, down: bool = False,
@@ -132,7 +147,10 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """[B] to [B, channels]: cosines, then sines, at frequencies 10000^(-j/(n/2)), or 10000^(-j/(n/2-1)) with `endpoint`."""
+    """[B] to [B, channels]: cosines, then sines, at frequencies 10000^(-j/(n/2)).
+
+    With `endpoint` they are 10000^(-j/(n/2-1)).
+    """
 
     def __init__(self, channels: int, endpoint: bool = False):
         super().__init__()
@@ -145,7 +163,10 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(KeepsBuffers):
-    """[B] to [B, channels]: cosines, then sines, at random frequencies, which a checkpoint keeps (arXiv 2011.13456)."""
+    """[B] to [B, channels]: cosines, then sines, at random frequencies (arXiv 2011.13456).
+
+    A checkpoint keeps the frequencies.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -175,9 +196,10 @@ class BlockStyle:
 class ResBlock(nn.Module):
     """Residual block with noise conditioning, and with self-attention where `heads` is not 0.
 
-    h = conv0(silu(norm0(x))),  a = affine(emb),  h = silu(norm1(h + a)) or, with (scale, shift) = a, silu(norm1(h) (1 + scale) + shift),
-    x = (skip(x) + conv1(dropout(h))) skip_scale,  x = (x + proj(attention(qkv(norm2(x))))) skip_scale.
-    x: [B, in_channels, H, W], emb: [B, emb_channels]; returns [B, out_channels, H', W'], in x's dtype.
+    h = conv0(silu(norm0(x))),  a = affine(emb),  h = silu(norm1(h + a)) or, with (scale, shift) =
+    a, silu(norm1(h) (1 + scale) + shift), x = (skip(x) + conv1(dropout(h))) skip_scale,  x = (x +
+    proj(attention(qkv(norm2(x))))) skip_scale. x: [B, in_channels, H, W], emb: [B, emb_channels];
+    returns [B, out_channels, H', W'], in x's dtype.
     """
 
     def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, *, up: bool = False, down: bool = False, heads: int = 0):
@@ -217,8 +239,9 @@ class ResBlock(nn.Module):
         return x + h if self.style.skip_scale == 1 else (x + h) * self.style.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
-        # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few, are put in the order q/k/v, head, channel,
-        # so that q, k and v come out contiguous, as the fast attention kernels want them.
+        # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few,
+        # are put in the order q/k/v, head, channel, so that q, k and v come out contiguous, as the
+        # fast attention kernels want them.
         weight, bias = (p.to(x.dtype).unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in (self.qkv.weight.flatten(1), self.qkv.bias))
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
         q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
