@@ -50,13 +50,13 @@ def test_a_network_without_gradients_loses_no_more_in_one_kernel(make, monkeypat
     one_kernel = half.norm_silu
     monkeypatch.setattr(half, "norm_silu", lambda *args: calls.append(0) or one_kernel(*args))
     with torch.no_grad():
-        expected = net.raw(x, sigma)
+        expected = net(x, sigma, raw=True)
         assert not calls  # float32
         net.dtype = BF16
         results = []
         for fuses in (False, True):
             monkeypatch.setattr(half, "fuses", lambda x, fuses=fuses: fuses)
-            results.append(net.raw(x, sigma).float())
+            results.append(net(x, sigma, raw=True).float())
     away = [(result - expected).norm().item() for result in results]
     assert calls and results[0].ne(results[1]).any()
     assert away[1] < 1.1 * away[0] < 0.05 * expected.norm().item()
