@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._library import tensor_cache
+from ._cache import tensor_cache
 
 ETA = {"markov": 1.0, "shared": 0.0}
 
