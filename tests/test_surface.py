@@ -19,7 +19,7 @@ import tdkern
 from tdkern import _library, reference
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.ops import adam_ema_, found_inf
-from tdkern.ops.noise_pair import DTYPES as PAIR_DTYPES
+from tdkern.ops._dtypes import STORAGE_PAIRS as PAIR_DTYPES
 from tdkern.ops.td_loss import BASES, NORMS
 from tdkern.preconditioning import EDM
 from tdkern.schedules import two_moment
