@@ -1,6 +1,8 @@
 """adam_ema_ against torch.optim, the reference and, as an optimizer, torch.optim.AdamW."""
 import copy
+import io
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -70,6 +72,16 @@ def test_averages_see_the_parameters_as_they_are_stored(backend):
             lists = problem(dtypes, device_of(backend), K=1)
             adam_ema_(*lists[:6], [0.0], lr=0.01, backend=backend)
             assert all(torch.equal(average, param.float()) for param, average in zip(lists[0], lists[5][0], strict=True)), dtypes
+
+
+def test_decay_0_copies_whatever_the_average_held(backend):
+    for dtypes in DTYPES:
+        lists = problem(dtypes, device_of(backend), K=2)
+        for average in (average for column in lists[5] for average in column):
+            average.fill_(math.nan)
+        adam_ema_(*lists[:6], [0.0, 0.5], lr=0.01, backend=backend)
+        assert all(torch.equal(average, param.to(average.dtype)) for param, average in zip(lists[0], lists[5][0], strict=True)), dtypes
+        assert all(average.isnan().all() for average in lists[5][1])
 
 
 @pytest.mark.parametrize("lie", LIE)
@@ -272,6 +284,110 @@ def test_state_dict_both_ways(kind):
     same(net, third)
     with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"):
         again.load_state_dict(kind(network().parameters(), amsgrad=True).state_dict())
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
+def test_options_that_are_not_implemented_are_refused_at_every_door(name):
+    param, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    param.grad = torch.ones(2)
+    message = f"AdamEMA: {name} must be False, which alone is implemented, got True"
+    with pytest.raises(ValueError, match=message):
+        AdamEMA([{"params": [param], name: True}])
+    optimizer = AdamEMA([param])
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": [other], name: True})
+    assert len(optimizer.param_groups) == 1
+    state = optimizer.state_dict()
+    state["param_groups"][0][name] = True
+    with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0][name] is False and not optimizer.state
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert param.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled):
+    """torch.optim.AdamW before 2.7 saved no decoupled_weight_decay; others save fewer keys still."""
+    net, other = network(), network()
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    theirs = kind(other.parameters(), 0.01, weight_decay=0.5)
+    train(other, theirs, 3)
+    state = copy.deepcopy(theirs.state_dict())
+    for group in state["param_groups"]:
+        for name in ("decoupled_weight_decay", "fused", "maximize", "capturable", "differentiable"):
+            group.pop(name, None)
+    ours = AdamEMA(net.parameters(), 0.5, decoupled=decoupled)
+    net.load_state_dict(other.state_dict())
+    ours.load_state_dict(state)
+    assert ours.param_groups[0]["decoupled_weight_decay"] is decoupled
+    for each, optimizer in ((net, ours), (other, theirs)):
+        train(each, optimizer, 3, seed=1)
+    same(net, other)
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["a float", "a tensor"])
+def test_torch_distributed_checkpoint_leaves_the_averages_alone(lr):
+    """Loading makes the state by a step with lr 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    def made():
+        net, average = network(), network()
+        return net, average, AdamEMA(net.parameters(), lr, averages=[average.parameters()], decays=[0.9])
+
+    net, average, optimizer = made()
+    train(net, optimizer, 5)
+    optimizer.zero_grad()
+    saved = copy.deepcopy((net.state_dict(), average.state_dict(), get_optimizer_state_dict(net, optimizer)))
+    again, its_average, other = made()
+    again.load_state_dict(saved[0])
+    its_average.load_state_dict(saved[1])
+    set_optimizer_state_dict(again, other, saved[2])
+    assert all(torch.equal(*pair) for pair in zip(average.parameters(), its_average.parameters(), strict=True))
+    for each, its in ((net, optimizer), (again, other)):
+        train(each, its, 3, seed=1)
+    assert all(torch.equal(*pair) for pair in zip(net.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(average.parameters(), its_average.parameters(), strict=True))
+
+
+def test_a_later_step_with_lr_0_moves_the_averages():
+    param, average = torch.nn.Parameter(torch.ones(2)), torch.zeros(2)
+    optimizer = AdamEMA([param], 0.1, averages=[[average]], decays=[0.5])
+    param.grad = torch.zeros(2)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    assert average.tolist() == [0.75, 0.75]
+
+
+def unpickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+def saved(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__)
+def test_a_copy_steps_as_the_optimizer(how):
+    """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a scheduler."""
+    net, average = network(), network()
+    optimizer = AdamEMA(net.parameters(), 0.01, averages=[average.parameters()], decays=[0.9], backend="reference")
+    train(net, optimizer, 2)
+    for copied in (how(optimizer), how(torch.optim.lr_scheduler.StepLR(optimizer, 1)).optimizer):
+        params = copied.param_groups[0]["params"]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        before = [avg.clone() for param in params for avg in copied._averages[param]]
+        copied.step()
+        assert copied._step_supports_amp_scaling and copied.backend == "reference" and copied.skipped.item() == 0
+        after = [avg for param in params for avg in copied._averages[param]]
+        assert len(after) == 4 and not any(map(torch.equal, before, after))
 
 
 def test_averages_follow_the_decays():

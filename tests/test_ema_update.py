@@ -99,6 +99,20 @@ def test_decay_0_copies_and_1_keeps(backend):
     assert all(torch.equal(*pair) for pair in zip(averages[1], old[1], strict=True))
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_decay_0_copies_whatever_the_average_held(backend, dtypes):
+    """NaN, infinity, and numbers whose difference from the parameter overflows."""
+    net, wide = DTYPES[dtypes]
+    largest = torch.finfo(wide).max
+    held = torch.tensor([math.nan, math.inf, -math.inf, -largest, 1.0] * 9, dtype=wide, device=device_of(backend))
+    param = torch.tensor([1.0, -2.0, 0.0, torch.finfo(net).max, -0.0] * 9, dtype=net, device=device_of(backend))
+    averages = [[held.clone(), held[:3].clone()] for _ in range(3)]
+    tdkern.ema_update_(averages, [param, param[:3]], [0.0, 0.5, 0.0], backend=backend)
+    for k in (0, 2):
+        assert torch.equal(averages[k][0], param.to(wide)) and torch.equal(averages[k][1], param[:3].to(wide))
+        assert averages[k][0][4].signbit().item()
+
+
 def test_thousands_of_tiny_tensors_and_many_averages(backend):
     """More tensors than one launch's table holds, more averages than its arguments."""
     count = 20 if backend == "triton" and _library.interpreted() else 400

@@ -192,7 +192,7 @@ def test_opcheck_of_every_op(compiled):
 
 @pytest.mark.parametrize("base", BASES)
 def test_reference_td_loss_is_differentiable_twice(base):
-    """gradcheck and gradgradcheck of the oracle; the compiled backends' td_loss is differentiable once, and raises (test_td_loss.py)."""
+    """gradcheck and gradgradcheck of the oracle, whose numbers the compiled backends have (test_transforms.py)."""
     F, *rest = (drawn((2, 3), F64, "cpu", i) for i in range(5))
     coef = tdkern.td_coef(torch.tensor([0.7, 3.0], dtype=F64), backend="reference")[0]
 

@@ -26,7 +26,7 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
     Deterministic. No host synchronisation.
     """
     try:
-        if not grads:
+        if len(grads) == 0:
             raise ValueError("found_inf: grads must hold at least one tensor")
         backend = _backends.resolve("found_inf", backend, grads[0].device)
         if backend not in ("cpp", "cuda"):
@@ -83,12 +83,12 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     columns = (params, grads, exp_avgs, exp_avg_sqs, steps)
     options = (*_pair(betas), eps, weight_decay, decoupled)
     try:
-        backend = _backends.resolve("adam_ema_", backend, params[0].device if params else torch.device("cpu"))
+        backend = _backends.resolve("adam_ema_", backend, params[0].device if len(params) > 0 else torch.device("cpu"))
         if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
             backend = "reference"
         decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
         scalars = (lr, found_inf, grad_scale, clip)
-        lengths = len(averages) == decays.numel() and len(grads) == len(params)
+        lengths = len(averages) == decays.numel() and len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(steps)
         if backend not in ("cpp", "cuda") or not lengths or torch.compiler.is_compiling():  # these two check for themselves
             if _shards.any_distributed(params, grads, *averages):
                 return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
@@ -146,15 +146,18 @@ def _checked_numbers(lr: float | Tensor, beta1: float, beta2: float, eps: float,
             raise
         if not inside:
             raise ValueError(f"adam_ema_: {name} must be in [0, {end}), got {value}")
-    if not isinstance(lr, Tensor):
-        try:
-            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
-        except (TypeError, ValueError):
-            check_number("adam_ema_", "lr", lr)
-            raise
-    if _modes.can_check_values(lr) and lr.numel() == 1 and not 0 <= lr.item() < math.inf:
-        raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr.item()}")
-    return lr
+    if isinstance(lr, Tensor):
+        if _modes.can_check_values(lr) and lr.numel() == 1 and not 0 <= lr.item() < math.inf:
+            raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr.item()}")
+        return lr
+    try:
+        inside = 0 <= lr < math.inf
+    except TypeError:
+        check_number("adam_ema_", "lr", lr)
+        raise
+    if not inside:
+        raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr}")
+    return torch.tensor(lr, dtype=torch.float64, device="cpu")
 
 
 def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:

@@ -34,11 +34,11 @@ def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], 
     Triton: one for every tensor.
     """
     try:
-        backend = _backends.resolve("ema_update_", backend, params[0].device if params else torch.device("cpu"))
+        backend = _backends.resolve("ema_update_", backend, params[0].device if len(params) > 0 else torch.device("cpu"))
         if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
             backend = "reference"
         decays = checked_decays("ema_update_", decays)
-        if params and type(params[0]) not in _modes.PLAIN and _shards.any_distributed(params):
+        if len(params) > 0 and type(params[0]) not in _modes.PLAIN and _shards.any_distributed(params):
             return _on_shards(averages, params, decays, backend)
         if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # they check for themselves
             if _shards.any_distributed(params, *averages):

@@ -63,6 +63,8 @@ def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_
         with torch.no_grad():  # which leaves tangents be: in forward mode the reference gives them too
             pair = _pair_of_reference(*args) if backend == "reference" else _backends.call("noise_pair", backend, args)
     except _backends.REFUSED:
+        _check_integer("seed", seed_given)
+        _check_integer("offset", offset_given)
         _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, c_in, c_in_p, net_dtype)  # says in full which argument is wrong
         raise
     return pair[:2] if c_in is None else pair

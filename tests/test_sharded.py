@@ -1,0 +1,162 @@
+"""AdamEMA, EMA and the list ops where parameters are shards: FSDP2, tensor-parallel layouts, FSDP1 and ZeroRedundancyOptimizer, on gloo."""
+import math
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import tdkern
+from tdkern.ema import EMA
+from tdkern.ops import adam_ema_, found_inf
+from tdkern.optim import AdamEMA
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+DECAYS = [0.9, 0.0]
+
+
+def run(rank, world, file, check):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    try:
+        globals()[check](rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def processes(check, world):
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(run, (world, os.path.join(folder, "meet"), check.__name__), world)
+
+
+def network():
+    """Its first dimensions, 7, 7, 2 and 2, are no multiples of 2 or 3: shards are uneven, and one may be empty."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double()
+
+
+def trained(net, averages, steps=4, bad_step=1):
+    """The optimizer after some steps, one of whose gradients has an element that is not finite."""
+    optimizer = AdamEMA(net.parameters(), 0.02, weight_decay=0.1, averages=[average.module.parameters() for average in averages], decays=DECAYS[: len(averages)])
+    random = torch.Generator().manual_seed(1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        scale = torch.ones(2, dtype=torch.float64)
+        if step == bad_step:
+            scale[1] = math.inf  # the gradient of the last rows of the second layer
+        (net(torch.randn(3, 5, generator=random, dtype=torch.float64)) * scale).square().sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def whole(tensors):
+    return [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]
+
+
+def same(sharded, plain):
+    for actual, expected in zip(whole(sharded), plain, strict=True):
+        torch.testing.assert_close(actual.detach(), expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+def fully_sharded(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    plain = network()
+    plain_averages = [EMA(plain) for _ in DECAYS]
+    expected = trained(plain, plain_averages)
+    net = network()
+    averages = [EMA(net) for _ in DECAYS]
+    for module in (net, *(average.module for average in averages)):
+        fully_shard(module, mesh=mesh)
+    optimizer = trained(net, averages)
+    assert optimizer.skipped.item() == expected.skipped.item() == 1
+    same(net.parameters(), plain.parameters())
+    for average, plain_average in zip(averages, plain_averages, strict=True):
+        same(average.module.parameters(), plain_average.module.parameters())
+    for param, plain_param in zip(net.parameters(), plain.parameters(), strict=True):
+        same([optimizer.state[param]["exp_avg"]], [expected.state[plain_param]["exp_avg"]])
+    versions = [param._version for param in averages[0].module.parameters()]
+    averages[0].update(net, 0.25)
+    plain_averages[0].update(plain, 0.25)
+    same(averages[0].module.parameters(), plain_averages[0].module.parameters())
+    assert all(param._version > version for param, version in zip(averages[0].module.parameters(), versions, strict=True))
+
+
+def tensor_parallel(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    for backend in ("cpp", "reference"):
+        random = torch.Generator().manual_seed(0)
+        columns = [[torch.randn(7, 5, generator=random, dtype=torch.float64).abs() for _ in range(3)] for _ in range(5)]
+        layouts = [[Shard(0)], [Shard(1)], [Replicate()]]
+        sharded = [[distribute_tensor(tensor.clone(), mesh, layout) for tensor, layout in zip(column, layouts, strict=True)] for column in columns]
+        sharded[1][2] = distribute_tensor(columns[1][2], mesh, [Shard(0)])  # a gradient that is laid otherwise than its parameter
+        steps = [[torch.zeros(()) for _ in range(3)] for _ in range(2)]
+        for (params, grads, m, v, average), counts in ((columns, steps[0]), (sharded, steps[1])):
+            adam_ema_(params, grads, m, v, counts, [average], [0.9], lr=0.1, backend=backend)
+            tdkern.ema_update_([average], params, torch.tensor([0.5]), backend=backend)
+        for column, plain in zip(sharded, columns, strict=True):
+            same(column, plain)
+        bad = distribute_tensor(torch.full((7, 5), math.nan) if rank == 0 else torch.zeros(7, 5), mesh, [Shard(0)], src_data_rank=None)
+        assert found_inf([sharded[0][0], bad], backend=backend).item() == 1  # of rank 0's rows alone
+        assert found_inf(sharded[0], backend=backend).item() == 0
+        part = torch.distributed.tensor.DTensor.from_local(torch.full((2,), math.inf if rank == 0 else -math.inf), mesh, [Partial()])
+        assert found_inf([part], backend=backend).item() == 1
+        for averages, message in (([torch.zeros(7, 5, dtype=torch.float64)], "a plain Tensor"), ([distribute_tensor(columns[0][0], mesh, [Shard(1)])], "a DTensor of")):
+            with pytest.raises(ValueError, match=rf"ema_update_: averages\[0\]\[0\] must be distributed as its parameter is, .*, got {message}"):
+                tdkern.ema_update_([averages], sharded[0][:1], [0.5], backend=backend)
+        with pytest.raises(ValueError, match="heun_step: F must be a plain tensor, got a DTensor"):
+            tdkern.heun_step(sharded[0][0], columns[0][0], torch.ones(6, dtype=torch.float64), backend="cpp")
+
+
+def flags_of_all_processes(rank, world):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.manual_seed(0)
+    net = FullyShardedDataParallel(nn.Linear(4, 8, bias=False), device_id=torch.device("cpu"))
+    optimizer = AdamEMA(net.parameters(), 1e-2)
+    scale = torch.ones(8)
+    scale[7] = math.inf  # a row of the last shard
+    (net(torch.randn(3, 4)) * scale).sum().backward()
+    before = next(net.parameters()).detach().clone()
+    optimizer.step()
+    assert torch.equal(before, next(net.parameters()).detach()) and optimizer.skipped.item() == 1
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), AdamEMA, lr=1e-2)
+    for bad in (True, False):
+        optimizer.zero_grad()
+        net(torch.ones(3, 4)).sum().backward()
+        if bad:
+            net[0].weight.grad[0, 0] = math.nan
+        before = [param.detach().clone() for param in net.parameters()]
+        optimizer.step()
+        moved = [not torch.equal(*pair) for pair in zip(before, net.parameters(), strict=True)]
+        assert moved == [not bad] * 4, (rank, moved)
+
+    # one parameter for two or three processes: some have none, and count all the same
+    one = nn.Parameter(torch.ones(2))
+    optimizer = ZeroRedundancyOptimizer([one], AdamEMA, lr=1e-2)
+    one.grad = torch.tensor([1.0, math.inf])
+    optimizer.step()
+    assert optimizer.optim.skipped.item() == 1 and one.tolist() == [1, 1]
+
+    # alone, where that is asked for
+    param = nn.Parameter(torch.ones(2))
+    param.grad = torch.full((2,), math.nan if rank == 0 else 1.0)
+    AdamEMA([param], 0.1, flag_group=None).step()
+    assert (param.tolist() == [1, 1]) == (rank == 0)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("check", [fully_sharded, tensor_parallel, flags_of_all_processes], ids=lambda check: check.__name__)
+def test_in_processes(check, world):
+    processes(check, world)
