@@ -1,4 +1,5 @@
 """group_norm_silu against group_norm and silu in float64."""
+import aot
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,3 +34,13 @@ def test_group_norm_silu(shape, dtype, extra):
     assert got.dtype == dtype and got.shape == x.shape and got.stride() == torch.empty_like(x).stride()
     torch.testing.assert_close(got.double(), F.silu(normal * scale + shift),
                                rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_group_norm_silu_ahead_of_time(capability):
+    """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""
+    report = {name: facts for name, facts in aot.report(capability).items()
+              if name.startswith("norm_silu")}
+    assert len(report) == 11
+    assert all(facts["stack"] == facts["local"] == 0 and facts["registers"] <= 128
+               for facts in report.values()), report
