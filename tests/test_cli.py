@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import pixels, png, raw_data_set, tdkern_
+from tiny import by_flag, pixels, png, raw_data_set, tdkern_
 
 import tdkern.cli
 from tdkern.networks import MLP, iDDPMPrecond
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
 def options_of(*args):
     """The options that `tdkern train --dry-run` prints."""
     output = tdkern_("train", "--dry-run", *args)
-    return json.loads(output[: output.index("\n}") + 2])
+    return by_flag(json.loads(output[: output.index("\n}") + 2]))
 
 
 def test_train_then_generate(tmp_path, data):
@@ -73,6 +73,9 @@ def test_generate_with_every_sampler(tmp_path, data):
     for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
         output = generate("--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2)
         assert f"--{flag} does nothing with --sampler {sampler}" in output
+    generate("--sampler", "multistep", "--steps", "1", name="one of multistep")
+    assert np.array_equal(images["one of multistep"], images["onestep"])
+    assert "--steps must be at least 2 with heun, got 1" in generate("--steps", "1", name="refused", code=2)
     assert "--rho does nothing with --disc vp" in generate("--disc", "vp", "--rho", "7", name="refused", code=2)
 
 

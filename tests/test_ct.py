@@ -90,7 +90,7 @@ def test_scalings_and_weightings_golden(kind):
     golden = load("cm_tables")
     sigma, sd, s_min = golden["scal_sigma"], float(golden[f"scal_{kind}_sigma_data"]), float(golden[f"scal_{kind}_sigma_min"])
     net = CTPrecond(nn.Identity(), sd, s_min)
-    (c_in, c_noise), (c_skip, c_out) = net.input_scaling(sigma), net.output_scaling(sigma)
+    (c_in, c_noise), (c_skip, c_out) = net.input_scaling(sigma), net.preconditioning.skip_scale(sigma)
     assert error(c_noise, golden["net_time"]) < 1e-12
     for ours, name in ((c_skip, "c_skip"), (c_out, "c_out"), (c_in, "c_in")):
         assert error(ours, golden[f"scal_{kind}_boundary_{name}"]) < 1e-12, name
@@ -124,8 +124,8 @@ def test_exponential_curriculum():
 
 
 def test_at_a_step():
-    loss = TDCTLoss(Progressive(2, 150, 1000), loss_norm="huber", lambda_td=0.7)
-    assert loss.at(0).num_scales == 2 and loss.at(1000).num_scales == 151 and loss.at(1000).lambda_td == 0.7
+    loss = TDCTLoss(Progressive(2, 150, 1000), base_norm="huber", lambda_base=0.7)
+    assert loss.at(0).num_scales == 2 and loss.at(1000).num_scales == 151 and loss.at(1000).lambda_base == 0.7
     assert loss.at(0)(CTPrecond(MLP()), CTPrecond(MLP()), torch.zeros(3, 2)).shape == (3,)
     assert (fixed := CTLoss()).at(5) is fixed
     with pytest.raises(ValueError, match=r"TDCTLoss: num_scales must be a number, got a curriculum: use loss.at\(step\)"):
@@ -153,12 +153,12 @@ def test_draws():
 @pytest.mark.parametrize("lognormal", [None, (-1.1, 2.0)])
 def test_nothing_waits_for_the_device(lognormal):
     """On the device "meta" there are no values, so whatever asked for one would raise."""
-    batch = TDCTLoss(weighting="inverse-step", lognormal=lognormal).pair(torch.zeros(4, 3, device="meta"))
+    batch = TDCTLoss(base_weight="inverse-step", lognormal=lognormal).pair(torch.zeros(4, 3, device="meta"))
     assert batch.coef.device.type == batch.x_t.device.type == "meta" and batch.x_tp.shape == (4, 3)
 
 
 def test_inverse_step_weighting():
-    batch, plain = (TDCTLoss(20, weighting=weighting).pair(torch.zeros(19, 1), index=torch.arange(19)) for weighting in ("inverse-step", "uniform"))
+    batch, plain = (TDCTLoss(20, base_weight=weighting).pair(torch.zeros(19, 1), index=torch.arange(19)) for weighting in ("inverse-step", "uniform"))
     assert error(batch.coef[:, 7], plain.coef[:, 7] / (batch.levels[:, 0] - batch.levels[:, 2])) < 1e-12
     assert torch.equal(batch.coef[:, :7], plain.coef[:, :7])
 
@@ -175,7 +175,7 @@ def networks():
 def test_fused_and_plain_network(norm):
     """A callable that gives D only has the same loss and gradient; n times "huber" is iCT's."""
     net, target = networks()
-    loss = TDCTLoss(loss_norm=norm)
+    loss = TDCTLoss(base_norm=norm)
     batch = loss.pair(torch.randn(8, 12, dtype=F64), index=torch.arange(0, 40, 5))
     results = []
     for online, other in ((net, target), (lambda *args, **labels: net(*args), lambda *args, **labels: target(*args))):
@@ -214,7 +214,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
     flat = [CTPrecond(nn.Sequential(), time_scale=0.25) for _ in range(2)]
     for wrapper, inner in zip(flat, (net, target), strict=True):
         wrapper.model = Flat(inner.model)
-    loss, l2 = TDCTLoss(loss_norm="lpips", weighting="snr"), TDCTLoss(weighting="snr")
+    loss, l2 = TDCTLoss(base_norm="lpips", base_weight="snr"), TDCTLoss(base_weight="snr")
     batch = loss.pair(images, index=torch.tensor([3, 20, 30, 38]))
     terms, plain = loss.evaluate(*flat, batch), l2.evaluate(*flat, batch)
     assert torch.equal(terms.td, plain.td) and terms.valid.tolist() == [True, True, True, False]
@@ -228,7 +228,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
     assert torch.autograd.grad(terms.base.sum(), net.model.output.weight)[0].abs().sum() > 0 and not calls[0][1].requires_grad
     monkeypatch.setitem(sys.modules, "piq", None)
     lpips.cache_clear()
-    with pytest.raises(ImportError, match=r"loss_norm 'lpips' needs piq and torchvision: `pip install tdkern\[lpips\]`"):
+    with pytest.raises(ImportError, match=r"base_norm 'lpips' needs piq and torchvision: `pip install tdkern\[lpips\]`"):
         loss.evaluate(*flat, batch)
 
 
@@ -245,14 +245,14 @@ class Flat(nn.Module):
 
 def test_bad_arguments():
     for call, message in (
-        (lambda: CTLoss(loss_norm="l3"), "CTLoss: loss_norm must be one of l2, l1, huber, lpips, got 'l3'"),
-        (lambda: TDCTLoss(weighting="edm"), r"TDCTLoss: weighting must be one of karras, uniform, snr, snr\+1, truncated-snr, inverse-step, got 'edm'"),
+        (lambda: CTLoss(base_norm="l3"), "CTLoss: base_norm must be one of l2, l1, huber, lpips, got 'l3'"),
+        (lambda: TDCTLoss(base_weight="edm"), r"TDCTLoss: base_weight must be one of karras, uniform, snr, snr\+1, truncated-snr, inverse-step, got 'edm'"),
         (lambda: CTLoss(huber_c=0.1), "huber_c must be None with base_norm 'l2', got 0.1"),
         (lambda: CTLoss(lognormal=(0.0, 0.0)), r"CTLoss: lognormal must be \(P_mean, P_std\) with P_std > 0, got \(0.0, 0.0\)"),
         (lambda: CTLoss(lognormal=(-50.0, 1.0)), r"CTLoss: lognormal must have levels between sigma_min and sigma_max, got \(-50.0, 1.0\)"),
         (lambda: CTLoss(1), "steps must be at least 2, got 1"),
         (lambda: CTLoss(Progressive(), sigma_data=0.0), "sigma_data must be a positive number, got 0.0"),
-        (lambda: TDCTLoss(lambda_td=-1.0), "TDCTLoss: lambda_td must be a number >= 0, got -1.0"),
+        (lambda: TDCTLoss(lambda_base=-1.0), "TDCTLoss: lambda_base must be a number >= 0, got -1.0"),
         (lambda: TDCTLoss(coupling="both"), "coupling must be 'markov' or 'shared', got 'both'"),
         (lambda: CTLoss().pair(torch.zeros(2, 3), index=torch.zeros(3, dtype=torch.int64)), r"CTLoss: index must have shape \[2\], got \[3\]"),
         (lambda: CTLoss().pair(torch.zeros(2, 3), index=torch.tensor([0, 39])), "CTLoss: index must be from 0 to 38, got values from 0 to 39"),
@@ -299,7 +299,7 @@ def test_one_step_samples_improve_over_training(family):
     """Data of two points, improved consistency training's recipe: the cost of carrying one-step samples to the data, early and late."""
     torch.manual_seed(0)
     steps = 400
-    loss = family(Exponential(4, 32, steps), loss_norm="huber", weighting="inverse-step", lognormal=(-1.1, 2.0))
+    loss = family(Exponential(4, 32, steps), base_norm="huber", base_weight="inverse-step", lognormal=(-1.1, 2.0))
     points = torch.tensor([[0.6, 0.4], [-0.6, -0.4]])
     net = CTPrecond(MLP(width=32, num_blocks=1), time_scale=0.25)
     target, optimizer = EMA(net), torch.optim.Adam(net.parameters(), 3e-3)

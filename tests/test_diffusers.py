@@ -8,9 +8,12 @@ import torch
 from click.testing import CliRunner
 
 from tdkern.cli import main
+from tdkern.families import FAMILIES
 from tdkern.integrations import export_diffusers
+from tdkern.losses import EDMLoss
 from tdkern.networks import Denoiser, DhariwalUNet, EDMPrecond, SongUNet, unet
-from tdkern.training.checkpoint import SNAPSHOT, build_network, write
+from tdkern.training import load_network
+from tdkern.training.checkpoint import SNAPSHOT, write
 
 ADM = {"img_resolution": 8, "in_channels": 3, "out_channels": 6, "label_dim": 3, "augment_dim": 9, "model_channels": 128, "channel_mult": [1, 2],
        "num_blocks": 1, "attn_resolutions": [4], "dropout": 0.2}  # a level with attention and one without
@@ -39,7 +42,7 @@ def bits(tensors):
 def test_folder(adm, tmp_path):
     """The tensors have the names and shapes of diffusers 0.42's UNet2DModel of that config, and are the network's own numbers, each once."""
     net, path = adm
-    done = export_diffusers(path, tmp_path / "unet")
+    done = export_diffusers(load_network(path)[0], tmp_path / "unet", name=str(path))
     numbers = sum(p.numel() for name, p in net.named_parameters() if "map_augment" not in name)
     assert done == (f"{tmp_path / 'unet'}: the DhariwalUNet of {path} as a UNet2DModel, to be called with c_in x and c_noise of EDMPrecond: 161 tensors, "
                     f"{numbers:,} numbers; left out: the augmentation labels' layer, which sampling does without")
@@ -56,15 +59,15 @@ def test_folder(adm, tmp_path):
 def test_diffusers_computes_the_same(adm, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     net, path = adm
-    export_diffusers(path, tmp_path / "unet")
+    export_diffusers(load_network(path)[0], tmp_path / "unet", name=str(path))
     theirs, loading = diffusers.UNet2DModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
     assert not any(loading.values())
     x, labels = torch.randn(2, 3, 8, 8), torch.tensor([2, 0])
     one_hot = torch.eye(3)[labels]
     with torch.no_grad():
-        scaled, c_noise = net.scaled(x, torch.tensor([0.3, 5.0]))
-        out = theirs(scaled, c_noise, class_labels=labels).sample
-    torch.testing.assert_close(out, net.raw(x, torch.tensor([0.3, 5.0]), one_hot), atol=1e-5, rtol=1e-5)
+        c_in, c_noise = net.input_scaling(torch.tensor([0.3, 5.0]))
+        out = theirs(c_in[:, None, None, None] * x, c_noise, class_labels=labels).sample
+    torch.testing.assert_close(out, net(x, torch.tensor([0.3, 5.0]), one_hot, raw=True), atol=1e-5, rtol=1e-5)
 
 
 def test_denoiser_takes_a_model_of_diffusers():
@@ -87,10 +90,9 @@ def run(*args):
 
 
 def test_a_snapshot_of_a_run(tmp_path):
-    network = {"arch": "adm", "img_resolution": 4, "img_channels": 3, "label_dim": 0, "cbase": 128, "cres": [1], "dropout": 0.1, "precond": "edm",
-               "sigma_data": 0.5, "precision": "fp32"}
-    net = build_network(network)
-    write(tmp_path, SNAPSHOT, 8, net.state_dict(), {"network": network})
+    spec = FAMILIES["edm"].network(EDMLoss(), "adm", 4, 3, 0, cbase=128, cres=[1], dropout=0.1)
+    net = spec.build()
+    write(tmp_path, SNAPSHOT, 8, net.state_dict(), {"network": spec.to_json()})
     code, line = run(tmp_path, tmp_path / "unet")
     assert code == 0 and line.startswith(f"{tmp_path / 'unet'}: the DhariwalUNet of {tmp_path} as a UNet2DModel") and line.endswith("left out: nothing")
     saved = safetensors.torch.load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
@@ -108,11 +110,10 @@ def test_a_snapshot_of_a_run(tmp_path):
     (lambda: unet("adm", 8, 3, cbase=64, cres=[2, 2]), "this DhariwalUNet: its noise embedding has 64 channels and its first level 128"),
     (lambda: SongUNet(8, 3, 3, model_channels=8, encoder_type="skip", decoder_type="skip"), "this SongUNet: it scales"),
 ])
-def test_networks_without_a_counterpart_are_refused(tmp_path, monkeypatch, model, reason):
+def test_networks_without_a_counterpart_are_refused(tmp_path, model, reason):
     with torch.device("meta"):
         net = EDMPrecond(model())
-    monkeypatch.setattr("tdkern.integrations.diffusers.load_network", lambda src: (net, {}))
     with pytest.raises(ValueError, match=r"^a: no UNet2DModel computes ") as raised:
-        export_diffusers("a", tmp_path / "unet")
+        export_diffusers(net, tmp_path / "unet", name="a")
     assert reason in str(raised.value) and "\n" not in str(raised.value)
     assert not list(tmp_path.iterdir())

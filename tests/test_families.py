@@ -3,7 +3,7 @@ import pytest
 import test_losses
 import test_path_losses
 import torch
-from families import FAMILIES, Raw, column, denoised, drift
+from families import FAMILIES, Raw, draws, textbook
 
 import tdkern
 from tdkern.ops.td_coef import WEIGHTS
@@ -23,34 +23,6 @@ def table():
         cells = "  ".join(f"{row[weight]:11.0e}" if weight in row else f"{'':11}" for weight in WEIGHTS)
         print(f"{name:{width}}  {coupling:13}  {prediction:10}  {cells}  {'yes' if 'golden' in row else ''}".rstrip())
     print("Each number: the gradient's worst relative distance to finite differences. Loss and weights also agree with the family's textbook.")
-
-
-def draws(family):
-    generator = torch.Generator().manual_seed(0)
-    t = torch.tensor(family.times, dtype=torch.float64)
-    x0, noise, F, F_p = torch.randn(4, len(t), 3, dtype=torch.float64, generator=generator)
-    return t, x0 / 2, noise, F, F_p
-
-
-def textbook(family, coupling, eta, prediction, weight, batch, t, F, F_p):
-    """td and base [B], from the path's own states, four means, and the weights' definitions."""
-    alpha, sigma = family.four(t)
-    eta = {"markov": 1, "shared": 0}[coupling] if eta is None else eta
-    x0, sides = batch.x0, []
-    for side, (x, out) in enumerate(((batch.x_t, F), (batch.x_tp, F_p))):
-        levels = [column(level, x0) for level in (alpha[2 * side], sigma[2 * side], alpha[2 * side + 1], sigma[2 * side + 1])]
-        state = levels[0] * x
-        A, kappa = drift(*levels, eta)
-        D, slope = denoised(prediction, state, out, *levels[:2])
-        sides.append((A * x0 + kappa * state, A * D + kappa * state, D, A[:, 0], slope[:, 0]))
-    (mu, model, D, A, c), (mu_p, model_p, D_p, A_p, c_p) = sides
-    delta = (mu - mu_p) - (model - model_p)
-    w_td = {"pairwise": 1 / ((A * c) ** 2 + (A_p * c_p) ** 2), "pairwise_x0": 1 / (A**2 + A_p**2).clamp(min=0.01),
-            "online": 1 / ((A * c) ** 2).clamp(min=1e-8), "none": torch.ones_like(A)}[weight]
-    valid = torch.arange(len(t)) < len(t) - 1
-    base = (x0 - D) if family.base == "denoise" else (D_p - D)
-    w = torch.ones_like(c) if family.name == "ct" else c**-2
-    return torch.where(valid, w_td * delta.square().mean(1), 0.0), (0.5 + (~valid).double()) * w * base.square().mean(1), valid
 
 
 def slopes(loss, batch, F, F_p, h=1e-3):

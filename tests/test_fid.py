@@ -226,10 +226,10 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 
 
-@pytest.mark.parametrize("precond, samplers", [("edm", {"heun": [3, 7], "dpmpp": [2, 4]}), ("ct", {"multistep": [2, 4]})])
-def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, samplers):
+@pytest.mark.parametrize("family, samplers", [("edm", {"heun": [3, 7], "dpmpp": [2, 4]}), ("ct", {"multistep": [2, 4]})])
+def test_steps_measures_what_generate_draws(tmp_path, stand_in, family, samplers):
     options = Options(data=str(data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])), cond=True, arch="ddpmpp", cbase=4, cres=[1],
-                      precond=precond)
+                      family=family)
     trainer = Trainer(options, this_process())
     for parameter in trainer.ema.module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -237,7 +237,7 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, sampler
     ref = tmp_path / "ref.npz"
     invoked("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
     few = ["fid", "steps", "--network", tmp_path, "--ref", ref, "--steps", "4,1", "--num", "8"]
-    if precond == "edm":
+    if family == "edm":
         assert "--steps must be at least 2 each with heun, got 1" in invoked(*few, code=2).output
     else:
         fid = json.loads(invoked(*few).stdout.splitlines()[-1])["results"][1]["fid"]  # a consistency model's one step, by default
@@ -259,7 +259,7 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, precond, sampler
             files = invoked("fid", "calc", "--images", images, "--ref", ref, "--num", "8", "--batch", "3", "--workers", "0").stdout
             assert float(files) == pytest.approx(row["fid"], rel=1e-5)
         assert measured["results"][0]["fid"] != pytest.approx(measured["results"][1]["fid"], rel=1e-3)
-    if precond == "ct":  # with --steps, multistep is its sampler by default
+    if family == "ct":  # with --steps, multistep is its sampler by default
         invoked("generate", "--network", tmp_path, "--outdir", tmp_path / "few", "--steps", "2", "--seeds", "5-12", "--batch", "3")
         few, asked = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in ("few", "multistep2"))
         assert len(few) == 8 and few == asked

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tdkern._library import resolve
 from tdkern.losses import EDMLoss, TDEDMLoss
+from tdkern.preconditioning import EDM, Eps
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.stem for path in DATA.glob("td_edm_*.npz"))
@@ -27,12 +28,11 @@ def load(name):
 class Raw:
     """A network with EDM's preconditioning whose raw output is given."""
 
-    precond = "edm"
-
     def __init__(self, out, sigma_data=0.5):
-        self.out, self.sigma_data, self.calls = out, sigma_data, []
+        self.out, self.preconditioning, self.calls = out, EDM(sigma_data), []
 
-    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+    def __call__(self, x, sigma, class_labels=None, augment_labels=None, *, raw):
+        assert raw
         self.calls.append((x, sigma, class_labels, augment_labels))
         self.grad_enabled = torch.is_grad_enabled()
         return self.out
@@ -41,23 +41,22 @@ class Raw:
 class Linear(torch.nn.Module):
     """A small network with EDM's preconditioning, both as F and as D."""
 
-    precond = "edm"
-
     def __init__(self, sigma_data=0.5, seed=0):
         super().__init__()
-        self.sigma_data = sigma_data
+        self.sigma_data, self.preconditioning = sigma_data, EDM(sigma_data)
         self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=generator)
 
-    def raw(self, x, sigma, class_labels=None, augment_labels=None):
+    def output(self, x, sigma):
         c_in = (sigma**2 + self.sigma_data**2).rsqrt().reshape(-1, 1, 1, 1)
         return torch.tanh(self.conv(c_in * x) + sigma.log().reshape(-1, 1, 1, 1) / 4)
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+    def forward(self, x, sigma, class_labels=None, augment_labels=None, *, raw=False):
         s, sd = sigma.reshape(-1, 1, 1, 1), self.sigma_data
-        return sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * self.raw(x, sigma)
+        out = self.output(x, sigma)
+        return out if raw else sd**2 / (s**2 + sd**2) * x + s * sd / (s**2 + sd**2).sqrt() * out
 
 
 def plain(net):
@@ -79,7 +78,7 @@ def golden_loss(golden, weight, backend):
 
 def golden_batch(loss, golden, device, dtype=torch.float64):
     n1, n2 = (golden[name].to(device, dtype) for name in ("n1", "n2"))
-    noises = {"noise": n1} if loss.td_coupling == "shared" else {"noise": n2, "noise_p": n1}
+    noises = {"noise": n1} if loss.coupling == "shared" else {"noise": n2, "noise_p": n1}
     return loss.pair(golden["x0"].to(device, dtype), sigma=golden["sigma_t"].to(device), **noises)
 
 
@@ -99,7 +98,7 @@ def test_pair_golden(name, backend, device):
     assert error(1 - A_p, golden["kappa_tp"]) <= 1
     assert error(A, golden["A_t"], 1e-11) <= 1  # 1 - kappa
     assert error(A_p, golden["A_tp"], 1e-11) <= 1
-    assert error(w_base, golden["w_edm"] * (loss.lambda_edm + (~valid).double())) <= 1
+    assert error(w_base, golden["w_edm"] * (loss.lambda_base + (~valid).double())) <= 1
     assert torch.equal(w_td != 0, valid)
     for key, skip_, scale_, x, F in (("D_t", skip, scale, batch.x_t, golden["F_t"]), ("D_tp", skip_p, scale_p, batch.x_tp, golden["F_tp"])):
         D = skip_.reshape(-1, 1, 1, 1) * x.cpu() + scale_.reshape(-1, 1, 1, 1) * F
@@ -200,15 +199,13 @@ def test_raw_and_plain_networks_agree(make, backend):
 
 def test_raw_is_used_only_where_it_fits():
     class Refuses(Linear):
-        def raw(self, *args, **kwargs):
-            raise AssertionError("raw was called")
-
-        def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        def forward(self, x, sigma, class_labels=None, augment_labels=None, *, raw=False):
+            assert not raw, "raw was called"
             return x
 
     batch = make_batch(TDEDMLoss())
     other_precond = Refuses()
-    other_precond.precond = "vp"
+    other_precond.preconditioning = Eps()
     for net in (Refuses(sigma_data=0.25), other_precond):
         assert TDEDMLoss().evaluate(net, net, batch).loss.isfinite().all()
     with pytest.raises(AssertionError, match="raw was called"):
@@ -264,14 +261,14 @@ def test_pair_draws():
     z = (EDMLoss(-1.0, 0.7).pair(images).levels[:, 0].log() + 1.0) / 0.7
     assert abs(z.mean()) < 4 * B**-0.5 and abs(z.var() - 1) < 4 * (2 / B) ** 0.5
     for coupling in ("markov", "shared"):
-        batch = TDEDMLoss(td_coupling=coupling).pair(images, index=torch.full((B,), 6.5))
+        batch = TDEDMLoss(coupling=coupling).pair(images, index=torch.full((B,), 6.5))
         sigma, _, sigma_p, _ = batch.levels[0]
         expected = sigma_p**2 if coupling == "markov" else sigma * sigma_p
         for product, mean in ((batch.x_t**2, sigma**2), (batch.x_tp**2, sigma_p**2), (batch.x_t * batch.x_tp, expected)):
             assert abs(product.mean() - mean) < 4 * product.std() / B**0.5, coupling
 
 
-@pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss, partial(TDEDMLoss, td_coupling="shared")])
+@pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss, partial(TDEDMLoss, coupling="shared")])
 def test_a_seed_repeats_the_pair(make):
     """Torch's global generator is all that a pair depends on; the reference draws the same numbers."""
     images = torch.randn(4, 3, 5, dtype=torch.float64)
@@ -373,9 +370,9 @@ def test_bad_arguments():
     for call, message in (
         (lambda: EDMLoss(P_std=-1.0), "EDMLoss: P_std must be a number >= 0, got -1.0"),
         (lambda: EDMLoss(sigma_data=0.0), "sigma_data must be a positive number, got 0.0"),
-        (lambda: TDEDMLoss(lambda_edm=-0.5), "TDEDMLoss: lambda_edm must be a number >= 0, got -0.5"),
+        (lambda: TDEDMLoss(lambda_base=-0.5), "TDEDMLoss: lambda_base must be a number >= 0, got -0.5"),
         (lambda: TDEDMLoss(weight="both"), "weight must be one of pairwise, pairwise_x0, online, none, got 'both'"),
-        (lambda: TDEDMLoss(td_coupling="none"), "coupling must be 'markov' or 'shared', got 'none'"),
+        (lambda: TDEDMLoss(coupling="none"), "coupling must be 'markov' or 'shared', got 'none'"),
         (lambda: TDEDMLoss(td_sigma=(5.0, 0.3)), r"td_sigma must be \(lo, hi\) with lo < hi, got \(5.0, 0.3\)"),
         (lambda: TDEDMLoss(steps=1), "steps must be at least 2, got 1"),
         (lambda: pair(images.byte()), r"TDEDMLoss: images must be \[B, ...\] of float32 or float64, got \[2, 3\] of torch.uint8"),
@@ -385,7 +382,7 @@ def test_bad_arguments():
         (lambda: pair(images, noise=torch.ones(2)), r"TDEDMLoss: noise must have shape \[2, 3\], got \[2\]"),
         (lambda: pair(images, noise_p=torch.ones(2)), r"TDEDMLoss: noise_p must have shape \[2, 3\], got \[2\]"),
         (lambda: pair(images, sigma=torch.ones(2), index=torch.ones(2)), "only one of sigma and index may be given, got both"),
-        (lambda: TDEDMLoss(td_coupling="shared").pair(images, noise_p=images), "noise_p must be None with shared coupling"),
+        (lambda: TDEDMLoss(coupling="shared").pair(images, noise_p=images), "noise_p must be None with shared coupling"),
         (lambda: TDEDMLoss()(Raw(images), None, images), "TDEDMLoss: target_net must be a network, got None"),
     ):
         with pytest.raises(ValueError, match=message):

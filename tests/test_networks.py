@@ -11,6 +11,7 @@ from torch import nn
 
 from tdkern.networks import Denoiser, DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond, unet
 from tdkern.networks.layers import BlockStyle, Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
+from tdkern.preconditioning import EDM, Eps, Score
 from tdkern.schedules import DDPM
 
 DATA = Path(__file__).parent / "data"
@@ -75,7 +76,7 @@ def test_whole_network_float64(name):
     net, x = net.double(), x.double().requires_grad_()
     D = net(x, sigma, labels, augment_labels)
     close(D, data["out_D_f64"], 1e-10)
-    close(net.raw(x, sigma, labels, augment_labels), data["out_F_f64"], 1e-10)
+    close(net(x, sigma, labels, augment_labels, raw=True), data["out_F_f64"], 1e-10)
     close(net.input_scaling(sigma.double())[1], data["c_noise_f64"], 1e-12)
 
     loss = 0.5 * D.square().mean()
@@ -152,18 +153,18 @@ def test_precond(name):
     x, sigma = data["x"].double(), data["sigma"]
     model = Recorder(data["F"].double())
     net = PRECONDS[name](model)
-    assert net.precond == name
+    assert net.preconditioning == {"edm": EDM(0.5), "ve": Score()}.get(name, Eps())
     assert net.sigma_min == pytest.approx(data["net_sigma_min"].item(), rel=1e-9) and net.sigma_max == pytest.approx(data["net_sigma_max"].item(), rel=1e-9)
 
     for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-6)):  # the reference's own float32 c_noise is off by up to 1 % (VP near t = 0)
-        got = (*net.input_scaling(sigma.to(dtype)), *net.output_scaling(sigma.to(dtype)))
+        got = (*net.input_scaling(sigma.to(dtype)), *net.preconditioning.skip_scale(sigma.to(dtype)))
         for key, value in zip(("c_in", "c_noise", "c_skip", "c_out"), got, strict=True):
             close(value, data[key].to(dtype), tolerance if key == "c_noise" else 0, tolerance)
 
     close(net(x, sigma), data["D"], 1e-11, 1e-11)
     close(model.args[0], data["c_in"][:, None, None, None] * x, 0, 1e-11)
     close(model.args[1], data["c_noise"], 1e-11, 1e-11)
-    assert torch.equal(net.raw(x, sigma), data["F"][:, :3].double())
+    assert torch.equal(net(x, sigma, raw=True), data["F"][:, :3].double())
     model.F = data["F"]
     D = net(data["x"], sigma.float())
     assert D.dtype == torch.float32
@@ -218,11 +219,11 @@ def test_sigma_and_ranks():
     torch.manual_seed(0)
     net, x = EDMPrecond(Points()), torch.randn(4, 2)
     D = net(x, torch.full((4,), 2.0))
-    assert D.shape == (4, 2) and net.raw(x, 2.0).shape == (4, 2)
+    assert D.shape == (4, 2) and net(x, 2.0, raw=True).shape == (4, 2)
     for sigma in (2.0, 2, torch.tensor(2.0), torch.tensor([2.0]), torch.full((4, 1), 2.0, dtype=torch.float64)):
         assert torch.equal(net(x, sigma), D)
-    c_skip, c_out = (c[:, None] for c in net.output_scaling(torch.full((4,), 2.0)))
-    assert torch.equal(D, c_skip * x + c_out * net.raw(x, 2.0))
+    c_skip, c_out = (c[:, None] for c in net.preconditioning.skip_scale(torch.full((4,), 2.0)))
+    assert torch.equal(D, c_skip * x + c_out * net(x, 2.0, raw=True))
     with pytest.raises(ValueError, match="EDMPrecond: sigma must have one element or 4, as x has samples, got 3"):
         net(x, torch.ones(3))
 
@@ -231,7 +232,7 @@ def test_precond_dtypes():
     net = EDMPrecond(Points())
     x = torch.randn(4, 2, dtype=torch.float64)
     assert net(x, 1.0).dtype == torch.float32  # a float64 sampler's state before a float32 network
-    assert net.raw(x, 1.0).dtype == torch.float32
+    assert net(x, 1.0, raw=True).dtype == torch.float32
     assert net.double()(x, 1.0).dtype == torch.float64
     assert net.float()(x.float(), 1.0).dtype == torch.float32
 
@@ -270,8 +271,8 @@ def test_compiles_in_half_precision_and_with_checkpointing():
     net, inputs = tiny("ncsnpp")
     net.dtype, net.model.checkpointing = torch.bfloat16, True
     torch._dynamo.reset()
-    got = torch.compile(net.raw, fullgraph=True, backend="eager")(*inputs)
-    assert got.dtype == torch.bfloat16 and torch.equal(got, net.raw(*inputs))
+    got = torch.compile(net, fullgraph=True, backend="eager")(*inputs, raw=True)
+    assert got.dtype == torch.bfloat16 and torch.equal(got, net(*inputs, raw=True))
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -281,7 +282,7 @@ def test_half_precision_is_channels_last(arch):
     net.dtype, formats, real = torch.bfloat16, [], F.conv2d
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(F, "conv2d", lambda x, weight, *args, **kwargs: formats.append((x, weight)) or real(x, weight, *args, **kwargs))
-        raw = net.raw(*inputs)
+        raw = net(*inputs, raw=True)
     assert len(formats) > 10 and raw.is_contiguous(memory_format=torch.channels_last)
     for x, weight in formats:
         assert x.is_contiguous(memory_format=torch.channels_last)
@@ -294,7 +295,7 @@ def test_channels_last(arch):
     net, (x, *rest) = tiny(arch)
     expected = net(x, *rest)
     net = net.to(memory_format=torch.channels_last)
-    raw = net.raw(x.contiguous(memory_format=torch.channels_last), *rest)
+    raw = net(x.contiguous(memory_format=torch.channels_last), *rest, raw=True)
     assert raw.is_contiguous(memory_format=torch.channels_last)
     close(net(x.contiguous(memory_format=torch.channels_last), *rest), expected, 1e-5)
 
@@ -306,7 +307,7 @@ def test_low_precision(name, dtype):
     net, inputs, data = whole(name)
 
     def run():
-        raw = net.raw(*inputs)
+        raw = net(*inputs, raw=True)
         return raw, torch.cat([grad.flatten() for grad in torch.autograd.grad(raw.float().square().mean(), list(net.parameters()))])
 
     raw, grad = run()

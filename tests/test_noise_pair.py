@@ -14,7 +14,8 @@ from cases import BF16, F16, F32, F64, batch_inside, channels_last, device_of, g
 
 import tdkern
 from tdkern import _library, reference
-from tdkern.ops.noise_pair import DTYPES, _empty
+from tdkern.ops._dtypes import STORAGE_PAIRS as DTYPES
+from tdkern.ops.noise_pair import _empty
 from tdkern.reference import philox
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of Triton's interpreter: products that wrap around

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, device_of
 
 from tdkern import _library
+from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet, half
 
 pytestmark = pytest.mark.skipif(bool(_library.MISSING["triton"]), reason=_library.MISSING["triton"])
 SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (3, 128, 16, 16), (2, 36, 1, 1), (2, 192, 9, 9), (0, 8, 4, 4)]
@@ -34,6 +35,41 @@ def test_group_norm_silu(shape, dtype, extra):
     assert got.dtype == dtype and got.shape == x.shape and got.stride() == torch.empty_like(x).stride()
     torch.testing.assert_close(got.double(), F.silu(normal * scale + shift),
                                rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
+
+
+@pytest.mark.parametrize("make", [SongUNet, DhariwalUNet], ids=lambda make: make.__name__)
+def test_a_network_without_gradients_loses_no_more_in_one_kernel(make, monkeypatch):
+    """Against float32: in one kernel a normalisation and its silu are rounded once, not twice."""
+    torch.manual_seed(0)
+    device = device_of("triton")
+    model = make(16, 3, 3, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[8])
+    net = EDMPrecond(model).to(device).eval()
+    for parameter in net.parameters():  # newly made, the last layers are zero
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
+    x, sigma = torch.randn(4, 3, 16, 16, device=device), torch.tensor([0.1, 0.5, 2, 9], device=device)
+    calls = []
+    one_kernel = half.norm_silu
+    monkeypatch.setattr(half, "norm_silu", lambda *args: calls.append(0) or one_kernel(*args))
+    with torch.no_grad():
+        expected = net(x, sigma, raw=True)
+        assert not calls  # float32
+        net.dtype = BF16
+        results = []
+        for fuses in (False, True):
+            monkeypatch.setattr(half, "fuses", lambda x, fuses=fuses: fuses)
+            results.append(net(x, sigma, raw=True).float())
+    away = [(result - expected).norm().item() for result in results]
+    assert calls and results[0].ne(results[1]).any()
+    assert away[1] < 1.1 * away[0] < 0.05 * expected.norm().item()
+
+
+def test_gradients_are_not_fused():
+    """The kernel has none, so a network that may need them does not run it."""
+    x = torch.zeros(1, 8, 2, 2, dtype=BF16, device=device_of("triton"))
+    assert not half.fuses(x)
+    assert not half.fuses(x.float())
+    with torch.no_grad():
+        assert half.fuses(x) == x.is_cuda
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -97,7 +97,7 @@ def test_markov_target_varies_more_where_r_is_above_2(loss):
     (TDEDMLoss(), (1.04, 1.14), (0.00, 0.92)),
 ], ids=repr)
 def test_ratio_and_variance_over_all_times(loss, r, variance):
-    """Least and most, over the times with a TD term, of r and of the target's variance over the baseline's: the docstrings' numbers."""
+    """Least and most, over the times with a TD term, of r and of the target's variance over the baseline's: the numbers of docs/families.md."""
     if isinstance(loss, TDEDMLoss):
         times = {"index": torch.linspace(0, loss.steps - 1, 4001, dtype=torch.float64)}
     elif isinstance(loss, TDDDPMLoss):
@@ -116,14 +116,14 @@ def test_ratio_and_variance_over_all_times(loss, r, variance):
         assert (above.min(), above.max()) == {2: (3, 3), 10: (11, 17)}[loss.k]
 
 
-BIAS = {  # in %, of the slope at sigma_hat .5, 1, 2 and 4; in the losses' docstrings
+BIAS = {  # in %, of the slope at sigma_hat .5, 1, 2 and 4; in docs/families.md
     "ddpm linear T=1000 k=1": (0.4, 0.4, 0.5, 0.6), "ddpm cosine T=50 k=3": (13, 17, 23, 40), "vp": (30, 34, 37, 45), "ve": (17, 39, 56, 62),
     "flow": (14, 21, 29, 42), "edm": (22, 51, 69, 68)}
 
 
 @pytest.mark.parametrize("family", PATHS, ids=lambda family: family.name)
 def test_shared_target_is_biased(family):
-    """Its slope is off by r s' (s - s') / (sd^2 + s'^2) of the optimal one, as the docstrings say."""
+    """Its slope is off by r s' (s - s') / (sd^2 + s'^2) of the optimal one, as docs/families.md says."""
     for sigma, rounded in zip(LEVELS, BIAS[family.name], strict=True):
         loss = family.loss("shared")
         t = time_of(family, sigma).expand(B)

@@ -103,7 +103,7 @@ def test_raw_and_plain_networks_agree(loss):
     results = []
     for wrap in (lambda net: net, plain):
         net, target = matching(loss)
-        assert loss._fits(net) and not loss._fits(EDMPrecond(net.model))
+        assert loss.fits(net) and not loss.fits(EDMPrecond(net.model))
         for parameter in (*net.parameters(), *target.parameters()):
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(0))
         if batch.x_tp is not None:
@@ -152,7 +152,7 @@ def test_the_backend_reaches_every_op(make, monkeypatch):
 
 
 def test_iddpm_networks_predict_eps():
-    assert DDPMLoss()._fits(iDDPMPrecond(MLP(2, 8, 1))) and not DDPMLoss(prediction="v")._fits(iDDPMPrecond(MLP(2, 8, 1)))
+    assert DDPMLoss().fits(iDDPMPrecond(MLP(2, 8, 1))) and not DDPMLoss(prediction="v").fits(iDDPMPrecond(MLP(2, 8, 1)))
 
 
 @pytest.mark.parametrize("loss", TD, ids=name)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from tiny import TINY, children, two_steps
+from tiny import TINY, children, options_of, two_steps
 from tqdm import tqdm
 
 from tdkern.training import Options, Trainer, loop, train
-from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read
+from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
 from tdkern.training.distributed import this_process
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -32,7 +32,7 @@ def resume(run_dir, **changes):
         state = find(run_dir, STATE)
     except CheckpointError:
         state = None
-    options = Options(**json.loads((run_dir / "training_options.json").read_text())).resumed(**changes)
+    options = Options(**read_options(run_dir / "training_options.json")).resumed(**changes)
     train(Trainer(options, this_process(), state), run_dir)
 
 
@@ -72,16 +72,16 @@ def start_and_stop(options, run_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    {"loss_type": "td", "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5,
+    {"td": True, "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5,
      "td_share": 0.5, "target_precision": "bf16", "target_copy": 2},
-    {"loss_type": "edm", "precision": "bf16"},
-], ids=lambda changes: changes["loss_type"])
+    {"td": False, "precision": "bf16"},
+], ids=["td", "edm"])
 def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeypatch, changes):
-    options = Options(data=data, duration=56e-6, **TINY | changes)
+    options = options_of(data=data, duration=56e-6, **TINY | changes)
     assert options.total_steps == 7
     straight = start(options, tmp_path / "straight")
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
-    assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | ({"target"} if changes["loss_type"] == "td" else set())
+    assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | ({"target"} if changes["td"] else set())
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence
@@ -95,8 +95,8 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
 
 
 def test_a_longer_duration_goes_on_from_the_end(tmp_path, data):
-    short = Options(data=data, duration=16e-6, **TINY)
-    long = Options(data=data, duration=32e-6, **TINY)
+    short = options_of(data=data, duration=16e-6, **TINY)
+    long = options_of(data=data, duration=32e-6, **TINY)
     run_dir = start(short, tmp_path / "short")
     resume(run_dir, duration=32e-6)
     _, tensors = read(find(run_dir, STATE), STATE)
@@ -117,7 +117,7 @@ def test_a_state_of_format_1_goes_on(tmp_path, data):
 
 
 def test_a_run_keeps_its_newest_state_and_all_its_snapshots(tmp_path, data):
-    run_dir = start(Options(data=data, duration=56e-6, **TINY), tmp_path / "run")
+    run_dir = start(options_of(data=data, duration=56e-6, **TINY), tmp_path / "run")
     assert [path.name for path in sorted(run_dir.glob("training-state-*"))] == ["training-state-000000.056"]
     assert [path.name[-10:] for path in sorted(run_dir.glob("network-snapshot-*"))] == ["000000.024", "000000.048", "000000.056"]
 
@@ -170,7 +170,7 @@ def _run_child(run_dir, options, kill=None, after=None):
 
 
 def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
-    options = Options(data=data, duration=96e-6, **TINY)
+    options = options_of(data=data, duration=96e-6, **TINY)
     assert not _run_child(tmp_path / "straight", options)
     started = time.monotonic()
     assert not _run_child(tmp_path / "0", options)

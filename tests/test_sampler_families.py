@@ -9,7 +9,7 @@ from analytic import gmm, load
 from test_samplers import Steps
 
 from tdkern.networks import EDMPrecond, VPPrecond
-from tdkern.samplers import ablation, ablation_sigmas, ddim, ddpm, dpmpp, euler, heun, multistep, onestep, unipc
+from tdkern.samplers import SAMPLERS, ablation, ablation_sigmas, ddim, ddpm, dpmpp, euler, heun, multistep, onestep, unipc
 from tdkern.samplers.ablation import RANGES
 from tdkern.schedules import EDM
 
@@ -296,3 +296,30 @@ def test_bad_arguments(sampler):
 def test_bad_options(sampler, options, message):
     with pytest.raises(ValueError, match=message):
         sampler(halving, torch.ones(1, 1), [1.0, 0.0], **options)
+
+
+# the registry
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_registry_says_what_the_samplers_do(name):
+    """How often they ask the network, whether they take a level twice, and the fewest steps."""
+    kind, asked = SAMPLERS[name], []
+
+    def denoiser(x, sigma):
+        asked.append(sigma[0].item())
+        return halving(x, sigma)
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    for steps in (kind.least_steps, 5):
+        asked.clear()
+        sigmas = EDM(steps + kind.ends_at_sigma_min).sigmas()
+        kind.sample(denoiser, 80 * x, sigmas[:-1] if kind.ends_at_sigma_min else sigmas)
+        assert len(asked) == kind.evaluations(steps)
+        assert (set(asked) == {80.0}) == (kind.from_one_level or steps == 1)
+    twice = [2.0, 1.0, 1.0, 0.0]
+    if kind.repeats:
+        kind.sample(denoiser, x, twice)
+    elif not kind.from_one_level:
+        with pytest.raises(ValueError, match="sigmas must fall"):
+            kind.sample(denoiser, x, twice)

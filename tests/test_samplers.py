@@ -140,17 +140,18 @@ def test_a_network_and_a_callable_of_it_give_the_same(sampler, precond, precisio
 
 
 def test_what_a_network_changes_about_its_denoised_is_kept():
-    """A subclass with another D and a compiled network are called as they are."""
+    """A subclass with another D is called as it is; a compiled network is the network that it compiles."""
 
     class Guided(EDMPrecond):
         def forward(self, x, sigma, *labels):
             return 2 * super().forward(x, sigma, *labels)
 
     x = torch.randn(3, 4, dtype=torch.float64)
-    for net in (Guided(Small()), torch.compile(EDMPrecond(Small()), backend="eager")):
+    for net, count in ((Guided(Small()), 0), (torch.compile(EDMPrecond(Small()), backend="eager"), 3)):
         with Steps() as calls:
             seen = heun(net, x, [2.0, 1.0, 0.0])
-        assert calls.count == 0 and torch.equal(seen, heun(lambda x, sigma, net=net: net(x, sigma), x, [2.0, 1.0, 0.0]))
+        expected = heun(lambda x, sigma, net=net: net(x, sigma), x, [2.0, 1.0, 0.0])
+        assert calls.count == count and torch.allclose(seen, expected, rtol=0 if count == 0 else 2e-5, atol=0 if count == 0 else 2e-5)
 
 
 def test_callback_sees_the_denoised_of_the_step():

@@ -19,8 +19,9 @@ import tdkern
 from tdkern import _library, reference
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.ops import adam_ema_, found_inf
-from tdkern.ops.noise_pair import DTYPES as PAIR_DTYPES
+from tdkern.ops._dtypes import STORAGE_PAIRS as PAIR_DTYPES
 from tdkern.ops.td_loss import BASES, NORMS
+from tdkern.preconditioning import EDM
 from tdkern.schedules import two_moment
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -348,12 +349,13 @@ def test_evaluating_a_loss_takes_one_dF(loss):
     """The same through a loss, with networks whose outputs are there already."""
 
     class Net:
-        precond, sigma_data = "edm", 0.5
+        preconditioning = EDM(0.5)
 
         def __init__(self, F):
             self.F = F
 
-        def raw(self, x, sigma, **conditions):
+        def __call__(self, x, sigma, *, raw, **conditions):
+            assert raw
             return self.F
 
     batch = loss.pair(drawn((4, 3, 16, 16), F32, "cpu", 0))

@@ -9,27 +9,27 @@ import PIL.Image
 import pytest
 import torch
 from test_resume import check_same, contents, resume, start, start_and_stop
-from tiny import TINY, data_set, pixels, tdkern_
+from tiny import TINY, by_flag, data_set, options_of, pixels, tdkern_
 from torch import nn
 
 from tdkern import samplers
 from tdkern.ema import consistency_decay
+from tdkern.families import FAMILIES, default_sampler
 from tdkern.losses import CTLoss, DDPMLoss, FlowLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.losses.ct import lpips
 from tdkern.losses.curricula import Exponential, Progressive
 from tdkern.networks import Denoiser, DhariwalUNet, SongUNet
 from tdkern.schedules import DDPM, EDM, FlowMatching, iDDPM
-from tdkern.training import Options, Trainer, checkpoint, load_network, loop, objective, sample, sampling
+from tdkern.training import Options, Trainer, checkpoint, formats, load_network, loop, sample, sampling
 from tdkern.training.distributed import this_process
-from tdkern.training.options import DEFAULTS
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 
 RUNS = {
-    "ct": {"start_scales": 3, "end_scales": 12, "weight_schedule": "karras", "batch_gpu": 4},
-    "ddpm": {"prediction": "v", "noise_schedule": "cosine", "diffusion_steps": 50, "k_idx": 3.0, "arch": "adm"},
-    "iddpm": {"td_eta": 0.0},
-    "flow": {"td_coupling": "shared", "steps": 9},
+    "ct": {"start_scales": 3, "end_scales": 12, "base_weight": "karras", "batch_gpu": 4},
+    "ddpm": {"prediction": "v", "beta_schedule": "cosine", "T": 50, "k": 3, "arch": "adm"},
+    "iddpm": {"eta": 0.0},
+    "flow": {"coupling": "shared", "steps": 9},
 }
 
 
@@ -42,11 +42,11 @@ def batch(trainer, seed=0):
     return torch.from_numpy(pixels(trainer.options.batch, seed=seed)), labels if trainer.options.cond else labels[:, :0]
 
 
-@pytest.mark.parametrize("loss_type", ["edm", "td"])
-@pytest.mark.parametrize("precond", RUNS)
-def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
+@pytest.mark.parametrize("td", [False, True], ids=["edm", "td"])
+@pytest.mark.parametrize("family", RUNS)
+def test_a_run(tmp_path, data, monkeypatch, family, td):
     """Killed and resumed it ends in the bits of a run in one go, and images come from its snapshot."""
-    options = Options(data=data, duration=56e-6, precond=precond, loss_type=loss_type, cond=True, augment=0.5, **TINY | {"lr": 0.02} | RUNS[precond])
+    options = options_of(data=data, duration=56e-6, family=family, td=td, cond=True, **TINY | {"lr": 0.02, "augment": 0.5} | RUNS[family])
     straight = start(options, tmp_path / "straight")
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
@@ -56,16 +56,16 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
 
     ticks = [json.loads(line) for line in (straight / "stats.jsonl").read_text().splitlines()]
     assert len(ticks) == 7 and all(tick["skipped"] == 0 and math.isfinite(tick["loss"]) and tick["loss"] > 0 for tick in ticks)
-    assert all(("td" in tick) == (loss_type == "td") for tick in ticks)
-    assert loss_type == "edm" or any(tick["valid"] > 0 and tick["td"] > 0 for tick in ticks)
+    assert all(("td" in tick) == td for tick in ticks)
+    assert not td or any(tick["valid"] > 0 and tick["td"] > 0 for tick in ticks)
     trainer = Trainer(options, this_process())
-    assert trainer.loss._fits(trainer.net)  # the fused path
+    assert trainer.loss.fits(trainer.net)  # the fused path
     net, meta = load_network(straight)
-    assert type(net) is type(trainer.net) and net.precond == trainer.net.precond and meta["network"] == trainer.network
-    sampler = "onestep" if precond == "ct" else "heun"
-    assert sampling.default_sampler(net) == sampler
+    assert type(net) is type(trainer.net) and net.preconditioning == trainer.net.preconditioning and meta["network"] == trainer.network
+    sampler = "onestep" if family == "ct" else "heun"
+    assert default_sampler(net) == sampler
     grid = tmp_path / "grid.png"
-    tdkern_("generate", "--network", straight, "--grid", grid, "--seeds", "0-3", *(() if precond == "ct" else ("--steps", 3)))
+    tdkern_("generate", "--network", straight, "--grid", grid, "--seeds", "0-3", *(() if family == "ct" else ("--steps", 3)))
     levels = net.round_sigma(EDM(3, max(0.002, net.sigma_min), min(80, net.sigma_max)).sigmas())
     for path, side, sigmas in ((grid, 2, levels), (straight / "fakes-000000.056.png", 4, loop.preview_levels(net))):
         images = sample(net, meta["network"], list(range(side**2)), sigmas, sampler=getattr(samplers, sampler))
@@ -76,20 +76,20 @@ def test_a_run(tmp_path, data, monkeypatch, precond, loss_type):
 
 def test_networks_know_their_familys_levels(data):
     def net(**changes):
-        return Trainer(Options(data=data, duration=1e-3, **TINY | changes), this_process()).net
+        return Trainer(options_of(data=data, duration=1e-3, **TINY | changes), this_process()).net
 
     path = DDPM(50, "cosine")
-    ddpm = net(precond="ddpm", diffusion_steps=50, noise_schedule="cosine", prediction="x0")
+    ddpm = net(family="ddpm", T=50, beta_schedule="cosine", prediction="x0")
     assert ddpm.prediction == "x0"
     for t in (1, 17, 50):  # the network is told t - 1, as in the field
         assert ddpm.input_scaling(path.sigma_hat(torch.tensor([t])))[1].item() == pytest.approx(t - 1, abs=1e-6)
-    fourier = net(precond="ddpm", diffusion_steps=50, noise_schedule="cosine", arch="ncsnpp")  # whose embedding is of times up to 1
+    fourier = net(family="ddpm", T=50, beta_schedule="cosine", arch="ncsnpp")  # whose embedding is of times up to 1
     assert fourier.input_scaling(path.sigma_hat(torch.tensor([17])))[1].item() == pytest.approx(16 / 50, abs=1e-6)
-    flow, levels = net(precond="flow"), FlowMatching().sigma_hat([0.001, 0.25, 0.999])
+    flow, levels = net(family="flow"), FlowMatching().sigma_hat([0.001, 0.25, 0.999])
     assert flow.input_scaling(levels)[1].tolist() == pytest.approx([1, 250, 999])
-    assert torch.equal(net(precond="iddpm").u, iDDPM().u)
-    assert [net(precond="flow", arch=arch).time_scale for arch in ("ncsnpp", "adm")] == [1, 1000]
-    consistency = [net(precond="ct", arch=arch) for arch in ("ncsnpp", "ddpmpp", "adm")]
+    assert torch.equal(net(family="iddpm").u, iDDPM().u)
+    assert [net(family="flow", arch=arch).time_scale for arch in ("ncsnpp", "adm")] == [1, 1000]
+    consistency = [net(family="ct", arch=arch) for arch in ("ncsnpp", "ddpmpp", "adm")]
     assert [model.time_scale for model in consistency] == [0.25, 250, 250]  # OpenAI's; EDM's for the Fourier embedding
     with torch.no_grad():
         x = torch.randn(2, 3, 8, 8)
@@ -98,7 +98,7 @@ def test_networks_know_their_familys_levels(data):
 
 def test_consistency_training_follows_its_curriculum(data, monkeypatch):
     """A step's levels and the decay of its target are those of its number: drawn from nothing that an earlier step left."""
-    options = Options(data=data, duration=80e-6, precond="ct", loss_type="edm", **TINY | {"dropout": 0.0, "lr_rampup_kimg": 0.0})
+    options = options_of(data=data, duration=80e-6, family="ct", td=False, **TINY | {"dropout": 0.0, "lr_rampup_kimg": 0.0})
     assert (options.start_scales, options.end_scales, options.total_training_steps, options.start_ema) == (2, 150, 10, 0.9)
     trainer, seen, real = Trainer(options, this_process()), [], CTLoss.pair
     monkeypatch.setattr(CTLoss, "pair", lambda self, images: seen.append(self.num_scales) or real(self, images))
@@ -115,36 +115,36 @@ def test_consistency_training_follows_its_curriculum(data, monkeypatch):
 
 
 def test_a_target_of_decay_0_is_the_network(data):
-    options = Options(data=data, duration=80e-6, precond="ct", target_ema_mode="fixed", start_ema=0.0, scale_mode="fixed", **TINY | {"lr_rampup_kimg": 0.0})
+    options = options_of(data=data, duration=80e-6, family="ct", target_ema_mode="fixed", start_ema=0.0, scale_mode="fixed", **TINY | {"lr_rampup_kimg": 0.0})
     trainer = Trainer(options, this_process())
     trainer.train_step(*batch(trainer))
     assert all(torch.equal(*pair) for pair in zip(trainer.target.module.parameters(), trainer.net.parameters(), strict=True))
 
 
 def test_a_longer_duration_keeps_the_curriculum():
-    options = Options(data="a", precond="ct", duration=1e-3, batch=8)
+    options = options_of(data="a", family="ct", duration=1e-3, batch=8)
     assert options.total_training_steps == options.resumed(duration=2e-3).total_training_steps == 125
 
 
 @pytest.mark.parametrize("changes, expected", [
-    ({"precond": "ct"}, TDCTLoss(Progressive(2, 150, 125))),
-    ({"precond": "ct", "scale_mode": "fixed", "loss_type": "edm"}, CTLoss(40)),
-    ({"precond": "ct", "scale_mode": "exponential", "loss_norm": "huber", "weight_schedule": "inverse-step", "lognormal": [-1.1, 2.0], "loss_type": "edm"},
-     CTLoss(Exponential(10, 1280, 125), loss_norm="huber", weighting="inverse-step", lognormal=(-1.1, 2.0))),
-    ({"precond": "ct", "scale_mode": "progressive", "start_scales": 4, "end_scales": 20, "total_training_steps": 50, "loss_norm": "l1", "lambda_edm": 0.1,
-      "one_idx": 0.5, "td_coupling": "shared", "td_weight": "online"},
-     TDCTLoss(Progressive(4, 20, 50), loss_norm="l1", lambda_td=0.1, one_idx=0.5, coupling="shared", weight="online")),
-    ({"precond": "ddpm"}, TDDDPMLoss()),
-    ({"precond": "ddpm", "loss_type": "edm", "prediction": "x0", "diffusion_steps": 100}, DDPMLoss(100, prediction="x0")),
-    ({"precond": "ddpm", "k_idx": 5, "prediction": "v", "noise_schedule": "cosine", "td_eta": 0.5, "lambda_edm": 1.0, "td_weight": "none"},
+    ({"family": "ct"}, TDCTLoss(Progressive(2, 150, 125))),
+    ({"family": "ct", "scale_mode": "fixed", "td": False}, CTLoss(40)),
+    ({"family": "ct", "scale_mode": "exponential", "base_norm": "huber", "base_weight": "inverse-step", "lognormal": [-1.1, 2.0], "td": False},
+     CTLoss(Exponential(10, 1280, 125), base_norm="huber", base_weight="inverse-step", lognormal=(-1.1, 2.0))),
+    ({"family": "ct", "scale_mode": "progressive", "start_scales": 4, "end_scales": 20, "total_training_steps": 50, "base_norm": "l1", "lambda_base": 0.1,
+      "one_idx": 0.5, "coupling": "shared", "weight": "online"},
+     TDCTLoss(Progressive(4, 20, 50), base_norm="l1", lambda_base=0.1, one_idx=0.5, coupling="shared", weight="online")),
+    ({"family": "ddpm"}, TDDDPMLoss()),
+    ({"family": "ddpm", "td": False, "prediction": "x0", "T": 100}, DDPMLoss(100, prediction="x0")),
+    ({"family": "ddpm", "k": 5, "prediction": "v", "beta_schedule": "cosine", "eta": 0.5, "lambda_base": 1.0, "weight": "none"},
      TDDDPMLoss(k=5, prediction="v", beta_schedule="cosine", eta=0.5, lambda_base=1.0, weight="none")),
-    ({"precond": "iddpm", "td_coupling": "shared"}, TDDDPMLoss(beta_schedule="cosine", coupling="shared")),
-    ({"precond": "flow", "loss_type": "edm"}, FlowLoss()),
-    ({"precond": "flow", "steps": 30, "k_idx": 2.0, "one_idx": 0.5, "td_eta": 0.0}, TDFlowLoss(steps=30, k_idx=2.0, one_idx=0.5, eta=0.0)),
-    ({"precond": "vp", "td_eta": 0.0}, TDVPLoss(eta=0.0)),
+    ({"family": "iddpm", "coupling": "shared"}, TDDDPMLoss(beta_schedule="cosine", coupling="shared")),
+    ({"family": "flow", "td": False}, FlowLoss()),
+    ({"family": "flow", "steps": 30, "k_idx": 2.0, "one_idx": 0.5, "eta": 0.0}, TDFlowLoss(steps=30, k_idx=2.0, one_idx=0.5, eta=0.0)),
+    ({"family": "vp", "eta": 0.0}, TDVPLoss(eta=0.0)),
 ])
 def test_losses_of_the_options(changes, expected):
-    assert objective.make_loss(Options(data="", duration=1e-3, batch=8, **changes)) == expected
+    assert options_of(data="", duration=1e-3, batch=8, **changes).make_loss() == expected
 
 
 # what the version before these families saved, with every option of the loss changed
@@ -155,43 +155,46 @@ BEFORE = {"data": "a", "cond": False, "arch": "ddpmpp", "precond": "edm", "durat
 
 
 def test_options_of_the_version_before_mean_the_same():
-    options = Options(**BEFORE)
-    assert {name: asdict(options)[name] for name in BEFORE} == BEFORE
-    assert all(getattr(options, name) is None for name in DEFAULTS if name not in BEFORE)
-    assert objective.make_loss(options) == TDEDMLoss(lambda_edm=0.25, k_idx=2.0, one_idx=0.5, td_coupling="shared", weight="online", td_sigma=(0.3, 5.0),
+    options = Options(**formats.options_of_today(2, dict(BEFORE)))
+    saved = asdict(options)
+    flat = saved | saved["loss"] | {"loss_type": "td" if options.td else "edm"}
+    assert {name: flat[formats.RENAMED.get(name, name)] for name in BEFORE} == BEFORE
+    assert options.loss.keys() == FAMILIES["edm"].options.keys() and options.loss["td_share"] == 1
+    assert all(saved[name] is None for name in saved.keys() - BEFORE.keys() - {"family", "td", "loss"})
+    assert options.make_loss() == TDEDMLoss(lambda_base=0.25, k_idx=2.0, one_idx=0.5, coupling="shared", weight="online", td_sigma=(0.3, 5.0),
                                                      steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}
-    assert objective.make_loss(Options(**older)) == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
+    assert Options(**formats.options_of_today(2, older)).make_loss() == TDVELoss(lambda_base=0.25, k_idx=2.0, coupling="shared", weight="online", steps=20)
     new = Options(data="")
-    assert (new.target_ema_tau, new.steps, new.k_idx, new.dropout, Options(data="", precond="ct").dropout) == (0.999, 18, 1, 0.13, 0)
+    assert (new.target_ema_tau, new.loss["steps"], new.loss["k_idx"], new.dropout, Options(data="", family="ct").dropout) == (0.999, 18, 1, 0.13, 0)
 
 
-OTHER = {"td_sigma": [0.1, 1.0], "td_eta": 1.0, "k_idx": 1.0, "one_idx": 1.0, "steps": 18, "target_ema_tau": 0.9, "target_copy": 3, "diffusion_steps": 10,
-         "noise_schedule": "linear", "prediction": "eps", "loss_norm": "l2", "weight_schedule": "snr", "lognormal": [0.0, 1.0], "scale_mode": "fixed",
+OTHER = {"td_sigma": [0.1, 1.0], "eta": 1.0, "k_idx": 1.0, "one_idx": 1.0, "steps": 18, "target_ema_tau": 0.9, "target_copy": 3, "T": 10,
+         "beta_schedule": "linear", "prediction": "eps", "base_norm": "l2", "base_weight": "snr", "lognormal": [0.0, 1.0], "scale_mode": "fixed",
          "start_scales": 9, "end_scales": 9, "total_training_steps": 9, "target_ema_mode": "fixed", "start_ema": 0.5}
-CT = ("loss_norm", "weight_schedule", "lognormal", "scale_mode", "start_scales", "end_scales", "total_training_steps", "target_ema_mode", "start_ema")
-TIMES = ("diffusion_steps", "noise_schedule", "prediction")
+CT = ("base_norm", "base_weight", "lognormal", "scale_mode", "start_scales", "end_scales", "total_training_steps", "target_ema_mode", "start_ema")
+TIMES = ("T", "beta_schedule", "prediction")
 REFUSED = {
-    "edm": ("td_eta", *TIMES, *CT),
-    "ct": ("td_sigma", "td_eta", "k_idx", "steps", "target_ema_tau", "target_copy", *TIMES),
-    "ddpm": ("td_sigma", "one_idx", "steps", *CT),
-    "iddpm": ("td_sigma", "one_idx", "steps", *TIMES, *CT),
+    "edm": ("eta", *TIMES, *CT),
+    "ct": ("td_sigma", "eta", "k_idx", "steps", "target_ema_tau", "target_copy", *TIMES),
+    "ddpm": ("td_sigma", "k_idx", "one_idx", "steps", *CT),
+    "iddpm": ("td_sigma", "k_idx", "one_idx", "steps", *TIMES, *CT),
     "flow": ("td_sigma", *TIMES, *CT),
     "vp": ("td_sigma", *TIMES, *CT),
     "ve": ("td_sigma", *TIMES, *CT),
 }
 
 
-@pytest.mark.parametrize("precond", REFUSED)
-def test_an_option_that_does_nothing_is_refused(precond):
+@pytest.mark.parametrize("family", REFUSED)
+def test_an_option_that_does_nothing_is_refused(family):
     refused = []
     for name, value in OTHER.items():
         try:
-            Options(data="", precond=precond, **{name: value})
+            options_of(data="", family=family, **{name: value})
         except ValueError as error:
-            assert str(error).startswith(f"{name} is for precond ") and str(error).endswith(f", got precond {precond}") and "\n" not in str(error)
+            assert str(error).startswith(f"{name} is for family ") and str(error).endswith(f", got family {family}") and "\n" not in str(error)
             refused.append(name)
-    assert refused == [name for name in OTHER if name in REFUSED[precond]]
+    assert refused == [name for name in OTHER if name in REFUSED[family]]
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -205,17 +208,17 @@ def test_an_option_that_does_nothing_is_refused(precond):
     ({"start_scales": 200}, "end_scales must be at least 200, got 150"),
     ({"scale_mode": "fixed", "start_scales": 1}, "steps must be at least 2"),
     ({"scale_mode": "exponential", "duration": 1e-6}, "Exponential: total_steps must be at least 8, got 1"),
-    ({"loss_norm": "no"}, "loss_norm must be one of l2, l1, huber, lpips, got 'no'"),
+    ({"base_norm": "no"}, "base_norm must be one of l2, l1, huber, lpips, got 'no'"),
     ({"lognormal": [0.0, 0.0]}, r"lognormal must be \(P_mean, P_std\) with P_std > 0"),
-    ({"td_share": 0.5}, "td_share is for precond edm, ddpm, iddpm, vp, ve, flow, got precond ct"),
-    ({"precond": "ddpm", "k_idx": 1.5}, "k must be a whole number from 1 to T - 1 = 999, got 1.5"),
-    ({"precond": "ddpm", "k_idx": 10, "diffusion_steps": 10}, "k must be a whole number from 1 to T - 1 = 9, got 10"),
-    ({"precond": "ddpm", "prediction": "no"}, "prediction must be one of eps, x0, v, got 'no'"),
-    ({"precond": "flow", "td_eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
+    ({"td_share": 0.5}, "td_share is for family edm, ddpm, iddpm, vp, ve, flow, got family ct"),
+    ({"family": "ddpm", "k": 1.5}, "k must be a whole number from 1 to T - 1 = 999, got 1.5"),
+    ({"family": "ddpm", "k": 10, "T": 10}, "k must be a whole number from 1 to T - 1 = 9, got 10"),
+    ({"family": "ddpm", "prediction": "no"}, "prediction must be one of eps, x0, v, got 'no'"),
+    ({"family": "flow", "eta": 1.5}, r"eta must be in \[0, 1\], got 1.5"),
 ])
 def test_options_out_of_range_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        objective.make_loss(Options(**{"data": "", "precond": "ct", **changes}))
+        options_of(**{"data": "", "family": "ct", **changes}).make_loss()
 
 
 def test_flags_are_those_of_consistency_models(tmp_path, data):
@@ -223,31 +226,30 @@ def test_flags_are_those_of_consistency_models(tmp_path, data):
              "start_scales": 4, "end_scales": 64, "total_training_steps": 400, "target_ema_mode": "fixed", "start_ema": 0.5, "td_weight": "pairwise"}
     args = [word for name, value in flags.items() for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value)]
     output = tdkern_("train", "--dry-run", "--data", data, "--outdir", tmp_path, "--cbase", 4, "--cres", 1, "--batch", 8, *args)
-    options = json.loads(output[: output.index("\n}") + 2])
+    options = by_flag(json.loads(output[: output.index("\n}") + 2]))
     assert {name: options[name] for name in flags} == flags
     others = {"precond": "ddpm", "diffusion_steps": 20, "noise_schedule": "cosine", "prediction": "x0", "td_eta": 0.25, "k_idx": 2.0}
     args = [word for name, value in others.items() for word in (f"--{name}", value)]
     output = tdkern_("train", "--dry-run", "--data", data, "--outdir", tmp_path, "--cbase", 4, "--cres", 1, "--batch", 8, *args)
-    options = json.loads(output[: output.index("\n}") + 2])
+    options = by_flag(json.loads(output[: output.index("\n}") + 2]))
     assert {name: options[name] for name in others} == others
     output = tdkern_("train", "--dry-run", "--data", data, "--outdir", tmp_path, "--precond", "flow", "--start_scales", 3, code=1)
-    assert output.strip() == "Error: start_scales is for precond ct, got precond flow"
+    assert output.strip() == "Error: start_scales is for family ct, got family flow"
 
 
 def test_lpips_is_asked_for_before_training(tmp_path, data, monkeypatch):
     monkeypatch.setitem(sys.modules, "piq", None)
     lpips.cache_clear()
     flags = ["train", "--dry-run", "--outdir", tmp_path, "--precond", "ct", "--loss-norm", "lpips", "--batch", 8, "--cbase", 4, "--cres", 1]
-    assert "loss_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
+    assert "base_norm 'lpips' needs piq" in tdkern_(*flags, "--data", data, code=1).strip().splitlines()[-1]
     grey = data_set(tmp_path / "grey.zip", pixels(2, (1, 8, 8)))
-    assert tdkern_(*flags, "--data", grey, code=1).strip() == "Error: loss_norm lpips needs images of 3 channels, got 1"
+    assert tdkern_(*flags, "--data", grey, code=1).strip() == "Error: base_norm lpips needs images of 3 channels, got 1"
 
 
 def test_a_denoisers_unet_is_exported_to_diffusers(tmp_path):
-    network = {"arch": "adm", "img_resolution": 4, "img_channels": 3, "label_dim": 0, "cbase": 128, "cres": [1], "dropout": 0.1, "precond": "flow",
-               "sigma_data": 0.5, "precision": "fp32"}
-    net = checkpoint.build_network(network)
-    checkpoint.write(tmp_path, checkpoint.SNAPSHOT, 8, net.state_dict(), {"network": network})
+    spec = FAMILIES["flow"].network(FlowLoss(), "adm", 4, 3, 0, cbase=128, cres=[1], dropout=0.1)
+    net = spec.build()
+    checkpoint.write(tmp_path, checkpoint.SNAPSHOT, 8, net.state_dict(), {"network": spec.to_json()})
     assert "to be called with c_in x and c_noise of Denoiser" in tdkern_("convert", "--diffusers", tmp_path, tmp_path / "unet")
 
 
@@ -265,19 +267,19 @@ def test_a_denoiser_calls_a_unet_as_the_other_wrappers_do(cls):
     with torch.no_grad():
         for given in ((labels, augment), (None, None), (labels, None)):
             expected = unet(scaled, t, torch.zeros(2, 2) if given[0] is None else labels, given[1])[:, :3]
-            torch.testing.assert_close(net.raw(x, sigma, *given), expected)
+            torch.testing.assert_close(net(x, sigma, *given, raw=True), expected)
         assert net(x, sigma, labels).shape == x.shape
 
 
 def test_previews_ask_about_levels_that_the_network_knows(data):
-    net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
+    net = Trainer(options_of(data=data, duration=1e-3, family="iddpm", **TINY), this_process()).net
     levels = sampling.preview_levels(net)
     assert len(levels) == 19 and torch.isin(levels, net.u).all() and levels[-1] == 0 and (levels.diff() < 0).all()
 
 
 def test_levels_that_are_one_to_the_network(data):
     """A sampler that must descend takes fewer steps; Heun's method takes EDM's."""
-    net = Trainer(Options(data=data, duration=1e-3, precond="iddpm", **TINY), this_process()).net
+    net = Trainer(options_of(data=data, duration=1e-3, family="iddpm", **TINY), this_process()).net
     edms, _ = sampling.sampling_levels(net, "heun", 150)
     assert len(edms) == 151 and (edms.diff() == 0).any()
     for sampler in ("ddim", "ddpm", "dpmpp", "unipc", "multistep"):

@@ -5,12 +5,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny import TINY, in_two_processes, pixels, two_steps
+from tiny import TINY, in_two_processes, options_of, pixels, two_steps
 
+import tdkern.samplers as samplers
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.schedules import EDM
 from tdkern.training import Options, Trainer, loop, sample, sampling, train
-from tdkern.training.checkpoint import STATE, find, read, write
+from tdkern.training.checkpoint import STATE, find, read, read_options, write
 from tdkern.training.distributed import Process, joined, this_process
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -27,7 +28,7 @@ def batch(trainer, rank=0, world=1):
 
 
 def test_gradients_are_a_sum_over_elements_and_a_mean_over_the_batch(data):
-    trainer = Trainer(Options(data=data, duration=1e-4, **TINY | {"loss_type": "edm", "dropout": 0.0, "batch_gpu": 4}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-4, **TINY | {"td": False, "dropout": 0.0, "batch_gpu": 4}), this_process())
     images, labels = batch(trainer)
     torch.manual_seed(derive_seed(0, "step", 0, 0))
     total = 0
@@ -43,7 +44,7 @@ def test_gradients_are_a_sum_over_elements_and_a_mean_over_the_batch(data):
 
 
 def test_one_step_updates_network_and_averages(data):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"ema": 1e-4, "lr_rampup_kimg": 1.6}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"ema": 1e-4, "lr_rampup_kimg": 1.6}), this_process())
     trainer.train_step(*batch(trainer))
     assert trainer.nimg == 8
     trainer.step = 100
@@ -59,35 +60,35 @@ def test_one_step_updates_network_and_averages(data):
     assert 1e-4 < changes.max() < 1e-3  # Adam's first steps are of the size of the learning rate
 
 
-@pytest.mark.parametrize("precond", ["vp", "ve"])
-@pytest.mark.parametrize("loss_type", ["edm", "td"])
-def test_other_families(data, precond, loss_type):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"precond": precond, "loss_type": loss_type, "lr_rampup_kimg": 0}), this_process())
-    assert type(trainer.loss).__name__ == {"edm": "", "td": "TD"}[loss_type] + precond.upper() + "Loss"
-    assert trainer.loss._fits(trainer.net)  # the fused path
+@pytest.mark.parametrize("family", ["vp", "ve"])
+@pytest.mark.parametrize("td", [False, True], ids=["edm", "td"])
+def test_other_families(data, family, td):
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"family": family, "td": td, "lr_rampup_kimg": 0}), this_process())
+    assert type(trainer.loss).__name__ == ("TD" if td else "") + family.upper() + "Loss"
+    assert trainer.loss.fits(trainer.net)  # the fused path
     before = [parameter.clone() for parameter in trainer.net.parameters()]
     trainer.train_step(*batch(trainer))
     assert any(not torch.equal(*pair) for pair in zip(trainer.net.parameters(), before, strict=True))
     statistics = trainer.statistics()
     assert all(map(math.isfinite, statistics.values())) and statistics["skipped"] == 0
-    assert loss_type == "edm" or statistics["valid"] > 0
-    if loss_type == "td":
-        assert trainer.loss.one_idx == 1 and trainer.options.one_idx == 1
+    assert not td or statistics["valid"] > 0
+    if td:
+        assert trainer.loss.one_idx == 1 and trainer.options.loss["one_idx"] == 1
     levels = sampling.preview_levels(trainer.net)[:-1]
     assert levels.min() == pytest.approx(max(trainer.net.sigma_min, 0.002), rel=1e-12)
     assert levels.max() == pytest.approx(min(trainer.net.sigma_max, 80), rel=1e-12)
 
 
 def test_options_of_other_families():
-    assert Options(data="").one_idx == 0.25
-    with pytest.raises(ValueError, match="td_sigma is for precond edm, got precond vp"):
-        Options(data="", precond="vp", td_sigma=[0.1, 1.0])
-    with pytest.raises(ValueError, match="precond must be one of edm, ct, ddpm, iddpm, vp, ve, flow, got 'no'"):
-        Options(data="", precond="no")
+    assert Options(data="").loss["one_idx"] == 0.25
+    with pytest.raises(ValueError, match="td_sigma is for family edm, got family vp"):
+        options_of(data="", family="vp", td_sigma=[0.1, 1.0])
+    with pytest.raises(ValueError, match="family must be one of edm, ct, ddpm, iddpm, vp, ve, flow, got 'no'"):
+        Options(data="", family="no")
 
 
 def test_hard_target_copies(data):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 2, "lr_rampup_kimg": 0}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"target_copy": 2, "lr_rampup_kimg": 0}), this_process())
     for copied in (True, False, True, False):
         before = [parameter.clone() for parameter in trainer.target.module.parameters()]
         trainer.train_step(*batch(trainer))
@@ -96,7 +97,7 @@ def test_hard_target_copies(data):
 
 
 def test_the_targets_decay_is_reached_by_a_ramp(data):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_ema_tau": 0.15, "lr_rampup_kimg": 0}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"target_ema_tau": 0.15, "lr_rampup_kimg": 0}), this_process())
     for decay in (0.1, 0.15, 0.15):
         before = [parameter.clone() for parameter in trainer.target.module.parameters()]
         trainer.train_step(*batch(trainer))
@@ -105,7 +106,7 @@ def test_the_targets_decay_is_reached_by_a_ramp(data):
 
 
 def test_a_copy_that_was_due_at_a_skipped_step_is_made_at_the_next(data):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"target_copy": 3, "lr_rampup_kimg": 0}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"target_copy": 3, "lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
     for step, copied in enumerate((True, False, False, False, True, False)):
         before = [parameter.clone() for parameter in trainer.target.module.parameters()]
@@ -119,7 +120,7 @@ def test_a_copy_that_was_due_at_a_skipped_step_is_made_at_the_next(data):
 
 def test_the_target_network_on_a_share_and_in_another_precision(data):
     changes = {"batch_gpu": 4, "td_share": 0.5, "target_precision": "bf16", "lr_rampup_kimg": 0, "cond": True, "augment": 0.5}
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | changes), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | changes), this_process())
     seen = {"net": [], "target": []}
     for name, module in (("net", trainer.net), ("target", trainer.target.module)):
         module.model.register_forward_pre_hook(lambda _, args, name=name: seen[name].append([args[0].dtype, *map(len, args)]))
@@ -132,18 +133,18 @@ def test_the_target_network_on_a_share_and_in_another_precision(data):
 
 
 def test_share_by_default():
-    assert Options(data="").td_share == 1  # as in runs from before there was one
-    assert Options(data="", td_share=None).td_share == 1
-    window = Options(data="", batch=512, gpus=4, td_sigma=[0.3, 5.0], td_share=None)
-    assert window.td_share == pytest.approx(0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4)
+    assert Options(data="").loss["td_share"] == 1  # as in runs from before there was one
+    assert options_of(data="", td_share=None).loss["td_share"] == 1
+    window = options_of(data="", batch=512, gpus=4, td_sigma=[0.3, 5.0], td_share=None)
+    assert window.loss["td_share"] == pytest.approx(0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4)
     for td_sigma, share in (([70.0, 80.0], 1e-4), ([-1.0, 0.0], 1e-4), ([-1.0, 80.0], 1)):  # next to none, none, nearly all
-        assert Options(data="", batch=512, td_sigma=td_sigma, td_share=None).td_share == pytest.approx(share, abs=1e-12)
+        assert options_of(data="", batch=512, td_sigma=td_sigma, td_share=None).loss["td_share"] == pytest.approx(share, abs=1e-12)
     with pytest.raises(ValueError, match="target_precision must be one of fp32, fp16, bf16, got 'fp8'"):
         Options(data="", target_precision="fp8")
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypatch):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process())
     parameter = next(trainer.net.parameters())
     parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
     before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
@@ -156,8 +157,8 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypa
 
 def test_augmentation(data, monkeypatch):
     """The networks see augmented images and the labels that say how, both the same; the pipe's probability is the option's."""
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"augment": 0.6, "batch_gpu": 4}), this_process())
-    assert trainer.network["augment_dim"] == 9 and trainer.augment_pipe.p == 0.6 and trainer.augment_pipe.xflip > 1e6
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"augment": 0.6, "batch_gpu": 4}), this_process())
+    assert trainer.network["model_arguments"]["augment_dim"] == 9 and trainer.augment_pipe.p == 0.6 and trainer.augment_pipe.xflip > 1e6
     seen, piped, noised, real = {"net": [], "target": [], "ema": []}, [], [], type(trainer.loss).pair
     for name, module in (("net", trainer.net), ("target", trainer.target.module), ("ema", trainer.ema.module)):
         module.model.map_augment.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
@@ -175,11 +176,11 @@ def test_augmentation(data, monkeypatch):
     assert trainer.net.model.map_augment.weight.grad.any()
     sample(trainer.ema.module, trainer.network, [0], EDM(steps=2).sigmas())
     assert not seen["ema"]  # sampling passes none
-    assert Trainer(Options(data=data, duration=1e-3, **TINY), this_process()).network["augment_dim"] == 0
+    assert Trainer(options_of(data=data, duration=1e-3, **TINY), this_process()).network["model_arguments"]["augment_dim"] == 0
 
 
 def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY), this_process())
     trainer.train_step(*batch(trainer))
     trainer.sums[0] = math.nan
     loop.Record(trainer, tmp_path).tick(trainer.statistics())
@@ -232,7 +233,7 @@ def test_a_resumed_run_keeps_the_options_that_make_its_weights(decay, changes, m
 
 
 def test_statistics_are_means_over_the_tick(tmp_path, data):
-    options = Options(data=data, duration=32e-6, **TINY | {"tick": 0.016, "lr": 1e-12, "dropout": 0.0})
+    options = options_of(data=data, duration=32e-6, **TINY | {"tick": 0.016, "lr": 1e-12, "dropout": 0.0})
     (tmp_path / "run").mkdir()
     train(Trainer(options, this_process()), tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "stats.jsonl").read_text().splitlines()]
@@ -253,9 +254,9 @@ def test_statistics_are_means_over_the_tick(tmp_path, data):
 def test_a_run_directory_holds_options_and_grids(tmp_path, data):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    options = Options(data=data, duration=8e-6, **TINY)
+    options = options_of(data=data, duration=8e-6, **TINY)
     train(Trainer(options, this_process()), run_dir)
-    assert Options(**json.loads((run_dir / "training_options.json").read_text())) == options
+    assert Options(**read_options(run_dir / "training_options.json")) == options
     reals = np.array(PIL.Image.open(run_dir / "reals.png"))
     assert reals.shape == np.array(PIL.Image.open(run_dir / "fakes-000000.008.png")).shape == (32, 32, 3)
     chosen = step_indices(10, 16, 0, 0).tolist()
@@ -263,26 +264,28 @@ def test_a_run_directory_holds_options_and_grids(tmp_path, data):
 
 
 def test_a_state_of_another_network_is_refused(tmp_path, data):
-    small = Trainer(Options(data=data, duration=1e-3, **TINY), this_process())
+    small = Trainer(options_of(data=data, duration=1e-3, **TINY), this_process())
     small.train_step(*batch(small))
     path = write(tmp_path, STATE, 8, small.tensors(), {"step": 1})
     with pytest.raises(ValueError, match=r"does not match the network: model\.dec\.8x8_aux_conv\.weight must be"):
-        Trainer(Options(data=data, duration=1e-3, **TINY | {"cbase": 8}), this_process(), path)
+        Trainer(options_of(data=data, duration=1e-3, **TINY | {"cbase": 8}), this_process(), path)
     path = write(tmp_path, STATE, 16, {name: tensor for name, tensor in small.tensors().items() if not name.startswith("exp_avg.")}, {"step": 1})
     with pytest.raises(ValueError, match="damaged: Adam's state"):
-        Trainer(Options(data=data, duration=1e-3, **TINY), this_process(), path)
+        Trainer(options_of(data=data, duration=1e-3, **TINY), this_process(), path)
 
 
 def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
-    trainer = Trainer(Options(data=data, duration=1e-3, **TINY | {"cond": True}), this_process())
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"cond": True}), this_process())
     net = trainer.ema.module
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.3)
     sigmas = EDM(steps=4).sigmas()
     churn = {"S_churn": 10.0, "S_noise": 1.01}
-    monkeypatch.setattr(net, "forward", None)  # samples go through `raw_scaled`: the samplers' fused path
+    fused, heun_step = [], samplers.base.heun_step
+    monkeypatch.setattr(samplers.base, "heun_step", lambda *args, **kwargs: fused.append(1) or heun_step(*args, **kwargs))
     together = sample(net, trainer.network, [5, 6, 7], sigmas, **churn)
+    assert len(fused) == 7  # samples take the samplers' fused path
     assert together.shape == (3, 3, 8, 8)
     assert together.dtype == torch.uint8
     torch.rand(3)
@@ -333,13 +336,13 @@ def one_thread(monkeypatch):
 
 
 def test_two_processes_train_one_network(tmp_path, data, monkeypatch, one_thread):
-    options = Options(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5})
+    options = options_of(data=data, duration=24e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5})
     first, second = _two_processes(tmp_path / "run", options)
     assert first.keys() >= {"target.model.map_layer0.weight", "ema.model.map_layer0.weight", "exp_avg.model.map_layer0.weight"}
     assert _same(first, second)
 
     resumed = tmp_path / "resumed"
-    _two_processes(resumed, Options(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5}))
+    _two_processes(resumed, options_of(data=data, duration=8e-6, gpus=2, **TINY | {"lr_rampup_kimg": 0, "td_share": 0.5}))
     assert _same(_two_processes(resumed, options, find(resumed, STATE))[1], first)
 
     # the same three steps here: the gradients of both processes, added up

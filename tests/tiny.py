@@ -11,11 +11,29 @@ import numpy as np
 import PIL.Image
 
 # every step is a tick, with a training state after each and a snapshot after every third
-TINY = {"arch": "ddpmpp", "cbase": 4, "cres": [1], "batch": 8, "lr_rampup_kimg": 0.024, "ema": 2e-4, "tick": 0.008, "snap": 3, "dump": 1, "workers": 0}
+TINY = {"arch": "ddpmpp", "cbase": 4, "cres": [1], "batch": 8, "lr_rampup_kimg": 0.024, "ema": 2e-4, "tick": 0.008, "snap": 3, "dump": 1, "workers": 0,
+        "augment": 0.0}
 
 # a fresh process for every run without importing torch anew: the children are forks of a process that has only imported
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
+
+
+def options_of(**given):
+    """A run's options, those of its loss beside them."""
+    from tdkern.training.options import Options, nested
+
+    return Options(**nested({}, given))
+
+
+def by_flag(options):
+    """The options in a run's file by the flags that they had when they were published."""
+    from tdkern.cli.options import ALIASES, SAME_FLAG
+
+    options = options | options["loss"]
+    names = {alias.replace("-", "_"): name for name in ALIASES for alias in ALIASES[name]} | {flag: name for name, flag in SAME_FLAG.items()}
+    published = {flag: options[name] for flag, name in names.items() if name in options}
+    return options | published | {"loss_type": "td" if options["td"] else "edm"}
 
 
 def two_steps(net):

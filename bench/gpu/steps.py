@@ -124,8 +124,8 @@ def published_step(net, ema, target, images):
         sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
         x_t, x_tp, levels, _, valid = published_draw(images, sigma, one)
         with torch.no_grad():
-            out_target = target.module.raw(x_tp, levels[:, 2]).float()
-        out = net.raw(x_t, levels[:, 0]).float()
+            out_target = target.module(x_tp, levels[:, 2], raw=True).float()
+        out = net(x_t, levels[:, 0], raw=True).float()
         loss = eager_td_edm(out, out_target, images, x_t, x_tp, levels, valid)
         (loss.sum() * (images[0].numel() / len(images))).backward()
         for param in net.parameters():

@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Ten
 void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
                        bool consistency, bool l1) {
   const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
-  check_upstream(upstream, in);
+  check_backward(grad, upstream, in);
   by_storage<BFloat16, Half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);

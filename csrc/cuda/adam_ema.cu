@@ -1,10 +1,13 @@
-// adam_ema_ on CUDA: a block a chunk of a parameter, its averages behind its step; then a small kernel counts the step. Whether it is
-// skipped is read on the device.
+// adam_ema_ on CUDA: one block per chunk of a parameter, piece by piece its step and then its averages; a small
+// kernel counts the step behind it. Whether the step is skipped is read on the device.
 #include "adam_ema.h"
 #include "ema_chunk.cuh"
 
 namespace tdkern {
 namespace {
+
+// So few elements that the averages find the parameter, which they read anew, still in the cache.
+constexpr int kPiece = 2048;
 
 // Every thread that finds an element that is not finite writes the same 1.
 template <typename N>
@@ -54,17 +57,12 @@ __device__ __forceinline__ void elements(const AdamStep<T>& s, const N* grad, N*
   store_pack<vec>(param + i, p);
 }
 
-template <typename N, typename D>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 3 : 4) adam_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a) {
-  using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
-  if (a.skip()) return;
-  const TableChunk c = table_chunk(table);
-  __shared__ AdamStep<double> shared;  // two powers in float64: once a block
-  if (threadIdx.x == 0) shared = make_adam_step(a.options, a.lr.value(a.host_lr), a.grad_factor(), *static_cast<const float*>(c.row[table.columns - 1]) + 1.0f);
-  __syncthreads();
-  const AdamStep<T> s = narrow_step<T>(shared);
+template <typename N, typename T>
+__device__ __forceinline__ void adam_piece(const AdamStep<T>& s, const TableChunk& c) {
   const N* grad = static_cast<const N*>(c.row[0]) + c.begin;
-  N *exp_avg = static_cast<N*>(c.row[1]) + c.begin, *exp_avg_sq = static_cast<N*>(c.row[2]) + c.begin, *param = static_cast<N*>(c.row[3]) + c.begin;
+  N* exp_avg = static_cast<N*>(c.row[1]) + c.begin;
+  N* exp_avg_sq = static_cast<N*>(c.row[2]) + c.begin;
+  N* param = static_cast<N*>(c.row[3]) + c.begin;
   constexpr int vec = 16 / sizeof(N);
   const bool aligned = packs_start(grad) && packs_start(exp_avg) && packs_start(exp_avg_sq) && packs_start(param);
   const int packed = aligned ? c.count / vec * vec : 0;
@@ -72,8 +70,25 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 3 : 4) a
   for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec) elements<vec>(s, grad, exp_avg, exp_avg_sq, param, i);
 #pragma unroll 1
   for (int i = packed + threadIdx.x; i < c.count; i += kThreads) elements<1>(s, grad, exp_avg, exp_avg_sq, param, i);
-  __syncthreads();  // the averages read the parameter, not always with the thread that wrote it
-  ema_chunk<N, D>(c.row + kAdamColumns - 1, c, a.decays, a.averages);
+}
+
+template <typename N, typename D>
+__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlocks) adam_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a) {
+  using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
+  if (a.skip()) return;
+  const TableChunk c = table_chunk(table);
+  __shared__ AdamStep<double> shared;  // two powers in float64: once a block
+  if (threadIdx.x == 0) shared = make_adam_step(a.options, a.lr.value(a.host_lr), a.grad_factor(), *static_cast<const float*>(c.row[table.columns - 1]) + 1.0f);
+  __syncthreads();
+  const AdamStep<T> s = narrow_step<T>(shared);
+#pragma unroll 1
+  for (int done = 0; done < c.count; done += kPiece) {
+    const TableChunk piece = {c.row, c.begin + done, c.tensor, c.count - done < kPiece ? c.count - done : kPiece};
+    adam_piece<N>(s, piece);
+    if (a.averages == 0) continue;
+    __syncthreads();  // the averages read the parameter, not always with the thread that wrote it
+    ema_chunk<N, D>(c.row + kAdamColumns - 1, piece, a.decays, a.averages);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)

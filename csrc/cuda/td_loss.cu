@@ -203,7 +203,7 @@ void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_targ
                        bool consistency, bool l1) {
   const Launch launch(grad);
   const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
-  check_upstream(upstream, in);
+  check_backward(grad, upstream, in);
   if (in.batch * in.n == 0) return;
   by_storage<__nv_bfloat16, __half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
     using N = decltype(net);

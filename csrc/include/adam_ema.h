@@ -54,8 +54,9 @@ inline TensorLists adam_lists(const std::vector<Tensor>& params, const std::vect
     STD_TORCH_CHECK(params[i].device() == params[0].device() && steps[i].device() == params[0].device(), "adam_ema_: params and steps must be on one device");
     STD_TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float, "adam_ema_: a step must be one float32");
     lists.add("adam_ema_", row.data());
-    lists.pointers.push_back(steps[i].data_ptr());
+    lists.add_tail(steps[i]);
   }
+  lists.refuse_overlap("adam_ema_");
   return lists;
 }
 

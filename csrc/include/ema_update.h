@@ -6,8 +6,10 @@
 
 namespace tdkern {
 
-// Rows of a parameter and its averages `begin` to `end` of the K. averages: [K, P] flat.
+// Rows of a parameter and its averages `begin` to `end` of the K. averages: [K, P] flat; params: at least one.
 inline TensorLists ema_lists(const std::vector<Tensor>& averages, const std::vector<Tensor>& params, int64_t begin, int64_t end) {
+  const int64_t K = averages.size() / params.size();
+  if (begin == 0 && end < K) ema_lists(averages, params, 0, K);  // the checks of all, before any is written
   TensorLists lists(1 + end - begin, params.size());
   std::vector<const Tensor*> row(lists.columns);
   for (size_t i = 0; i < params.size(); ++i) {
@@ -20,6 +22,7 @@ inline TensorLists ema_lists(const std::vector<Tensor>& averages, const std::vec
     STD_TORCH_CHECK(params[i].device() == params[0].device(), "ema_update_: params must be on one device");
     lists.add("ema_update_", row.data());
   }
+  lists.refuse_overlap("ema_update_");
   return lists;
 }
 

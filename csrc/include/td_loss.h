@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "checks.h"
+#include "overlap.h"
 
 namespace tdkern {
 
@@ -50,11 +50,17 @@ TdLossRows<N, D> td_loss_rows(const TdLossInputs& in, const Tensor* grad, const 
           rows<const double>(in.coef).data, upstream ? rows<const T>(*upstream).data : nullptr, in.batch, in.n, in.has_x_t, in.has_x_tp, in.consistency};
 }
 
-inline void check_upstream(const Tensor& upstream, const TdLossInputs& in) {
+inline void check_backward(const Tensor& grad, const Tensor& upstream, const TdLossInputs& in) {
   const ScalarType wide = in.x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == in.batch && upstream.size(1) == 2 && upstream.is_contiguous() && upstream.scalar_type() == wide &&
-                      upstream.device() == in.F.device(),
+  STD_TORCH_CHECK(same_sizes(grad, in.F) && grad.scalar_type() == in.F.scalar_type() && grad.device() == in.F.device(),
+                  "td_loss_backward_: grad must be as out");
+  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == in.batch && upstream.size(1) == 2 && upstream.is_contiguous() &&
+                      upstream.scalar_type() == wide && upstream.device() == in.F.device(),
                   "td_loss_backward_: upstream must be contiguous, of shape [B, 2] and of the loss's dtype and device");
+  std::vector<Span> spans = {span_of(grad, 0, true, is_dense(grad))};
+  for (const Tensor* tensor : {&upstream, &in.F, &in.F_p, &in.x0, &in.x_t, &in.x_tp, &in.coef})
+    spans.push_back(span_of(*tensor, 0, false, is_dense(*tensor)));
+  refuse_overlap("td_loss_backward_", spans);
 }
 
 }  // namespace tdkern

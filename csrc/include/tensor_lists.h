@@ -4,30 +4,9 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "overlap.h"
 
 namespace tdkern {
-
-// Whether the elements fill one stretch of memory, their dimensions in any order.
-inline bool is_dense(const Tensor& tensor) {
-  const int64_t n = tensor.numel();
-  for (int64_t reach = 1; reach < n;) {
-    int64_t size = 0;
-    for (int64_t d = 0; d < tensor.dim(); ++d)
-      if (tensor.size(d) > 1 && tensor.stride(d) == reach) size = tensor.size(d);
-    if (size == 0) return false;
-    reach *= size;
-  }
-  return true;
-}
-
-// Whether two tensors of one shape keep the same element at every place of their memory.
-inline bool same_memory(const Tensor& a, const Tensor& b) {
-  if (a.is_contiguous() && b.is_contiguous()) return true;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
-  return is_dense(a);
-}
 
 // Rows of `columns` tensors of equal shape, behind which a row may hold `tail` more pointers. Column 0 is only read. A row whose
 // tensors do not lie alike in memory goes through contiguous copies, which `finish` writes back.
@@ -44,6 +23,7 @@ class TensorLists {
   TensorLists(int64_t columns, size_t count, int64_t tail = 0) : columns(columns), width(columns + tail) {
     rows.reserve(count);
     pointers.reserve(count * width);
+    spans_.reserve(count * width);
   }
 
   void* const* row(size_t i) const { return pointers.data() + i * width; }
@@ -57,12 +37,22 @@ class TensorLists {
       STD_TORCH_CHECK(tensors[c]->device() == first.device(), op, ": tensors that belong together must be on one device");
       alike = alike && same_memory(first, *tensors[c]);
     }
+    for (int64_t c = 0; c < columns; ++c) spans_.push_back(span_of(*tensors[c], rows.size(), c > 0, alike || is_dense(*tensors[c])));
     rows.push_back({first.numel(), first.scalar_type(), tensors[columns - 1]->scalar_type()});
     for (int64_t c = 0; c < columns; ++c) {
       if (!alike) copies_.emplace_back(*tensors[c], torch::stable::contiguous(*tensors[c]));
       pointers.push_back(alike ? tensors[c]->data_ptr() : copies_.back().second.data_ptr());
     }
   }
+
+  // What belongs to the last row and is written besides: its tail.
+  void add_tail(const Tensor& tensor) {
+    spans_.push_back(span_of(tensor, rows.size() - 1, true, true));
+    pointers.push_back(tensor.data_ptr());
+  }
+
+  // Throws where written memory overlaps: called before anything is written.
+  void refuse_overlap(const char* op) const { tdkern::refuse_overlap(op, spans_); }
 
   void finish() {
     int64_t c = 0;
@@ -72,6 +62,7 @@ class TensorLists {
 
  private:
   std::vector<std::pair<Tensor, Tensor>> copies_;
+  std::vector<Span> spans_;
 };
 
 inline Tensor list_decays(const char* op, const Tensor& decays) {  // float64, where they are

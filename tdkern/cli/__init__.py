@@ -1,4 +1,4 @@
-"""The command line: `tdkern train`, `tdkern generate`, `tdkern fid`, `tdkern convert`, `tdkern demo`."""
+"""The command line: `tdkern train`, `generate`, `fid`, `convert` and `demo`."""
 import importlib
 import sys
 

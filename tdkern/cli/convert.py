@@ -3,6 +3,7 @@ import click
 
 from ..integrations import convert as run
 from ..integrations import export_diffusers
+from ..training import load_network
 
 
 @click.command()
@@ -10,13 +11,14 @@ from ..integrations import export_diffusers
 @click.argument("dst")
 @click.option("--diffusers", is_flag=True, help="Write the averaged U-Net of SRC as a folder DST that diffusers' UNet2DModel reads.")
 def convert(src, dst, diffusers):
-    """Write a network that another program saved as one safetensors file, without running what is in it.
+    """Write a network that another program saved as one file, without running it.
 
-    SRC is EDM's network-snapshot-*.pkl or training-state-*.pt, a state dict of torch.save, or a diffusers folder; DST a new .safetensors
-    file. EDM's networks can then be sampled from.
+    SRC is EDM's network-snapshot-*.pkl or training-state-*.pt, a state dict of torch.save, or a
+    diffusers folder; DST a new .safetensors file. EDM's networks can then be sampled from.
 
-    With --diffusers, SRC is a network snapshot, a run directory or a converted file, of an ADM network with levels of 128, 192, 256, ... channels:
-    the one kind of EDM's that a UNet2DModel can compute. Preconditioning is then diffusers' EDMEulerScheduler's.
+    With --diffusers, SRC is a network snapshot, a run directory or a converted file, of an ADM
+    network with levels of 128, 192, 256, ... channels: the one kind of EDM's that a UNet2DModel can
+    compute. Preconditioning is then diffusers' EDMEulerScheduler's.
 
     \b
     tdkern convert network-snapshot.pkl model.safetensors
@@ -24,6 +26,9 @@ def convert(src, dst, diffusers):
     tdkern convert --diffusers runs/00000-... unet
     """
     try:
-        click.echo((export_diffusers if diffusers else run)(src, dst))
+        if diffusers:
+            click.echo(export_diffusers(load_network(src)[0], dst, name=src))
+        else:
+            click.echo(run(src, dst))
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error

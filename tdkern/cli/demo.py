@@ -11,10 +11,10 @@ from ..demo import FAMILIES, STUDY, Config, draw_picture, report, run_study, to_
 @click.command()
 @click.option("--family", type=click.Choice(list(FAMILIES)), help="One way to train and sample, with and without TD. [default: EDM, with more kinds of TD]")
 @click.option("--outdir", type=click.Path(file_okay=False, path_type=Path), metavar="DIR", default="demo", show_default=True,
-              help="For the picture and numbers.")
+              help="Where to write the picture and numbers.")
 @click.option("--seeds", type=click.IntRange(min=2), default=Config.seeds, show_default=True, help="Paired seeds.")
 @click.option("--iterations", type=click.IntRange(min=1), default=Config.iterations, show_default=True, help="Training steps.")
-@click.option("--seed", type=click.IntRange(min=0), default=Config.seed, show_default=True, help="Of all randomness.")
+@click.option("--seed", type=click.IntRange(min=0), default=Config.seed, show_default=True, help="Random seed.")
 @click.option("--compute", type=click.FloatRange(min=1), help="Iterations without TD at equal compute, as a multiple. [default: measured]")
 def demo(family, outdir, **values):
     """Train with and without the TD term on a problem whose exact denoiser is known, and compare.
@@ -23,7 +23,8 @@ def demo(family, outdir, **values):
     tdkern demo
     tdkern demo --family flow
 
-    It takes about two minutes on a CPU, prints tables, and draws a picture. With --compute, one --seed gives the same numbers again.
+    It takes about two minutes on a CPU, prints tables, and draws a picture. With --compute, one
+    --seed gives the same numbers again.
     """
     try:
         outdir.mkdir(parents=True, exist_ok=True)  # before the work

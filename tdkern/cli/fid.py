@@ -8,15 +8,14 @@ import click
 import torch
 from tqdm import tqdm
 
-from .. import samplers
 from ..data import DatasetError, ImageDataset
 from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
+from ..families import default_sampler
+from ..samplers import SAMPLERS
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
-from ..training.sampling import default_sampler, sampling_levels
+from ..training.sampling import sampling_levels
 from .types import Numbers
-
-SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep")  # those that take a number of steps and nothing else
 
 with_ref = click.option("--ref", required=True, metavar="NPZ|URL", help="Reference statistics: of tdkern fid ref, or EDM's.")
 with_num = click.option("--num", type=click.IntRange(min=2), default=50000, show_default=True, help="Images.")
@@ -29,7 +28,8 @@ with_detector = click.option("--detector", metavar="FILE", help="torch-fidelity'
 def fid():
     """Frechet inception distance (FID) of images to reference statistics.
 
-    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone --nproc_per_node=8 -m tdkern.cli -- fid calc ...
+    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone
+    --nproc_per_node=8 -m tdkern.cli -- fid calc ...
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-49999 --subdirs
@@ -67,7 +67,7 @@ def calc(images, ref, num, seed, batch, workers, detector):
 @with_workers
 @with_detector
 def reference_statistics(data, dest, batch, workers, detector):
-    """Write reference statistics: mean and covariance of the features of all images of a data set."""
+    """Write reference statistics: mean and covariance of all images' features."""
     with _command() as process:
         dataset = ImageDataset(data)
         extract = Inception(detector, process.device)
@@ -85,20 +85,31 @@ def reference_statistics(data, dest, batch, workers, detector):
 @click.option("--steps", type=Numbers(int), default="4,6,9,12,18", show_default=True, metavar="LIST",
             help="Numbers of sampling steps, each at least 2; 1 is for multistep.")
 @with_num
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the first image; the others' count up from it.")
-@click.option("--sampler", type=click.Choice(SAMPLERS), help="With the sampler's defaults. [default: multistep of a consistency model, else heun]")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed of the first image; those of the others count up from it.",
+)
+@click.option(
+    "--sampler",
+    type=click.Choice([name for name, kind in SAMPLERS.items() if not kind.choices]),
+    help="With its defaults. [default: multistep of a consistency model, else heun]",
+)
 @with_batch
 @with_detector
 def steps(network, ref, steps, num, seed, sampler, batch, detector):
-    """FID of a network's images for each of several numbers of sampling steps, without writing the images.
+    """FID of a network's images for several numbers of sampling steps, without writing them.
 
-    The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for its other flags use it and fid calc.
-    Prints a table, where NFE is the number of network evaluations an image, then the same as one line of JSON.
+    The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
+    its other flags use it and fid calc. Prints a table, where NFE is the number of network
+    evaluations an image, then the same as one line of JSON.
     """
     with _command() as process:
         net, meta = load_network(network, process.device)
         sampler = sampler or default_sampler(net, steps_given=True)
-        least = 1 if sampler == "multistep" else 2
+        least = SAMPLERS[sampler].least_steps
         if min(steps) < least:
             raise click.UsageError(f"--steps must be at least {least} each with {sampler}, got {min(steps)}")
         extract, reference = Inception(detector, process.device), _reference(ref, num, process)
@@ -109,11 +120,10 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
         rows = []
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
-            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=getattr(samplers, sampler), **options) for seeds in _bar(batches, process))
+            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=SAMPLERS[sampler].sample, **options) for seeds in _bar(batches, process))
             ours = feature_statistics(images, extract, process.device)
             if process.rank == 0:
-                taken = len(sigmas) - 1
-                nfe = 2 * taken - 1 if sampler == "heun" else taken
+                nfe = SAMPLERS[sampler].evaluations(len(sigmas) - 1)
                 rows.append({"steps": count, "nfe": nfe, "fid": frechet_distance(ours, reference)})
                 click.echo(f"{count:>5} {nfe:>4} {rows[-1]['fid']:>10.4f}")
         if process.rank == 0:
@@ -122,7 +132,10 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
 
 @contextmanager
 def _command():
-    """This process, joined with the others; what is wrong with a file or an installation becomes one line."""
+    """This process, joined with the others.
+
+    What is wrong with a file or an installation becomes one line.
+    """
     try:
         with joined() as process:
             yield process
@@ -143,7 +156,10 @@ def _reference(ref: str, num: int, process: Process) -> Statistics | None:
 
 
 def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: int, process: Process) -> Statistics:
-    """Statistics of all images of a data set, in batches that do not depend on the number of processes."""
+    """Statistics of all images of a data set.
+
+    The batches do not depend on the number of processes.
+    """
     order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][process.rank :: process.world]
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda")
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)

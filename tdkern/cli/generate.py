@@ -6,26 +6,28 @@ import click
 import torch
 from tqdm import tqdm
 
-from .. import samplers
 from ..data import save_grid, save_image
+from ..families import default_sampler
+from ..samplers import SAMPLERS
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
-from ..training.sampling import default_sampler, sampling_levels
+from ..training.sampling import sampling_levels
 from .types import Numbers, boolean, on_command_line
 
 
 @click.command()
 @click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
-@click.option("--outdir", metavar="DIR", help="Where the images go, one PNG a seed.")
-@click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image a seed, such as 1,2,5-10.")
+@click.option("--outdir", metavar="DIR", help="Where the images go, one PNG for each seed.")
+@click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image for each seed, such as 1,2,5-10.")
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
-@click.option("--sampler", type=click.Choice(["heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "onestep", "multistep", "ablation"]),
-              help="onestep and multistep are for consistency models, whose default is onestep, or multistep with --steps. [default: heun; ablation with "
-                   "--solver, --disc, --schedule or --scaling]")
-@click.option("--steps", type=click.IntRange(min=2), default=18, show_default=True, help="Sampling steps.")
+@click.option("--sampler", type=click.Choice(list(SAMPLERS)),
+              help="onestep and multistep are for consistency models, whose default is onestep, or "
+                   "multistep with --steps. [default: heun; ablation with --solver, --disc, "
+                   "--schedule or --scaling]")
+@click.option("--steps", type=click.IntRange(min=1), default=18, show_default=True, help="Sampling steps.")
 @click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
 @click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")
 @click.option("--rho", type=float, default=7.0, show_default=True, help="Exponent of the steps.")
@@ -61,12 +63,14 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
             ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
             sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
         options = _options(sampler, disc, options)
+        if steps < SAMPLERS[sampler].least_steps:
+            raise click.UsageError(f"--steps must be at least {SAMPLERS[sampler].least_steps} with {sampler}, got {steps}")
         sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
         options |= follow
         batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
         images = []
         for part in tqdm(batches, unit="batch", disable=process.rank > 0):
-            images.append(sample(net, meta["network"], part.tolist(), sigmas, sampler=getattr(samplers, sampler), class_idx=class_idx, **options))
+            images.append(sample(net, meta["network"], part.tolist(), sigmas, sampler=SAMPLERS[sampler].sample, class_idx=class_idx, **options))
             for seed, image in zip(part.tolist(), images[-1] if outdir else (), strict=bool(outdir)):
                 folder = Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "")
                 folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +86,13 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
 
 def _options(sampler: str, disc: str | None, values: dict) -> dict:
     """The sampler's own options; a flag given on the command line that does nothing is refused."""
-    known = signature(getattr(samplers, sampler)).parameters
+    kind = SAMPLERS[sampler]
+    known = signature(kind.sample).parameters
     idle = {name: f"--sampler {sampler}" for name in values if name not in known}
-    idle |= dict.fromkeys(("steps", "sigma_min", "rho", "disc"), "--sampler onestep") if sampler == "onestep" else {}
-    idle |= {"rho": f"--disc {disc}"} if disc not in (None, "edm") else {}
+    if kind.from_one_level:
+        idle |= dict.fromkeys(("steps", "sigma_min", "rho", "disc"), f"--sampler {sampler}")
+    if disc not in (None, "edm"):
+        idle["rho"] = f"--disc {disc}"
     for name, reason in idle.items():
         if on_command_line(name):
             raise click.UsageError(f"--{name} does nothing with {reason}")

@@ -24,6 +24,13 @@ class Numbers(click.ParamType):
         return numbers
 
 
+def boolean_option(*names: str, help: str):
+    """A switch as EDM's, `--xflip`, `--xflip=1` or `--xflip False`; None where it is not given."""
+    return click.option(
+        *names, type=bool, is_flag=False, flag_value=True, metavar="[BOOL]", help=help
+    )
+
+
 def boolean(name: str, help: str):
     """A switch as EDM's: `--xflip`, `--xflip=1` or `--xflip False`."""
     return click.option(name, type=bool, is_flag=False, flag_value=True, default=False, show_default=True, metavar="[BOOL]", help=help)

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._library import tensor_cache
+from .._cache import tensor_cache
 
 STREAMS = {"order": 0, "init": 1, "step": 2, "subset": 3}
 

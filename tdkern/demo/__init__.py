@@ -1,4 +1,4 @@
-"""`tdkern demo`: a family with and without the TD term on a problem whose exact denoiser is known; EDM in more detail."""
+"""`tdkern demo`: a family with and without TD on a problem whose exact denoiser is known."""
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
 from .report import conclusion, report, to_json

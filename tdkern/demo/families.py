@@ -1,4 +1,4 @@
-"""What a study needs to know of a family: its losses, its network, how its noise levels are drawn and how it is sampled."""
+"""What a study needs to know of a family: losses, network, noise levels and sampler."""
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ..evaluation.mixture import GaussianMixture
-from ..losses import CTLoss, DDPMLoss, EDMLoss, FlowLoss, Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
+from ..families import FAMILIES as losses_of
+from ..losses import Loss, TDDDPMLoss, TDEDMLoss
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
@@ -16,7 +17,10 @@ BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40
 
 
 class Levels:
-    """The noise levels at which errors are measured: the middles, in log sigma, of the cells that make up BANDS."""
+    """The noise levels at which errors are measured.
+
+    They are the middles, in log sigma, of the cells that make up BANDS.
+    """
 
     edges = torch.tensor([lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]], dtype=torch.float64)
     sigma = (edges[1:] * edges[:-1]).sqrt()
@@ -26,7 +30,10 @@ class Levels:
         self.share = cdf(self.edges).diff()  # of the noise levels that training draws
 
     def by_band(self, error: Tensor) -> Tensor:
-        """[seeds, levels] to [seeds, bands + 1]: the mean in each band, and last over all levels as training weighs them."""
+        """[seeds, levels] to [seeds, bands + 1]: the mean in each band.
+
+        The last is over all levels, as training weighs them.
+        """
         bands = [error[:, self.band == i].mean(1) for i in range(len(BANDS))]
         return torch.stack([*bands, self.overall(error)], 1)
 
@@ -39,7 +46,8 @@ class Family:
     """A way to train and to sample: all that differs between the studies."""
 
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
-    network: Callable[[nn.Module], nn.Module]  # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    network: Callable[[nn.Module], nn.Module]
     draw: Callable[[int, torch.Generator], dict[str, Tensor]]  # n noise levels, as a keyword of `loss.pair`
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
@@ -50,7 +58,8 @@ class Family:
     exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise  # what a perfect network gives
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
-    follow_samples: bool = False  # over training: the distance of samples with the smallest budget instead of the error
+    # over training: the distance of samples with the smallest budget instead of the error
+    follow_samples: bool = False
 
     @property
     def levels(self) -> Levels:
@@ -58,7 +67,9 @@ class Family:
 
 
 class Timed(nn.Module):
-    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`: moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
+    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`.
+
+    It is moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
 
     `c_in(c_noise)` scales the input, where the wrapper leaves that to the network.
     """
@@ -73,32 +84,53 @@ class Timed(nn.Module):
         return self.mlp(self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6)
 
 
+def _losses(family: str, baseline: str, **td) -> dict[str, Loss]:
+    """A family's losses: without TD, and under "TD" with it; `td` are its arguments."""
+    its = losses_of[family]
+    return {baseline: its.make_loss(False, td), "TD": its.make_loss(True, td)}
+
+
 def _edm(losses: dict[str, Loss]) -> Family:
     loss = losses["TD"]
+
+    def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        normal = torch.randn(n, generator=generator, dtype=torch.float64)
+        return {"sigma": (loss.P_mean + loss.P_std * normal).exp()}
+
     return Family(
-        losses, lambda mlp: EDMPrecond(mlp, sigma_data=0.5),
-        lambda n, generator: {"sigma": (loss.P_mean + loss.P_std * torch.randn(n, generator=generator, dtype=torch.float64)).exp()},
-        lambda sigma: torch.special.ndtr((sigma.log() - loss.P_mean) / loss.P_std),
-        heun, "Heun's method", lambda steps: EDM(steps).sigmas(), (4, 6, 9, 12, 18),
+        losses=losses,
+        network=lambda mlp: EDMPrecond(mlp, sigma_data=0.5),
+        draw=draw,
+        cdf=lambda sigma: torch.special.ndtr((sigma.log() - loss.P_mean) / loss.P_std),
+        sampler=heun,
+        sampler_name="Heun's method",
+        sigmas=lambda steps: EDM(steps).sigmas(),
+        budgets=(4, 6, 9, 12, 18),
     )
 
 
-def _path(losses: dict[str, Loss], network, sampler, sampler_name: str, budgets: tuple[int, ...], **changes) -> Family:
-    """A family with uniform times of a schedule."""
+def _path(losses: dict[str, Loss], **settings) -> Family:
+    """A family with uniform times of a schedule; `settings` are of the `Family`."""
     path = losses["TD"].schedule
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         if isinstance(path, DDPM):
             return {"t": torch.randint(1, path.T + 1, (n,), generator=generator)}
-        return {"t": path.t_min + (path.t_max - path.t_min) * torch.rand(n, generator=generator, dtype=torch.float64)}
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+        return {"t": path.t_min + (path.t_max - path.t_min) * uniform}
 
-    return Family(losses, network, draw, lambda sigma: (path.time(sigma) - path.t_min) / (path.t_max - path.t_min),
-                  sampler, sampler_name, path.sigmas, budgets, **changes)
+    return Family(
+        losses=losses,
+        draw=draw,
+        cdf=lambda sigma: (path.time(sigma) - path.t_min) / (path.t_max - path.t_min),
+        sigmas=path.sigmas,
+        **settings,
+    )
 
 
-def _ddpm(losses: dict[str, Loss], sampler, sampler_name: str, budgets: tuple[int, ...]) -> Family:
-    path = losses["TD"].schedule
-    return _path(losses, lambda mlp: Denoiser(Timed(mlp, 0, path.T - 1), "eps", alphas_cumprod=path.alphas_cumprod), sampler, sampler_name, budgets)
+def _ddpm_network(path: DDPM) -> Callable[[nn.Module], nn.Module]:
+    levels = path.alphas_cumprod
+    return lambda mlp: Denoiser(Timed(mlp, 0, path.T - 1), "eps", alphas_cumprod=levels)
 
 
 def _ct(losses: dict[str, Loss]) -> Family:
@@ -106,39 +138,86 @@ def _ct(losses: dict[str, Loss]) -> Family:
     levels = EDM(scales).sigma(torch.arange(scales - 1))
 
     def exact(mixture: GaussianMixture):
-        """The consistency function: where the probability-flow ODE from (x, sigma) ends at sigma_min."""
-        return lambda x, sigma: unipc(mixture.denoise, x.double(), EDM(40, sigma_max=sigma[0].item()).sigmas()[:-1], order=3)
+        """The consistency function: where the ODE from (x, sigma) ends at sigma_min."""
+
+        def end(x: Tensor, sigma: Tensor) -> Tensor:
+            sigmas = EDM(40, sigma_max=sigma[0].item()).sigmas()[:-1]
+            return unipc(mixture.denoise, x.double(), sigmas, order=3)
+
+        return end
+
+    def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"index": torch.randint(scales - 1, (n,), generator=generator)}
 
     return Family(
-        losses, lambda mlp: CTPrecond(mlp, time_scale=0.25), lambda n, generator: {"index": torch.randint(scales - 1, (n,), generator=generator)},
-        lambda sigma: (levels < sigma[..., None]).double().mean(-1),
-        multistep, "multistep sampling", lambda steps: EDM(steps + 1).sigmas()[:-1], (1, 2, 4),
-        {"target_ema_tau": 0.0}, exact, "the exact ODE", "EDM's loss against the end of the exact ODE", follow_samples=True,
+        losses=losses,
+        network=lambda mlp: CTPrecond(mlp, time_scale=0.25),
+        draw=draw,
+        cdf=lambda sigma: (levels < sigma[..., None]).double().mean(-1),
+        sampler=multistep,
+        sampler_name="multistep sampling",
+        sigmas=lambda steps: EDM(steps + 1).sigmas()[:-1],
+        budgets=(1, 2, 4),
+        config={"target_ema_tau": 0.0},
+        exact=exact,
+        exact_name="the exact ODE",
+        error_name="EDM's loss against the end of the exact ODE",
+        follow_samples=True,
     )
 
 
 def _ve_input(c_noise: Tensor) -> Tensor:
-    """1/sqrt(sigma^2 + sigma_data^2) at c_noise = ln(sigma/2): what a U-Net's first normalisation does for VE, whose c_in is 1."""
+    """1/sqrt(sigma^2 + sigma_data^2) at c_noise = ln(sigma/2).
+
+    It is what a U-Net's first normalisation does for VE, whose c_in is 1.
+    """
     return (4 * (2 * c_noise).exp() + 0.25).rsqrt()
 
 
-STUDY = _edm({
-    "EDM": EDMLoss(),
-    "TD": TDEDMLoss(),
-    "TD, online weight": TDEDMLoss(weight="online"),
-    "TD, online, .3<sigma<5": TDEDMLoss(weight="online", td_sigma=(0.3, 5.0)),  # without td_share: at 16 points a seed, choosing costs more than it saves
-})
+# without td_share: at 16 points of a seed, choosing costs more than it saves
+WINDOW = TDEDMLoss(weight="online", td_sigma=(0.3, 5.0))
+STUDY = _edm(
+    _losses("edm", "EDM")
+    | {"TD, online weight": TDEDMLoss(weight="online"), "TD, online, .3<sigma<5": WINDOW}
+)
 FAMILIES = {
-    "ddpm": _ddpm({"DDPM": DDPMLoss(), "TD": TDDDPMLoss()}, ddpm, "DDPM's ancestral sampler", (10, 20, 50, 100)),
-    "ddim": _ddpm({"DDPM": DDPMLoss(), "TD": TDDDPMLoss(eta=0.0), "TD, shared noise": TDDDPMLoss(coupling="shared")},
-                  ddim, "DDIM", (5, 10, 20, 50)),
-    "vp": _path({"VP": VPLoss(), "TD": TDVPLoss()}, lambda mlp: VPPrecond(Timed(mlp, 0, 999)),
-                partial(ablation, schedule="vp", scaling="vp"), "Heun's method in VP's time", (10, 20, 40, 80)),
-    "ve": _path({"VE": VELoss(), "TD": TDVELoss()}, lambda mlp: VEPrecond(Timed(mlp, -4.6, 3.9, _ve_input)),
-                ddpm, "VE's ancestral sampler", (10, 20, 50, 100)),
-    "edm": _edm({"EDM": EDMLoss(), "TD": TDEDMLoss()}),
-    # 20 levels, l2 and karras: of seven settings tried, where both curves fall steadily; what TD brings here is no evidence for the others
-    "ct": _ct({"CT": CTLoss(20, weighting="karras"), "TD": TDCTLoss(20, weighting="karras")}),
-    "flow": _path({"flow": FlowLoss(), "TD": TDFlowLoss()}, lambda mlp: Denoiser(Timed(mlp, 0, 1), "velocity"),
-                  euler, "Euler's method", (5, 10, 20, 50)),
+    "ddpm": _path(
+        _losses("ddpm", "DDPM"),
+        network=_ddpm_network(DDPM()),
+        sampler=ddpm,
+        sampler_name="DDPM's ancestral sampler",
+        budgets=(10, 20, 50, 100),
+    ),
+    "ddim": _path(
+        _losses("ddpm", "DDPM", eta=0.0) | {"TD, shared noise": TDDDPMLoss(coupling="shared")},
+        network=_ddpm_network(DDPM()),
+        sampler=ddim,
+        sampler_name="DDIM",
+        budgets=(5, 10, 20, 50),
+    ),
+    "vp": _path(
+        _losses("vp", "VP"),
+        network=lambda mlp: VPPrecond(Timed(mlp, 0, 999)),
+        sampler=partial(ablation, schedule="vp", scaling="vp"),
+        sampler_name="Heun's method in VP's time",
+        budgets=(10, 20, 40, 80),
+    ),
+    "ve": _path(
+        _losses("ve", "VE"),
+        network=lambda mlp: VEPrecond(Timed(mlp, -4.6, 3.9, _ve_input)),
+        sampler=ddpm,
+        sampler_name="VE's ancestral sampler",
+        budgets=(10, 20, 50, 100),
+    ),
+    "edm": _edm(_losses("edm", "EDM")),
+    # 20 levels, l2 and karras: of seven settings tried, where both curves fall steadily; what TD
+    # brings here is no evidence for the others
+    "ct": _ct(_losses("ct", "CT", num_scales=20, base_weight="karras")),
+    "flow": _path(
+        _losses("flow", "flow"),
+        network=lambda mlp: Denoiser(Timed(mlp, 0, 1), "velocity"),
+        sampler=euler,
+        sampler_name="Euler's method",
+        budgets=(5, 10, 20, 50),
+    ),
 }

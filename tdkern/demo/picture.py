@@ -9,13 +9,17 @@ from .families import Levels
 from .report import BAND_NAMES, CLEAR, Difference
 from .study import Study
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart without colour
+# Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart
+# without colour
 EXACT = "#A85585"
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#8C8C8C", "v"))
 
 
 def draw_picture(study: Study) -> bytes:
-    """A PNG file: samples of every method, denoiser error by noise level, sample distance by steps, error over training."""
+    """A PNG file with samples of every method, and three figures.
+
+    They are denoiser error by noise level, sample distance by steps, and error over training.
+    """
     figure = Figure(figsize=(16, 9.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.45])

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from .families import BANDS, Levels
 from .study import Study
 
-CLEAR = 2.5  # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
+# standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
+CLEAR = 2.5
 BAND_NAMES = [f"{lo:g}-{hi:g}" for lo, hi, _ in BANDS]
 
 
@@ -53,6 +54,7 @@ def report(study: Study) -> str:
             lines += [_row(name, map(str, Difference.of(values[name], values[other]))) for name in names]
         return lines
 
+    measured = "" if config.compute else f": the measured ratio of a TD step to one of {baseline}"
     return "\n".join([
         "Four unequal Gaussians on a ring, standard deviation 0.5 a coordinate: their exact denoiser is known.",
         f"{config.iterations} iterations of batch {config.batch}, {config.seeds} seeds, averaged weights. "
@@ -71,7 +73,7 @@ def report(study: Study) -> str:
         *(_row(name, [f"{outcomes[name].step_ms:.2f} ms", f"{outcomes[name].step_ms / outcomes[baseline].step_ms:.2f} x {baseline}"])
           for name in (baseline, *td)),
         f" {baseline} at equal compute has {study.compute:.2f} times the iterations"
-        f"{'' if config.compute else f': the measured ratio of a TD step to one of {baseline}'}.",
+        f"{measured}.",
         "",
         *textwrap.wrap(conclusion(study), 118),
     ])
@@ -87,7 +89,10 @@ def _progress(study: Study) -> list[str]:
         curve = study.outcomes[name].curve.T[:, shown]
         mean, error = curve.mean(0).tolist(), (curve.std(0) / len(curve) ** 0.5).tolist()
         rows.append(_row(name, [f"{m:.3g} ± {e:.2g}" for m, e in zip(mean, error, strict=True)]))
-    title = f"SAMPLE DISTANCE over training: sliced W2 with {study.family.budgets[0]} step, after so many iterations"
+    title = (
+        f"SAMPLE DISTANCE over training: sliced W2 with {study.family.budgets[0]} step, after so "
+        "many iterations"
+    )
     return [title, _row("", [str(steps[i]) for i in shown]), *rows, ""]
 
 
@@ -99,13 +104,20 @@ def conclusion(study: Study) -> str:
     for title, other in (("equal steps", baseline), (f"equal compute ({longer})", longer)):
         errors = Difference.of(*(levels.by_band(study.outcomes[name].error) for name in ("TD", other)))
         distances = Difference.of(*(study.outcomes[name].distance for name in ("TD", other)))
-        clauses.append(f"at {title} its denoiser error is {_verdict(errors, [f'sigma {name}' for name in BAND_NAMES] + ['all sigma together'])}, "
-                       f"its sample distance {_verdict(distances, [f'{steps} step' + 's' * (steps > 1) for steps in budgets])}")
+        levels_by_name = [*(f"sigma {name}" for name in BAND_NAMES), "all sigma together"]
+        steps_by_name = ["1 step" if steps == 1 else f"{steps} steps" for steps in budgets]
+        clauses.append(
+            f"at {title} its denoiser error is {_verdict(errors, levels_by_name)}, "
+            f"its sample distance {_verdict(distances, steps_by_name)}"
+        )
     return f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} standard errors: {'; '.join(clauses)}."
 
 
 def to_json(study: Study) -> dict:
-    """The study's numbers, seed by seed: all that the tables and the picture are made of, the samples apart."""
+    """The study's numbers, seed by seed.
+
+    They are all that the tables and the picture are made of, the samples apart.
+    """
     return {
         "tdkern": __version__,
         "torch": torch.__version__,
@@ -129,12 +141,17 @@ def _row(name: str, cells) -> str:
 
 
 def _verdict(differences: list[Difference], places: list[str]) -> str:
-    """Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different elsewhere"."""
+    """Differences in words.
+
+    Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different
+    elsewhere".
+    """
     clear = [(place, difference) for place, difference in zip(places, differences, strict=True) if difference.clear]
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
         found = [f"{place} ({difference.percent:+.0f} %)" for place, difference in clear if difference.percent * sign > 0]
-        parts += [f"{word} at {', '.join(found)}"] * bool(found)
+        if found:
+            parts.append(f"{word} at {', '.join(found)}")
     if len(clear) < len(places):
         parts.append("not clearly different " + ("elsewhere" if clear else "anywhere"))
     return ", ".join(parts)

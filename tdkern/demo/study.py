@@ -1,4 +1,7 @@
-"""The demo's study: every method trained side by side on the same draws, then measured against the exact denoiser."""
+"""The demo's study: every method trained side by side on the same draws, then measured.
+
+Errors are measured against the exact denoiser.
+"""
 import copy
 import math
 import time
@@ -23,19 +26,23 @@ CURVE = 16  # measurements during training
 
 @dataclass(frozen=True)
 class Config:
-    """What a study is made of; the same values give the same numbers, times apart, if `compute` is given."""
+    """What a study is made of.
+
+    The same values give the same numbers, times apart, if `compute` is given.
+    """
 
     seeds: int = 8
     iterations: int = 4000
     seed: int = 0
-    compute: float | None = None  # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
+    # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
+    compute: float | None = None
     batch: int = 16  # of each seed
     width: int = 64
     num_blocks: int = 2
     lr: float = 2e-3  # Adam's, with cosine decay
     ema_halflife: float = 0.02  # of the averaged weights, as a share of the run
     target_ema_tau: float = 0.999
-    points: int = 1024  # samples a seed
+    points: int = 1024  # samples of each seed
 
 
 @dataclass
@@ -45,7 +52,9 @@ class Outcome:
     iterations: int
     step_ms: float  # median CPU time of a step
     curve_steps: list[int]
-    curve: Tensor  # [len(curve_steps), seeds]: error over all noise levels, as training weighs them, or sample distance
+    # [len(curve_steps), seeds]: error over all noise levels, as training weighs them, or sample
+    # distance
+    curve: Tensor
     error: Tensor  # [seeds, levels]
     distance: Tensor  # [seeds, budgets]
     samples: Tensor  # [points, 2], of the first seed, with the largest budget
@@ -53,7 +62,10 @@ class Outcome:
 
 @dataclass
 class Study:
-    """All methods' outcomes, in the order of the report; the last one is the baseline at the default TD's compute."""
+    """All methods' outcomes, in the order of the report.
+
+    The last one is the baseline at the default TD's compute.
+    """
 
     family: Family
     config: Config
@@ -79,8 +91,8 @@ class Draw(NamedTuple):
 
 
 def _on_a_path(loss: Loss) -> bool:
-    shared = "shared" in (getattr(loss, "coupling", None), getattr(loss, "td_coupling", None))
-    return "noise_p" in signature(loss.pair).parameters and not shared
+    draws_both = "noise_p" in signature(loss.pair).parameters
+    return draws_both and loss.coupling != "shared"
 
 
 def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[Draw]:
@@ -91,8 +103,9 @@ def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[
         images = mixture.sample(n, generator).float()
         level = family.draw(n, generator)
         noise, noise_p = torch.randn(2, *images.shape, generator=generator)
-        batch = (draw := Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})).pair(loss)
-        yield draw._replace(noise={"noise": (batch.x_t - images) / batch.levels[:, :1].float()})
+        draw = Draw(images, level, {"noise": noise, "noise_p": noise_p}, {"noise": noise})
+        batch = draw.pair(loss)
+        yield draw._replace(noise={"noise": (batch.x_t - images) / batch.sigma[:, None].float()})
 
 
 class Run:
@@ -113,9 +126,11 @@ class Run:
             group["lr"] = config.lr * (1 + math.cos(math.pi * step / self.iterations)) / 2
         self.optimizer.zero_grad()
         batch = draw.pair(self.loss)
-        terms = self.loss.evaluate(self.net, self.target.module, batch)
-        # as EDM: a sum over elements, a mean over the batch; the seeds' parameters are apart, so their losses just add up
-        (terms.loss.sum() * draw.images.shape[1] / config.batch).backward()
+        # as EDM: a sum over elements, a mean over the batch; the seeds' parameters are apart, so
+        # their losses just add up
+        scale = draw.images.shape[1] / config.batch
+        terms = self.loss.evaluate(self.net, self.target.module, batch, gradient_scale=scale)
+        terms.loss.sum().backward()
         self.optimizer.step()
         self.ema.update(self.net, edm_decay(config.batch, config.ema_halflife * self.iterations * config.batch, (step + 1) * config.batch))
         if batch.x_tp is not None:
@@ -152,15 +167,16 @@ def train(config: Config, mixture: GaussianMixture, family: Family, losses: dict
 def run_study(config: Config, family: Family = STUDY) -> Study:
     """Train and measure every method.
 
-    All methods share initial weights, data, noise levels and noise. The baseline at equal compute runs for `compute` times the
-    iterations, its learning rate and averages stretched with them.
+    All methods share initial weights, data, noise levels and noise. The baseline at equal compute
+    runs for `compute` times the iterations, its learning rate and averages stretched with them.
 
     Args:
         config: the study's.
         family: what is trained and how it is sampled; its own `config` overrides the study's.
 
     Returns:
-        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, the baseline at equal compute.
+        A `Study`. Deterministic, apart from the times and, unless `config.compute` is given, the
+        baseline at equal compute.
 
     Raises:
         FloatingPointError: a seed diverged.
@@ -197,13 +213,16 @@ def _run_study(config: Config, family: Family) -> Study:
 
 
 class Samples:
-    """The latents that every sampler starts from, and the data that its samples are compared with."""
+    """The latents that samplers start from, and the data that samples are compared with."""
 
     def __init__(self, config: Config, mixture: GaussianMixture):
         self.seed, self.latents, self.reference = config.seed, normal_points(config.points, 2, seed=config.seed + 1000), mixture.points(config.points)
 
     def distance(self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones. Latents and noise are the same for every model and call."""
+        """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones.
+
+        Latents and noise are the same for every model and call.
+        """
         distances = []
         for steps in budgets:
             sigmas, generator, noise = family.sigmas(steps), torch.Generator().manual_seed(self.seed), {}

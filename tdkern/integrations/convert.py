@@ -1,4 +1,4 @@
-"""Networks of EDM, and state dicts of any, from the files that others saved to `model.safetensors`."""
+"""Networks of EDM, and state dicts of any, from others' files to `model.safetensors`."""
 import json
 from pathlib import Path
 
@@ -6,37 +6,47 @@ import torch
 from torch import Tensor
 
 from ..data.files import write_atomic
-from ..networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
-from ..training.checkpoint import PRECISIONS, CheckpointError, restore
+from ..networks.saved import PRECISIONS, CheckpointError, NetworkSpec, restore
 from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
 
 FORMAT = 1
-MODELS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet)}
-PRECONDS = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
-SETTINGS = {"EDMPrecond": ("sigma_data",), "VPPrecond": ("beta_d", "beta_min", "M", "epsilon_t"), "VEPrecond": ("sigma_min", "sigma_max"),
-            "iDDPMPrecond": ("C_1", "C_2", "M")}  # constructor arguments, which are also attributes
+# EDM's classes that tdkern has too: of a wrapper, the constructor arguments that are also
+# attributes
+MODELS = ("SongUNet", "DhariwalUNet")
+SETTINGS = {
+    "EDMPrecond": ("sigma_data",),
+    "VPPrecond": ("beta_d", "beta_min", "M", "epsilon_t"),
+    "VEPrecond": ("sigma_min", "sigma_max"),
+    "iDDPMPrecond": ("C_1", "C_2", "M"),
+}
 
 
 def convert(src: str | Path, dst: str | Path) -> str:
-    """Write a network that another program saved as one safetensors file. Nothing in `src` is executed.
+    """Write a network that another program saved as one safetensors file.
+
+    Nothing in `src` is executed.
 
     | src | dst |
     | --- | --- |
-    | EDM's network-snapshot-*.pkl | the EMA network, which `load_converted` and `tdkern generate` rebuild |
+    | EDM's network-snapshot-*.pkl | the EMA network, which `tdkern generate` rebuilds |
     | EDM's training-state-*.pt | the same of its network "net", which is no average |
-    | any other file of torch.save, such as a state dict | its tensors under their own names, a nested dict's joined by dots |
+    | another file of torch.save, such as a state dict | its tensors under their own names |
     | a diffusers folder | its tensors under their own names, and its config |
+
+    The names of a nested dict are joined by dots.
 
     Args:
         src: the file or folder.
-        dst: a .safetensors file that is not there yet. Its metadata has JSON under "tdkern": format, network (its classes and their
-            arguments, or null where tdkern has no such network), source, and a diffusers config.
+        dst: a .safetensors file that is not there yet. Its metadata has JSON under "tdkern":
+            format, network (its classes and their arguments, or null where tdkern has no such
+            network), source, and a diffusers config.
 
     Returns:
         One line that says what was done.
 
     Raises:
-        ValueError: `src` is refused or holds no tensors, or `dst` is not a new .safetensors file. Nothing is written then.
+        ValueError: `src` is refused or holds no tensors, or `dst` is not a new .safetensors file.
+            Nothing is written then.
     """
     import safetensors.torch
 
@@ -61,10 +71,12 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
     Args:
         path: the .safetensors file.
-        device: where the network goes. One that was trained in half precision computes in it on a GPU, as in EDM.
+        device: where the network goes. One that was trained in half precision computes in it on a
+            GPU, as in EDM.
 
     Returns:
-        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients; meta["network"] describes it.
+        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients;
+        meta["network"] describes it.
 
     Raises:
         CheckpointError: the file cannot be read, or holds no network that tdkern has.
@@ -89,7 +101,10 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
-    """The network of a description, with its tensors; raises CheckpointError where they do not agree, before memory or time is spent."""
+    """The network of a description, with its tensors.
+
+    It raises CheckpointError where they do not agree, before memory or time is spent.
+    """
     try:
         if network["precision"] not in PRECISIONS or not all(type(network[name]) is int for name in ("img_resolution", "img_channels", "label_dim")):
             raise ValueError("no precision, img_resolution, img_channels or label_dim")
@@ -100,8 +115,11 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
             raise ValueError("a list of more than 100 numbers")
         if any(type(value) not in (int, float) for value in network["arguments"].values()):
             raise ValueError("an argument of its preconditioning is not a number")
+        if network["class"] not in SETTINGS:
+            raise ValueError(f"no class {network['class']!r}")
         with torch.device("meta"):
-            net = PRECONDS[network["class"]](MODELS[network["model"]](**model), **network["arguments"])
+            net = NetworkSpec.from_json(network).build()
+        net.dtype = None
         inner = net.model
         if (network["img_resolution"], network["img_channels"], network["label_dim"]) != (inner.img_resolution, inner.in_channels, inner.label_dim):
             raise ValueError("its images or classes are not its U-Net's")
@@ -113,7 +131,7 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
 
 
 def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
-    """Tensors, metadata, what they are and what is left out, from a pickle or a file of torch.save."""
+    """Tensors, metadata, what they are and what is left out, of a pickle or torch.save's file."""
     file = PickleFile(src)
     value = file.value if type(file.value) is dict else {"it": file.value}
     networks = [key for key, entry in value.items() if "_modules" in _state(entry)]
@@ -170,7 +188,7 @@ class _Collector:
         self.file, self.tensors, self.seen, self.size = file, {}, set(), 0
 
     def enter(self, value, name: str) -> None:
-        """Go into a container, once: a file may make one that contains itself, or doubles with every level."""
+        """Go into a container, once: a file may make one that contains itself, or doubles."""
         if id(value) in self.seen or len(name) > 1000:
             raise self.file.refuse("a part of it is in two places, or nested too deep")
         self.seen.add(id(value))
@@ -223,7 +241,7 @@ def _flatten(file: PickleFile, value: dict) -> tuple[dict[str, Tensor], int]:
 
 def _describe(file: PickleFile, net, model) -> dict | None:
     """How `build` makes a pickled network; None if it is not one of tdkern's."""
-    if _class_name(net) not in PRECONDS or _class_name(model) not in MODELS:
+    if _class_name(net) not in SETTINGS or _class_name(model) not in MODELS:
         return None
     if _state(model).get("_init_args"):
         raise file.refuse("its network was made with arguments that have no names")
@@ -250,5 +268,8 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({one_line(error)}); "
                               "save it by diffusers' save_pretrained, or give a file") from error
-    done = f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and its config"
+    done = (
+        f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and "
+        "its config"
+    )
     return tensors, {"diffusers": config}, done, "nothing"

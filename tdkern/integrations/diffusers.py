@@ -10,35 +10,40 @@ from torch import Tensor
 from ..data.files import beside, sync_directory, write_atomic
 from ..networks import DhariwalUNet
 from ..networks.layers import ResBlock
-from ..training.checkpoint import CheckpointError, load_network
+from ..networks.precond import Preconditioned
 
 
-def export_diffusers(src: str | Path, dst: str | Path) -> str:
-    """Write the U-Net of a network as a folder of diffusers' `UNet2DModel`, which then computes the same: F(c_in x, c_noise), before c_out and c_skip.
+def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the network") -> str:
+    """Write the U-Net of a network as a folder of diffusers' `UNet2DModel`.
 
-    diffusers' EDMEulerScheduler does an `EDMPrecond`'s preconditioning. A `UNet2DModel` has one number of groups in all its normalisations, 32, whole
-    attention heads of 64 channels, a noise embedding as wide as its first level, and no scale on its residual sums. So it can be a `DhariwalUNet`
-    (ADM) whose levels are multiples of 64 channels from 128 up, the first as wide as model_channels, as the published ADM networks are. It cannot
-    be a `SongUNet`, which scales each sum by sqrt(1/2) and, in the decoder, has attention in a level's last block alone.
+    That then computes the same: F(c_in x, c_noise), before c_out and c_skip.
+
+    diffusers' EDMEulerScheduler does an `EDMPrecond`'s preconditioning. A `UNet2DModel` has one
+    number of groups in all its normalisations, 32, whole attention heads of 64 channels, a noise
+    embedding as wide as its first level, and no scale on its residual sums. So it can be a
+    `DhariwalUNet` (ADM) whose levels are multiples of 64 channels from 128 up, the first as wide as
+    model_channels, as the published ADM networks are. It cannot be a `SongUNet`, which scales each
+    sum by sqrt(1/2) and, in the decoder, has attention in a level's last block alone.
 
     Args:
-        src: what `load_network` takes: a network snapshot, a run directory, or a file of `tdkern convert`.
+        net: such as `load_network` gives.
         dst: a folder that is not there yet.
+        name: of the network, for the messages.
 
     Returns:
         One line that says what was done.
 
     Raises:
-        ValueError: `src` cannot be read or has no counterpart in diffusers, or `dst` is there. Nothing is written then.
+        ValueError: the network has no counterpart in diffusers, or `dst` is there. Nothing is
+            written then.
     """
     import safetensors.torch
 
     dst = Path(dst)
     if dst.exists():
         raise ValueError(f"convert: DST must not be there yet, got {dst}; remove it or give another name")
-    net, _ = load_network(src)
     if reason := _no_counterpart(net.model):
-        raise CheckpointError(f"{src}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern generate` samples from it")
+        raise ValueError(f"{name}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern generate` samples from it")
     config, tensors, unfinished = _config(net.model), _tensors(net.model), beside(dst)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -47,7 +52,7 @@ def export_diffusers(src: str | Path, dst: str | Path) -> str:
     os.rename(unfinished, dst)
     sync_directory(dst.parent)
     left = "the augmentation labels' layer, which sampling does without" if net.model.map_augment is not None else "nothing"
-    return (f"{dst}: the {type(net.model).__name__} of {src} as a UNet2DModel, to be called with c_in x and c_noise of {type(net).__name__}: "
+    return (f"{dst}: the {type(net.model).__name__} of {name} as a UNet2DModel, to be called with c_in x and c_noise of {type(net).__name__}: "
             f"{len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: {left}")
 
 
@@ -84,7 +89,10 @@ def _config(model: DhariwalUNet) -> dict:
 
 
 def _tensors(model: DhariwalUNet) -> dict[str, Tensor]:
-    """The parameters under a UNet2DModel's names. In diffusers a level ends with its resampling, in EDM the next begins with it."""
+    """The parameters under a UNet2DModel's names.
+
+    In diffusers a level ends with its resampling, in EDM the next begins with it.
+    """
     tensors = _layer(model.map_layer0, "time_embedding.linear_1") | _layer(model.map_layer1, "time_embedding.linear_2")
     if model.map_label is not None:
         tensors["class_embedding.weight"] = model.map_label.weight.T

@@ -1,8 +1,11 @@
-"""Pickles read as data: no name in them is imported, nothing is called, and no more time and memory is taken than the file has bytes, times a few.
+"""Pickles read as data: no name in them is imported, and nothing is called.
 
-The pickle is run by a machine of our own over `pickletools.genops`. It knows the operations that build plain values and containers; a call
-of a global becomes a `Call`, which says what would have been called. The globals that saved networks name are a fixed list; any other, and
-any other operation, is refused.
+No more time and memory is taken than the file has bytes, times a few.
+
+The pickle is run by a machine of our own over `pickletools.genops`. It knows the operations that
+build plain values and containers; a call of a global becomes a `Call`, which says what would have
+been called. The globals that saved networks name are a fixed list; any other, and any other
+operation, is refused.
 """
 import io
 import mmap
@@ -62,7 +65,10 @@ class Call:
 
 @dataclass(eq=False)
 class Storage:
-    """The memory of a tensor, read when it is wanted, and once: a file may make many tensors of one."""
+    """The memory of a tensor, read when it is wanted, and once.
+
+    A file may make many tensors of one.
+    """
 
     dtype: torch.dtype
     numel: int
@@ -184,7 +190,7 @@ class _Machine:
 
 
 def one_line(error: Exception) -> str:
-    """An error's class and the beginning of its message, in one line whatever the file put into it."""
+    """An error's class and the beginning of its message, in one line whatever it holds."""
     return f"{type(error).__name__}: {ascii(str(error)[:100])[1:-1]}"
 
 
@@ -211,7 +217,11 @@ def _storage(pid: tuple) -> tuple[str, torch.dtype, int]:
 
 
 def _after_magic(stream, names: set[str], budget: _Budget):
-    """The value in torch.save's first format: after the magic number come version, system, the value and the storages' keys, then each storage."""
+    """The value in torch.save's first format.
+
+    After the magic number come version, system, the value and the storages' keys, then each
+    storage.
+    """
     storages = {}
 
     def persistent(pid: tuple) -> Storage:
@@ -241,8 +251,9 @@ class PickleFile:
     Args:
         path: the file.
 
-    `value` is what it holds, of None, bool, int, float, str, bytes, tuple, list, dict and set, `Global`, `Call` and `Storage`. It may be
-    deep, share its parts and contain itself: walk it with care, and take what is wanted through the methods.
+    `value` is what it holds, of None, bool, int, float, str, bytes, tuple, list, dict and set,
+    `Global`, `Call` and `Storage`. It may be deep, share its parts and contain itself: walk it with
+    care, and take what is wanted through the methods.
 
     Raises:
         PickleError: the file cannot be read, is damaged, or asks for what no saved network needs.
@@ -273,7 +284,9 @@ class PickleFile:
         return PickleError(f"{self.path}: refused: {why}; nothing in it was executed; give another file")
 
     def _zip(self):
-        """The value in torch.save's second format: a zip, not compressed, of data.pkl and the storages."""
+        """The value in torch.save's second format: an uncompressed zip of data.pkl and the
+        storages.
+        """
         archive = zipfile.ZipFile(self.path)
         names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in names.values()):
@@ -311,7 +324,10 @@ class PickleFile:
             raise self.refuse(error) from error
 
     def plain(self, value):
-        """A number, string, truth value or None, or a list of them; NumPy's become Python's. Raises PickleError."""
+        """A number, string, truth value or None, or a list of them; NumPy's become Python's.
+
+        It raises PickleError for others.
+        """
         try:
             if type(value) not in (list, tuple):
                 return _scalar(value)

@@ -1,4 +1,7 @@
-"""Losses: each draws a noisy pair for clean images and gives one loss a sample. A family is one file beside `base`."""
+"""Losses: each draws a noisy pair for clean images and gives one loss for each sample.
+
+A family is one file beside `base`.
+"""
 from . import curricula
 from .base import Loss, TDBatch, TDTerms
 from .ct import CTLoss, TDCTLoss

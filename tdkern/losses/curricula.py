@@ -1,4 +1,6 @@
-"""Consistency training's numbers of noise levels over training: frozen objects, called with the step from 0 as `curriculum(step) -> num_scales`.
+"""Consistency training's numbers of noise levels over training.
+
+They are frozen objects, called with the step from 0 as `curriculum(step) -> num_scales`.
 
 A fixed number is an int. The target's decay that goes with them is `ema.consistency_decay`.
 """
@@ -14,7 +16,9 @@ def _check(curriculum, least: dict) -> None:
 
 @dataclass(frozen=True)
 class Progressive:
-    """Consistency training's (arXiv 2303.01469, appendix C): N(k) = max(ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1), 1) + 1.
+    """Consistency training's (arXiv 2303.01469, appendix C).
+
+    N(k) = max(ceil(sqrt(k/K ((s1 + 1)^2 - s0^2) + s0^2) - 1), 1) + 1.
 
     Args:
         start_scales, end_scales: s0 >= 1 and s1 >= s0.
@@ -35,7 +39,9 @@ class Progressive:
 
 @dataclass(frozen=True)
 class Exponential:
-    """Improved consistency training's (arXiv 2310.14189, table 1): N(k) = min(s0 2^floor(k/K'), s1) + 1, K' = floor(K / (log2 floor(s1/s0) + 1)).
+    """Improved consistency training's (arXiv 2310.14189, table 1).
+
+    N(k) = min(s0 2^floor(k/K'), s1) + 1, K' = floor(K / (log2 floor(s1/s0) + 1)).
 
     Args:
         start_scales, end_scales: s0 >= 1 and s1 >= s0.
@@ -61,9 +67,12 @@ class Exponential:
 
 @dataclass(frozen=True)
 class Halving:
-    """Progressive distillation's: N is halved every K' steps down to 2, N(k) = max(floor(s0 / 2^floor(k/K')), 2), and after 2 K' more to 1.
+    """Progressive distillation's: N is halved every K' steps down to 2, and after 2 K' more to 1.
 
-    With j = floor(max(k - K' (log2 s0 - 1), 0) / (2 K')), a 2 becomes max(floor(2 / 2^j), 1). Consistency training needs at least 2.
+    N(k) = max(floor(s0 / 2^floor(k/K')), 2).
+
+    With j = floor(max(k - K' (log2 s0 - 1), 0) / (2 K')), a 2 becomes max(floor(2 / 2^j), 1).
+    Consistency training needs at least 2.
 
     Args:
         start_scales: s0 >= 2.

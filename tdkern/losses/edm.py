@@ -5,29 +5,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..columns import SIGMA, SIGMA_P
+from ..fields import flag
 from ..ops import td_coef
-from .base import Loss, TDBatch
+from ..ops.td_coef import WEIGHTS
+from ..preconditioning import EDM
+from ..schedules import ETA
+from .base import NO_TD, Loss, TDBatch, lambda_base_flag, share_flag
 
 
 @dataclass(frozen=True)
 class EDMLoss(Loss):
     """EDM's denoising loss for log-normal noise levels, a mean over each sample's elements.
 
-    ln sigma ~ N(P_mean, P_std^2),  loss = w mean((x0 - D(x0 + sigma n, sigma))^2),  w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2
-    (arXiv 2206.00364, eq. 2 and table 1). EDM itself sums over elements: multiply by their number for its gradient scale.
+    ln sigma ~ N(P_mean, P_std^2),  loss = w mean((x0 - D(x0 + sigma n, sigma))^2),
+    w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2  (arXiv 2206.00364, eq. 2 and table 1).
+    EDM itself sums over elements: multiply by their number for its gradient scale.
 
-    `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate` are its two halves.
-    `target_net` is not used and may be None.
+    `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
+    are its two halves. `target_net` is not used and may be None.
 
     Args:
         P_mean, P_std: mean and standard deviation of ln sigma; P_std >= 0.
         sigma_data: standard deviation of the data, > 0.
-        backend: of the ops, as in `td_loss`.
+        backend: which backend the ops use, as in `td_loss`.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Gradient to `net`'s parameters. The draws come from torch's global generator: ln sigma first, then the noise's seed.
+    Gradient to `net`'s parameters. The draws come from torch's global generator: ln sigma first,
+    then the noise's seed.
     """
 
     P_mean: float = -1.2
@@ -36,18 +43,22 @@ class EDMLoss(Loss):
 
     def __post_init__(self):
         if not self.P_std >= 0:
-            raise ValueError(f"{type(self).__name__}: P_std must be a number >= 0, got {self.P_std}")
-        td_coef(torch.zeros(0), **self._coef_args, backend="reference")  # checks the others
+            name = type(self).__name__
+            raise ValueError(f"{name}: P_std must be a number >= 0, got {self.P_std}")
+        # the op checks the others
+        td_coef(torch.zeros(0), **self._coef_args, backend="reference")
 
     @property
-    def prediction(self) -> dict:
-        return {"precond": "edm", "sigma_data": self.sigma_data}
+    def preconditioning(self) -> EDM:
+        return EDM(self.sigma_data)
 
     @property
     def _coef_args(self) -> dict:
-        return {"sigma_data": self.sigma_data, "lambda_base": 0.0, "td_sigma": (-1.0, 0.0)}  # TD nowhere: w_td = 0, w_base = w
+        return {"sigma_data": self.sigma_data, "lambda_base": 0.0, "td_sigma": NO_TD}
 
-    def pair(self, images: Tensor, *, sigma: Tensor | None = None, noise: Tensor | None = None) -> TDBatch:
+    def pair(
+        self, images: Tensor, *, sigma: Tensor | None = None, noise: Tensor | None = None
+    ) -> TDBatch:
         """x_t = x0 + sigma noise.
 
         Args:
@@ -56,13 +67,17 @@ class EDMLoss(Loss):
             noise: as `images`, unit noise; drawn if None.
         """
         self._check_images(images)
-        coef, levels = td_coef(self._sigma(sigma, images), **self._coef_args, backend=self.backend)
-        x_t, _ = self._noisy_pair(images, levels[:, 0], levels[:, 0], "shared", noise, None)
+        coef, levels = td_coef(
+            self._sigma(sigma, images), **self._coef_args, backend=self.backend
+        )
+        sigma = levels[:, SIGMA]
+        x_t, _ = self._noisy_pair(images, sigma, sigma, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, levels)
 
     def _sigma(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            return (self.P_mean + self.P_std * torch.randn(len(images), dtype=torch.float64, device=images.device)).exp()
+            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            return (self.P_mean + self.P_std * normal).exp()
         self._check_shape("sigma", given, images.shape[:1])
         return given
 
@@ -71,71 +86,99 @@ class EDMLoss(Loss):
 class TDEDMLoss(EDMLoss):
     """EDM's loss with a temporal-difference term over its index space (arXiv 2606.15048).
 
-    With i the real index of sigma (`schedules.EDM`): t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx, and
-    delta = A (x0 - D(x_t, t)) - A' (x0 - D'(x_t', t')),  A = 1 - kappa from `two_moment`, D' the target network,
-    loss = w_td mean(delta^2) + lambda_edm EDM's loss, or (1 + lambda_edm) EDM's loss where the pair leaves the schedule.
+    With i the real index of sigma (`schedules.EDM`): t = i, tau = i + one_idx, t' = i + k_idx,
+    tau' = t' + one_idx, and
 
-    The coupling decides whether this has EDM's minimiser. With "markov", the default, x_t' is an earlier point of the
-    Markov path that ends in x_t: E[x0 - D'(x_t') | x_t] = 0 at the optimum, the TD target is unbiased and has at most
-    .92 of EDM's variance. With "shared" noise x_t and x_t' together determine x0, that mean is not 0, and the target is biased: for Gaussian
-    data of standard deviation sigma_data its slope in x_t is off by +22, +51, +69 and +68 % at sigma .5, 1, 2 and 4 with
-    the other defaults. It is here for comparison.
+    delta = A (x0 - D(x_t, t)) - A' (x0 - D'(x_t', t')),  A = 1 - kappa from `two_moment`,
+    loss = w_td mean(delta^2) + lambda_base EDM's loss, or (1 + lambda_base) EDM's loss where the
+    pair leaves the schedule; D' is the target network.
+
+    The coupling decides whether this has EDM's minimiser. With "markov", the default, x_t' is an
+    earlier point of the Markov path that ends in x_t: E[x0 - D'(x_t') | x_t] = 0 at the optimum,
+    the TD target is unbiased and has at most .92 of EDM's variance. With "shared" noise x_t and
+    x_t' together determine x0, that mean is not 0, and the target is biased: for Gaussian data of
+    standard deviation sigma_data its slope in x_t is off by +22, +51, +69 and +68 % at sigma .5, 1,
+    2 and 4 with the other defaults. It is here for comparison.
 
     Args:
-        P_mean, P_std, sigma_data, backend: as in `EDMLoss`.
-        lambda_edm: weight of EDM's loss beside the TD term, >= 0.
-        sigma_min, sigma_max, rho, steps: the schedule.
-        k_idx, one_idx: index distances from t to t' and from t to tau, > 0.
-        td_coupling: "markov" or "shared".
-        weight: w_td, "pairwise" 1/((A scale)^2 + (A' scale')^2), "pairwise_x0", "online" 1/(A scale)^2 (the published code's) or "none".
-        td_sigma: (lo, hi), TD only at sigma in that range; elsewhere EDM's loss, as where the pair leaves the schedule.
-        td_share: the target network runs on ceil(td_share B) samples: of those with a TD term the ones of the largest sigma, then others. A
-            TD term without room gives way to EDM's loss, as outside `td_sigma`. In (0, 1]; `window_share` has what fits `td_sigma`.
+        P_mean, P_std, sigma_data, backend: see `EDMLoss`.
+        sigma_min, sigma_max, rho: the schedule of the index space, see `schedules.EDM`.
 
-    The rest is as in `EDMLoss`; `target_net` is needed. The draws: ln sigma, then the seed of the pair's noise.
+    The other arguments are described where they are declared. `target_net` is needed. The draws:
+    ln sigma, then the seed of the pair's noise.
     """
 
-    lambda_edm: float = 0.5
+    lambda_base: float = lambda_base_flag()
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
-    steps: int = 18
-    k_idx: float = 1.0
-    one_idx: float = 0.25
-    td_coupling: str = "markov"
-    weight: str = "pairwise"
-    td_sigma: tuple[float, float] | None = None
-    td_share: float = 1.0
+    steps: int = flag(18, "Noise levels of the TD term's index space, at least 2.")
+    k_idx: float = flag(1.0, "Distance from t to t', in steps, > 0.")
+    one_idx: float = flag(0.25, "Distance from t to tau, in steps, > 0.")
+    coupling: str = flag("markov", "Noise of the pair; shared noise is biased.", choices=ETA)
+    weight: str = flag("pairwise", "Weight of the TD term.", choices=WEIGHTS)
+    td_sigma: tuple[float, float] | None = flag(
+        None,
+        "TD at these noise levels alone; elsewhere the base loss, as where the pair leaves the "
+        "schedule.",
+        metavar="LO,HI",
+        default_help="all levels",
+    )
+    td_share: float = share_flag()
 
     def __post_init__(self):
         self._check_share()
-        if not self.lambda_edm >= 0:
-            raise ValueError(f"TDEDMLoss: lambda_edm must be a number >= 0, got {self.lambda_edm}")
+        if not self.lambda_base >= 0:
+            raise ValueError(
+                f"TDEDMLoss: lambda_base must be a number >= 0, got {self.lambda_base}"
+            )
         super().__post_init__()
 
     @property
     def _coef_args(self) -> dict:
-        return {"steps": self.steps, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "rho": self.rho, "sigma_data": self.sigma_data,
-                "k_idx": self.k_idx, "one_idx": self.one_idx, "lambda_base": self.lambda_edm, "coupling": self.td_coupling, "weight": self.weight,
-                "td_sigma": self.td_sigma}
+        return {
+            "steps": self.steps,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            "rho": self.rho,
+            "sigma_data": self.sigma_data,
+            "k_idx": self.k_idx,
+            "one_idx": self.one_idx,
+            "lambda_base": self.lambda_base,
+            "coupling": self.coupling,
+            "weight": self.weight,
+            "td_sigma": self.td_sigma,
+        }
 
     def window_share(self, batch: int) -> float:
-        """A `td_share` for log-normal noise levels: the mean share p of samples at `td_sigma`, and one standard deviation, sqrt(p (1 - p) / batch).
+        """A `td_share` for log-normal noise levels and batches of a size.
 
-        A batch has more of them one time in six, so that of all TD terms the share 0.083 sqrt((1 - p) / (p batch)) is left out: for (0.3, 5) and
-        the default noise levels 2 % in batches of 16, 0.4 % in batches of 512. Those are of the smallest sigma, where TD brings least.
+        It is the mean share p of samples at `td_sigma`, and one standard deviation,
+        sqrt(p (1 - p) / batch). A batch has more of them one time in six, so that of all TD terms
+        the share 0.083 sqrt((1 - p) / (p batch)) is left out: for (0.3, 5) and the default noise
+        levels 2 % in batches of 16, 0.4 % in batches of 512. Those are of the smallest sigma, where
+        TD brings least. Without `td_sigma` it is 1.
         """
         lo, hi = (0.0, math.inf) if self.td_sigma is None else self.td_sigma
-        edges = torch.tensor([lo, hi], dtype=torch.float64, device="cpu").clamp(min=0).log()  # `td_sigma` may begin below 0
+        edges = torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
+        edges = edges.clamp(min=0).log()  # `td_sigma` may begin below 0
         p = torch.special.ndtr((edges - self.P_mean) / self.P_std).diff().item()
         return min(p + (p * (1 - p) / batch) ** 0.5, 1.0)
 
-    def pair(self, images: Tensor, *, sigma: Tensor | None = None, index: Tensor | None = None, noise: Tensor | None = None,
-             noise_p: Tensor | None = None) -> TDBatch:
+    def pair(
+        self,
+        images: Tensor,
+        *,
+        sigma: Tensor | None = None,
+        index: Tensor | None = None,
+        noise: Tensor | None = None,
+        noise_p: Tensor | None = None,
+    ) -> TDBatch:
         """The coupled pair (x_t, x_t').
 
-        "markov": x_t' = x0 + sigma' noise_p,  x_t = x_t' + sqrt(max(sigma^2 - sigma'^2, 0)) noise, so that below sigma_min
-        x_t carries noise of sigma_min, as in the published code. "shared": x_t = x0 + sigma noise, x_t' = x0 + sigma' noise.
+        "markov": x_t' = x0 + sigma' noise_p,  x_t = x_t' + sqrt(max(sigma^2 - sigma'^2, 0)) noise,
+        so that below sigma_min x_t carries noise of sigma_min, as in the published code.
+        "shared": x_t = x0 + sigma noise, x_t' = x0 + sigma' noise.
 
         Args:
             images: [B, ...] float32 or float64, clean data.
@@ -144,15 +187,21 @@ class TDEDMLoss(EDMLoss):
             noise, noise_p: as `images`, unit noise; drawn if None. "shared" takes no `noise_p`.
 
         Raises:
-            ValueError: a wrong shape or dtype, both `sigma` and `index`, or `noise_p` with "shared".
+            ValueError: a wrong shape or dtype, both `sigma` and `index`, or `noise_p` with
+                "shared".
         """
         self._check_images(images)
         if sigma is not None and index is not None:
             raise ValueError("TDEDMLoss: only one of sigma and index may be given, got both")
         if index is None:
-            coef, levels = td_coef(self._sigma(sigma, images), **self._coef_args, backend=self.backend)
+            level = self._sigma(sigma, images)
         else:
             self._check_shape("index", index, images.shape[:1])
-            coef, levels = td_coef(index, from_index=True, **self._coef_args, backend=self.backend)
-        x_t, x_tp = self._noisy_pair(images, levels[:, 0], levels[:, 2], self.td_coupling, noise, noise_p)
+            level = index
+        coef, levels = td_coef(
+            level, from_index=index is not None, **self._coef_args, backend=self.backend
+        )
+        x_t, x_tp = self._noisy_pair(
+            images, levels[:, SIGMA], levels[:, SIGMA_P], self.coupling, noise, noise_p
+        )
         return TDBatch(images, x_t, x_tp, coef, levels)

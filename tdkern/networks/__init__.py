@@ -1,4 +1,7 @@
-"""Networks: EDM's U-Nets and preconditioning under the names of its checkpoints, others' networks as denoisers, and an MLP for points."""
+"""Networks: EDM's U-Nets and preconditioning under the names of its checkpoints.
+
+Beside them others' networks as denoisers, and an MLP for points.
+"""
 from .denoiser import Denoiser
 from .mlp import MLP
 from .precond import CTPrecond, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond

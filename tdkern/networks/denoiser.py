@@ -2,10 +2,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..predictions import skip_scale
+from ..preconditioning import PREDICTIONS
 from ..schedules import interpolated_index
-from .precond import _Precond
-from .unet import _UNet
+from .precond import Preconditioned
+from .unet import UNet
 
 
 class _Called(nn.Module):
@@ -23,41 +23,52 @@ class _Called(nn.Module):
         return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
 
-class Denoiser(_Precond):
-    """D(x, sigma) of a module that predicts x0, eps, v or a velocity at a scaled x and a time of its own.
+class Denoiser(Preconditioned):
+    """D(x, sigma) of a module that predicts x0, eps, v or a velocity.
 
-    EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x, where sigma_t = alpha_t sigma.
-    On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1, so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's,
-    alpha_t = 1 - t and sigma_t = t, so t = sigma/(1 + sigma). `predictions.skip_scale` has D for each prediction.
+    The module is asked at a scaled x and a time of its own.
+
+    EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x,
+    where sigma_t = alpha_t sigma. On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1,
+    so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's, alpha_t = 1 - t and sigma_t = t, so t =
+    sigma/(1 + sigma). `tdkern.preconditioning` has D for each prediction.
 
     Args:
-        module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class labels are given, with t [B] and index
-            [B] int64. It returns F, a tuple that begins with it, or an object that has it as `sample`, as diffusers' models do. Of
-            more channels than x has, the first are taken: the rest are a learned variance. Its parameters are then under "model.module.".
-            `SongUNet` and `DhariwalUNet` are called as in the other wrappers, augment_labels too, and are under "model.".
+        module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class
+            labels are given, with t [B] and index [B] int64. It returns F, a tuple that begins with
+            it, or an object that has it as `sample`, as diffusers' models do. Of more channels than
+            x has, the first are taken: the rest are a learned variance. Its parameters are then
+            under "model.module.". `SongUNet` and `DhariwalUNet` are called as in the other
+            wrappers, augment_labels too, and are under "model.".
         prediction: what F is: "x0", "eps", "v" or "velocity".
-        alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and 1, as a diffusers scheduler has
-            it. t is then real: ln sigma is interpolated, and held at the ends. Not for "velocity".
-        time_scale: a factor of t: for "velocity", whose t is sigma/(1 + sigma), 1000 for networks that count so.
+        alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and
+            1, as a diffusers scheduler has it. t is then real: ln sigma is interpolated, and held
+            at the ends. Not for "velocity".
+        time_scale: a factor of t: for "velocity", whose t is sigma/(1 + sigma), 1000 for networks
+            that count so.
         dtype: of the image inside the module; None is x's.
 
-    Call it as `net(x, sigma, class_labels=None, augment_labels=None) -> D`; class_labels are one-hot, [B, classes]. See `EDMPrecond`, which
-    also says what `raw` gives and where gradients go.
+    Call it as `net(x, sigma, class_labels=None, augment_labels=None) -> D`; class_labels are
+    one-hot, [B, classes]. See `EDMPrecond`, which also says what `raw=True` gives and where
+    gradients go.
 
     Raises:
-        ValueError: an argument is not as said, or augment_labels are given to a module that takes none.
+        ValueError: an argument is not as said, or augment_labels are given to a module that takes
+            none.
     """
 
     PREDICTIONS = ("x0", "eps", "v", "velocity")
+    learned_variance = True
 
     def __init__(self, module: nn.Module, prediction: str = "eps", *, alphas_cumprod=None, time_scale: float = 1.0, dtype: torch.dtype | None = None):
-        super().__init__(module if isinstance(module, _UNet) else _Called(module), dtype=dtype)
+        super().__init__(module if isinstance(module, UNet) else _Called(module), dtype=dtype)
         if prediction not in self.PREDICTIONS:
             raise ValueError(f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got {prediction!r}")
         if (alphas_cumprod is None) != (prediction == "velocity"):
             needed = "None" if prediction == "velocity" else "given"
             raise ValueError(f"Denoiser: alphas_cumprod must be {needed} with prediction {prediction!r}")
-        self.precond, self.prediction, self.time_scale = prediction, prediction, time_scale
+        self.prediction, self.time_scale = prediction, time_scale
+        self.preconditioning = PREDICTIONS[prediction]
         self.sigma_min, self.sigma_max = 0.0, float("inf")
         if alphas_cumprod is not None:
             squares = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
@@ -72,10 +83,3 @@ class Denoiser(_Precond):
         if self.prediction == "velocity":
             return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
         return (1 + sigma**2).rsqrt(), self.time_scale * interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
-
-    def output_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return skip_scale(self.prediction, sigma)
-
-    def raw_scaled(self, scaled: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        """As in the other wrappers; F has x's channels."""
-        return super().raw_scaled(scaled, c_noise, class_labels, augment_labels)[:, :scaled.shape[1]]

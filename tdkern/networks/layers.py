@@ -1,4 +1,8 @@
-"""What the U-Nets are made of. Weights stay in their own dtype and are cast to the activation's, so that one network runs in any precision."""
+"""What the U-Nets are made of.
+
+Weights stay in their own dtype and are cast to the activation's, so that one network runs in any
+precision.
+"""
 from dataclasses import dataclass
 from math import prod
 
@@ -6,9 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import half
+
 
 class KeepsBuffers(nn.Module):
-    """A module whose own buffers, tables of levels or frequencies, stay as precise as they are when `.half()` or `.to(dtype)` cast the network."""
+    """A module whose own buffers stay as precise as they are when the network is cast.
+
+    They are tables of levels or frequencies; `.half()` and `.to(dtype)` cast the rest.
+    """
 
     def _apply(self, fn, recurse=True):
         before = dict(self._buffers)
@@ -21,14 +30,21 @@ class KeepsBuffers(nn.Module):
 
 @dataclass(frozen=True)
 class Init:
-    """Initial values of a layer: `gain` times a distribution for its weight, `bias_gain` times the same one for its bias."""
+    """Initial values of a layer.
+
+    They are `gain` times a distribution for its weight, `bias_gain` times the same one for its
+    bias.
+    """
 
     mode: str
     gain: float = 1.0
     bias_gain: float = 0.0
 
     def parameters(self, shape: tuple[int, ...], bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Weight and bias of a layer whose weight has `shape` [out, in, *kernel]; both have the layer's fans, which count the kernel."""
+        """Weight and bias of a layer whose weight has `shape` [out, in, *kernel].
+
+        Both have the layer's fans, which count the kernel.
+        """
         fan_out, fan_in = (channels * prod(shape[2:]) for channels in shape[:2])
         draw = {
             "xavier_uniform": lambda size: (6 / (fan_in + fan_out)) ** 0.5 * (2 * torch.rand(size) - 1),
@@ -53,7 +69,8 @@ class Linear(nn.Module):
 class Conv2d(nn.Module):
     """Convolution with same padding, after an optional resampling by two with a separable filter.
 
-    A kernel of 0 is the filter alone. `fused` puts the filter after the convolution when going down and pads once for both.
+    A kernel of 0 is the filter alone. `fused` puts the filter after the convolution when going down
+    and pads once for both.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, init: Init | None = None, *, up: bool = False, down: bool = False,
@@ -70,15 +87,16 @@ class Conv2d(nn.Module):
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None] if up or down else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         if self.up:
             x = self._upsample(x)
         if self.filter_first:
             x = self._downsample(x)
         if self.weight is not None:
-            # in half precision the cast also lays the weight out as tensor cores want it, in the same pass
-            layout = torch.channels_last if x.dtype.itemsize == 2 else torch.preserve_format
-            x = F.conv2d(x, self.weight.to(x.dtype, memory_format=layout), self.bias.to(x.dtype), padding=self.padding)
+            # in half precision the cast also lays the weight out, in the same pass
+            weight = self.weight.to(x.dtype, memory_format=half.image_format(x))
+            bias = self.bias.to(x.dtype) if with_bias else None
+            x = F.conv2d(x, weight, bias, padding=self.padding)
         return self._downsample(x) if self.filter_last else x
 
     def _upsample(self, x: Tensor) -> Tensor:
@@ -110,9 +128,29 @@ class GroupNorm(nn.Module):
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
+    def silu(self, x: Tensor, add: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
+        """silu(norm(x + add)); (scale, shift) = modulation: silu(norm(x + add) (1 + scale) + shift).
+
+        x: [B, C, H, W]; add: [B, C], modulation: [B, 2 C], both in x's dtype.
+        """
+        if half.fuses(x):
+            weight, bias = self.weight, self.bias
+            if modulation is not None:
+                scale, shift = modulation.float().chunk(2, 1)
+                weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+            return half.norm_silu(x, self.groups, weight, bias, self.eps, add)
+        h = self(x if add is None else x + add[:, :, None, None])
+        if modulation is not None:
+            scale, shift = modulation[:, :, None, None].chunk(2, 1)
+            h = torch.addcmul(shift, h, 1 + scale)
+        return F.silu(h)
+
 
 class PositionalEmbedding(nn.Module):
-    """[B] to [B, channels]: cosines, then sines, at frequencies 10000^(-j/(n/2)), or 10000^(-j/(n/2-1)) with `endpoint`."""
+    """[B] to [B, channels]: cosines, then sines, at frequencies 10000^(-j/(n/2)).
+
+    With `endpoint` they are 10000^(-j/(n/2-1)).
+    """
 
     def __init__(self, channels: int, endpoint: bool = False):
         super().__init__()
@@ -125,7 +163,10 @@ class PositionalEmbedding(nn.Module):
 
 
 class FourierEmbedding(KeepsBuffers):
-    """[B] to [B, channels]: cosines, then sines, at random frequencies, which a checkpoint keeps (arXiv 2011.13456)."""
+    """[B] to [B, channels]: cosines, then sines, at random frequencies (arXiv 2011.13456).
+
+    A checkpoint keeps the frequencies.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -155,9 +196,10 @@ class BlockStyle:
 class ResBlock(nn.Module):
     """Residual block with noise conditioning, and with self-attention where `heads` is not 0.
 
-    h = conv0(silu(norm0(x))),  a = affine(emb),  h = silu(norm1(h + a)) or, with (scale, shift) = a, silu(norm1(h) (1 + scale) + shift),
-    x = (skip(x) + conv1(dropout(h))) skip_scale,  x = (x + proj(attention(qkv(norm2(x))))) skip_scale.
-    x: [B, in_channels, H, W], emb: [B, emb_channels]; returns [B, out_channels, H', W'], in x's dtype.
+    h = conv0(silu(norm0(x))),  a = affine(emb),  h = silu(norm1(h + a)) or, with (scale, shift) =
+    a, silu(norm1(h) (1 + scale) + shift), x = (skip(x) + conv1(dropout(h))) skip_scale,  x = (x +
+    proj(attention(qkv(norm2(x))))) skip_scale. x: [B, in_channels, H, W], emb: [B, emb_channels];
+    returns [B, out_channels, H', W'], in x's dtype.
     """
 
     def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, *, up: bool = False, down: bool = False, heads: int = 0):
@@ -179,13 +221,16 @@ class ResBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv0(F.silu(self.norm0(x)))
-        a = self.affine(emb)[:, :, None, None].to(h.dtype)
+        # conv0's bias is a pass of its own over its output, unless the next kernel adds it
+        bias_later = half.fuses(x)
+        h = self.conv0(self.norm0.silu(x), with_bias=not bias_later)
+        bias = self.conv0.bias.to(h.dtype) if bias_later else None
+        a = self.affine(emb).to(h.dtype)
         if self.style.scale_shift:
-            scale, shift = a.chunk(2, 1)
-            h = F.silu(torch.addcmul(shift, self.norm1(h), 1 + scale))
+            add = bias.expand(len(h), -1) if bias_later else None
+            h = self.norm1.silu(h, add, modulation=a)
         else:
-            h = F.silu(self.norm1(h + a))
+            h = self.norm1.silu(h, a + bias if bias_later else a)
         h = self.conv1(F.dropout(h, self.style.dropout, self.training))
         x = self._add(x if self.skip is None else self.skip(x), h)
         return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x
@@ -194,8 +239,9 @@ class ResBlock(nn.Module):
         return x + h if self.style.skip_scale == 1 else (x + h) * self.style.skip_scale
 
     def _attend(self, x: Tensor) -> Tensor:
-        # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few, are put in the order q/k/v, head, channel,
-        # so that q, k and v come out contiguous, as the fast attention kernels want them.
+        # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few,
+        # are put in the order q/k/v, head, channel, so that q, k and v come out contiguous, as the
+        # fast attention kernels want them.
         weight, bias = (p.to(x.dtype).unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in (self.qkv.weight.flatten(1), self.qkv.bias))
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
         q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]

@@ -7,7 +7,10 @@ FREQUENCIES = (0.5, 1.0, 1.5, 2.0)  # of the noise embedding: EDM's c_noise span
 
 
 class ModelLinear(nn.Module):
-    """A linear layer of every model: x [num_models, B, in_features] to [num_models, B, out_features]. Starts Kaiming uniform, or at 0."""
+    """A linear layer of every model, which starts Kaiming uniform, or at 0.
+
+    x [num_models, B, in_features] becomes [num_models, B, out_features].
+    """
 
     def __init__(self, in_features: int, out_features: int, num_models: int, *, zero: bool = False):
         super().__init__()
@@ -20,17 +23,20 @@ class ModelLinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """Residual MLP over points, for the preconditioning wrappers; `num_models` of them as one network of batched matrices.
+    """Residual MLP over points, for the preconditioning wrappers.
 
-    emb = (cos f c_noise, sin f c_noise) for f in FREQUENCIES,  h = linear(x, emb),  then a block at a time
-    h = h + linear(silu(linear(silu(h), emb))),  and F = linear(silu(h)).
+    `num_models` of them are one network of batched matrices.
+
+    emb = (cos f c_noise, sin f c_noise) for f in FREQUENCIES,  h = linear(x, emb),  then a block at
+    a time h = h + linear(silu(linear(silu(h), emb))),  and F = linear(silu(h)).
 
     Args:
         in_channels: coordinates of a point.
         width: hidden units, > 0.
         num_blocks: residual blocks, >= 0.
-        num_models: models, >= 1. They share nothing: along the batch come the first model's samples, then the second's, and
-            so on, and each model's outputs and gradients are what it would have alone. Every parameter is [num_models, ...].
+        num_models: models, >= 1. They share nothing: along the batch come the first model's
+            samples, then the second's, and so on, and each model's outputs and gradients are what
+            it would have alone. Every parameter is [num_models, ...].
 
     A model starts at F = 0; the initial values come from torch's global generator.
     """
@@ -51,7 +57,8 @@ class MLP(nn.Module):
         """F of each point.
 
         Args:
-            x: [num_models * B, in_channels], scaled noisy points, model by model; the parameters' dtype.
+            x: [num_models * B, in_channels], scaled noisy points, model by model; the parameters'
+                dtype.
             noise_labels: [num_models * B], c_noise.
             class_labels, augment_labels: not used.
 

@@ -1,4 +1,7 @@
-"""The U-Nets of EDM, with the constructor arguments and parameter names of its checkpoints: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM)."""
+"""The U-Nets of EDM: SongUNet (DDPM++, NCSN++) and DhariwalUNet (ADM).
+
+They have the constructor arguments and parameter names of EDM's checkpoints.
+"""
 from collections.abc import Callable, Sequence
 
 import torch
@@ -6,14 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import half
 from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
 
 
-class _UNet(nn.Module):
+class UNet(nn.Module):
     """The encoder and decoder that both networks share.
 
-    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their activations. In half precision activations are
-    channels_last throughout, whatever the image is; in float32 they have the image's memory format.
+    Set `checkpointing` to recompute blocks in the backward pass instead of keeping their
+    activations. In half precision activations lie in memory as `half` says, whatever the image is;
+    in float32 they have the image's memory format.
     """
 
     checkpointing = False
@@ -23,54 +28,114 @@ class _UNet(nn.Module):
         self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
 
-    def _build(self, stem: int, widths: Sequence[int], num_blocks: int, attn_resolutions: Sequence[int], style: BlockStyle, heads: Callable[[int], int],
-               attend_all: bool, encoder_type: str = "standard") -> None:
-        """Add `enc` and `dec`: `widths` are the channels of each level, `heads` the attention heads at so many channels.
+    def _build(
+        self,
+        stem: int,
+        widths: Sequence[int],
+        num_blocks: int,
+        attn_resolutions: Sequence[int],
+        style: BlockStyle,
+        heads: Callable[[int], int],
+        attend_all: bool,
+        encoder_type: str = "standard",
+    ) -> None:
+        """Add `enc` and `dec`.
 
-        attend_all: in the decoder, all blocks of a level at `attn_resolutions` have attention, else the last one only.
+        Args:
+            stem: channels of the first layer.
+            widths: channels of each level.
+            num_blocks, attn_resolutions, encoder_type: as `SongUNet`'s.
+            style: of all blocks.
+            heads: the attention heads at so many channels.
+            attend_all: in the decoder, all blocks of a level at `attn_resolutions` have attention,
+                else the last one only.
         """
-        if self.img_resolution % 2 ** (len(widths) - 1):
-            raise ValueError(f"{type(self).__name__}: img_resolution must be a multiple of {2 ** (len(widths) - 1)}, as it has {len(widths)} levels, "
-                             f"got {self.img_resolution}")
+        name, halvings = type(self).__name__, len(widths) - 1
+        if self.img_resolution % 2**halvings:
+            raise ValueError(
+                f"{name}: img_resolution must be a multiple of {2**halvings}, as it has "
+                f"{len(widths)} levels, got {self.img_resolution}"
+            )
         if not 0 <= style.dropout <= 1:
-            raise ValueError(f"{type(self).__name__}: dropout must be in [0, 1], got {style.dropout}")
+            raise ValueError(f"{name}: dropout must be in [0, 1], got {style.dropout}")
         self.encoder_type, self.num_blocks = encoder_type, num_blocks
         resolutions = [self.img_resolution >> i for i in range(len(widths))]
         self.levels = [f"{resolution}x{resolution}" for resolution in resolutions]
-        resample = {"resample_filter": style.resample_filter}
-        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
 
+        def attention(resolution: int, channels: int) -> int:
+            return heads(channels) if resolution in attn_resolutions else 0
+
+        skips = self._build_encoder(stem, widths, resolutions, style, attention)
+        self._build_decoder(skips, widths, resolutions, style, attention, heads, attend_all)
+
+    def _build_encoder(
+        self, stem: int, widths: Sequence[int], resolutions: list[int], style: BlockStyle, attention
+    ) -> list[int]:
+        """Add `enc`; returns the channels of every layer's output."""
+        self.enc = nn.ModuleDict()
+        resample = {"resample_filter": style.resample_filter}
         channels, aux_channels, skips = stem, self.in_channels, []
-        for i, (level, resolution, width) in enumerate(zip(self.levels, resolutions, widths, strict=True)):
-            if i == 0:
+        for level, resolution, width in zip(self.levels, resolutions, widths, strict=True):
+            if level == self.levels[0]:
                 self.enc[f"{level}_conv"] = Conv2d(self.in_channels, stem, 3, style.init)
             else:
                 self.enc[f"{level}_down"] = ResBlock(channels, channels, style, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{level}_aux_down"] = Conv2d(aux_channels, aux_channels, 0, down=True, **resample)
+                if self.encoder_type == "skip":
+                    self.enc[f"{level}_aux_down"] = Conv2d(
+                        aux_channels, aux_channels, 0, down=True, **resample
+                    )
                     self.enc[f"{level}_aux_skip"] = Conv2d(aux_channels, channels, 1, style.init)
-                if encoder_type == "residual":
-                    self.enc[f"{level}_aux_residual"] = Conv2d(aux_channels, channels, 3, style.init, down=True, fused=True, **resample)
+                if self.encoder_type == "residual":
+                    self.enc[f"{level}_aux_residual"] = Conv2d(
+                        aux_channels, channels, 3, style.init, down=True, fused=True, **resample
+                    )
                     aux_channels = channels
             skips.append(channels)
-            for j in range(num_blocks):
-                self.enc[f"{level}_block{j}"] = ResBlock(channels, width, style, heads=heads(width) if resolution in attn_resolutions else 0)
+            for j in range(self.num_blocks):
+                self.enc[f"{level}_block{j}"] = ResBlock(
+                    channels, width, style, heads=attention(resolution, width)
+                )
                 channels = width
                 skips.append(channels)
+        return skips
 
-        for level, resolution, width in reversed(list(zip(self.levels, resolutions, widths, strict=True))):
+    def _build_decoder(
+        self,
+        skips: list[int],
+        widths: Sequence[int],
+        resolutions: list[int],
+        style: BlockStyle,
+        attention,
+        heads: Callable[[int], int],
+        attend_all: bool,
+    ) -> None:
+        """Add `dec`, whose blocks take what the encoder left, from the end."""
+        self.dec = nn.ModuleDict()
+        channels = skips[-1]
+        levels = list(zip(self.levels, resolutions, widths, strict=True))
+        for level, resolution, width in reversed(levels):
             if level == self.levels[-1]:
-                self.dec[f"{level}_in0"] = ResBlock(channels, channels, style, heads=heads(channels))
+                self.dec[f"{level}_in0"] = ResBlock(
+                    channels, channels, style, heads=heads(channels)
+                )
                 self.dec[f"{level}_in1"] = ResBlock(channels, channels, style)
             else:
                 self.dec[f"{level}_up"] = ResBlock(channels, channels, style, up=True)
-            for j in range(num_blocks + 1):
-                attend = resolution in attn_resolutions and (attend_all or j == num_blocks)
-                self.dec[f"{level}_block{j}"] = ResBlock(channels + skips.pop(), width, style, heads=heads(width) if attend else 0)
+            for j in range(self.num_blocks + 1):
+                attends = attend_all or j == self.num_blocks
+                self.dec[f"{level}_block{j}"] = ResBlock(
+                    channels + skips.pop(),
+                    width,
+                    style,
+                    heads=attention(resolution, width) if attends else 0,
+                )
                 channels = width
 
     def _labels(self, class_labels: Tensor | None, emb: Tensor) -> Tensor:
-        """Class labels in the embedding's dtype; in training, rows are zeroed with probability `label_dropout`."""
+        """Class labels in the embedding's dtype.
+
+        In training, rows are zeroed with probability `label_dropout`.
+        """
         shape = None if class_labels is None else list(class_labels.shape)
         if shape != [emb.shape[0], self.label_dim]:
             raise ValueError(f"{type(self).__name__}: class_labels must have shape {[emb.shape[0], self.label_dim]}, got {shape}")
@@ -84,7 +149,8 @@ class _UNet(nn.Module):
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The output of every layer of the encoder, for the decoder to take from the end."""
-        x = x.contiguous(memory_format=torch.channels_last) if x.dtype.itemsize == 2 else x
+        if x.dtype.itemsize == 2:
+            x = x.contiguous(memory_format=half.image_format(x))
         aux, skips = x, []
         for level in self.levels:
             if level == self.levels[0]:
@@ -114,61 +180,111 @@ class _UNet(nn.Module):
         return outputs
 
 
-class SongUNet(_UNet):
-    """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
+class SongUNet(UNet):
+    """DDPM++ and NCSN++ (Song et al., arXiv 2011.13456), as in EDM.
+
+    (arXiv 2206.00364, appendix C.2 and F.1.)
 
     Args:
-        img_resolution: height and width in pixels, a multiple of 2^(levels - 1); names the layers and places the attention.
+        img_resolution: height and width in pixels, a multiple of 2^(levels - 1); names the layers
+            and places the attention.
         in_channels, out_channels: channels of the image and of the output.
         label_dim, augment_dim: widths of the class and augmentation labels, 0 for none.
-        model_channels, channel_mult: width, and its multiple at each level, from the full resolution down.
-        channel_mult_emb, channel_mult_noise: multiples of `model_channels` for the embedding and the noise embedding.
-        num_blocks: residual blocks a level. attn_resolutions: resolutions with self-attention.
-        dropout: of activations, in training. label_dropout: probability that a sample's class labels are zeroed in training.
+        model_channels, channel_mult: width, and its multiple at each level, from the full
+            resolution down.
+        channel_mult_emb, channel_mult_noise: multiples of `model_channels` for the embedding and
+            the noise embedding.
+        num_blocks: residual blocks of each level.
+        attn_resolutions: resolutions with self-attention.
+        dropout: of activations, in training. label_dropout: probability that a sample's class
+            labels are zeroed in training.
         embedding_type: "positional" (DDPM++) or "fourier" (NCSN++).
-        encoder_type: "standard" (DDPM++), "residual" (NCSN++) or "skip". decoder_type: "standard" or "skip".
+        encoder_type: "standard" (DDPM++), "residual" (NCSN++) or "skip". decoder_type: "standard"
+            or "skip".
         resample_filter: [1, 1] (DDPM++) or [1, 3, 3, 1] (NCSN++).
 
     Raises:
-        ValueError: an argument names nothing, img_resolution does not divide, or dropout is not in [0, 1].
+        ValueError: an argument is not one of the names above, img_resolution does not divide, or
+            dropout is not in [0, 1].
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
                  channel_mult: Sequence[int] = (1, 2, 2, 2), channel_mult_emb: int = 4, num_blocks: int = 4, attn_resolutions: Sequence[int] = (16,),
                  dropout: float = 0.10, label_dropout: float = 0, embedding_type: str = "positional", channel_mult_noise: int = 1,
                  encoder_type: str = "standard", decoder_type: str = "standard", resample_filter: Sequence[float] = (1, 1)):
-        for argument, value, allowed in (("embedding_type", embedding_type, ("positional", "fourier")),
-                                         ("encoder_type", encoder_type, ("standard", "skip", "residual")),
-                                         ("decoder_type", decoder_type, ("standard", "skip"))):
+        kinds = {
+            "embedding_type": (embedding_type, ("positional", "fourier")),
+            "encoder_type": (encoder_type, ("standard", "skip", "residual")),
+            "decoder_type": (decoder_type, ("standard", "skip")),
+        }
+        for argument, (value, allowed) in kinds.items():
             if value not in allowed:
-                raise ValueError(f"SongUNet: {argument} must be one of {', '.join(allowed)}, got {value!r}")
-        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout)
-        init, init_zero = Init("xavier_uniform"), Init("xavier_uniform", 1e-5)
-        noise_channels, emb_channels = model_channels * channel_mult_noise, model_channels * channel_mult_emb
-        style = BlockStyle(emb_channels, dropout, init, init_zero, init_attn=Init("xavier_uniform", 0.2**0.5), scale_shift=False, skip_scale=0.5**0.5,
-                           eps=1e-6, project_skip=True, resample_filter=tuple(resample_filter))
-
-        self.map_noise = PositionalEmbedding(noise_channels, endpoint=True) if embedding_type == "positional" else FourierEmbedding(noise_channels)
-        self.map_label = Linear(label_dim, noise_channels, init) if label_dim else None
-        self.map_augment = Linear(augment_dim, noise_channels, init, bias=False) if augment_dim else None
-        self.map_layer0 = Linear(noise_channels, emb_channels, init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, init)
-
-        widths = [model_channels * mult for mult in channel_mult]
-        self._build(model_channels, widths, num_blocks, attn_resolutions, style, lambda channels: 1, False, encoder_type)
+                known = ", ".join(allowed)
+                raise ValueError(f"SongUNet: {argument} must be one of {known}, got {value!r}")
+        super().__init__(
+            img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout
+        )
         self.decoder_type = decoder_type
+        noise_channels = model_channels * channel_mult_noise
+        style = BlockStyle(
+            model_channels * channel_mult_emb,
+            dropout,
+            Init("xavier_uniform"),
+            Init("xavier_uniform", 1e-5),
+            init_attn=Init("xavier_uniform", 0.2**0.5),
+            scale_shift=False,
+            skip_scale=0.5**0.5,
+            eps=1e-6,
+            project_skip=True,
+            resample_filter=tuple(resample_filter),
+        )
+        self._build_embedding(embedding_type == "fourier", noise_channels, style)
+        widths = [model_channels * mult for mult in channel_mult]
+        one_head = lambda channels: 1  # noqa: E731
+        self._build(
+            model_channels, widths, num_blocks, attn_resolutions, style, one_head, False, encoder_type
+        )
+        self._build_outputs(widths, style)
+
+    def _build_embedding(self, fourier: bool, channels: int, style: BlockStyle) -> None:
+        """Add the layers that embed c_noise and the labels."""
+        if fourier:
+            self.map_noise = FourierEmbedding(channels)
+        else:
+            self.map_noise = PositionalEmbedding(channels, endpoint=True)
+        self.map_label = self.map_augment = None
+        if self.label_dim:
+            self.map_label = Linear(self.label_dim, channels, style.init)
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, channels, style.init, bias=False)
+        self.map_layer0 = Linear(channels, style.emb_channels, style.init)
+        self.map_layer1 = Linear(style.emb_channels, style.emb_channels, style.init)
+
+    def _build_outputs(self, widths: Sequence[int], style: BlockStyle) -> None:
+        """Add the layers of the decoder that give the image: at full resolution, or at each level."""
+        each_level, channels = self.decoder_type == "skip", self.out_channels
         for level, width in reversed(list(zip(self.levels, widths, strict=True))):
-            if level == self.levels[0] or decoder_type == "skip":
-                if level != self.levels[-1] and decoder_type == "skip":
-                    self.dec[f"{level}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, resample_filter=style.resample_filter)
+            if level == self.levels[0] or each_level:
+                if level != self.levels[-1] and each_level:
+                    self.dec[f"{level}_aux_up"] = Conv2d(
+                        channels, channels, 0, up=True, resample_filter=style.resample_filter
+                    )
                 self.dec[f"{level}_aux_norm"] = GroupNorm(width, style.eps)
-                self.dec[f"{level}_aux_conv"] = Conv2d(width, out_channels, 3, init_zero)
+                self.dec[f"{level}_aux_conv"] = Conv2d(width, channels, 3, style.init_zero)
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        """The raw output F [B, out_channels, H, W] in x's dtype, from the scaled image x [B, in_channels, H, W] and c_noise [B].
+        """The raw output F [B, out_channels, H, W] in x's dtype.
 
-        The embedding is computed in c_noise's dtype. class_labels: [B, label_dim], one-hot floats, if label_dim is not 0.
-        augment_labels: [B, augment_dim], or None, which stands for zeros. Gradients to all floating inputs and parameters. Deterministic outside training.
+        It is computed from the scaled image x [B, in_channels, H, W] and c_noise [B].
+
+        The embedding is computed in c_noise's dtype.
+
+        Args:
+            x, noise_labels: the scaled image and c_noise.
+            class_labels: [B, label_dim], one-hot floats, if label_dim is not 0.
+            augment_labels: [B, augment_dim], or None, which stands for zeros.
+
+        Gradients to all floating inputs and parameters. Deterministic outside training.
         """
         emb = torch.cat(self.map_noise(noise_labels).chunk(2, 1)[::-1], 1)  # sines first
         if self.map_label is not None:
@@ -180,15 +296,18 @@ class SongUNet(_UNet):
         aux = None
         for level, h in zip(reversed(self.levels), self._decode(self._encode(x, emb), emb), strict=True):
             if level == self.levels[0] or self.decoder_type == "skip":
-                out = self.dec[f"{level}_aux_conv"](F.silu(self.dec[f"{level}_aux_norm"](h)))
+                out = self.dec[f"{level}_aux_conv"](self.dec[f"{level}_aux_norm"].silu(h))
                 aux = out if aux is None else self.dec[f"{level}_aux_up"](aux) + out
         return aux
 
 
-class DhariwalUNet(_UNet):
-    """ADM (Dhariwal and Nichol, arXiv 2105.05233), as in EDM (arXiv 2206.00364, appendix C.2 and F.1).
+class DhariwalUNet(UNet):
+    """ADM (Dhariwal and Nichol, arXiv 2105.05233), as in EDM.
 
-    Args and Raises: as SongUNet. Attention has 64 channels a head, and is left out of layers with fewer.
+    (arXiv 2206.00364, appendix C.2 and F.1.)
+
+    Args and Raises: as SongUNet. Attention has heads of 64 channels, and is left out of
+    layers with fewer.
     """
 
     def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
@@ -220,4 +339,4 @@ class DhariwalUNet(_UNet):
             emb = emb + self.map_label(self._labels(class_labels, emb))
         emb = F.silu(emb)
         h = self._decode(self._encode(x, emb), emb)[-1]
-        return self.out_conv(F.silu(self.out_norm(h)))
+        return self.out_conv(self.out_norm.silu(h))

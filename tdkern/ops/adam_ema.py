@@ -1,12 +1,16 @@
 """`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at all if a gradient is not finite."""
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-from .ema_update import DTYPES, checked_decays, lists_of
+from .. import reference
+from . import _backends, _modes, _shards
+from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_overlap
+from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
+from .ema_update import checked_decays, lists_of
 
 
 def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
@@ -21,19 +25,21 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
 
     Deterministic. No host synchronisation.
     """
-    if not grads:
-        raise ValueError("found_inf: grads must hold at least one tensor")
-    backend = _library.resolve("found_inf", backend, grads[0].device)
-    if backend not in ("cpp", "cuda"):
-        _check_grads(grads)
-    with torch.no_grad():
-        if backend == "reference":
-            return reference.found_inf(grads)
-        try:
-            return _library.op("found_inf", backend)(grads)
-        except RuntimeError:
+    try:
+        if not grads:
+            raise ValueError("found_inf: grads must hold at least one tensor")
+        backend = _backends.resolve("found_inf", backend, grads[0].device)
+        if backend not in ("cpp", "cuda"):
+            if _shards.any_distributed(grads):
+                return _shards.found_inf(grads, partial(found_inf, backend=backend))
             _check_grads(grads)
-            raise
+        with torch.no_grad():
+            return reference.found_inf(grads) if backend == "reference" else _backends.call("found_inf", backend, (grads,))
+    except _backends.REFUSED:
+        if _shards.any_distributed(grads):
+            return _shards.found_inf(grads, partial(found_inf, backend=backend))
+        _check_grads(grads)
+        raise
 
 
 _found_inf = found_inf  # adam_ema_'s argument has the op's name
@@ -53,8 +59,10 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     If any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: P tensors each; those of one parameter have its shape, device and dtype (float32, float64,
-            bfloat16 or float16). Best where they lie in memory alike: others go through copies. Half precision is computed in float32.
+        params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors; or of DTensors, the state and the averages distributed as
+            the parameters: each process steps its shards, and a gradient that is not finite in one skips the step in all. Those of one parameter have its shape, device and dtype (float32, float64,
+            bfloat16 or float16). Best where they lie in memory alike: others go through copies. Half precision is computed in
+            float32. No memory that is written may overlap itself or another argument.
         steps: P float32 scalars on the parameters' device, one tensor each: the count of a parameter's steps, increased by 1.
         averages, decays: as for `ema_update_`; on CUDA at most 16.
         lr: learning rate >= 0. A tensor is a float32 or float64 scalar, as are grad_scale and clip: on the CPU, read during the call, or
@@ -70,49 +78,107 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
     Raises:
         ValueError: an argument has the wrong length, shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
-    No gradient. Deterministic: every element by itself. No host synchronisation, except in the reference.
+    No gradient. Deterministic: every element by itself. No host synchronisation.
     """
-    backend = _library.resolve("adam_ema_", backend, params[0].device if params else torch.device("cpu"))
-    decays = checked_decays("adam_ema_", decays)
-    for name, value, end in (("betas[0]", betas[0], 1), ("betas[1]", betas[1], 1), ("eps", eps, math.inf), ("weight_decay", weight_decay, math.inf)):
-        if not 0 <= value < end:
-            raise ValueError(f"adam_ema_: {name} must be in [0, {end}), got {value}")
-    if not isinstance(lr, Tensor):
-        lr = torch.tensor(lr, dtype=torch.float64)
-    if _library.readable(lr) and lr.numel() == 1 and not 0 <= lr.item() < math.inf:
-        raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr.item()}")
     columns = (params, grads, exp_avgs, exp_avg_sqs, steps)
-    scalars = {"lr": lr, "found_inf": found_inf, "grad_scale": grad_scale, "clip": clip}
-    lengths = len(averages) == decays.numel() and len(grads) == len(params)
-    if backend not in ("cpp", "cuda") or not lengths or torch.compiler.is_compiling():  # these two check for themselves
-        _check(*columns, averages, decays, scalars, skipped)
-    if not params:
-        return
-    with torch.no_grad():
-        try:
+    options = (*_pair(betas), eps, weight_decay, decoupled)
+    try:
+        backend = _backends.resolve("adam_ema_", backend, params[0].device if params else torch.device("cpu"))
+        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
+            backend = "reference"
+        decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
+        scalars = (lr, found_inf, grad_scale, clip)
+        lengths = len(averages) == decays.numel() and len(grads) == len(params)
+        if backend not in ("cpp", "cuda") or not lengths or torch.compiler.is_compiling():  # these two check for themselves
+            if _shards.any_distributed(params, grads, *averages):
+                return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
+            _check(*columns, averages, decays, scalars, skipped)
+        if not params:
+            return
+        with torch.no_grad():
             flag = _found_inf(grads, backend=backend) if found_inf is None else found_inf
-            rest = (decays, lr, flag, grad_scale, clip, skipped, *betas, eps, weight_decay, decoupled)
+            rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
             if backend == "reference":
                 return reference.adam_ema_(*columns, averages, *rest)
             flat = [avg for average in averages for avg in average]
-            _library.op("adam_ema_", backend)(*columns, flat, *rest)
-        except (RuntimeError, ValueError):
-            _check(*columns, averages, decays, scalars, skipped)  # says in full which argument is wrong
+            _backends.call("adam_ema_", backend, (*columns, flat, *rest))
+    except (*_backends.REFUSED, ValueError):
+        _check_lists(*columns, averages)
+        decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
+        scalars = (lr, found_inf, grad_scale, clip)
+        if _shards.any_distributed(params, grads, *averages):
+            return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
+        _check(*columns, averages, decays, scalars, skipped)  # says in full which argument is wrong
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *flat])  # autograd notices a write to what it saved
+
+
+def _on_shards(columns: tuple, averages: Sequence, decays: Tensor, scalars: tuple, skipped: Tensor | None, options: tuple, backend: str) -> None:
+    """The step of this process's shards, skipped where any process has a gradient that is not finite."""
+    params, grads, exp_avgs, exp_avg_sqs, steps = columns
+    lr, flag, grad_scale, clip = map(_shards.local_of, scalars)
+    flag = _found_inf(grads, backend=backend) if flag is None else flag
+    written = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **{f"averages[{k}]": average for k, average in enumerate(averages)}}
+    local_params, local_m, local_v, *rest = _shards.local_rows("adam_ema_", params, written, {"grads": grads})
+    *local_averages, local_grads = rest
+    beta1, beta2, eps, weight_decay, decoupled = options
+    adam_ema_(local_params, local_grads, local_m, local_v, [_shards.local_of(step) for step in steps], local_averages, _shards.local_of(decays),
+              lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, clip=clip,
+              found_inf=flag, skipped=_shards.local_of(skipped), backend=backend)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(avg for average in averages for avg in average)])
+
+
+def _pair(betas: tuple[float, float]) -> tuple[float, float]:
+    if not isinstance(betas, list | tuple) or len(betas) != 2:
+        raise ValueError(f"adam_ema_: betas must be a pair of numbers, got {kind_of(betas)}")
+    return tuple(betas)
+
+
+def _checked_numbers(lr: float | Tensor, beta1: float, beta2: float, eps: float, weight_decay: float) -> Tensor:
+    """lr as a tensor; the numbers' values have been looked at where no device is waited for."""
+    for name, value, end in (("betas[0]", beta1, 1), ("betas[1]", beta2, 1), ("eps", eps, math.inf), ("weight_decay", weight_decay, math.inf)):
+        try:
+            inside = 0 <= value < end
+        except TypeError:
+            check_number("adam_ema_", name, value)
             raise
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *flat])  # autograd notices a write to what it saved
+        if not inside:
+            raise ValueError(f"adam_ema_: {name} must be in [0, {end}), got {value}")
+    if not isinstance(lr, Tensor):
+        try:
+            lr = torch.tensor(lr, dtype=torch.float64, device="cpu")
+        except (TypeError, ValueError):
+            check_number("adam_ema_", "lr", lr)
+            raise
+    if _modes.can_check_values(lr) and lr.numel() == 1 and not 0 <= lr.item() < math.inf:
+        raise ValueError(f"adam_ema_: lr must be in [0, inf), got {lr.item()}")
+    return lr
+
+
+def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:
+    """Refuse what is no list, before anything looks into it."""
+    columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "averages": averages}
+    if isinstance(averages, list | tuple):
+        columns |= {f"averages[{k}]": average for k, average in enumerate(averages)}
+    for name, column in columns.items():
+        if not isinstance(column, list | tuple):
+            raise ValueError(f"adam_ema_: {name} must be a list or tuple, got {kind_of(column)}")
 
 
 def _check_grads(grads: Sequence[Tensor]) -> None:
+    check_tensors("found_inf", "grads", grads)
     for i, grad in enumerate(grads):
-        if (grad.dtype, grad.dtype) not in DTYPES:
-            raise ValueError(f"found_inf: grads[{i}] must be float32, float64, bfloat16 or float16, got {grad.dtype}")
+        if grad.dtype not in FLOATS:
+            raise ValueError(f"found_inf: grads[{i}] must be {FLOAT_NAMES}, got {grad.dtype}")
         if grad.device != grads[0].device:
             raise ValueError(f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got {grad.device}")
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor, scalars: dict[str, Tensor | None], skipped: Tensor | None) -> None:
-    if decays.ndim != 1 or decays.dtype not in (torch.float32, torch.float64):
+def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor, scalars: tuple, skipped: Tensor | None) -> None:
+    _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
+    if decays.ndim != 1 or decays.dtype not in WIDE:
         raise ValueError(f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}")
     if len(averages) != len(decays):
         raise ValueError(f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
@@ -124,28 +190,44 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
     for name, column in {**columns, "steps": steps}.items():
         if len(column) != len(params):
             raise ValueError(f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}")
-    for i, param in enumerate(params):
+        check_tensors("adam_ema_", name, column)
+    _check_rows(columns, steps, device)
+    _check_scalars(decays, scalars, skipped, device)
+    written = {name: column for name, column in columns.items() if name != "grads"}
+    refuse_overlap("adam_ema_", {**written, "steps": steps}, {"grads": grads})
+
+
+def _check_rows(columns: dict[str, Sequence[Tensor]], steps: Sequence[Tensor], device: torch.device) -> None:
+    """Refuse a parameter's tensors that do not belong together."""
+    for i, param in enumerate(columns["params"]):
         for name, column in columns.items():
             tensor = column[i]
             if tensor.shape != param.shape:
                 raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(tensor.shape)}")
             if tensor.device != device:
                 raise ValueError(f"adam_ema_: {name}[{i}] must be on {device}, got {tensor.device}")
-            dtype = averages[0][i].dtype if name.startswith("averages") else param.dtype
-            if tensor.dtype != dtype or (param.dtype, dtype) not in DTYPES:
-                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, float32, float64, bfloat16 or float16, or all averages of a "
+            dtype = columns["averages[0]"][i].dtype if name.startswith("averages") else param.dtype
+            if tensor.dtype != dtype or (param.dtype, dtype) not in STORAGE_PAIRS:
+                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, {FLOAT_NAMES}, or all averages of a "
                                  f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside {param.dtype}")
         step = steps[i]
         if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
             raise ValueError(f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape {list(step.shape)} on {step.device}")
-    for name, scalar in {**scalars, "decays": decays}.items():
+
+
+def _check_scalars(decays: Tensor, scalars: tuple, skipped: Tensor | None, device: torch.device) -> None:
+    for name, scalar in zip(("lr", "found_inf", "grad_scale", "clip", "decays"), (*scalars, decays), strict=True):
         if scalar is None:
             continue
-        if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in (torch.float32, torch.float64)):
+        check_tensor("adam_ema_", name, scalar)
+        if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in WIDE):
             raise ValueError(f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape {list(scalar.shape)}")
         if scalar.device != device and (name == "found_inf" or scalar.device.type != "cpu"):
             raise ValueError(f"adam_ema_: {name} must be on {device}, got {scalar.device}")
-    if skipped is not None and (skipped.numel() != 1 or skipped.dtype != torch.int64 or skipped.device != device):
+    if skipped is None:
+        return
+    check_tensor("adam_ema_", "skipped", skipped)
+    if skipped.numel() != 1 or skipped.dtype != torch.int64 or skipped.device != device:
         raise ValueError(f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape {list(skipped.shape)} on {skipped.device}")
 
 
@@ -155,11 +237,13 @@ def _fake_found_inf(grads):
 
 
 def _fake_adam(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, *_):
-    scalars = {"lr": lr, "found_inf": found_inf, "grad_scale": grad_scale, "clip": clip}
+    scalars = (lr, found_inf, grad_scale, clip)
     _check(params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), decays, scalars, skipped)
 
 
-_library.define("found_inf", "(Tensor[] grads) -> Tensor", _fake_found_inf)
-_library.define("adam_ema_", "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
-                "Tensor(e!)[] averages, Tensor decays, Tensor lr, Tensor found_inf, Tensor? grad_scale, Tensor? clip, Tensor(f!)? skipped, "
-                "float beta1, float beta2, float eps, float weight_decay, bool decoupled) -> ()", _fake_adam)
+def _reference_adam(params, grads, exp_avgs, exp_avg_sqs, steps, averages, *rest):
+    reference.adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), *rest)
+
+
+_backends.define("found_inf", _fake_found_inf, reference.found_inf)
+_backends.define("adam_ema_", _fake_adam, _reference_adam)

@@ -4,23 +4,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-
-# (dtype of a parameter, dtype of its averages): an average in half precision hardly moves, so float32 beside it is allowed
-DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-          (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
+from .. import reference
+from . import _backends, _modes, _shards
+from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_overlap
+from ._dtypes import STORAGE_PAIRS, WIDE
 
 
 def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Sequence[float] | Tensor, *, backend: str = "auto") -> None:
     """Exponential moving averages of a parameter list, in place: average_k <- decay_k average_k + (1 - decay_k) parameter.
 
     An element of a parameter that is not finite leaves that element of every average as it is. Computed as torch.lerp is,
-    in float32, or in float64 for float64 averages.
+    in float32, or in float64 for float64 averages. A decay of 0 copies, whatever the average held.
 
     Args:
-        averages: K sequences of tensors, each as long as `params`; tensor i with the shape and device of parameter i and with its
+        averages: K lists or tuples of tensors, each as long as `params`; tensor i with the shape and device of parameter i and with its
             dtype, or float32 beside a bfloat16 or float16 parameter (an average in half precision loses changes smaller than its rounding).
-        params: tensors of any shapes, on one device. float32, float64, bfloat16 or float16, also mixed. A parameter and its averages
+            No average may overlap itself, another average or, but for its own, a parameter in memory.
+        params: a list or tuple of tensors of any shapes, on one device. float32, float64, bfloat16 or float16, also mixed; or DTensors, with averages
+            that are distributed as they are. A parameter and its averages
             that lie in memory alike (dense, any order of dimensions) are worked on where they are; others go through copies.
         decays: K floats in [0, 1]; or a float32 or float64 tensor [K] of them on the CPU, read during the call, or on the parameters'
             device, where a CUDA graph reads it anew at each replay and nothing checks its range.
@@ -32,36 +33,76 @@ def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], 
     No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch for up to 768 tensors of one dtype;
     Triton: one for every tensor.
     """
-    backend = _library.resolve("ema_update_", backend, params[0].device if params else torch.device("cpu"))
-    decays = checked_decays("ema_update_", decays)
-    if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # these two check for themselves
-        _check(averages, params, decays)
-    with torch.no_grad():
-        if backend == "reference":
-            return reference.ema_update_(averages, params, decays)
-        flat = [avg for average in averages for avg in average]
-        try:
-            _library.op("ema_update_", backend)(flat, params, decays)
-        except RuntimeError:
-            _check(averages, params, decays)  # says in full which argument is wrong
-            raise
-        if not torch.compiler.is_compiling():
-            torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
+    try:
+        backend = _backends.resolve("ema_update_", backend, params[0].device if params else torch.device("cpu"))
+        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
+            backend = "reference"
+        decays = checked_decays("ema_update_", decays)
+        if params and type(params[0]) not in _modes.PLAIN and _shards.any_distributed(params):
+            return _on_shards(averages, params, decays, backend)
+        if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # they check for themselves
+            if _shards.any_distributed(params, *averages):
+                return _on_shards(averages, params, decays, backend)
+            _check(averages, params, decays)
+        with torch.no_grad():
+            if backend == "reference":
+                return reference.ema_update_(averages, params, decays)
+            flat = [avg for average in averages for avg in average]
+            _backends.call("ema_update_", backend, (flat, params, decays))
+    except _backends.REFUSED:
+        _check_lists(averages, params)
+        if _shards.any_distributed(params, *averages):
+            return _on_shards(averages, params, decays, backend)
+        _check(averages, params, checked_decays("ema_update_", decays))  # says in full which argument is wrong
+        raise
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
+
+
+def _on_shards(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Sequence[float] | Tensor, backend: str) -> None:
+    named = {f"averages[{k}]": average for k, average in enumerate(averages)}
+    local_params, *local_averages = _shards.local_rows("ema_update_", params, named, {})
+    ema_update_(local_averages, local_params, _shards.local_of(decays), backend=backend)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([avg for average in averages for avg in average])
 
 
 def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
     """The decays as a tensor; their values have been looked at where no device is waited for."""
     if isinstance(decays, Tensor):
-        values = decays.tolist() if _library.readable(decays) and decays.ndim == 1 else []
+        check_tensor(op, "decays", decays)
+        values = decays.tolist() if decays.ndim == 1 and _modes.can_check_values(decays) else []
     else:
-        values = list(decays)
-    if not all(0 <= decay <= 1 for decay in values):
+        if not isinstance(decays, list | tuple):
+            raise ValueError(f"{op}: decays must be a list or tuple of K numbers, or a tensor [K], got {kind_of(decays)}")
+        values = [*decays]
+    try:
+        inside = all(0 <= decay <= 1 for decay in values)
+    except TypeError:
+        for k, decay in enumerate(values):
+            check_number(op, f"decays[{k}]", decay)
+        raise
+    if not inside:
         raise ValueError(f"{op}: decays must be in [0, 1], got {values}")
-    return decays if isinstance(decays, Tensor) else torch.tensor(values, dtype=torch.float64)
+    return decays if isinstance(decays, Tensor) else torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def _check_lists(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> None:
+    """Refuse what is no list of lists, or no list."""
+    for name, lists in (("averages", averages), ("params", params)):
+        if not isinstance(lists, list | tuple):
+            raise ValueError(f"ema_update_: {name} must be a list or tuple, got {kind_of(lists)}")
+    for k, average in enumerate(averages):
+        if not isinstance(average, list | tuple):
+            raise ValueError(f"ema_update_: averages[{k}] must be a list or tuple of tensors, got {kind_of(average)}")
 
 
 def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Tensor) -> None:
-    if decays.ndim != 1 or decays.dtype not in (torch.float32, torch.float64):
+    _check_lists(averages, params)
+    check_tensors("ema_update_", "params", params)
+    for k, average in enumerate(averages):
+        check_tensors("ema_update_", f"averages[{k}]", average)
+    if decays.ndim != 1 or decays.dtype not in WIDE:
         raise ValueError(f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}")
     if len(averages) != len(decays):
         raise ValueError(f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
@@ -79,11 +120,12 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
                 raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(avg.shape)}")
             if avg.device != device:
                 raise ValueError(f"ema_update_: averages[{k}][{i}] must be on {device}, got {avg.device}")
-            if (param.dtype, avg.dtype) not in DTYPES:
+            if (param.dtype, avg.dtype) not in STORAGE_PAIRS:
                 raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 beside a bfloat16 or float16 parameter, "
                                  f"got {avg.dtype} beside {param.dtype}")
             if avg.dtype != averages[0][i].dtype:
                 raise ValueError(f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}")
+    refuse_overlap("ema_update_", {f"averages[{k}]": average for k, average in enumerate(averages)}, {"params": params})
 
 
 def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -95,4 +137,8 @@ def _fake(averages, params, decays):
     _check(lists_of(averages, params), params, decays)  # a tensor on "meta" brings an eager call here too
 
 
-_library.define("ema_update_", "(Tensor(a!)[] averages, Tensor[] params, Tensor decays) -> ()", _fake)
+def _reference(averages, params, decays):
+    reference.ema_update_(lists_of(averages, params), params, decays)
+
+
+_backends.define("ema_update_", _fake, _reference)

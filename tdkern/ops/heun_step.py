@@ -2,10 +2,10 @@
 import torch
 from torch import Tensor
 
-from .. import _library, reference
-
-STATE_DTYPES = (torch.float32, torch.float64)
-NET_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from .. import reference
+from . import _backends, _modes
+from ._checks import check_tensor
+from ._dtypes import FLOATS, WIDE, names
 
 
 def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, noise: Tensor | None = None, *, net_dtype: torch.dtype | None = None,
@@ -40,36 +40,37 @@ def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, n
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
-    No gradients. Deterministic. No host synchronisation.
+    No gradients; in forward mode the tangents of all arguments. Deterministic. No host synchronisation.
     """
-    backend = _library.resolve("heun_step", backend, x.device)
-    if torch.is_grad_enabled():
-        F, x, coef, x_hat, noise = (tensor if tensor is None else tensor.detach() for tensor in (F, x, coef, x_hat, noise))
-    if backend not in ("cpp", "cuda"):  # these two check for themselves
-        _check(F, x, coef, x_hat, noise, net_dtype)
-    if _library.readable(coef) and coef.shape == (6,) and coef.dtype == torch.float64 and not coef.tolist()[0] > 0:
-        raise ValueError(f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}")
-    if backend == "reference":
-        return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
     try:
-        x_next, net_input = _library.op("heun_step", backend)(F, x, coef, x_hat, noise, net_dtype)
-    except RuntimeError:
+        backend = _backends.resolve("heun_step", backend, x.device)
+        # in forward mode nothing is detached: the reference gives the tangents too
+        if (torch.is_grad_enabled() or backend == _backends.BY_DEVICE) and not _modes.forward_mode():
+            F, x, coef, x_hat, noise = (tensor if tensor is None else tensor.detach() for tensor in (F, x, coef, x_hat, noise))
+        if backend not in ("cpp", "cuda"):  # these two check for themselves
+            _check(F, x, coef, x_hat, noise, net_dtype)
+        if _modes.can_check_values(coef) and coef.shape == (6,) and coef.dtype == torch.float64 and not coef.tolist()[0] > 0:
+            raise ValueError(f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}")
+        if backend == "reference":
+            return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
+        x_next, net_input = _backends.call("heun_step", backend, (F, x, coef, x_hat, noise, net_dtype))
+    except _backends.REFUSED:
         _check(F, x, coef, x_hat, noise, net_dtype)  # says in full which argument is wrong
         raise
     return x_next, None if net_dtype is None else net_input
 
 
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
 def _check(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tensor | None, net_dtype: torch.dtype | None) -> None:
-    if x.dtype not in STATE_DTYPES:
-        raise ValueError(f"heun_step: x must be one of {_names(STATE_DTYPES)}, got {x.dtype}")
-    if F.dtype not in NET_DTYPES:
-        raise ValueError(f"heun_step: F must be one of {_names(NET_DTYPES)}, got {F.dtype}")
-    if net_dtype is not None and net_dtype not in NET_DTYPES:
-        raise ValueError(f"heun_step: net_dtype must be None or one of {_names(NET_DTYPES)}, got {net_dtype}")
+    tensors = (("F", F), ("x", x), ("coef", coef), ("x_hat", x_hat), ("noise", noise))
+    for name, tensor in tensors:
+        if tensor is not None or name in ("F", "x", "coef"):
+            check_tensor("heun_step", name, tensor)
+    if x.dtype not in WIDE:
+        raise ValueError(f"heun_step: x must be one of {names(WIDE)}, got {x.dtype}")
+    if F.dtype not in FLOATS:
+        raise ValueError(f"heun_step: F must be one of {names(FLOATS)}, got {F.dtype}")
+    if net_dtype is not None and net_dtype not in FLOATS:
+        raise ValueError(f"heun_step: net_dtype must be None or one of {names(FLOATS)}, got {net_dtype}")
     for name, tensor, dtype in (("F", F, F.dtype), ("x_hat", x_hat, x.dtype), ("noise", noise, x.dtype)):
         if tensor is None:
             continue
@@ -92,5 +93,9 @@ def _fake(F, x, coef, x_hat, noise, net_dtype):
     return torch.empty_like(x), x.new_empty(0) if net_dtype is None else torch.empty_like(x, dtype=net_dtype)
 
 
-_SIGNATURE = "(Tensor F, Tensor x, Tensor coef, Tensor? x_hat, Tensor? noise, ScalarType? net_dtype) -> (Tensor x_next, Tensor net_input)"
-_library.define("heun_step", _SIGNATURE, _fake)
+def _reference(F, x, coef, x_hat, noise, net_dtype):
+    x_next, net_input = reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
+    return x_next, x.new_empty(0) if net_dtype is None else net_input
+
+
+_backends.define("heun_step", _fake, _reference)

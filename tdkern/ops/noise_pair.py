@@ -1,13 +1,14 @@
 """`noise_pair`: the coupled noisy pair, with its normal numbers drawn in the kernel, in one launch."""
+import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _library, reference
+from .. import reference
+from . import _backends, _modes
+from ._checks import check_tensor, kind_of
+from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS
 
 COUPLINGS = ("markov", "shared")
-# (dtype of the network's inputs, dtype of x0)
-DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-          (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 
 
 def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, *, coupling: str = "markov", seed: int | Tensor,
@@ -40,30 +41,30 @@ def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
 
-    No gradients. Deterministic: "cpp" gives the same bits with any number of threads and on every x86-64 processor. Backends draw
+    No gradients; in forward mode the tangents of all arguments. Deterministic: "cpp" gives the same bits with any number of threads and on every x86-64 processor. Backends draw
     the same 32-bit words; their float32 normals lie within 5e-7 (1 + |n|) of the float64 ones, the float64 ones within 1e-14 (1 + |n|).
     No host synchronisation.
     """
-    backend = _library.resolve("noise_pair", backend, x0.device)
-    net_dtype = net_dtype or x0.dtype
-    if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # these two check the tensors for themselves
-        _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, c_in, c_in_p, net_dtype)
-    if coupling not in COUPLINGS:
-        raise ValueError(f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
-    for name, level in (("sigma", sigma), ("sigma_p", sigma_p)):
-        if _library.readable(level) and level.numel() > 0 and level.min().item() < 0:
-            raise ValueError(f"noise_pair: {name} must be >= 0, got {level.min().item()}")
-    seed, seed_at = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
-    offset, offset_at = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
-    levels = (alpha, sigma, alpha_p, sigma_p, coupling == "shared")
-    with torch.no_grad():
-        if backend == "reference":
-            return reference.noise_pair(x0, *levels, seed if seed_at is None else seed_at, offset if offset_at is None else offset_at, c_in, c_in_p, net_dtype)
-        try:
-            pair = _library.op("noise_pair", backend)(x0, *levels, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype)
-        except RuntimeError:
-            _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, c_in, c_in_p, net_dtype)  # says in full which argument is wrong
-            raise
+    seed_given, offset_given = seed, offset
+    try:
+        backend = _backends.resolve("noise_pair", backend, x0.device)
+        net_dtype = net_dtype or x0.dtype
+        if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # these two check the tensors for themselves
+            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, c_in, c_in_p, net_dtype)
+        if coupling not in COUPLINGS:
+            raise ValueError(f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
+        levels = (("sigma", sigma), ("sigma_p", sigma_p)) if _modes.can_check_values(sigma, sigma_p) else ()
+        for name, level in levels:
+            if level.numel() > 0 and level.min().item() < 0:
+                raise ValueError(f"noise_pair: {name} must be >= 0, got {level.min().item()}")
+        seed, seed_at = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
+        offset, offset_at = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
+        args = (x0, alpha, sigma, alpha_p, sigma_p, coupling == "shared", seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype)
+        with torch.no_grad():  # which leaves tangents be: in forward mode the reference gives them too
+            pair = _pair_of_reference(*args) if backend == "reference" else _backends.call("noise_pair", backend, args)
+    except _backends.REFUSED:
+        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, c_in, c_in_p, net_dtype)  # says in full which argument is wrong
+        raise
     return pair[:2] if c_in is None else pair
 
 
@@ -79,13 +80,27 @@ def _offset(offset: int) -> int:
     return offset
 
 
+def _check_integer(name: str, value: int | Tensor) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt | Tensor):
+        raise ValueError(f"noise_pair: {name} must be an int or an int64 tensor, got {kind_of(value)}")
+
+
 def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, seed: int | Tensor | None, offset: int | Tensor | None,
-           c_in: Tensor | None, c_in_p: Tensor | None, net_dtype: torch.dtype) -> None:
+           c_in: Tensor | None, c_in_p: Tensor | None, net_dtype: torch.dtype | None) -> None:
+    needed = (("x0", x0), ("alpha", alpha), ("sigma", sigma), ("alpha_p", alpha_p), ("sigma_p", sigma_p))
+    given = ((name, value) for name, value in (("c_in", c_in), ("c_in_p", c_in_p)) if value is not None)
+    integers = ((name, value) for name, value in (("seed", seed), ("offset", offset)) if isinstance(value, Tensor))
+    for name, tensor in (*needed, *given, *integers):
+        check_tensor("noise_pair", name, tensor)
+    for name, value in (("seed", seed), ("offset", offset)):
+        if value is not None:
+            _check_integer(name, value)
+    net_dtype = net_dtype or x0.dtype
     if x0.ndim < 1:
         raise ValueError("noise_pair: x0 must have shape [B, ...], got []")
-    if (x0.dtype, x0.dtype) not in DTYPES:
-        raise ValueError(f"noise_pair: x0 must be float32, float64, bfloat16 or float16, got {x0.dtype}")
-    if (net_dtype, x0.dtype) not in DTYPES:
+    if x0.dtype not in FLOATS:
+        raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
+    if (net_dtype, x0.dtype) not in STORAGE_PAIRS:
         raise ValueError(f"noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 x0, got {net_dtype} beside {x0.dtype}")
     if (c_in is None) != (c_in_p is None):
         raise ValueError("noise_pair: c_in and c_in_p must be given together, got one of them")
@@ -116,9 +131,15 @@ def _fake(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, off
     return _empty(x0, x0.dtype), _empty(x0, x0.dtype), *inputs
 
 
-_library.define(
-    "noise_pair",
-    "(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int seed, Tensor? seed_at, int offset, Tensor? offset_at, "
-    "Tensor? c_in, Tensor? c_in_p, ScalarType net_dtype) -> (Tensor x_t, Tensor x_tp, Tensor in_t, Tensor in_tp)",
-    _fake,
-)
+def _reference(*args):
+    x0, net_dtype = args[0], args[-1]
+    pair = _pair_of_reference(*args)
+    return (*pair, *(x0.new_empty(0, dtype=net_dtype) for _ in range(4 - len(pair))))
+
+
+def _pair_of_reference(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
+    seed, offset = seed if seed_at is None else seed_at, offset if offset_at is None else offset_at
+    return reference.noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, c_in, c_in_p, net_dtype)
+
+
+_backends.define("noise_pair", _fake, _reference)

@@ -1,11 +1,14 @@
 """`td_coef`: the noise levels and the eight numbers a sample, in one launch."""
 import math
+import sys
 
 import torch
 from torch import Tensor
 
-from .. import _library, reference
+from .. import reference
 from ..schedules import EDM, eta_of
+from . import _backends, _modes
+from ._checks import check_number, check_tensor, kind_of
 
 PRECONDS = ("edm", "ct")
 BASE_WEIGHTS = ("karras", "uniform", "snr", "snr+1", "truncated-snr")
@@ -46,17 +49,39 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
         ValueError: an argument is out of its range, of the wrong shape or dtype, or names nothing. `noise` is looked at on the CPU alone: a
             GPU would have to be waited for, and there a level that is not > 0 gives its sample numbers without a meaning.
 
-    No gradients. Deterministic; float64 inside on every backend. No host synchronisation.
+    No gradients; in forward mode the tangent of `noise`. Deterministic; float64 inside on every backend. No host synchronisation.
     """
-    EDM(steps, sigma_min, sigma_max, rho)  # checks the schedule
+    try:
+        EDM(steps, sigma_min, sigma_max, rho)  # checks the schedule
+        _check_noise(noise, from_index)
+        _check_options(sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, weight)
+        td_lo, td_hi = _finite_bounds(td_sigma)
+        backend = _backends.resolve("td_coef", backend, noise.device)
+        noise = noise if _modes.forward_mode() else noise.detach()
+        args = (noise if backend == "reference" else noise.double(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx,
+                lambda_base, precond, base_weight, eta_of(coupling), weight, td_lo, td_hi)
+        return reference.td_coef(*args) if backend == "reference" else _backends.call("td_coef", backend, args)
+    except _backends.REFUSED:
+        check_tensor("td_coef", "noise", noise)
+        for name, value in (("steps", steps), ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho), ("sigma_data", sigma_data),
+                            ("k_idx", k_idx), ("one_idx", one_idx), ("lambda_base", lambda_base)):
+            check_number("td_coef", name, value)
+        raise
+
+
+def _check_noise(noise: Tensor, from_index: bool) -> None:
     if noise.ndim != 1:
         raise ValueError(f"td_coef: noise must have shape [B], got {list(noise.shape)}")
     if noise.dtype.is_complex or noise.dtype == torch.bool:
         raise ValueError(f"td_coef: noise must be of a float dtype or int64, got {noise.dtype}")
-    if _library.readable(noise) and len(noise) > 0:
+    if _modes.can_check_values(noise) and len(noise) > 0:
         low, high = noise.min().item(), noise.max().item()
         if not -math.inf < low <= high < math.inf or (low <= 0 and not from_index):
-            raise ValueError(f"td_coef: noise must be finite{'' if from_index else ' and > 0'}, got values from {low} to {high}")
+            wanted = "finite" if from_index else "finite and > 0"
+            raise ValueError(f"td_coef: noise must be {wanted}, got values from {low} to {high}")
+
+
+def _check_options(sigma_data: float, k_idx: float, one_idx: float, lambda_base: float, precond: str, base_weight: str, weight: str) -> None:
     for name, value in (("sigma_data", sigma_data), ("k_idx", k_idx), ("one_idx", one_idx)):
         if not 0 < value < math.inf:
             raise ValueError(f"td_coef: {name} must be a positive number, got {value}")
@@ -65,24 +90,24 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
     for name, value, names in (("precond", precond, PRECONDS), ("base_weight", base_weight, BASE_WEIGHTS), ("weight", weight, WEIGHTS)):
         if value not in names:
             raise ValueError(f"td_coef: {name} must be one of {', '.join(names)}, got {value!r}")
-    td_lo, td_hi = (0.0, math.inf) if td_sigma is None else td_sigma
-    if not td_lo < td_hi:
+
+
+def _finite_bounds(td_sigma: tuple[float, float] | None) -> tuple[float, float]:
+    """The window's ends, none of them infinite: a package of AOTInductor cannot hold infinity."""
+    largest = sys.float_info.max
+    if td_sigma is None:
+        return 0.0, largest
+    if not isinstance(td_sigma, list | tuple) or len(td_sigma) != 2:
+        raise ValueError(f"td_coef: td_sigma must be (lo, hi) or None, got {kind_of(td_sigma)}")
+    low, high = td_sigma
+    if not isinstance(low, int | float) or not isinstance(high, int | float) or not low < high:
         raise ValueError(f"td_coef: td_sigma must be (lo, hi) with lo < hi, got {td_sigma}")
-    args = (noise.detach(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight,
-            eta_of(coupling), weight, td_lo, td_hi)
-    backend = _library.resolve("td_coef", backend, noise.device)
-    if backend == "reference":
-        return reference.td_coef(*args)
-    return _library.op("td_coef", backend)(args[0].double(), *args[1:])
+    return max(low, -largest), min(high, largest)
 
 
 def _fake(noise, *_):
-    return noise.new_empty(len(noise), 8, dtype=torch.float64), noise.new_empty(len(noise), 4, dtype=torch.float64)
+    batch = noise.shape[0]  # not len(noise), an int, for which a graph would be compiled at every batch size
+    return noise.new_empty(batch, 8, dtype=torch.float64), noise.new_empty(batch, 4, dtype=torch.float64)
 
 
-_library.define(
-    "td_coef",
-    "(Tensor noise, bool from_index, int steps, float sigma_min, float sigma_max, float rho, float sigma_data, float k_idx, float one_idx, "
-    "float lambda_base, str precond, str base_weight, float eta, str weight, float td_lo, float td_hi) -> (Tensor coef, Tensor levels)",
-    _fake,
-)
+_backends.define("td_coef", _fake, reference.td_coef)

@@ -4,13 +4,13 @@ import math
 import torch
 from torch import Tensor
 
-from .. import _library, reference
+from .. import reference
+from . import _backends, _modes
+from ._checks import check_number, check_tensor
+from ._dtypes import STORAGE_PAIRS, WIDE
 
 BASES = ("denoise", "consistency")
 NORMS = ("l2", "l1", "huber")
-# (dtype of out and out_target, dtype of x0, x_t and x_tp): a network may answer in half precision about float32 images
-DTYPES = {(torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-          (torch.bfloat16, torch.float32), (torch.float16, torch.float32)}
 
 
 def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None = None, x_tp: Tensor | None = None, *,
@@ -43,27 +43,30 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
     Raises:
         ValueError: an argument has the wrong shape, dtype or device, or names nothing. RuntimeError: no such backend here.
 
-    Gradient to `out` only, once differentiable. It is computed in the forward pass, with unit upstream gradient, and
-    corrected in the backward pass only for samples whose upstream gradient is not 1. Deterministic: the result does not
+    Gradient to `out` only, any number of times differentiable. It is computed in the forward pass, with unit upstream gradient,
+    and corrected in the backward pass only for samples whose upstream gradient is not 1; where the gradient is differentiated
+    again (`create_graph=True`) or batched, it is computed by the reference. In forward mode the tangent is that of all arguments:
+    detach() what must not count. Deterministic: the result does not
     depend on the number of threads or the launch shape. No host synchronisation.
     """
-    backend = _library.resolve("td_loss", backend, out.device)
-    if base_norm == "huber":
-        return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
-    compiling = torch.compiler.is_compiling()
-    one_device = out_target.device == x0.device == coef.device == out.device and (x_t is None or x_t.device == out.device) and (
-        x_tp is None or x_tp.device == out.device)
-    known = base in BASES and base_norm in NORMS and huber_c is None
-    if backend not in ("cpp", "cuda") or not known or compiling or not one_device:  # of the rest these two check themselves
-        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
-    if backend == "reference":
-        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base, base_norm)
-    kind, want_grad = (base == "consistency", base_norm == "l1"), out.requires_grad and torch.is_grad_enabled()
     try:
+        backend = _backends.resolve("td_loss", backend, out.device)
+        if base_norm == "huber":
+            return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
+        compiling = torch.compiler.is_compiling()
+        one_device = out_target.device == x0.device == coef.device == out.device and (x_t is None or x_t.device == out.device) and (
+            x_tp is None or x_tp.device == out.device)
+        known = base in BASES and base_norm in NORMS and huber_c is None
+        if backend not in ("cpp", "cuda") or not known or compiling or not one_device:  # of the rest these two check themselves
+            _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
+        if backend == "reference":
+            return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, base_norm)
+        kind, recorded = (base == "consistency", base_norm == "l1"), backend == _backends.BY_DEVICE
+        want_grad = out.requires_grad and torch.is_grad_enabled() and not recorded  # a replay finds out in its backward pass
         if want_grad and not compiling:
             return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
-        return _library.op("td_loss", backend)(out, *_detached(out_target, x0, coef, x_t, x_tp), *kind, want_grad)[0]
-    except RuntimeError:
+        return _backends.call("td_loss", backend, (out, *_fixed(out_target, x0, coef, x_t, x_tp), *kind, want_grad))[0]
+    except _backends.REFUSED:
         _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)  # says in full which argument is wrong
         raise
 
@@ -78,22 +81,29 @@ def _huber(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
     n = max(out[0:1].numel(), 1)
     c = 0.00054 * n**0.5 if huber_c is None else huber_c
     if backend == "reference":
-        return reference.td_loss(out, *_detached(out_target, x0, coef, x_t, x_tp), base, "huber", c)
+        return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, "huber", c)
     w_base = coef.detach()[:, 7]
     coef = torch.cat([coef[:, :7], (w_base != 0)[:, None]], 1)
     td, mean = td_loss(out, out_target, x0, coef, x_t, x_tp, base=base, backend=backend).unbind(1)
     return torch.stack([td, w_base.to(mean.dtype) * mean / ((n * mean + c**2).sqrt() + c)], 1)
 
 
-def _detached(*tensors: Tensor | None) -> list[Tensor | None]:
+def _fixed(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Without gradients; but in forward mode with their tangents, which would otherwise be dropped without a word."""
+    if _modes.forward_mode():
+        return list(tensors)
     return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
 def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str, base_norm: str,
            huber_c: float | None) -> None:
+    tensors = (("out", out), ("out_target", out_target), ("x0", x0), ("coef", coef), ("x_t", x_t), ("x_tp", x_tp))
+    for name, tensor in tensors:
+        if tensor is not None or name not in ("x_t", "x_tp"):
+            check_tensor("td_loss", name, tensor)
     if out.ndim < 1:
         raise ValueError("td_loss: out must have shape [B, ...], got []")
-    if (out.dtype, x0.dtype) not in DTYPES:
+    if (out.dtype, x0.dtype) not in STORAGE_PAIRS:
         raise ValueError(f"td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got {x0.dtype} beside {out.dtype}")
     for name, tensor, dtype in (("out_target", out_target, out.dtype), ("x0", x0, x0.dtype), ("x_t", x_t, x0.dtype), ("x_tp", x_tp, x0.dtype)):
         if tensor is None:
@@ -106,7 +116,7 @@ def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
             raise ValueError(f"td_loss: {name} must be on {out.device}, got {tensor.device}")
     if coef.shape != (out.shape[0], 8):
         raise ValueError(f"td_loss: coef must have shape [{out.shape[0]}, 8], got {list(coef.shape)}")
-    if coef.dtype not in (torch.float32, torch.float64):
+    if coef.dtype not in WIDE:
         raise ValueError(f"td_loss: coef must be float32 or float64, got {coef.dtype}")
     if coef.device != out.device:
         raise ValueError(f"td_loss: coef must be on {out.device}, got {coef.device}")
@@ -114,6 +124,8 @@ def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
         raise ValueError(f"td_loss: base must be one of {', '.join(BASES)}, got {base!r}")
     if base_norm not in NORMS:
         raise ValueError(f"td_loss: base_norm must be one of {', '.join(NORMS)}, got {base_norm!r}")
+    if huber_c is not None:
+        check_number("td_loss", "huber_c", huber_c)
     if huber_c is not None and (base_norm != "huber" or not 0 < huber_c < math.inf):
         wanted = "a positive number" if base_norm == "huber" else f"None with base_norm {base_norm!r}"
         raise ValueError(f"td_loss: huber_c must be {wanted}, got {huber_c}")
@@ -145,16 +157,16 @@ def _backward(backend, ctx, upstream, _=None):
     if upstream is None:
         return (None,) * 9
     tensors = ctx.saved_tensors
+    if torch.is_grad_enabled() or _modes.batched(upstream):  # dF is differentiated again, or one upstream gradient stands for many
+        out, *rest = tensors
+        return (reference.td_loss_gradient(upstream, out, *_fixed(*rest), *ctx.kind), *(None,) * 8)
     grad, ctx.grad = ctx.grad, None  # handed out once: whoever gets it owns it
     if grad is None:  # a further backward through a retained graph
-        grad = _library.op("td_loss", backend)(*tensors, *ctx.kind, True)[1]
+        grad = _backends.call("td_loss", backend, (*tensors, *ctx.kind, True))[1]
     elif type(grad) is not Tensor:  # traced: a saved activation must not be written
         grad = grad.clone()
-    _library.op("td_loss_backward_", backend)(grad, upstream.contiguous(), *tensors, *ctx.kind)
+    _backends.call("td_loss_backward_", backend, (grad, upstream.contiguous(), *tensors, *ctx.kind))
     return (grad, *(None,) * 8)
-
-
-_backward_once = torch.autograd.function.once_differentiable(_backward)  # a second derivative raises
 
 
 class _TDLoss(torch.autograd.Function):
@@ -163,7 +175,7 @@ class _TDLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, out, rest, backend):
         with torch._C._AutoDispatchBelowAutograd():
-            loss, ctx.grad = _library.op("td_loss", backend)(out, *rest, True)
+            loss, ctx.grad = _backends.call("td_loss", backend, (out, *rest, True))
         *tensors, consistency, l1 = rest
         ctx.backend, ctx.kind = backend, (consistency, l1)
         ctx.save_for_backward(out, *tensors)
@@ -172,10 +184,22 @@ class _TDLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        backward = _backward_once if torch.is_grad_enabled() else _backward
-        return backward(ctx.backend, ctx, upstream)[0], None, None
+        return _backward(ctx.backend, ctx, upstream)[0], None, None
 
 
-_TENSORS = "Tensor out, Tensor out_target, Tensor x0, Tensor coef, Tensor? x_t, Tensor? x_tp, bool consistency, bool l1"
-_library.define("td_loss_backward_", f"(Tensor(a!) grad, Tensor upstream, {_TENSORS}) -> ()", lambda *_: None)
-_library.define("td_loss", f"({_TENSORS}, bool want_grad) -> (Tensor loss, Tensor grad)", _fake, _backward_once, _setup_context)
+def _reference(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
+    base, norm = BASES[consistency], "l1" if l1 else "l2"
+    loss = reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base, norm)
+    if not want_grad:
+        return loss, out.new_empty(0)
+    grad = _empty_grad(out)
+    _reference_backward_(grad, torch.ones_like(loss), out, out_target, x0, coef, x_t, x_tp, consistency, l1)
+    return loss, grad
+
+
+def _reference_backward_(grad, upstream, *arguments):
+    grad.copy_(reference.td_loss_gradient(upstream, *arguments))
+
+
+_backends.define("td_loss_backward_", lambda *_: None, _reference_backward_)
+_backends.define("td_loss", _fake, _reference, _backward, _setup_context)

@@ -1,9 +1,6 @@
-"""Adam through torch.optim's own function, one tensor at a time, then the averages. Reads the flag on the host."""
-import math
-
+"""Adam as its papers write it, one tensor at a time, then the averages. Nothing here depends on a tensor's value but by arithmetic."""
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from .ema_update import ema_update_
 
@@ -16,18 +13,36 @@ def found_inf(grads: list[Tensor]) -> Tensor:
 def adam_ema_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor], averages: list[list[Tensor]],
               decays: Tensor, lr: Tensor, found_inf: Tensor, grad_scale: Tensor | None, clip: Tensor | None, skipped: Tensor | None, beta1: float, beta2: float,
               eps: float, weight_decay: float, decoupled: bool) -> None:
-    """One step: gradients times clip / grad_scale, torch.optim.Adam or AdamW, averages of the new parameters; or nothing but skipped + 1."""
-    factor = (1.0 if clip is None else clip.item()) / (1.0 if grad_scale is None else grad_scale.item() or math.nan)
-    if found_inf.item() != 0 or not math.isfinite(factor):
-        if skipped is not None:
-            skipped += 1
+    """One step: gradients times clip / grad_scale, Adam or AdamW, averages of the new parameters; or nothing but skipped + 1."""
+    if not params:
         return
-    half = (torch.float16, torch.bfloat16)
-    wide = [[t.float() if t.dtype in half else t for t in column] for column in (params, grads, exp_avgs, exp_avg_sqs)]
-    wide[1] = [grad * factor for grad in wide[1]]
-    adam(*wide, [], steps, foreach=False, fused=False, capturable=False, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr.item(),
-         weight_decay=weight_decay, eps=eps, maximize=False, decoupled_weight_decay=decoupled)
-    for column, new in zip((params, exp_avgs, exp_avg_sqs), (wide[0], *wide[2:]), strict=True):
-        for tensor, value in zip(column, new, strict=True):
-            tensor.copy_(value)
-    ema_update_(averages, params, decays)
+    device = params[0].device
+
+    def number(scalar: Tensor | None) -> Tensor:
+        return torch.ones((), dtype=torch.float64, device=device) if scalar is None else scalar.reshape(()).to(device, torch.float64)
+
+    lr, factor = number(lr), number(clip) / number(grad_scale)
+    skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
+    if skipped is not None:
+        skipped.add_(skip.to(torch.int64).reshape(skipped.shape))
+    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        t = step.reshape(()).double() + 1
+        shrink = 1 - lr * weight_decay if decoupled else torch.ones_like(lr)
+        step_size, root = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
+
+        p, m, v, g = (tensor.to(dtype) for tensor in (param, exp_avg, exp_avg_sq, grad))
+        g = g * factor.to(dtype)
+        if not decoupled:
+            g = g + weight_decay * p
+        m = m.lerp(g, 1 - beta1)
+        v = beta2 * v + (1 - beta2) * g * g
+        p = p * shrink.to(dtype) - step_size.to(dtype) * m / (v.sqrt() / root.to(dtype) + eps)
+
+        for tensor, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (step, t.reshape(step.shape))):
+            tensor.copy_(torch.where(skip, tensor, new.to(tensor.dtype)))
+    new_averages = [[avg.clone() for avg in average] for average in averages]
+    ema_update_(new_averages, params, decays)
+    for average, new_average in zip(averages, new_averages, strict=True):
+        for avg, new in zip(average, new_average, strict=True):
+            avg.copy_(torch.where(skip, avg, new))

@@ -32,3 +32,26 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
         return weight.flatten() * total / max(error.shape[1], 1)
 
     return torch.stack([term(w_td, delta), term(w_base, error, base_norm)], 1)
+
+
+def td_loss_gradient(upstream: Tensor, out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None,
+                     consistency: bool, l1: bool) -> Tensor:
+    """dF for the upstream gradient [B, 2]: -(scale / n) (2 w_td u_td A delta + w_base u_base slope), the slope 2 b, or b's sign in "l1".
+
+    Linear in `out`, but for the sign, and in `upstream`: PyTorch differentiates it again.
+    """
+    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
+    F, F_p, clean = out.to(dtype), out_target.to(dtype), x0.to(dtype)
+    skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (_column(c, clean) for c in coef.unbind(1))
+    e = clean - scale * F if x_t is None else clean - (skip * x_t.to(dtype) + scale * F)
+    e_p = clean - scale_p * F_p if x_tp is None else clean - (skip_p * x_tp.to(dtype) + scale_p * F_p)
+    error = e - e_p if consistency else e
+    slope = error.sign() if l1 else 2 * error
+    u_td, u_base = (_column(u, clean) for u in upstream.unbind(1))
+    n = max(out[0:1].numel(), 1)
+
+    def term(weight, value):  # as in the loss: 0 times NaN must not reach the gradient
+        return weight * torch.where(weight == 0, torch.zeros_like(value), value)
+
+    dF = -(scale / n) * (u_td * term(w_td, 2 * A * (A * e - A_p * e_p)) + u_base * term(w_base, slope))
+    return dF.to(out.dtype)

@@ -1,4 +1,4 @@
-"""EDM's generalised sampler: any solver, schedule and scaling over any levels, to compare what each brings."""
+"""EDM's generalised sampler, to compare what a solver, a schedule and a scaling bring."""
 import math
 from itertools import pairwise
 
@@ -34,13 +34,16 @@ RANGES = {"vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()), "ve": (0.02, 100.0), 
 
 
 def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Tensor:
-    """The levels of one of EDM's discretizations (arXiv 2206.00364, table 1): [steps + 1] float64, falling to 0.
+    """The levels of one of EDM's discretizations: [steps + 1] float64, falling to 0.
+
+    (arXiv 2206.00364, table 1.)
 
     Args:
-        discretization: "vp", evenly spread times of the VP path that fits the range; "ve", a geometric sequence; "iddpm", of
-            `schedules.iDDPM`; "edm", of `schedules.EDM`.
+        discretization: "vp", evenly spread times of the VP path that fits the range; "ve", a
+            geometric sequence; "iddpm", of `schedules.iDDPM`; "edm", of `schedules.EDM`.
         steps: >= 2.
-        sigma_min, sigma_max: lowest positive level and highest; None is the discretization's own, see RANGES.
+        sigma_min, sigma_max: lowest positive level and highest; None is the discretization's own,
+            see RANGES.
         rho: of "edm".
 
     Raises:
@@ -71,9 +74,12 @@ SOLVERS = ("euler", "heun")
 def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str = "linear", scaling: str = "none", alpha: float = 1.0,
              sigma_min: float | None = None, sigma_max: float | None = None, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
              S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
-    """EDM's generalised sampler of dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma) (arXiv 2206.00364, eq. 4, algorithms 1 to 3, table 1).
+    """EDM's generalised sampler (arXiv 2206.00364, eq. 4, algorithms 1 to 3, table 1).
 
-    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The defaults are `heun`.
+    It solves dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma).
+
+    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The
+    defaults are `heun`.
 
     | schedule | sigma(t) | | scaling | s(t) |
     | --- | --- | --- | --- | --- |
@@ -82,19 +88,22 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
     | "linear" | t |
 
     Args:
-        denoiser, x, sigmas, callback: see the module; its states are x/s. 2 steps - 1 calls with "heun" if the last level is 0, else one a step.
+        denoiser, x, sigmas, callback: see the module; its states are x/s. 2 steps - 1 calls with
+            "heun" if the last level is 0, else one in each step.
         solver: "euler" or "heun", which is the second-order step of parameter `alpha`.
         schedule, scaling: see the tables.
-        alpha: in (0, 1], where in the step the second derivative is taken: 1 is Heun's method, 1/2 the midpoint, 2/3 Ralston's.
-        sigma_min, sigma_max: of the "vp" schedule, its sigma(0.001) and sigma(1). None: those of `schedules.VP()`.
+        alpha: in (0, 1], where in the step the second derivative is taken: 1 is Heun's method, 1/2
+            the midpoint, 2/3 Ralston's.
+        sigma_min, sigma_max: of the "vp" schedule, its sigma(0.001) and sigma(1). None: those of
+            `schedules.VP()`.
         S_churn, S_min, S_max, S_noise, generator, randn_like: as in `heun`.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be 0, an argument is none of those it may be,
-            or no VP path rises over the range.
+        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be
+            0, an argument is none of those it may be, or no VP path rises over the range.
 
     Deterministic without churn, and with it for one state of the generator.
     """

@@ -1,4 +1,9 @@
-"""What the samplers share: their levels, their noise, one call of the denoiser, and the fused path."""
+"""What the samplers share: their levels, their noise, one call of the denoiser, and their steps.
+
+A sampler of the probability-flow ODE is a list of `Step`s. `run` takes them in one of two ways with
+the same result to rounding: plainly, as they are written here, or with `heun_step`, which makes the
+network's next input in the launch that moves the state.
+"""
 import math
 from functools import partial
 from itertools import pairwise
@@ -7,25 +12,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._library import tensor_cache
-from ..networks.precond import _Precond
+from .._cache import tensor_cache
+from ..networks.precond import Preconditioned
 from ..ops import heun_step
+from ..preconditioning import unwrapped
 
 
 def checked_levels(sampler: str, sigmas, *, falling: bool = True) -> list[float]:
+    """A sampler's levels as numbers; raises ValueError for what are none."""
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
     if levels.ndim != 1 or len(levels) < 2:
-        raise ValueError(f"{sampler}: sigmas must have shape [steps + 1] with at least one step, got {list(levels.shape)}")
+        raise ValueError(
+            f"{sampler}: sigmas must have shape [steps + 1] with at least one step, "
+            f"got {list(levels.shape)}"
+        )
     levels = levels.tolist()  # the sampler's only host synchronisation
-    if not (all(0 < sigma < math.inf for sigma in levels[:-1]) and 0 <= levels[-1] < math.inf):
-        raise ValueError(f"{sampler}: sigmas must be positive and finite, the last may be 0, got {levels}")
+    positive = all(0 < sigma < math.inf for sigma in levels[:-1])
+    if not (positive and 0 <= levels[-1] < math.inf):
+        raise ValueError(
+            f"{sampler}: sigmas must be positive and finite, the last may be 0, got {levels}"
+        )
     if falling and not all(sigma > sigma_next for sigma, sigma_next in pairwise(levels)):
         raise ValueError(f"{sampler}: sigmas must fall from step to step, got {levels}")
     return levels
 
 
 def unit_noise(generator, randn_like):
-    """`draw(x) -> unit noise` like x: from `randn_like` if given, else from the generator, None being torch's global one."""
+    """`draw(x) -> unit noise` like x.
+
+    It comes from `randn_like` if that is given, else from the generator, None being torch's global
+    one.
+    """
     if randn_like is not None:
         return randn_like
     return lambda x: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -37,48 +54,120 @@ def denoise(denoiser, x: Tensor, sigma: float) -> Tensor:
 
 
 class Step(NamedTuple):
-    """x <- x + h (x - D) / sigma, or Heun's correction of it, then noise: what the fused path does in a step."""
+    """One step of a sampler, in four parts.
 
-    sigma: float  # of x
+    1. Increase noise: x_hat = x + raised n, which takes x from sigma to sigma_hat.
+    2. Euler step: d = (x_hat - D(x_hat, sigma_hat)) / sigma_hat, x = x_hat + h d, at sigma_next.
+    3. 2nd order correction: x = x_hat + h (d + d') / 2 with d' = (x - D(x, sigma_next))/sigma_next.
+    4. Add noise: x + added n.
+    """
+
+    sigma: float
+    sigma_next: float
     h: float
-    sigma_next: float  # after h
-    churn: float | None  # noise added after the step; None draws none
-    behind: float  # the level with that noise
+    sigma_hat: float
+    raised: float | None = None  # None leaves 1 out and draws nothing
+    correct: bool = False  # whether there is a 3
+    added: float | None = None  # None leaves 4 out and draws nothing
 
 
-def network(denoiser, x: Tensor, callback) -> tuple[_Precond | None, dict]:
-    """The network behind the denoiser, with its labels; None unless the fused path gives what the plain one does."""
-    net, labels = (denoiser.func, denoiser.keywords) if isinstance(denoiser, partial) and not denoiser.args else (denoiser, {})
-    own = isinstance(net, _Precond) and all(getattr(type(net), name) is getattr(_Precond, name) for name in ("forward", "raw"))
-    return net if own and callback is None and x.dtype in (torch.float32, torch.float64) else None, labels
+def run(denoiser, x: Tensor, steps: list[Step], draw, callback) -> Tensor:
+    """The state after all steps.
+
+    Args:
+        denoiser, x, callback: as of every sampler.
+        steps: at least one.
+        draw: `draw(x) -> unit noise` like x.
+    """
+    net, labels = _network(denoiser)
+    inner = unwrapped(net)
+    own = isinstance(inner, Preconditioned) and type(inner).forward is Preconditioned.forward
+    if own and callback is None and x.dtype in (torch.float32, torch.float64):
+        return _fused(net, labels, x, steps, draw)
+    return _plain(denoiser, x, steps, draw, callback)
+
+
+def _network(denoiser) -> tuple:
+    """What a denoiser calls, and the labels that it gives."""
+    if isinstance(denoiser, partial) and not denoiser.args:
+        return denoiser.func, denoiser.keywords
+    return denoiser, {}
+
+
+def _plain(denoiser, x: Tensor, steps: list[Step], draw, callback) -> Tensor:
+    for number, step in enumerate(steps):
+        x_hat = x
+        if step.raised is not None:
+            x_hat = x + step.raised * draw(x)
+        denoised = denoise(denoiser, x_hat, step.sigma_hat)
+        if callback is not None:
+            callback({"step": number, "x": x, "sigma": step.sigma, "denoised": denoised})
+        d = (x_hat - denoised) / step.sigma_hat
+        x = x_hat + step.h * d
+        if step.correct:
+            d_next = (x - denoise(denoiser, x, step.sigma_next)) / step.sigma_next
+            x = x_hat + step.h * (d + d_next) / 2
+        if step.added is not None:
+            x = x + step.added * draw(x)
+    return x
+
+
+class Launch(NamedTuple):
+    """One call of the network, and of `heun_step` with what it gives."""
+
+    sigma: float  # of the state that the network is asked about
+    h: float
+    noise: float | None  # added to the state that the launch makes; None draws nothing
+    sigma_after: float  # the level of that state
+    corrects: bool  # whether it is a step's 2nd order correction
+
+
+def _launches(steps: list[Step]) -> list[Launch]:
+    """The noise that raises a state is added by the launch before it."""
+    launches = []
+    for step, following in zip(steps, [*steps[1:], None], strict=True):
+        noise, sigma_after = step.added, step.sigma_next
+        if following is not None:
+            noise = step.added if following.raised is None else following.raised
+            sigma_after = following.sigma_hat
+        if step.correct:
+            launches.append(Launch(step.sigma_hat, step.h, None, step.sigma_next, False))
+            launches.append(Launch(step.sigma_next, step.h, noise, sigma_after, True))
+        else:
+            launches.append(Launch(step.sigma_hat, step.h, noise, sigma_after, False))
+    return launches
 
 
 @tensor_cache(maxsize=16)
 def _table(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
-    """The rows as a float64 tensor. Kept, since bringing numbers to a device waits for it, which
-    a CUDA graph of the sampler, captured after a call of it, does not allow."""
+    """The rows as a float64 tensor.
+
+    It is kept, since to bring numbers to a device waits for it, which the capture of a sampler in a
+    CUDA graph, behind a first call, does not allow.
+    """
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
 
-def fused(net: _Precond, labels: dict, x: Tensor, steps: list[Step], draw, correct: bool = False) -> Tensor:
-    calls = []  # sigma, h, churn and the level behind it, of every call
-    for sigma, h, sigma_next, churn, behind in steps:
-        end = h, churn or 0.0, behind
-        calls += [(sigma, h, 0.0, sigma_next), (sigma_next, *end)] if correct and sigma_next > 0 else [(sigma, *end)]
-    sigma, h, churn, behind = _table(tuple(calls), x.device).unbind(1)
-    coef = torch.stack([sigma, *net.output_scaling(sigma), h, churn, net.input_scaling(behind)[0]], 1)
+def _fused(net, labels: dict, x: Tensor, steps: list[Step], draw) -> Tensor:
+    if steps[0].raised is not None:
+        x = x + steps[0].raised * draw(x)
+    launches, inner = _launches(steps), unwrapped(net)
+    numbers = [(each.sigma, each.h, each.noise or 0.0, each.sigma_after) for each in launches]
+    sigma, h, noise, sigma_after = _table(tuple(numbers), x.device).unbind(1)
+    c_in = inner.input_scaling(sigma_after)[0]
+    coef = torch.stack([sigma, *inner.preconditioning.skip_scale(sigma), h, noise, c_in], 1)
 
-    scaled, c_noise = net.scaled(x, steps[0].sigma)
-    rows = zip(coef, net.input_scaling(sigma)[1].to(c_noise.dtype)[:, None].expand(-1, len(x)), strict=True)
-    net_dtype = scaled.dtype
-    for i, step in enumerate(steps):
-        state, begin, last = x, None, i + 1 == len(steps)
-        if correct and step.sigma_next > 0:
-            row, c_noise = next(rows)
-            begin = x
-            state, scaled = heun_step(net.raw_scaled(scaled, c_noise, **labels), x, row, net_dtype=net_dtype)
-        row, c_noise = next(rows)
-        F = net.raw_scaled(scaled, c_noise, **labels)
-        noise = None if step.churn is None else draw(state)
-        x, scaled = heun_step(F, state, row, begin, noise, net_dtype=None if last else net_dtype)
+    scaled = x_hat = None
+    for launch, row in zip(launches, coef, strict=True):
+        F = net(x, row[0], raw=True, scaled=scaled, **labels)
+        if not launch.corrects:
+            x_hat = x
+        x, scaled = heun_step(
+            F,
+            x,
+            row,
+            x_hat if launch.corrects else None,
+            None if launch.noise is None else draw(x),
+            net_dtype=None if launch is launches[-1] else inner.input_dtype(x),
+        )
     return x

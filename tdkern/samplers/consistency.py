@@ -12,21 +12,25 @@ from .base import checked_levels, denoise, unit_noise
 def multistep(denoiser, x: Tensor, sigmas, *, sigma_min: float = 0.002, clip_denoised: bool = False, generator=None, randn_like=None, callback=None) -> Tensor:
     """Consistency models' multistep sampling (arXiv 2303.01469, algorithm 1).
 
-    x <- D(x, sigma_i) + sqrt(max(sigma_{i+1}, sigma_min)^2 - sigma_min^2) noise. The last level, sigma_min or 0, adds no noise and
-    is not asked about: levels of indices 0, 22 and 39 of 40 are `schedules.EDM(40).sigma([0, 22, 39])`, and mean two calls.
+    x <- D(x, sigma_i) + sqrt(max(sigma_{i+1}, sigma_min)^2 - sigma_min^2) noise. The last level,
+    sigma_min or 0, adds no noise and is not asked about: levels of indices 0, 22 and 39 of 40 are
+    `schedules.EDM(40).sigma([0, 22, 39])`, and mean two calls.
 
     Args:
-        denoiser, x, sigmas, callback: see the module; one call a step, of a network that gives D from any level at once. The levels fall.
+        denoiser, x, sigmas, callback: see the module; one call in each step, of a network that
+            gives D from any level at once. The levels fall.
         sigma_min: level at which the network was trained to give x back, >= 0.
         clip_denoised: clamp D, and the result, to [-1, 1].
         generator: `torch.Generator` of the noise; None is torch's global one.
-        randn_like: `randn_like(x) -> unit noise` in place of the generator, once a step that adds noise.
+        randn_like: `randn_like(x) -> unit noise` in place of the generator, once in each step that
+            adds noise.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of which may be 0, or sigma_min is negative.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
+            which may be 0, or sigma_min is negative.
 
     Deterministic for one state of the generator.
     """
@@ -38,7 +42,9 @@ def multistep(denoiser, x: Tensor, sigmas, *, sigma_min: float = 0.002, clip_den
 
 @torch.no_grad()
 def onestep(denoiser, x: Tensor, sigmas, *, clip_denoised: bool = False, callback=None) -> Tensor:
-    """Consistency models' one-step sampling, D(x, sigmas[0]): `multistep` that stops after its first call. Arguments as there.
+    """Consistency models' one-step sampling, D(x, sigmas[0]).
+
+    It is `multistep` that stops after its first call. Arguments as there.
 
     Only sigmas[0] is used. Deterministic.
     """

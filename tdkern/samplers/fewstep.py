@@ -1,10 +1,13 @@
-"""Few-step solvers of the probability-flow ODE that remember the last denoised states: DPM-Solver++(2M) and UniPC.
+"""Few-step solvers of the probability-flow ODE: DPM-Solver++(2M) and UniPC.
+
+They remember the last denoised states.
 
 With lambda = -ln sigma the ODE in D is linear but for D(lambda), and over a step of length h
 
     x(lambda + h) = e^-h x + integral_0^1 h e^-h(1-u) D(lambda + u h) du
 
-is exact. A solver puts the polynomial through known values of D in the place of D (arXiv 2211.01095, 2302.04867).
+is exact. A solver puts the polynomial through known values of D in the place of D (arXiv
+2211.01095, 2302.04867).
 """
 import math
 from itertools import pairwise
@@ -18,19 +21,20 @@ from .base import checked_levels, denoise
 
 @torch.no_grad()
 def dpmpp(denoiser, x: Tensor, sigmas, *, callback=None) -> Tensor:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order for one call a step.
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one call in each step.
 
-    x <- e^-h x + (1 - e^-h) (D + (D - D_before) / (2 r)),  h = ln(sigma / sigma_next),  r = h_before / h. The first step, and one to
-    level 0, are of first order.
+    x <- e^-h x + (1 - e^-h) (D + (D - D_before) / (2 r)),  h = ln(sigma / sigma_next),  r =
+    h_before / h. The first step, and one to level 0, are of first order.
 
     Args:
-        denoiser, x, sigmas, callback: see the module; one call a step. The levels fall.
+        denoiser, x, sigmas, callback: see the module; one call in each step. The levels fall.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of which may be 0.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
+            which may be 0.
 
     Deterministic.
     """
@@ -39,20 +43,25 @@ def dpmpp(denoiser, x: Tensor, sigmas, *, callback=None) -> Tensor:
 
 @torch.no_grad()
 def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tensor:
-    """UniPC of data prediction with B(h) = e^h - 1 (arXiv 2302.04867, section 3): predictor and corrector for one call a step.
+    """UniPC of data prediction with B(h) = e^h - 1 (arXiv 2302.04867, section 3).
 
-    A step is predicted from the last `order` values of D. The value at the predicted point, which the next step needs anyway,
-    corrects the step: one order more. The first steps, and where level 0 ends the list the last ones, have fewer values and a lower order.
+    Predictor and corrector take one call in each step.
+
+    A step is predicted from the last `order` values of D. The value at the predicted point, which
+    the next step needs anyway, corrects the step: one order more. The first steps, and where level
+    0 ends the list the last ones, have fewer values and a lower order.
 
     Args:
-        denoiser, x, sigmas, callback: see the module; one call a step. The levels fall. The callback is shown the predicted state.
+        denoiser, x, sigmas, callback: see the module; one call in each step. The levels fall. The
+            callback is shown the predicted state.
         order: of the predictor, 1, 2 or 3.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of which may be 0, or order is none of 1, 2, 3.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
+            which may be 0, or order is none of 1, 2, 3.
 
     Deterministic.
     """
@@ -64,7 +73,8 @@ def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tens
 def _sample(sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool, callback) -> Tensor:
     levels = checked_levels(sampler, sigmas)
     lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in levels]
-    known, begin, values = [], x, 0  # (lambda, D), the newest first; the state and the number of values that the last prediction took
+    known = []  # (lambda, D), the newest first
+    begin, values = x, 0  # the state and the number of values that the last prediction took
     for step, (lam, lam_next) in enumerate(pairwise(lambdas)):
         denoised = denoise(denoiser, x, levels[step])
         if callback is not None:
@@ -79,10 +89,13 @@ def _sample(sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool
 
 
 def _advance(x: Tensor, lam_next: float, known: list[tuple[float, Tensor]]) -> Tensor:
-    """x at lam_next, from x at the first known value's lambda and the polynomial through all of them, as its first value and differences from it.
+    """x at lam_next, from x at the first known value's lambda.
 
-    The moments mu_n = integral_0^1 h e^-h(1-u) u^n du, that is mu_0 = 1 - e^-h and mu_n = 1 - n/h mu_{n-1}, give the weights:
-    sum_j c_j r_j^n = mu_n at the nodes r_j. One difference alone has c = mu_0 / (2 r): UniPC with B(h) = e^h - 1, and DPM-Solver++.
+    The polynomial through all of them is taken as its first value and differences from it.
+
+    The moments mu_n = integral_0^1 h e^-h(1-u) u^n du, that is mu_0 = 1 - e^-h and mu_n = 1 - n/h
+    mu_{n-1}, give the weights: sum_j c_j r_j^n = mu_n at the nodes r_j. One difference alone has c
+    = mu_0 / (2 r): UniPC with B(h) = e^h - 1, and DPM-Solver++.
     """
     (lam, denoised), *others = known
     h = lam_next - lam

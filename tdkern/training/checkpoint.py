@@ -5,8 +5,7 @@ A run directory holds two kinds, each a directory named by its kimg, as EDM numb
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
     training-state-002500.096/     what training needs to go on to the same weights, bit for bit; only the newest is kept
 
-In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its format. What an older tdkern wrote is read; a change
-of what is written gets a new number here, a function in `NEXT_FORMAT`, and an example of the old format in tests/data.
+In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its format; `formats` has what makes an older one today's.
 """
 import json
 import os
@@ -17,45 +16,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import __version__
+from .._version import __version__
 from ..data.files import beside, sync_directory, write_atomic
-from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond, unet
-from ..schedules import DDPM
+from ..integrations import load_converted
+from ..networks.saved import CheckpointError, NetworkSpec, restore
+from . import formats
+from .formats import FORMAT, NEXT_FORMAT
 
-FORMAT = 2
 SNAPSHOT, STATE = "network-snapshot", "training-state"
-PRECONDS = {"edm": EDMPrecond, "ct": CTPrecond, "ddpm": Denoiser, "iddpm": iDDPMPrecond, "vp": VPPrecond, "ve": VEPrecond, "flow": Denoiser}
-PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the image inside the network
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file and says what to do."""
 
 
 def kimg(nimg: int) -> str:
     """Thousands of images as names carry them: sorted as text they are sorted as numbers."""
     return f"{nimg / 1000:010.3f}"
-
-
-def build_network(network: dict) -> torch.nn.Module:
-    """The network, newly initialised, that a checkpoint's meta.json describes under "network"."""
-    arguments = dict(network)
-    precond, sigma_data, dtype = arguments.pop("precond"), arguments.pop("sigma_data"), PRECISIONS[arguments.pop("precision")]
-    if precond not in PRECONDS:
-        raise ValueError(f"build_network: precond must be one of {', '.join(PRECONDS)}, got {precond!r}")
-    fourier = arguments["arch"] == "ncsnpp"  # its embedding is made for c_noise around 1, the others' for DDPM's times
-    times = 1.0 if fourier else 1000.0
-    settings = {}
-    if precond == "edm":
-        settings = {"sigma_data": sigma_data}
-    elif precond == "ct":
-        settings = {"sigma_data": sigma_data, "time_scale": times / 4}
-    elif precond == "ddpm":
-        path = DDPM(arguments.pop("diffusion_steps"), arguments.pop("noise_schedule"))
-        settings = {"prediction": arguments.pop("prediction"), "alphas_cumprod": path.alphas_cumprod, "time_scale": 1 / path.T if fourier else 1.0}
-    elif precond == "flow":
-        settings = {"prediction": "velocity", "time_scale": times}
-    return PRECONDS[precond](unet(**arguments), dtype=dtype, **settings)
 
 
 def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta: dict) -> Path:
@@ -135,14 +108,6 @@ def _reading(path: Path, kind: str):
         raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); give another {kind}") from error
 
 
-def _format_2(meta: dict) -> dict:
-    """Format 1 knew no augmentation."""
-    return meta | {"format": 2, "network": {"augment_dim": 0, **meta["network"]}, "options": {"augment": 0.0, **meta["options"]}}
-
-
-NEXT_FORMAT = {1: _format_2}  # what makes a format's meta that of the next
-
-
 def read_meta(path: Path, kind: str) -> dict:
     """A checkpoint's meta.json in today's format; raises CheckpointError where it is damaged, of a later format or not of this kind."""
     with _reading(path, kind):
@@ -151,8 +116,11 @@ def read_meta(path: Path, kind: str) -> dict:
             raise CheckpointError(f"{path}: meta.json does not describe a {kind}; give one that tdkern saved")
         if meta["format"] > FORMAT:
             raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; tdkern {__version__} reads up to format {FORMAT}; update it")
-        while meta["format"] < FORMAT:
-            meta = NEXT_FORMAT[meta["format"]](meta)
+        try:
+            while meta["format"] < FORMAT:
+                meta = NEXT_FORMAT[meta["format"]](meta)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: damaged ({error}); give another {kind}") from error
         return meta
 
 
@@ -165,14 +133,22 @@ def read(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
         return meta, load_file(path / "tensors.safetensors")
 
 
-def restore(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load a module's tensors; raises CheckpointError naming the first that is missing, unknown or of another shape."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        ours, theirs = (list(state[name].shape) if name in state else "nothing" for state in (own, tensors))
-        if ours != theirs:
-            raise CheckpointError(f"{path}: does not match the network: {name} must be {ours}, got {theirs}")
-    module.load_state_dict(tensors)
+def read_options(path: Path) -> dict:
+    """The options in a file that a run wrote for its own, as `Options` takes them today.
+
+    Raises:
+        CheckpointError: the file is damaged, or of a later format.
+    """
+    try:
+        options = json.loads(path.read_bytes())
+        return formats.options_of_today(options.pop("format", 1), options)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); give another file") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: does not hold the options of a run ({type(error).__name__}: {error}); "
+            "give one that tdkern train wrote"
+        ) from error
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
@@ -190,13 +166,11 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
         CheckpointError: there is none, or it cannot be used.
     """
     if Path(path).is_file():
-        from ..integrations import load_converted
-
         return load_converted(path, device)
     path = find(path, SNAPSHOT)
     meta, tensors = read(path, SNAPSHOT)
     try:
-        net = build_network(meta["network"])
+        net = NetworkSpec.from_json(meta["network"]).build()
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: meta.json does not describe a network ({type(error).__name__}: {error}); give another {SNAPSHOT}") from error
     restore(net, tensors, path)

@@ -18,7 +18,10 @@ class Process(NamedTuple):
 
 
 def this_process() -> Process:
-    """Rank, number of processes and device, from the environment that torchrun sets; (0, 1, device) without it."""
+    """Rank, number of processes and device, from the environment that torchrun sets.
+
+    Without it they are (0, 1, device).
+    """
     rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     return Process(rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
 

@@ -1,4 +1,8 @@
-"""The training loop. Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same bits."""
+"""The training loop.
+
+Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same
+bits.
+"""
 import json
 import math
 import sys
@@ -11,27 +15,57 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import samplers
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
 from ..data.files import write_atomic
-from ..ema import EMA, edm_decay
+from ..ema import EMA, consistency_decay, copy_decay, edm_decay
+from ..ema import target_decay as ramped_decay
+from ..families import FAMILIES, default_sampler
+from ..losses import Loss
+from ..networks.saved import PRECISIONS, NetworkSpec, restore
 from ..optim import AdamEMA
+from ..samplers import SAMPLERS
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
-from .objective import SIGMA_DATA, make_loss, target_decay
+from .formats import as_json
 from .options import Options
-from .sampling import default_sampler, preview_levels, sample
+from .sampling import preview_levels, sample
 
 ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
-    """EDM's augmentation, whose 9 labels both networks are told (arXiv 2206.00364, appendix F.2); None where its probability is 0."""
+    """EDM's augmentation, whose 9 labels both networks are told; None where its probability is 0.
+
+    (arXiv 2206.00364, appendix F.2.)
+    """
     return AugmentPipe(p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) if options.augment else None
 
 
+def target_decay(
+    options: Options, loss: Loss, step: int, updates: int | Tensor
+) -> float | Tensor:
+    """Decay of the target network in a step.
+
+    Args:
+        options: the run's.
+        loss: of the step.
+        step: from 0.
+        updates: the steps before it, less those that were skipped.
+    """
+    if FAMILIES[options.family].consistency:
+        if options.target_ema_mode == "fixed":
+            return options.start_ema
+        return consistency_decay(options.start_ema, options.start_scales, loss.num_scales)
+    if options.target_copy:
+        return copy_decay(options.target_copy, updates)
+    return ramped_decay(options.target_ema_tau, step)
+
+
 def learning_rate(options: Options, nimg: int) -> float:
-    """EDM's learning rate after `nimg` images: a linear ramp, then constant or, with "cosine", falling to 0 over the duration."""
+    """EDM's learning rate after `nimg` images.
+
+    It is a linear ramp, then constant or, with "cosine", falling to 0 over the duration.
+    """
     ramp = 1000 * options.lr_rampup_kimg
     lr = options.lr * (min(nimg / ramp, 1) if ramp else 1)
     if options.lr_decay == "cosine":
@@ -48,36 +82,31 @@ class Trainer:
         state: the training state to go on from; None starts.
 
     Raises:
-        ValueError: the data, the network or the loss cannot be made as the options say, or the state does not fit.
+        ValueError: the data, the network or the loss cannot be made as the options say, or the
+            state does not fit.
     """
 
     def __init__(self, options: Options, process: Process, state: Path | None = None):
         self.options, self.process, self.step = options, process, 0
         self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
-        channels, resolution, _ = self.dataset.image_shape
         self.augment_pipe = make_augment_pipe(options)
         if self.augment_pipe:
             self.augment_pipe.to(process.device)
-        self.network = {"arch": options.arch, "img_resolution": resolution, "img_channels": channels, "label_dim": self.dataset.label_dim,
-                        "augment_dim": self.augment_pipe.label_dim if self.augment_pipe else 0,
-                        "cbase": options.cbase, "cres": options.cres, "dropout": options.dropout, "precond": options.precond, "sigma_data": SIGMA_DATA,
-                        "precision": options.precision}
-        if options.precond == "ddpm":
-            self.network |= {name: getattr(options, name) for name in ("diffusion_steps", "noise_schedule", "prediction")}
-        if options.loss_norm == "lpips" and channels != 3:
-            raise ValueError(f"loss_norm lpips needs images of 3 channels, got {channels}")
-        self.loss = make_loss(options)
+        self.loss = options.make_loss()
+        self.loss.prepare(self.dataset.image_shape)
+        spec = self._network_spec()
+        self.network = spec.to_json()
         torch.manual_seed(derive_seed(options.seed, "init"))
-        self.net = checkpoint.build_network(self.network).to(process.device)
+        self.net = spec.build().to(process.device)
         if options.transfer and state is None:
             source, _ = checkpoint.load_network(options.transfer)
-            checkpoint.restore(self.net, source.state_dict(), Path(options.transfer))
+            restore(self.net, source.state_dict(), Path(options.transfer))
         if process.world > 1:
             broadcast_(self.net)  # before the copies below, which must start equal in all processes
         self.ema = EMA(self.net)
-        self.target = EMA(self.net) if options.loss_type == "td" or options.precond == "ct" else None
+        self.target = EMA(self.net) if options.has_target else None
         if self.target and options.target_precision:
-            self.target.module.dtype = checkpoint.PRECISIONS[options.target_precision]  # of its activations: the average itself stays float32
+            self.target.module.dtype = PRECISIONS[options.target_precision]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
         self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8,
                                  decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
@@ -87,40 +116,86 @@ class Trainer:
         if state is not None:
             self._restore(state)
 
+    def _network_spec(self) -> NetworkSpec:
+        options = self.options
+        channels, resolution, _ = self.dataset.image_shape
+        return FAMILIES[options.family].network(
+            self.loss,
+            options.arch,
+            resolution,
+            channels,
+            self.dataset.label_dim,
+            augment_dim=self.augment_pipe.label_dim if self.augment_pipe else 0,
+            cbase=options.cbase,
+            cres=options.cres,
+            dropout=options.dropout,
+            precision=options.precision,
+        )
+
     @property
     def nimg(self) -> int:
         """Images trained on so far."""
         return self.step * self.options.batch
 
     def train_step(self, images: Tensor, labels: Tensor) -> None:
-        """One step on this process's share of the batch: images [B, C, H, W] uint8, labels [B, label_dim]."""
+        """One step on this process's share of the batch.
+
+        Args:
+            images: [B, C, H, W] uint8.
+            labels: [B, label_dim].
+        """
         options, device = self.options, self.process.device
-        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which this sets both: what a step
-        # draws depends on nothing before it, so a resumed run needs no generator's state. Each process draws its own noise.
+        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which
+        # this sets both: what a step draws depends on nothing before it, so a resumed run needs no
+        # generator's state. Each process draws its own noise.
         torch.manual_seed(derive_seed(options.seed, "step", self.step, self.process.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = self.loss.at(self.step)
-        for x, y in zip(images.split(options.batch_gpu), labels.split(options.batch_gpu), strict=True):
-            x, augment_labels = self.augment_pipe(to_float(x)) if self.augment_pipe else (to_float(x), None)
-            terms = loss.evaluate(self.net, self.target and self.target.module, loss.pair(x), y if y.shape[1] else None, augment_labels)
-            # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over the whole batch
-            (terms.loss.sum() * (x[0].numel() / options.batch)).backward()
-            self.sums += torch.stack([part.detach().double().sum() for part in terms])
+        size = options.batch_gpu
+        for part in zip(images.split(size), labels.split(size), strict=True):
+            self._backward(loss, *part)
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
-        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)  # on the device, which alone knows of skipped steps
-        self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)  # there without a target too, where it is empty
-        self.optimizer.step()  # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        # on the device, which alone knows of skipped steps
+        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
+        # empty where there is no target network
+        self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        self.optimizer.step()
         for average in self.averages:
             average.copy_buffers(self.net)
         self.step += 1
 
+    def _backward(self, loss: Loss, images: Tensor, labels: Tensor) -> None:
+        """Add the gradient and the terms of a part of the batch; arguments as `train_step`'s."""
+        x0, augment_labels = to_float(images), None
+        if self.augment_pipe:
+            x0, augment_labels = self.augment_pipe(x0)
+        # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over
+        # the whole batch
+        scale = x0[0].numel() / self.options.batch
+        terms = loss.evaluate(
+            self.net,
+            self.target and self.target.module,
+            loss.pair(x0),
+            labels if labels.shape[1] else None,
+            augment_labels,
+            gradient_scale=scale,
+        )
+        terms.loss.sum().backward()
+        sums = torch.stack([term.detach().double().sum() for term in terms])
+        sums[:3] /= scale  # loss, td and base are reported as means over elements
+        self.sums += sums
+
     def statistics(self) -> dict[str, float]:
-        """Means a sample since the last call, over all processes, and the steps skipped; the one place that waits for the device."""
+        """Means over the samples since the last call, over all processes, and the steps skipped.
+
+        It is the one place that waits for the device.
+        """
         if self.process.world > 1:
             sum_([self.sums])
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
@@ -128,8 +203,10 @@ class Trainer:
         self.sums.zero_()
         self.optimizer.skipped.zero_()
         self.counted = self.nimg
-        terms = {"loss": loss, "td": td, "base": base, "valid": valid} if self.options.loss_type == "td" else {"loss": loss}
-        if self.options.precond == "ct":
+        terms = {"loss": loss}
+        if self.options.td:
+            terms |= {"td": td, "base": base, "valid": valid}
+        if FAMILIES[self.options.family].consistency:
             terms["scales"] = self.loss.at(self.step - 1).num_scales
         return terms | {"skipped": skipped}
 
@@ -146,10 +223,10 @@ class Trainer:
         for name, tensor in tensors.items():
             prefix, _, rest = name.partition(".")
             parts[prefix][rest] = tensor
-        checkpoint.restore(self.net, parts["net"], path)
-        checkpoint.restore(self.ema.module, parts["ema"], path)
+        restore(self.net, parts["net"], path)
+        restore(self.ema.module, parts["ema"], path)
         if self.target:
-            checkpoint.restore(self.target.module, parts["target"], path)
+            restore(self.target.module, parts["target"], path)
         try:
             state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(self.net.named_parameters())}
         except KeyError as error:
@@ -201,7 +278,8 @@ class Record:
         self.time, self.nimg = time.monotonic(), trainer.nimg
         checkpoint.clean(run_dir)
         checkpoint.keep_newest(run_dir, checkpoint.STATE)  # a kill may have come between writing one and removing its elder
-        write_atomic(run_dir / "training_options.json", json.dumps(asdict(trainer.options), indent=2).encode())
+        options = json.dumps(as_json(trainer.options), indent=2)
+        write_atomic(run_dir / "training_options.json", options.encode())
         self._drop_later_statistics()
         self.side = 8 if trainer.process.device.type == "cuda" else 4  # a grid of 64 would hold a CPU for minutes
         chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
@@ -230,7 +308,7 @@ class Record:
         net = trainer.ema.module
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
         seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
-        sampler = getattr(samplers, default_sampler(net))
+        sampler = SAMPLERS[default_sampler(net)].sample
         images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net), sampler=sampler) for part in seeds])
         save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
 
@@ -248,7 +326,10 @@ class Record:
             file.write(line + "\n")
 
     def _drop_later_statistics(self) -> None:
-        """Keep of stats.jsonl what was written up to where training goes on: the rest comes again."""
+        """Keep of stats.jsonl what was written up to where training goes on.
+
+        The rest comes again.
+        """
         path = self.run_dir / "stats.jsonl"
         if path.exists():
             whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

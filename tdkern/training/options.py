@@ -1,152 +1,271 @@
 """What a training run is made of: saved with it, and read back when it goes on."""
 import dataclasses
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, field
 
-from ..losses import TDEDMLoss
+from ..families import DEFAULT, FAMILIES, Family, families_with
+from ..fields import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
+from ..losses import Loss
 from ..losses.curricula import Exponential, Progressive
-from .checkpoint import PRECISIONS, PRECONDS
+from ..networks.presets import PRESETS
+from ..networks.saved import PRECISIONS
 
-PATHS = ("ddpm", "iddpm", "vp", "ve", "flow")  # the preconds whose losses have a time and DDIM's eta
-# Options that some preconds alone have, or whose default depends on the precond: its value for each where none is given. With all others it is None.
-DEFAULTS = {
-    "dropout": dict.fromkeys(PRECONDS, 0.13) | {"ct": 0.0},  # the target network, which ct compares the network with, has none
-    "td_weight": dict.fromkeys(PRECONDS, "pairwise") | {"ct": "pairwise_x0"},
-    "td_sigma": {"edm": None},
-    "td_eta": dict.fromkeys(PATHS),
-    "k_idx": dict.fromkeys(("edm", *PATHS), 1.0),
-    "one_idx": {"edm": 0.25, "ct": 0.25, "vp": 1.0, "ve": 1.0, "flow": 1.0},
-    "steps": dict.fromkeys(("edm", "vp", "ve", "flow"), 18),
-    "target_ema_tau": dict.fromkeys(("edm", *PATHS), 0.999),
-    "target_copy": dict.fromkeys(("edm", *PATHS)),
-    "diffusion_steps": {"ddpm": 1000},
-    "noise_schedule": {"ddpm": "linear"},
-    "prediction": {"ddpm": "eps"},
-    "loss_norm": {"ct": "l2"},
-    "weight_schedule": {"ct": "uniform"},
-    "lognormal": {"ct": None},
-    "scale_mode": {"ct": "progressive"},
-    "start_scales": {"ct": None},
-    "end_scales": {"ct": None},
-    "total_training_steps": {"ct": None},
-    "target_ema_mode": {"ct": "adaptive"},
-    "start_ema": {"ct": 0.9},
-}
 CURRICULA = {"progressive": Progressive, "exponential": Exponential}
-# what may change when a run goes on: these do not touch the weights (duration does under a decay, see `resumed`)
+# what may change when a run goes on: these do not touch the weights (duration does under a decay,
+# see `resumed`)
 FREE = ("data", "duration", "tick", "snap", "dump", "workers")
 
 
-@dataclass
-class Options:
-    """The options of a run, under the names of `tdkern train`'s flags; raises ValueError where one is out of range."""
+def _consistency(family: Family) -> bool:
+    return family.consistency
 
-    data: str
-    cond: bool = False
-    arch: str = "ddpmpp"
-    precond: str = "edm"
-    duration: float = 200.0  # million images
-    batch: int = 512
-    batch_gpu: int | None = None  # images of one forward pass; None: the process's whole share
-    cbase: int | None = None
-    cres: list[int] | None = None
-    lr: float = 1e-3
-    lr_rampup_kimg: float | None = None  # None: 5 % of the duration, at most 10,000
-    lr_decay: str = "none"
-    ema: float = 0.5  # half-life, million images
-    dropout: float | None = None
-    augment: float = 0.0  # the command line's default is EDM's
-    xflip: bool = False
-    precision: str = "fp32"
-    loss_type: str = "td"
-    lambda_edm: float = 0.5
-    k_idx: float | None = None
-    one_idx: float | None = None
-    td_coupling: str = "markov"
-    td_weight: str | None = None
-    td_sigma: list[float] | None = None
-    td_eta: float | None = None  # of the means; None: the coupling's
-    td_share: float | None = 1.0  # None: with td_sigma what its samples need, else 1
-    target_ema_tau: float | None = None
-    target_copy: int | None = None  # updates; None: the target is an average
-    target_precision: str | None = None  # None: as precision
-    steps: int | None = None
-    diffusion_steps: int | None = None
-    noise_schedule: str | None = None
-    prediction: str | None = None
-    loss_norm: str | None = None
-    weight_schedule: str | None = None
-    lognormal: list[float] | None = None  # None: levels are drawn evenly
-    scale_mode: str | None = None
-    start_scales: int | None = None  # None, with ct: the curriculum's own, or 40
-    end_scales: int | None = None
-    total_training_steps: int | None = None  # None, with ct: the duration's at the start
-    target_ema_mode: str | None = None
-    start_ema: float | None = None
-    tick: float | None = None  # thousand images; None: 1 % of the duration, at most 50
-    snap: int = 50  # ticks; 0: only at the end
-    dump: int = 50
-    seed: int = 0
-    workers: int = 1
-    transfer: str | None = None
-    gpus: int = 1  # processes
+
+def _averaged(family: Family) -> bool:
+    return not family.consistency
+
+
+@dataclass(kw_only=True)
+class Options:
+    """The options of a run; `tdkern train` makes its flags from them and from the losses' fields.
+
+    Raises:
+        ValueError: one is of the wrong type, out of its range, or not for the family.
+    """
+
+    data: str = flag(help="Images, in EDM's layout.", metavar="ZIP|DIR")
+    cond: bool = flag(False, "Train a class-conditional network.")
+    arch: str = flag("ddpmpp", "Network.", choices=PRESETS)
+    family: str = flag(DEFAULT, "Loss and preconditioning.", choices=FAMILIES)
+    td: bool = flag(True, "Whether the loss has the temporal-difference term.")
+    duration: float = flag(
+        200.0, "Training duration, million images.", within=POSITIVE, metavar="MIMG"
+    )
+    batch: int = flag(512, "Images in one step, over all processes.", within=POSITIVE)
+    batch_gpu: int | None = flag(
+        None,
+        "Images of one forward pass; fewer need less memory.",
+        within=POSITIVE,
+        default_help="the process's share",
+    )
+    cbase: int | None = flag(
+        None, "Base width of the network.", within=POSITIVE, default_help="by --arch"
+    )
+    cres: list[int] | None = flag(  # noqa: RUF009  (its default is None)
+        None, "Width of each resolution, times the base.", default_help="by --arch"
+    )
+    lr: float = flag(1e-3, "Learning rate.", within=POSITIVE)
+    lr_rampup_kimg: float | None = flag(
+        None,
+        "Length of the learning-rate warm-up.",
+        within=NOT_NEGATIVE,
+        metavar="KIMG",
+        default_help="5% of the duration, at most 10000",
+    )
+    lr_decay: str = flag(
+        "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+    )
+    ema: float = flag(
+        0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
+    )
+    dropout: float | None = flag(
+        None, "Dropout probability.", within=UNIT, default_help="by --family"
+    )
+    augment: float = flag(
+        0.12, "Probability of each augmentation, as in EDM; 0 for none.", within=UNIT, metavar="P"
+    )
+    xflip: bool = flag(False, "Add every image's mirror image.")
+    precision: str = flag("fp32", "Precision inside the network.", choices=PRECISIONS)
+    target_precision: str | None = flag(
+        None,
+        "Precision inside the target network.",
+        choices=PRECISIONS,
+        default_help="the network's",
+    )
+    target_ema_tau: float | None = flag(
+        None,
+        "Decay of the target network, reached by a ramp.",
+        within=BELOW_1,
+        only=_averaged,
+        filled=0.999,
+    )
+    target_copy: int | None = flag(
+        None,
+        "Copy the network into the target every so many updates.",
+        within=AT_LEAST_1,
+        metavar="STEPS",
+        only=_averaged,
+        default_help="the target is an average",
+    )
+    scale_mode: str | None = flag(
+        None,
+        "How the number of noise levels grows.",
+        choices=("fixed", *CURRICULA),
+        only=_consistency,
+        filled="progressive",
+    )
+    start_scales: int | None = flag(
+        None,
+        "Noise levels at the start of training: steps between them, or with fixed all levels.",
+        only=_consistency,
+        default_help="by --scale-mode",
+    )
+    end_scales: int | None = flag(
+        None,
+        "Steps between noise levels at the end of their growth.",
+        only=_consistency,
+        default_help="by --scale-mode",
+    )
+    total_training_steps: int | None = flag(
+        None,
+        "Training steps to the end of that growth.",
+        only=_consistency,
+        default_help="those of the duration",
+    )
+    target_ema_mode: str | None = flag(
+        None,
+        "Whether the decay of the target network grows with the noise levels.",
+        choices=("fixed", "adaptive"),
+        only=_consistency,
+        filled="adaptive",
+    )
+    start_ema: float | None = flag(
+        None,
+        "Decay of the target network at the start; 0, with fixed, copies the network.",
+        within=BELOW_1,
+        only=_consistency,
+        filled=0.9,
+    )
+    # the options of the family's own losses, by the names of their fields; made complete here
+    loss: dict = field(default_factory=dict)
+    tick: float | None = flag(
+        None,
+        "How often to print progress.",
+        within=POSITIVE,
+        metavar="KIMG",
+        default_help="1% of the duration, at most 50",
+    )
+    snap: int = flag(
+        50,
+        "How often to save the averaged network and a grid of images; 0: at the end.",
+        within=NOT_NEGATIVE,
+        metavar="TICKS",
+    )
+    dump: int = flag(
+        50,
+        "How often to save the training state; 0: at the end.",
+        within=NOT_NEGATIVE,
+        metavar="TICKS",
+    )
+    seed: int = flag(0, "Random seed.", within=NOT_NEGATIVE)
+    workers: int = flag(1, "Processes that read images.", within=NOT_NEGATIVE)
+    transfer: str | None = flag(
+        None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"
+    )
+    gpus: int = flag(1, "Processes, which torchrun starts.", within=AT_LEAST_1)
 
     def __post_init__(self):
+        check(flags_of(Options).values(), vars(self))
+        self._fill_in()
+        self._check_batch()
+        if _consistency(FAMILIES[self.family]):
+            self._complete_scales()
+        self._complete_loss()
+        self.make_loss()  # which checks its own arguments
+
+    def _fill_in(self) -> None:
+        """Refuse the options of other families, and replace what is None by its value."""
+        family = FAMILIES[self.family]
+        for name, each in flags_of(Options).items():
+            only, filled = each.metadata["only"], each.metadata["filled"]
+            if only and not only(family) and getattr(self, name) is not None:
+                self._refuse(name, [other for other in FAMILIES if only(FAMILIES[other])])
+            if only and only(family) and getattr(self, name) is None:
+                setattr(self, name, filled)
+        if self.dropout is None:
+            self.dropout = family.dropout
         if self.lr_rampup_kimg is None:
             self.lr_rampup_kimg = min(50 * self.duration, 10_000)
         if self.tick is None:
             self.tick = min(10 * self.duration, 50)
-        if self.precond not in PRECONDS:
-            raise ValueError(f"precond must be one of {', '.join(PRECONDS)}, got {self.precond!r}")
-        for name, defaults in DEFAULTS.items():
-            if getattr(self, name) is None:
-                setattr(self, name, defaults.get(self.precond))
-            elif self.precond not in defaults:
-                raise ValueError(f"{name} is for precond {', '.join(defaults)}, got precond {self.precond}")
-        if self.target_precision not in (None, *PRECISIONS):
-            raise ValueError(f"target_precision must be one of {', '.join(PRECISIONS)}, got {self.target_precision!r}")
+
+    def _refuse(self, name: str, families: list[str]) -> None:
+        known = ", ".join(families)
+        raise ValueError(f"{name} is for family {known}, got family {self.family}")
+
+    def _check_batch(self) -> None:
         share = self.batch // self.gpus
         if self.batch_gpu is None:
-            self.batch_gpu = share
-        for name in ("duration", "batch", "batch_gpu", "lr", "tick"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lr_rampup_kimg", "ema", "snap", "dump", "seed", "workers"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            self.batch_gpu = max(share, 1)
         if self.batch % self.gpus or share % self.batch_gpu:
-            raise ValueError(f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, batch_gpu {self.batch_gpu}, {self.gpus} processes")
-        if self.td_share is None:
-            window = TDEDMLoss(td_sigma=tuple(self.td_sigma)).window_share(self.batch_gpu) if self.td_sigma else 1.0
-            self.td_share = max(round(window, 4), 1e-4)  # one sample, where the window holds next to none
-        if self.td_share != 1 and self.precond == "ct":  # whose target network is needed without TD too
-            raise ValueError(f"td_share is for precond edm, {', '.join(PATHS)}, got precond ct")
-        if not 0 <= self.augment <= 1:
-            raise ValueError(f"augment must be in [0, 1], got {self.augment}")
-        for name in ("target_ema_tau", "start_ema"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.target_copy is not None and not self.target_copy >= 1:
-            raise ValueError(f"target_copy must be at least 1, got {self.target_copy}")
-        if self.precond == "ct":
-            self._complete_ct()
+            raise ValueError(
+                f"batch must be a multiple of batch_gpu x processes, got batch {self.batch}, "
+                f"batch_gpu {self.batch_gpu}, {self.gpus} processes"
+            )
 
-    def _complete_ct(self) -> None:
-        """Check consistency training's options and fill in how its number of noise levels grows, which a longer duration then does not change."""
-        if self.scale_mode not in ("fixed", *CURRICULA):
-            raise ValueError(f"scale_mode must be one of fixed, {', '.join(CURRICULA)}, got {self.scale_mode!r}")
-        if self.target_ema_mode not in ("fixed", "adaptive"):
-            raise ValueError(f"target_ema_mode must be fixed or adaptive, got {self.target_ema_mode!r}")
+    def _complete_scales(self) -> None:
+        """Fill in how the number of noise levels grows, which a longer duration then keeps."""
         if self.target_ema_mode == "adaptive" and self.start_ema == 0:
             raise ValueError("start_ema must be above 0 with target_ema_mode adaptive, got 0")
         scales = {"start_scales": 40, "end_scales": None, "total_training_steps": None}
         if self.scale_mode != "fixed":
             curriculum = CURRICULA[self.scale_mode]
-            scales = {"start_scales": curriculum.start_scales, "end_scales": curriculum.end_scales, "total_training_steps": self.total_steps}
+            scales = {
+                "start_scales": curriculum.start_scales,
+                "end_scales": curriculum.end_scales,
+                "total_training_steps": self.total_steps,
+            }
         for name, default in scales.items():
             if getattr(self, name) is None:
                 setattr(self, name, default)
             elif default is None:
-                raise ValueError(f"{name} is for scale_mode {', '.join(CURRICULA)}, got scale_mode fixed")
+                known = ", ".join(CURRICULA)
+                raise ValueError(f"{name} is for scale_mode {known}, got scale_mode fixed")
+
+    def _complete_loss(self) -> None:
+        """Check the losses' options and give those that are not there their defaults."""
+        known = FAMILIES[self.family].options
+        if not isinstance(self.loss, dict):
+            raise ValueError(f"loss must be the family's own options by name, got {self.loss!r}")
+        for name in self.loss:
+            if name not in known and families_with(name):
+                self._refuse(name, families_with(name))
+            if name not in known:
+                raise ValueError(f"loss must hold {', '.join(known)}, got {name!r}")
+        given = {
+            name: list(value) if isinstance(value, tuple) else value  # as JSON holds it
+            for name, value in self.loss.items()
+            if value is not None
+        }
+        self.loss = {name: given.get(name, each.default) for name, each in known.items()}
+        check(known.values(), self.loss, whole=False)
+        if "td_share" in known and "td_share" not in given:
+            # what the samples at `td_sigma` need; one sample, where those are next to none
+            window = self._make(td=True).window_share(self.batch_gpu)
+            self.loss["td_share"] = max(round(window, 4), 1e-4)
+
+    def make_loss(self) -> Loss:
+        """The loss that these options describe."""
+        return self._make(self.td)
+
+    def _make(self, td: bool) -> Loss:
+        settings = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in self.loss.items()
+        }
+        if _consistency(FAMILIES[self.family]):
+            settings["num_scales"] = self._num_scales()
+        return FAMILIES[self.family].make_loss(td, settings)
+
+    def _num_scales(self):
+        if self.scale_mode == "fixed":
+            return self.start_scales
+        curriculum = CURRICULA[self.scale_mode]
+        return curriculum(self.start_scales, self.end_scales, self.total_training_steps)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the loss needs a target network."""
+        return self.td or _consistency(FAMILIES[self.family])
 
     @property
     def total_steps(self) -> int:
@@ -154,9 +273,34 @@ class Options:
         return -(-round(self.duration * 1e6) // self.batch)
 
     def resumed(self, **given) -> "Options":
-        """These options with those `given` on the command line; raises ValueError for one that would make it another run."""
-        free = FREE if self.lr_decay == "none" else tuple(name for name in FREE if name != "duration")
+        """These options with those `given`, the losses' own among them by their names.
+
+        Raises:
+            ValueError: one that would make it another run.
+        """
+        free = FREE
+        if self.lr_decay != "none":
+            free = tuple(name for name in FREE if name != "duration")
         for name, value in given.items():
-            if name not in free and value != getattr(self, name):
-                raise ValueError(f"{name} is {getattr(self, name)!r} in the run to resume, got {value!r}; leave it out, or start a new run")
-        return dataclasses.replace(self, **given)
+            own = vars(self).get(name, self.loss.get(name))
+            if name not in free and value != own:
+                raise ValueError(
+                    f"{name} is {own!r} in the run to resume, got {value!r}; leave it out, or "
+                    "start a new run"
+                )
+        changes = {name: value for name, value in given.items() if name in vars(self)}
+        return dataclasses.replace(self, **changes)
+
+
+def nested(base: dict, given: dict) -> dict:
+    """The arguments of `Options`: `base`, as a file holds them, and on top values by their names.
+
+    Args:
+        base: of `Options`, the losses' own options under "loss".
+        given: options of a run and of a loss side by side, as the command line has them.
+    """
+    run = inspect.signature(Options).parameters
+    own = {name: value for name, value in given.items() if name not in run}
+    options = base | {name: value for name, value in given.items() if name in run}
+    loss = base.get("loss", {})
+    return options | {"loss": loss | own if isinstance(loss, dict) else loss}

@@ -6,49 +6,51 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
-from ..samplers import ablation_sigmas, heun
+from ..families import default_sampler
+from ..samplers import SAMPLERS, ablation_sigmas, heun
 from ..samplers.ablation import RANGES
-
-
-def default_sampler(net: torch.nn.Module, steps_given: bool = False) -> str:
-    """The name of the sampler where none is asked for: of a consistency model one step, or the steps given, else EDM's, which serves every denoiser."""
-    if net.precond == "ct":
-        return "multistep" if steps_given else "onestep"
-    return "heun"
 
 
 def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
                     sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
-    """The noise levels of so many steps of a sampler, all of which the network knows, and those of the sampler's options that follow from them.
+    """The noise levels of so many steps of a sampler, all of which the network knows.
 
-    Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that must descend at each step takes fewer steps.
-    EDM's samplers take them all, as in EDM: a step between equal levels changes nothing.
+    With them come those of the sampler's options that follow from them.
+
+    Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that
+    must descend at each step takes fewer steps.
 
     disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
     """
     lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True))
     lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
-    sigmas = net.round_sigma(ablation_sigmas(disc, steps + (sampler == "multistep"), lo, hi, rho))
-    if sampler not in ("heun", "euler", "ablation"):
+    kind = SAMPLERS[sampler]
+    count = steps + 1 if kind.ends_at_sigma_min else steps
+    sigmas = net.round_sigma(ablation_sigmas(disc, count, lo, hi, rho))
+    if not kind.repeats:
         sigmas = sigmas.unique_consecutive()
-    if sampler == "multistep":  # ends at sigma_min, where the network gives back what it gets
+    if kind.ends_at_sigma_min:
         return sigmas[:-1], {"sigma_min": sigmas[-2].item()}
-    return sigmas, {"sigma_min": lo, "sigma_max": hi} if sampler == "ablation" else {}  # the range is the schedule's too
+    return sigmas, {"sigma_min": lo, "sigma_max": hi} if kind.has_range else {}
+
+
+PREVIEW_STEPS = 18  # of the grids of images that training writes
 
 
 def preview_levels(net: torch.nn.Module) -> Tensor:
-    """The levels of the grids that training writes: of 18 steps."""
-    return sampling_levels(net, default_sampler(net), 18)[0]
+    """The noise levels of the grids that training writes."""
+    return sampling_levels(net, default_sampler(net), PREVIEW_STEPS)[0]
 
 
 def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
-    """Draw one image a seed, all in one batch.
+    """Draw one image for each seed, all in one batch.
 
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's noise through a CPU generator
-            of its own, so an image depends on its seed and not on its batch or device, beyond rounding.
+        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's
+            noise through a CPU generator of its own, so an image depends on its seed and not on its
+            batch or device, beyond rounding.
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
         class_idx: the class of all images; None draws one an image. For class-conditional networks.

@@ -10,11 +10,12 @@ from .lists import flat, on_device
 BLOCK = 2048  # elements a program; float64 has half as many, which registers hold
 
 
-# lerp from the nearer end as torch.lerp does; where the parameter is not finite, the average as it is (ema_math.h).
+# lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not finite, the average as it is (ema_math.h).
 @triton.jit
 def ema_element(avg, param, weight):
     change = param - avg
-    return tl.where(param - param == 0, tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change), avg)
+    average = tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change)
+    return tl.where(param - param == 0, tl.where(weight == 1, param, average), avg)
 
 
 # The averages of a block of one parameter; value: it, as it is stored.

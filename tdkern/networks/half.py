@@ -1,0 +1,35 @@
+"""How a network runs in half precision: where its images' channels lie, and what is one kernel.
+
+Measured on an H100 with DDPM++ and 256 images of 32x32 in bfloat16 (bench/results, "network"):
+forward and backward take 222 ms channels last and 186 ms channels first, since PyTorch's group
+normalisation on CUDA takes channels first alone; the forward pass without gradients takes 85, 76
+and, channels last with silu of the normalisation in one kernel, 49 ms.
+"""
+import torch
+from torch import Tensor
+
+from .._library import MISSING
+
+
+def fuses(x: Tensor) -> bool:
+    """Whether silu of a normalisation of x is one kernel. torch.compile fuses by itself."""
+    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and x.is_cuda and x.dtype.itemsize == 2 and not MISSING["triton"]
+
+
+def image_format(x: Tensor) -> torch.memory_format:
+    """The memory format of convolutions' weights, and so of the images between them."""
+    if x.dtype.itemsize != 2:
+        return torch.preserve_format
+    trains_on_cuda = x.is_cuda and not torch.compiler.is_compiling() and not fuses(x)
+    return torch.contiguous_format if trains_on_cuda else torch.channels_last
+
+
+def norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
+              add: Tensor | None) -> Tensor:
+    """`triton.norm_silu.group_norm_silu`, of an x that lies in memory as it may."""
+    from ..triton.norm_silu import group_norm_silu
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    add = add if add is None else add.contiguous()
+    return group_norm_silu(x, groups, weight.contiguous(), bias.contiguous(), eps, add)
