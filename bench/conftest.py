@@ -17,6 +17,7 @@ import platform
 import subprocess
 import time
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,8 @@ def compare(request, threads):
             row |= on_cuda(make, moved or 1, seconds / 4, rotate)
         else:
             row |= on_cpu(request.getfixturevalue("benchmark"), make(), seconds)
-        ROWS.append(row)
+        ROWS.append(row | {"commit": commit()})
+        write_results()  # now: a benchmark that hangs must not cost those before it
 
     return run
 
@@ -107,21 +109,27 @@ def with_ratios(rows: list[dict]) -> list[dict]:
     return list(found.values())
 
 
-def pytest_sessionfinish():
-    if not ROWS:
-        return
+@cache
+def commit() -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+    except OSError:  # no git here
+        return ""
+
+
+def write_results() -> None:
     path = results_file()
-    ran = {(row["group"], row["op"], row["threads"]) for row in ROWS}  # replaced whole: its rows belong to one run
+    # replaced whole: its rows belong to one run
+    ran = {(row["group"], row["op"], row["threads"]) for row in ROWS}
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in kept if (row["group"], row["op"], row["threads"]) not in ran]
-    try:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
     facts = tdkern.info()
-    result = {"device": device_name(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")}, "build": facts["build"],
-              "rows": with_ratios(kept + [row | {"commit": commit} for row in ROWS])}
+    result = {"device": device_name(),
+              "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+              "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")},
+              "build": facts["build"], "rows": with_ratios(kept + ROWS)}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
     os.replace(path.with_suffix(".new"), path)

@@ -116,8 +116,41 @@ def lists(capability: int):
         yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, constants, {})
 
 
+def norm_silu(capability: int):
+    from tdkern.triton.norm_silu import (
+        COLUMNS,
+        OPTIONS,
+        ROWS,
+        groups_kernel,
+        result_kernel,
+        sums_kernel,
+    )
+
+    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+
+    def kernel(which, types: dict, constants: dict, options: dict = OPTIONS):
+        every = {**dict.fromkeys(which.arg_names, "*fp32"), **counts, **types}
+        return compile_kernel(which, capability, every, constants, options)
+
+    counts = dict.fromkeys(("pixels", "channels", "weight_row"), "i32!")
+    counts |= dict.fromkeys(("tiles", "blocks", "groups"), "i32")
+    for storage in ("*fp32", "*bf16", "*fp16"):
+        given = {"x": storage, "add": storage, "y": storage}
+        yield f"sums {storage}", kernel(sums_kernel, given, tile)
+        yield f"result {storage}", kernel(result_kernel, given, tile)
+    plain = {**tile, "add": None}
+    yield "sums, nothing added", kernel(sums_kernel, {"x": "*bf16"}, plain)
+    yield "result, nothing added", kernel(result_kernel, {"x": "*bf16", "y": "*bf16"}, plain)
+    # 16 tiles are 32x32 pixels, 64 tiles 64x64.
+    for tiles, size in ((16, 4), (16, 8), (64, 8)):
+        constants = {"TILES": tiles, "SIZE": size, "ROWS": ROWS}
+        yield f"groups of {size} in {tiles} tiles", kernel(
+            groups_kernel, {"eps": "fp32"}, constants, {"num_warps": 1, "enable_fp_fusion": True})
+
+
 if __name__ == "__main__":
     import tdkern.triton  # noqa: F401  (without a GPU the package does not import it by itself)
 
-    OPS = td_loss, td_coef, noise_pair, heun_step, lists
-    print(json.dumps({f"{op.__name__} {name}": facts for op in OPS for name, facts in op(int(sys.argv[1]))}))
+    OPS = td_loss, td_coef, noise_pair, heun_step, lists, norm_silu
+    print(json.dumps({f"{op.__name__} {name}": facts for op in OPS
+                      for name, facts in op(int(sys.argv[1]))}))

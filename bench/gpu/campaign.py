@@ -21,6 +21,7 @@ argues them), OUT/<device>.json what bench/results keeps. --dry needs no GPU: it
 into build/dry and runs the other stages on the C++ backend at tiny sizes.
 """
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -44,6 +46,8 @@ NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
           "pytest", "pytest_benchmark", "hypothesis", "scipy")
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
 CUDA = Path("/usr/local/cuda/bin")
+GRACE = 10  # seconds from an interrupt to the kill
+LATE = " (out of time)"
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
 SHARES = {"build": 70, "smoke": 40, "tests": 150, "sanitize": 150, "warm": 150, "bench": 110,
           "step": 75, "compile": 40, "profile": 30, "confirm": 10}
@@ -79,9 +83,8 @@ class Campaign:
         return max(0.1, self.ends - time.monotonic())
 
     def run(self, *command, limit: float = TOTAL, **env: str) -> dict:
-        """Runs a command in the repository's root until the limit or the stage's end: then an
-        interrupt, so that it writes what it has; ten seconds later a kill of its whole group.
-        Never raises for what the command does."""
+        """Runs a command in the repository's root until the limit or the stage's end, and then
+        stops it. Never raises for what the command does."""
         limit, start = min(limit, self.left), time.monotonic()
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **env}
@@ -91,13 +94,11 @@ class Campaign:
             process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log,
                                        stderr=subprocess.STDOUT, start_new_session=True)
             timed_out = False
-            for number, wait in ((signal.SIGINT, limit), (signal.SIGKILL, 10), (signal.SIGKILL, None)):
-                try:
-                    process.wait(wait)
-                    break
-                except subprocess.TimeoutExpired:
-                    timed_out = True
-                    os.killpg(process.pid, number)
+            try:
+                process.wait(limit)
+            except subprocess.TimeoutExpired:
+                timed_out = True
+                stop(process)
             log.seek(0)
             text = log.read()
         result = {"command": " ".join(map(str, command)), "rc": process.returncode,
@@ -116,11 +117,22 @@ class Campaign:
         bad = {f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
                for case in cases for part in case if part.tag in ("failure", "error")}
         skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-        times = sorted(((float(case.get("time")), str(case.get("name"))) for case in cases), reverse=True)
+        times = sorted(((float(case.get("time")), str(case.get("name"))) for case in cases),
+                       reverse=True)
         facts = {key: done[key] for key in ("rc", "seconds", "timed_out")}
         facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad,
                   "slowest": times[:5]}
         return facts if cases else {**facts, "tail": done["text"][-2000:]}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """An interrupt, so that it writes what it has; later a kill of all that is left of its group."""
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 # ---- the stages -------------------------------------------------------------------------------
@@ -146,17 +158,21 @@ def confirm(at: Campaign) -> dict:
 
 
 def build_into(at: Campaign, folder: str | None) -> dict:
-    where = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"] if folder else ["--inplace"]
+    """Builds into the folder, or in place without one."""
+    where = ["--inplace"]
+    if folder:
+        where = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
     arch = "9.0" if at.dry else capability()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = at.run(sys.executable, "setup.py", "build_ext", *where, TDKERN_CUDA="1",
                   TORCH_CUDA_ARCH_LIST=arch, PATH=path)
     facts = {"seconds": done["seconds"], "architecture": arch}
     if done["rc"]:
-        reason = "the build failed by its time limit" if done["timed_out"] else "the build failed"
-        raise Failed(reason, **facts, tail=done["text"][-3000:])
-    reports = (ROOT / (f"{folder}/lib/tdkern" if folder else "tdkern") / "lib/ptxas").glob("*.txt")
-    used = {path.stem: re.findall(r"Used (\d+) registers", path.read_text()) for path in sorted(reports)}
+        raise Failed("the build failed" + LATE * done["timed_out"], **facts,
+                     tail=done["text"][-3000:])
+    reports = ROOT / (f"{folder}/lib/tdkern" if folder else "tdkern") / "lib/ptxas"
+    used = {path.stem: re.findall(r"Used (\d+) registers", path.read_text())
+            for path in sorted(reports.glob("*.txt"))}
     facts |= {"registers": {stem: max(map(int, counts)) for stem, counts in used.items()}}
     facts |= library_facts(at)
     if not folder and not works(facts):
@@ -181,13 +197,14 @@ def smoke(at: Campaign) -> dict:
     """Every op once, each backend in a process of its own."""
     def call(backend: str) -> dict:
         done = at.run(sys.executable, "bench/gpu/selection.py", backend, OMP_NUM_THREADS="1")
-        facts = {"rc": done["rc"], "seconds": done["seconds"]}
+        facts = {key: done[key] for key in ("rc", "seconds", "timed_out")}
         return facts if not done["rc"] else {**facts, "tail": done["text"][-3000:]}
 
     backends = ["cpp"] if at.dry else ["cuda", "triton"]
     with ThreadPoolExecutor() as pool:
         facts = dict(zip(backends, pool.map(call, backends), strict=True))
-    bad = [backend for backend in backends if facts[backend]["rc"]]
+    bad = [backend + LATE * facts[backend]["timed_out"] for backend in backends
+           if facts[backend]["rc"]]
     if bad:
         raise Failed(f"an op fails on {', '.join(bad)}", **facts)
     return facts
@@ -204,8 +221,10 @@ def tests(at: Campaign) -> dict:
         chosen = "(cuda or triton) and not ahead_of_time and not host"
         facts = {"ops": at.pytest(*spread, *files, "-k", chosen, limit=at.left - 35),
                  "large": at.pytest("bench/gpu/test_large.py")}
-    if any(part["failed"] or part["rc"] or not part["passed"] for part in facts.values()):
-        raise Failed("tests failed", **facts)
+    bad = [name + LATE * part["timed_out"] for name, part in facts.items()
+           if part["failed"] or part["rc"] or not part["passed"]]
+    if bad:
+        raise Failed(f"tests failed: {', '.join(bad)}", **facts)
     return facts
 
 
@@ -232,13 +251,14 @@ def sanitize(at: Campaign) -> dict:
         facts = {"rc": done["rc"], "seconds": done["seconds"], "timed_out": done["timed_out"],
                  "errors": int(errors[-1]) if errors else None,
                  "done": "every op ran" in done["text"]}
-        return facts if facts["done"] and not done["rc"] else {**facts, "tail": done["text"][-3000:]}
+        clean = facts["done"] and not done["rc"]
+        return facts if clean else {**facts, "tail": done["text"][-3000:]}
 
     with ThreadPoolExecutor() as pool:
         running = {f"{name} {backend}": pool.submit(check, name, backend)
                    for backend in backends for name in tools}
         facts = {name: each.result() for name, each in running.items()}
-    bad = [name + " (out of time)" * each["timed_out"] for name, each in facts.items()
+    bad = [name + LATE * each["timed_out"] for name, each in facts.items()
            if each["rc"] or not each["done"]]
     if bad:
         raise Failed("not clean: " + ", ".join(bad), checks=facts)
@@ -256,8 +276,7 @@ def bench(at: Campaign) -> dict:
         results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     facts["rows"] = results[0]["rows"] if results else []
     if facts["rc"] or not results:
-        reason = "benchmarks failed"
-        raise Failed(reason + " by their time limit" if facts["timed_out"] else reason, **facts)
+        raise Failed("benchmarks failed" + LATE * facts["timed_out"], **facts)
     return facts
 
 
@@ -269,10 +288,12 @@ def steps(at: Campaign, part: str) -> dict:
         done = at.run(sys.executable, "bench/gpu/steps.py", lines, "--part", part,
                       "--seconds", str(round(at.left - 12)), *extra)
         text = lines.read_text() if lines.exists() else ""
-    facts = {"rc": done["rc"], "rows": [json.loads(line) for line in text.splitlines()]}
-    bad = [row for row in facts["rows"] if "failure" in row]
-    if bad or not facts["rows"] or (done["rc"] and not done["timed_out"]):
-        raise Failed(f"{len(bad)} cases failed", **facts, tail=done["text"][-3000:])
+    rows = [json.loads(line) for line in text.splitlines()]
+    facts = {"rc": done["rc"], "rows": rows}
+    bad = sum("failure" in row for row in rows)
+    if bad or done["rc"] or not rows:
+        reason = f"{bad} of {len(rows)} cases failed" + LATE * done["timed_out"]
+        raise Failed(reason, **facts, tail=done["text"][-3000:])
     return facts
 
 
@@ -305,18 +326,18 @@ def profile(at: Campaign) -> dict:
 
 def profiled(text: str) -> list[dict]:
     """The rows of ncu's CSV, which begins behind whatever the program printed."""
-    import csv
-
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = list(csv.DictReader(line for line in lines[start:] if line.startswith('"')))
-    return [{"kernel": row["Kernel Name"][:120]} | {ours: row.get(name) for name, ours in METRICS.items()}
+    return [{"kernel": row["Kernel Name"][:120]}
+            | {ours: row.get(name) for name, ours in METRICS.items()}
             for row in rows[1:]]  # the first names the units
 
 
 def finished(done: dict, facts: dict) -> dict:
     if done["rc"]:
-        raise Failed("the profile failed", **facts, tail=done["text"][-3000:])
+        raise Failed("the profile failed" + LATE * done["timed_out"], **facts,
+                     tail=done["text"][-3000:])
     return facts
 
 
@@ -335,21 +356,28 @@ def capability() -> str:
     return "{}.{}".format(*torch.cuda.get_device_capability())
 
 
+def said(*command: str) -> str | None:
+    """What a command prints; None where it is not here or says nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
+        return done.stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def commit() -> str | None:
+    return os.environ.get("TDKERN_COMMIT") or said("git", "describe", "--always", "--dirty")
+
+
 def machine() -> dict:
     """What the figures belong to."""
-    import torch
-
-    def said(*command) -> str | None:
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-            return done.stdout.strip() or None
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-
-    commit = os.environ.get("TDKERN_COMMIT") or said("git", "describe", "--always", "--dirty")
-    facts = {"commit": commit,
-             "python": sys.version.split()[0], "torch": torch.__version__,
+    facts = {"commit": commit(), "python": sys.version.split()[0],
              "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    try:
+        import torch
+    except ImportError as error:  # `build` says what is missing, and every stage how it failed
+        return facts | {"torch": f"does not import: {error}"}
+    facts["torch"] = torch.__version__
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -361,7 +389,7 @@ def machine() -> dict:
 
 def run_stage(name: str, at: Campaign) -> dict:
     """A stage's results, whatever becomes of it."""
-    start, result = time.monotonic(), {"ok": True, "commit": machine()["commit"]}
+    start, result = time.monotonic(), {"ok": True, "commit": commit()}
     try:
         result |= STAGES[name](at)
     except Failed as failure:
@@ -401,7 +429,8 @@ def main(arguments: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry", action="store_true",
                         help="without a GPU: the plumbing, on the C++ backend at tiny sizes")
-    parser.add_argument("--seconds", type=float, default=TOTAL, help="for all stages together")
+    parser.add_argument("--seconds", type=float, default=TOTAL,
+                        help="for all stages together, in a dry run for each")
     parser.add_argument("out", type=Path, help="a folder for the results")
     parser.add_argument("--again", nargs="+", metavar="STAGE", choices=list(STAGES),
                         help=f"these alone, of {', '.join(STAGES)}")
@@ -417,13 +446,15 @@ def main(arguments: list[str] | None = None) -> int:
     facts = machine() | {"dry": args.dry}
     for i, group in enumerate(groups):
         later = sum(shares[i + 1:]) * args.seconds / sum(shares)
-        end = time.monotonic() + TOTAL if args.dry else ends - later
+        end = time.monotonic() + args.seconds if args.dry else ends - later
         with ThreadPoolExecutor() as pool:
-            results |= zip(group, pool.map(lambda name, end=end: run_stage(name, replace(at, ends=end)), group))
+            running = {name: pool.submit(run_stage, name, replace(at, ends=end)) for name in group}
+        results |= {name: each.result() for name, each in running.items()}
         write(file, facts | {"stages": results})
     if "device" in facts:
         name = re.sub(r"\W+", "-", facts["device"].lower())
-        write(at.out / f"{name}.json", facts | {"stages": {n: kept(r) for n, r in results.items()}})
+        stages_kept = {stage: kept(result) for stage, result in results.items()}
+        write(at.out / f"{name}.json", facts | {"stages": stages_kept})
     table = comparison.markdown(file)
     (at.out / "comparison.md").write_text(table + "\n")
     print(table)

@@ -2,14 +2,18 @@
 
     python bench/gpu/comparison.py bench/results/<device>.json
 
-puts the table into the notes. Predictions are shares of the copy's bandwidth that the same run
-measured, ratios to competitors of the same run, and counts.
+puts the table into NOTES.md, and what was measured into the README. Predictions are shares of the
+copy's bandwidth that the same run measured, ratios to competitors of the same run, and counts.
 """
 import json
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from table import fill, table  # noqa: E402
+
 LARGE = "1e+08"
 PARAMETERS = "54 M parameters, K=2"
 # (op, size, figure): figure is a share of the copy's GB/s, counts, or how many times slower a
@@ -44,8 +48,8 @@ AIMS = {  # of issue 15: at least, or at most for the counts
 }
 AT_MOST = ("launches", "host waits", "extra memory in dF")
 WINDOWED = "TD+EDM window"
-# what: (how many times the milliseconds of this case, are those of that one, predicted, aim, whether
-# the aim is a most). Of a case what is not given is as in steps.py: ours, bf16, eager, batch 256.
+# what: (how many times the milliseconds of this case, are those of that one, predicted, aim,
+# whether the aim is a most). What of a case is not given is DEFAULTS'.
 STEPS = {
     "TD+EDM / EDM": ({"loss": "EDM"}, {"loss": "TD+EDM"}, 1.3, 1.25, True),
     "windowed TD on its share / EDM": ({"loss": "EDM"}, {"loss": WINDOWED}, 1.13, 1.12, True),
@@ -113,16 +117,10 @@ def cells(form: str, predicted, aim, value, at_most: bool) -> list[str]:
     return texts
 
 
-def markdown(file: Path | None = None) -> str:
-    """The table; without results, or where a stage failed, with empty cells."""
-    run = json.loads(file.read_text()) if file and file.exists() else {"stages": {}}
+def lines(run: dict) -> list[list[str]]:
+    """A line for each figure: op, size, figure, predicted, aim, measured; empty where it is not."""
     rows = {name: stage.get("rows", []) for name, stage in run["stages"].items()}
-    about = "Not measured yet:"
-    if "torch" in run:
-        dry = ", a dry run" if run["dry"] else ""
-        about = f"{run.get('device', 'no GPU')}, torch {run['torch']}, commit {run['commit']}{dry}:"
-    lines = [about, "", "| op | size | figure | predicted | aim | measured |",
-             "| --- | --- | --- | ---: | ---: | ---: |"]
+    every = []
     for key in dict.fromkeys([*PREDICTIONS, *AIMS]):
         form = "{:.1f}×"
         if "share" in key[2]:
@@ -131,19 +129,37 @@ def markdown(file: Path | None = None) -> str:
             form = "{:.2f}" if "memory" in key[2] else "{:g}"
         value = measured(rows.get("bench", []), *key)
         texts = cells(form, PREDICTIONS.get(key), AIMS.get(key), value, key[2] in AT_MOST)
-        lines.append("| " + " | ".join([f"`{key[0]}`", *key[1:], *texts]) + " |")
+        every.append([f"`{key[0]}`", *key[1:], *texts])
     steps = [*rows.get("step", []), *rows.get("compile", [])]
     for what, (*_, predicted, aim, at_most) in STEPS.items():
         texts = cells("{:.2f}×", predicted, aim, step_ratio(steps, what), at_most)
-        lines.append("| " + " | ".join(["step", "256x3x32x32", what, *texts]) + " |")
+        every.append(["step", "256x3x32x32", what, *texts])
     texts = cells("{:.1f}×", None, 2, sampler_ratio(steps), False)
-    lines.append("| " + " | ".join(["sampler", "64x3x32x32", "eager / one graph", *texts]) + " |")
-    return "\n".join(lines)
+    return [*every, ["sampler", "64x3x32x32", "eager / one graph", *texts]]
+
+
+def about(run: dict) -> str:
+    dry = ", a dry run" if run["dry"] else ""
+    return f"{run.get('device', 'no GPU')}, torch {run['torch']}, commit {run['commit']}{dry}"
+
+
+def markdown(file: Path | None = None) -> str:
+    """Every figure; without results, or where a stage failed, with empty cells."""
+    run = json.loads(file.read_text()) if file and file.exists() else {"stages": {}}
+    head = about(run) if "torch" in run else "Not measured yet"
+    columns = ["op", "size", "figure", "predicted", "aim", "measured"]
+    return f"{head}:\n\n{table(columns, lines(run), left=3)}"
+
+
+def measured_alone(file: Path) -> str:
+    """The figures that were measured, for the README."""
+    run = json.loads(file.read_text())
+    body = [[*what, aim, value] for *what, _, aim, value in lines(run) if value]
+    head = f"{about(run)}; from `bench/results/{file.name}`, where each row says its commit:"
+    return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE.parent))
-    from table import fill
-
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    source = Path(sys.argv[1])
     fill(HERE / "NOTES.md", "comparison", markdown(source))
+    fill(HERE.parents[1] / "README.md", "gpu", measured_alone(source))

@@ -1,4 +1,7 @@
-"""One call of every op on float32, for a profiler: python bench/gpu/profile_ops.py BACKEND ELEMENTS."""
+"""One call of every op on float32, for a profiler.
+
+    python bench/gpu/profile_ops.py BACKEND ELEMENTS
+"""
 import sys
 
 import torch
