@@ -47,10 +47,10 @@ def test_what_is_no_dense_tensor(backend, op, name, kind):
 @pytest.mark.parametrize("op, name", LISTS)
 def test_a_list_of_what_is_no_dense_tensor(backend, op, name, kind):
     arguments = OPS[op].example(device=device_of(backend))
+    if name == "steps" and kind == "mkldnn":
+        pytest.skip("there are no such scalars")
     inner = arguments[name][0] if name == "averages" else arguments[name]
     inner[1] = {**LAYOUTS, **KINDS}[kind](inner[1].cpu())
-    if name == "steps" and kind == "mkldnn":
-        pytest.skip("a scalar stays dense")
     refuses(op, f"{name}[0][1]" if name == "averages" else f"{name}[1]", arguments, backend)
 
 
