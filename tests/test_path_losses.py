@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tdkern.ops import _backends
 from tdkern.losses import DDPMLoss, EDMLoss, FlowLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
 from tdkern.networks import MLP, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from tdkern.ops import _backends
 from tdkern.schedules import DDPM
 
 BASELINES = [DDPMLoss(), VPLoss(), VELoss(), FlowLoss()]

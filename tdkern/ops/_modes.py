@@ -1,4 +1,5 @@
 """Under which of PyTorch's modes and transforms a call runs, and what it may therefore do."""
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -10,12 +11,14 @@ _jit_trace = torch._C._get_tracing_state
 
 
 def forward_mode() -> bool:
-    """Whether tensors may carry tangents: inside `forward_ad.dual_level`, `torch.func.jvp`, `jacfwd` and `linearize`."""
+    """Whether tensors may carry tangents: inside `forward_ad.dual_level`, `torch.func.jvp`,
+    `jacfwd` and `linearize`."""
     return forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
-    """Whether PyTorch must see through the op: in forward mode, and under every transform of torch.func.
+    """Whether PyTorch must see through the op: in forward mode, and under every transform of
+    torch.func.
 
     The ops then compute by the reference, whose operations have all of PyTorch's rules.
     """
@@ -28,15 +31,20 @@ def ordinary() -> bool:
 
 
 def batched(upstream: Tensor) -> bool:
-    """Whether a gradient stands for many (`is_grads_batched`), or is a transform's: a backward pass does not see the transform itself."""
-    return torch._C._functorch.is_legacy_batchedtensor(upstream) or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    """Whether a gradient stands for many (`is_grads_batched`), or is a transform's: a backward pass
+    does not see the transform itself."""
+    return torch._C._functorch.is_legacy_batchedtensor(
+        upstream
+    ) or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
 
 
 def can_check_values(*tensors: Tensor) -> bool:
-    """Whether a check may look at the values: no device is waited for, and no trace or transform would see the look.
+    """Whether a check may look at the values: no device is waited for, and no trace or transform
+    would see the look.
 
-    Not so on a GPU, while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the call, for fake, batched and
-    distributed tensors and for any other subclass, and under any mode that watches operations.
+    Not so on a GPU, while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the
+    call, for fake, batched and distributed tensors and for any other subclass, and under any mode
+    that watches operations.
     """
     for tensor in tensors:
         if type(tensor) not in PLAIN or not tensor.is_cpu:
