@@ -5,9 +5,21 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_count_of_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+# torch.compile of earlier versions cannot trace the count: there a transform inside a compiled
+# function finds no rule for the op, and says so.
+COMPILES_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _count_of_modes = torch._C._len_torch_dispatch_stack
 _jit_trace = torch._C._get_tracing_state
+
+
+if COMPILES_TRANSFORMS:
+    _count_of_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+else:
+
+    def _count_of_transforms() -> int:
+        if torch.compiler.is_compiling():
+            return 0
+        return torch._C._functorch.get_dynamic_layer_stack_depth()
 
 
 def forward_mode() -> bool:
