@@ -1,8 +1,10 @@
 """Runs CMake (CMakeLists.txt describes the build) for `pip install`.
 
-Environment: TDKERN_CUDA=1 makes a missing nvcc an error, =0 leaves CUDA out, and then nothing of CUDA is looked at;
-TDKERN_CPP=0 installs Python alone; TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX and MAX_JOBS as everywhere in PyTorch.
+Environment: TDKERN_CUDA=1 makes a missing nvcc an error, =0 leaves CUDA out, and then nothing of
+CUDA is looked at; TDKERN_CPP=0 installs Python alone; TORCH_CUDA_ARCH_LIST, CUDA_HOME, CUDACXX and
+MAX_JOBS as everywhere in PyTorch.
 """
+
 import os
 import re
 import shutil
@@ -20,9 +22,20 @@ COMPILED = os.environ.get("TDKERN_CPP") != "0"
 WITHOUT_CUDA = "or build without CUDA: TDKERN_CUDA=0"
 # The names that torch.utils.cpp_extension takes in TORCH_CUDA_ARCH_LIST.
 ARCHITECTURES = {
-    "Kepler": "3.5+PTX", "Kepler+Tegra": "3.7", "Maxwell": "5.0;5.2+PTX", "Maxwell+Tegra": "5.3", "Pascal": "6.0;6.1+PTX",
-    "Volta": "7.0+PTX", "Volta+Tegra": "7.2", "Turing": "7.5+PTX", "Ampere": "8.0;8.6+PTX", "Ampere+Tegra": "8.7", "Ada": "8.9+PTX",
-    "Hopper": "9.0+PTX", "Blackwell": "10.0;10.3;12.0;12.1+PTX", "Blackwell+Tegra": "11.0",
+    "Kepler": "3.5+PTX",
+    "Kepler+Tegra": "3.7",
+    "Maxwell": "5.0;5.2+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Volta+Tegra": "7.2",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Blackwell+Tegra": "11.0",
 }
 DEFAULT_ARCHITECTURES = ("8.0", "9.0", "10.0")  # as far as nvcc knows them; of the last, PTX too
 
@@ -35,22 +48,28 @@ def torch_package() -> Path:
     try:
         import torch
     except ImportError:
-        fail("building needs torch, which is not installed here: `pip install torch`, then `pip install --no-build-isolation .`")
+        fail(
+            "building needs torch, which is not installed here: `pip install torch`, then `pip install --no-build-isolation .`"
+        )
     return Path(torch.__file__).parent
 
 
-# ---- CUDA: nothing of this runs where TDKERN_CUDA=0 --------------------------------------------------------------------
+# ---- CUDA: nothing of this runs where TDKERN_CUDA=0
 
 
 def find_nvcc() -> str | None:
     """The nvcc of CUDACXX, else of CUDA_HOME, else of PATH."""
     named = os.environ.get("CUDACXX")
     if named:
-        return shutil.which(named) or fail(f"CUDACXX is {named!r}, where no nvcc is: set it to one, unset it, {WITHOUT_CUDA}")
+        return shutil.which(named) or fail(
+            f"CUDACXX is {named!r}, where no nvcc is: set it to one, unset it, {WITHOUT_CUDA}"
+        )
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
-        return nvcc or fail(f"CUDA_HOME is {home!r}, which has no bin/nvcc: set it to a CUDA toolkit, unset it, {WITHOUT_CUDA}")
+        return nvcc or fail(
+            f"CUDA_HOME is {home!r}, which has no bin/nvcc: set it to a CUDA toolkit, unset it, {WITHOUT_CUDA}"
+        )
     return shutil.which("nvcc")
 
 
@@ -60,10 +79,14 @@ def check_version(nvcc: str) -> None:
 
     found = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if found is None:
-        fail(f"{nvcc} --version names no CUDA release: put an nvcc first on PATH, set CUDA_HOME, {WITHOUT_CUDA}")
+        fail(
+            f"{nvcc} --version names no CUDA release: put an nvcc first on PATH, set CUDA_HOME, {WITHOUT_CUDA}"
+        )
     if torch.version.cuda and found[1] != torch.version.cuda.split(".")[0]:
-        fail(f"nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch.version.cuda}: put an nvcc {torch.version.cuda} first "
-             f"on PATH (or set CUDA_HOME or CUDACXX), install a torch for CUDA {found[1]}, {WITHOUT_CUDA}")
+        fail(
+            f"nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch.version.cuda}: put an nvcc {torch.version.cuda} first "
+            f"on PATH (or set CUDA_HOME or CUDACXX), install a torch for CUDA {found[1]}, {WITHOUT_CUDA}"
+        )
 
 
 def output_of(*command: str) -> str:
@@ -75,7 +98,10 @@ def architectures(nvcc: str) -> str:
     known = set(re.findall(r"compute_(\d+)", output_of(nvcc, "--list-gpu-arch")))
     given = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip("; \t\n")
     if not given:
-        return ";".join(entry for entry in DEFAULT_ARCHITECTURES if entry.replace(".", "") in known) + "+PTX"
+        return (
+            ";".join(entry for entry in DEFAULT_ARCHITECTURES if entry.replace(".", "") in known)
+            + "+PTX"
+        )
     entries = []
     for name in re.split(r"[\s;]+", given):
         numbers = native_architectures() if name == "native" else ARCHITECTURES.get(name, name)
@@ -84,9 +110,13 @@ def architectures(nvcc: str) -> str:
         number = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", entry)
         if number is None:
             names = ", ".join(ARCHITECTURES)
-            fail(f"TORCH_CUDA_ARCH_LIST is {given!r}, but {entry!r} is none of 8.0, 9.0a, 10.0+PTX and their like, native, {names}")
+            fail(
+                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {entry!r} is none of 8.0, 9.0a, 10.0+PTX and their like, native, {names}"
+            )
         if number[1] + number[2] not in known:
-            fail(f"TORCH_CUDA_ARCH_LIST is {given!r}, but {nvcc} does not build for {entry}: take it out, or set CUDA_HOME to another toolkit")
+            fail(
+                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {nvcc} does not build for {entry}: take it out, or set CUDA_HOME to another toolkit"
+            )
     return ";".join(entries)
 
 
@@ -96,7 +126,10 @@ def native_architectures() -> str:
 
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if not found:
-        fail("TORCH_CUDA_ARCH_LIST is native, but torch sees no GPU here: name an architecture, such as 9.0, " + WITHOUT_CUDA)
+        fail(
+            "TORCH_CUDA_ARCH_LIST is native, but torch sees no GPU here: name an architecture, such as 9.0, "
+            + WITHOUT_CUDA
+        )
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
 
@@ -107,13 +140,19 @@ def cuda_options() -> list[str]:
     nvcc = None if wanted == "0" else find_nvcc()
     if nvcc is None:
         if wanted == "1":
-            fail("TDKERN_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME or CUDACXX")
+            fail(
+                "TDKERN_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME or CUDACXX"
+            )
         return ["-DTDKERN_CUDA=OFF"]
     check_version(nvcc)
-    return ["-DTDKERN_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DTDKERN_CUDA_ARCHS={architectures(nvcc)}"]
+    return [
+        "-DTDKERN_CUDA=ON",
+        f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DTDKERN_CUDA_ARCHS={architectures(nvcc)}",
+    ]
 
 
-# ---- commands ---------------------------------------------------------------------------------------------------------
+# ---- commands
 
 
 def remove_built(package: Path) -> None:
@@ -140,7 +179,9 @@ class BuildPython(build_py):
 
 class CMakeBuild(build_ext):
     def run(self):
-        self.targets = ["all", "tdkern_host"] if self.inplace else ["all"]  # the CUDA kernels for the host serve the tests of a checkout
+        self.targets = (
+            ["all", "tdkern_host"] if self.inplace else ["all"]
+        )  # the CUDA kernels for the host serve the tests of a checkout
         if self.inplace and not COMPILED:
             remove_built(ROOT / "tdkern")
         super().run()
@@ -151,24 +192,41 @@ class CMakeBuild(build_ext):
         package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = Path(self.build_temp).resolve()
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
-            f"-DTDKERN_TORCH={torch_package()}", *cuda_options(), f"-DTDKERN_PACKAGE={package}",
-            f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build),
+            "-G",
+            "Ninja",
+            f"-DTDKERN_TORCH={torch_package()}",
+            *cuda_options(),
+            f"-DTDKERN_PACKAGE={package}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         ]
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        for command in (configure, ["cmake", "--build", str(build), "--target", *self.targets, *jobs]):
+        for command in (
+            configure,
+            ["cmake", "--build", str(build), "--target", *self.targets, *jobs],
+        ):
             if subprocess.run(command).returncode:
-                fail(f"`{command[0]} {command[1]}` failed, see above; TDKERN_CPP=0 installs the Python part alone")
+                fail(
+                    f"`{command[0]} {command[1]}` failed, see above; TDKERN_CPP=0 installs the Python part alone"
+                )
         if "-DTDKERN_CUDA=OFF" in configure:  # what an earlier build in place had is not to be used
             (package / "lib/libtdkern_cuda.so").unlink(missing_ok=True)
             shutil.rmtree(package / "lib/ptxas", ignore_errors=True)
         shutil.copyfile(build / "compile_commands.json", ROOT / "compile_commands.json")
 
     def copy_extensions_to_source(self):
-        """An editable install: the op libraries too, each renamed into place, since a running process may have the old one mapped."""
+        """An editable install: the op libraries too, each renamed into place, since a running
+        process may have the old one mapped."""
         built, source = Path(self.build_lib) / "tdkern", ROOT / "tdkern"
         remove_built(source)
-        for file in (file for file in built.rglob("*") if file.is_file() and file.suffix in (".so", ".txt")):
+        for file in (
+            file for file in built.rglob("*") if file.is_file() and file.suffix in (".so", ".txt")
+        ):
             target = source / file.relative_to(built)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, f"{target}.new")

@@ -1,4 +1,5 @@
 """Tensors that are made once."""
+
 from functools import lru_cache, wraps
 
 import torch
@@ -9,12 +10,16 @@ def tensor_cache(maxsize: int | None = None):
 
     Where it is traced it makes them anew, since fake tensors and real ones do not mix.
     """
+
     def decorate(make):
         kept = lru_cache(maxsize)(make)
 
         @wraps(make)
         def call(*args):
-            real = not torch.compiler.is_compiling() and type(torch.empty(0, device="cpu")) is torch.Tensor
+            real = (
+                not torch.compiler.is_compiling()
+                and type(torch.empty(0, device="cpu")) is torch.Tensor
+            )
             return kept(*args) if real else make(*args)
 
         call.cache_clear = kept.cache_clear

@@ -1,4 +1,5 @@
 """Optimizers on the fused ops."""
+
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -14,44 +15,69 @@ NOT_IMPLEMENTED = ("amsgrad", "maximize", "differentiable")  # options of torch.
 
 
 class AdamEMA(torch.optim.Adam):
-    """AdamW or Adam with averages of the parameters, one pass over memory a step (`tdkern.ops.adam_ema_`).
+    """AdamW or Adam with averages of the parameters, one pass over memory a step
+    (`tdkern.ops.adam_ema_`).
 
-    A step whose gradients are not all finite changes nothing; it is counted in `skipped` (int64, on the device), and the host
-    never waits for the answer. Learning-rate schedulers, parameter groups, GradScaler and hooks work as with torch.optim.Adam, whose
-    `state_dict` this is: torch.optim.Adam and AdamW load it and the other way round. The averages are the caller's tensors and are
-    saved with the networks they belong to; buffers are not averaged, nor is a parameter without a gradient. A first step with
-    lr 0, which only makes the state (as torch.distributed.checkpoint.state_dict does), leaves the averages alone.
+    A step whose gradients are not all finite changes nothing; it is counted in `skipped` (int64, on
+    the device), and the host never waits for the answer. Learning-rate schedulers, parameter
+    groups, GradScaler and hooks work as with torch.optim.Adam, whose `state_dict` this is:
+    torch.optim.Adam and AdamW load it and the other way round. The averages are the caller's
+    tensors and are saved with the networks they belong to; buffers are not averaged, nor is a
+    parameter without a gradient. A first step with lr 0, which only makes the state (as
+    torch.distributed.checkpoint.state_dict does), leaves the averages alone.
 
-    Where several processes train together, each steps the parameters or shards that it has (DDP, FSDP, ZeroRedundancyOptimizer), and a
-    gradient that is not finite in one of them skips the step in all: their flags are reduced over `flag_group`, so every process of
-    it must call `step`. Under Lightning's "16-mixed" and "bf16-mixed" clip by `step(clip=)` in manual optimization: its
-    `gradient_clip_val` refuses every optimizer that takes GradScaler's scale itself, as torch's fused Adam does.
+    Where several processes train together, each steps the parameters or shards that it has (DDP,
+    FSDP, ZeroRedundancyOptimizer), and a gradient that is not finite in one of them skips the step
+    in all: their flags are reduced over `flag_group`, so every process of it must call `step`.
+        Under Lightning's "16-mixed" and "bf16-mixed" clip by `step(clip=)` in manual optimization:
+        its
+    `gradient_clip_val` refuses every optimizer that takes GradScaler's scale itself, as torch's
+    fused Adam does.
 
     Args:
         params: parameters or parameter groups, as of every optimizer; on one device.
-        lr, betas, eps, weight_decay: as torch.optim.Adam's; lr may be a scalar tensor on the device, for CUDA graphs.
+        lr, betas, eps, weight_decay: as torch.optim.Adam's; lr may be a scalar tensor on the
+            device, for CUDA graphs.
         decoupled: AdamW's weight decay, else Adam's.
-        averages: K sequences of tensors in the order of the parameters, such as `ema.module.parameters()` of `tdkern.ema.EMA`s;
-            DTensors where the parameters are, distributed alike.
-        decays: K floats in [0, 1], or a float tensor [K]. `self.decays` is a tensor: change its elements before a step.
+        averages: K sequences of tensors in the order of the parameters, such as
+            `ema.module.parameters()` of `tdkern.ema.EMA`s; DTensors where the parameters are,
+            distributed alike.
+        decays: K floats in [0, 1], or a float tensor [K]. `self.decays` is a tensor: change its
+            elements before a step.
         backend: as `adam_ema_`'s.
-        flag_group: the process group that skips a step together; "default" is torch.distributed's default group wherever it runs,
-            None this process alone.
+        flag_group: the process group that skips a step together; "default" is torch.distributed's
+            default group wherever it runs, None this process alone.
 
     Raises:
-        ValueError: averages that do not match the parameters, an option out of its range, or amsgrad, maximize or differentiable in
-            a group or a state. RuntimeError: a sparse gradient.
+        ValueError: averages that do not match the parameters, an option out of its range, or
+            amsgrad, maximize or differentiable in a group or a state. RuntimeError: a sparse
+            gradient.
     """
 
     _step_supports_amp_scaling = True  # for GradScaler; torch.optim.Adam's is lost by pickle
 
-    def __init__(self, params: Iterable, lr: float | Tensor = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, *,
-                 decoupled: bool = True, averages: Sequence[Iterable[Tensor]] = (), decays: Sequence[float] | Tensor = (), backend: str = "auto",
-                 flag_group: "torch.distributed.ProcessGroup | None | Literal['default']" = "default"):
-        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled, fused=True)
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        decoupled: bool = True,
+        averages: Sequence[Iterable[Tensor]] = (),
+        decays: Sequence[float] | Tensor = (),
+        backend: str = "auto",
+        flag_group: "torch.distributed.ProcessGroup | Literal['default'] | None" = "default",
+    ):
+        super().__init__(
+            params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled, fused=True
+        )
         every = [param for group in self.param_groups for param in group["params"]]
         self.decays = checked_decays("AdamEMA", decays)
-        device = every[0].device if every else torch.device("cpu")  # ZeroRedundancyOptimizer may leave a process without parameters
+        device = (
+            every[0].device if every else torch.device("cpu")
+        )  # ZeroRedundancyOptimizer may leave a process without parameters
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.backend, self.flag_group = backend, flag_group
         self._averages = _averages_by_param(averages, every, self.decays)
@@ -67,7 +93,8 @@ class AdamEMA(torch.optim.Adam):
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict) -> None:
-        """Take a state dict's groups and state, or all of a copied or unpickled optimizer; what cannot be continued replaces nothing."""
+        """Take a state dict's groups and state, or all of a copied or unpickled optimizer; what
+        cannot be continued replaces nothing."""
         if any(group.get(name) for group in state["param_groups"] for name in NOT_IMPLEMENTED):
             raise ValueError("AdamEMA: a state with amsgrad or maximize cannot be continued")
         defaults = state["defaults"] if "defaults" in state else self.defaults
@@ -79,11 +106,14 @@ class AdamEMA(torch.optim.Adam):
             group["fused"], group["foreach"] = True, None
             for param in group["params"]:
                 if "step" in self.state[param]:
-                    self.state[param]["step"] = self.state[param]["step"].to(param.device, torch.float32)
+                    self.state[param]["step"] = self.state[param]["step"].to(
+                        param.device, torch.float32
+                    )
 
     @torch.no_grad()
     def step(self, closure=None, *, clip: Tensor | None = None):
-        """One step; returns the closure's loss. clip: a factor of all gradients, a scalar tensor; `adam_ema_` says more."""
+        """One step; returns the closure's loss. clip: a factor of all gradients, a scalar tensor;
+        `adam_ema_` says more."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -92,32 +122,72 @@ class AdamEMA(torch.optim.Adam):
         try:
             self._step(clip)
         except ValueError:
-            grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+            grads = [
+                param.grad
+                for group in self.param_groups
+                for param in group["params"]
+                if param.grad is not None
+            ]
             if any(grad.layout is not torch.strided for grad in grads):
-                raise RuntimeError("AdamEMA: Adam does not support sparse gradients, please consider SparseAdam instead") from None
+                raise RuntimeError(
+                    "AdamEMA: Adam does not support sparse gradients, please consider SparseAdam instead"
+                ) from None
             raise
         return loss
 
     def _step(self, clip: Tensor | None) -> None:
-        grad_scale, found, skipped = getattr(self, "grad_scale", None), self._found_inf(), self.skipped
+        grad_scale, found, skipped = (
+            getattr(self, "grad_scale", None),
+            self._found_inf(),
+            self.skipped,
+        )
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            only_makes_state = _is_zero(group["lr"]) and not any(self.state[param] for param in params)
+            only_makes_state = _is_zero(group["lr"]) and not any(
+                self.state[param] for param in params
+            )
             states = [self._state(param) for param in params]
-            averages, decays = ([], ()) if only_makes_state else (list(zip(*(self._averages_of(param) for param in params), strict=True)), self.decays)
-            adam_ema_(params, [param.grad for param in params], *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-                      averages, decays, lr=group["lr"], betas=group["betas"], eps=group["eps"], weight_decay=group["weight_decay"],
-                      decoupled=group["decoupled_weight_decay"], grad_scale=grad_scale, clip=clip, found_inf=found, skipped=skipped, backend=self.backend)
+            averages, decays = (
+                ([], ())
+                if only_makes_state
+                else (
+                    list(zip(*(self._averages_of(param) for param in params), strict=True)),
+                    self.decays,
+                )
+            )
+            adam_ema_(
+                params,
+                [param.grad for param in params],
+                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+                averages,
+                decays,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                decoupled=group["decoupled_weight_decay"],
+                grad_scale=grad_scale,
+                clip=clip,
+                found_inf=found,
+                skipped=skipped,
+                backend=self.backend,
+            )
             skipped = None  # counted once, not once a group
         if skipped is not None and found is not None:  # no gradient in this process
             skipped += (found != 0).to(skipped.device, torch.int64)
 
     def _found_inf(self) -> Tensor | None:
-        """Whether any process of the group has a gradient that is not finite; None where there is no gradient and no other process."""
+        """Whether any process of the group has a gradient that is not finite; None where there is
+        no gradient and no other process."""
         found = getattr(self, "found_inf", None)  # GradScaler's protocol
-        grads = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
+        grads = [
+            param.grad
+            for group in self.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
         if found is None and grads:
             found = found_inf(grads, backend=self.backend)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -141,25 +211,37 @@ class AdamEMA(torch.optim.Adam):
     def _averages_of(self, param: Tensor) -> list[Tensor]:
         if param not in self._averages:
             if len(self.decays) > 0:
-                raise ValueError("AdamEMA: a parameter that was added later has no averages; make a new optimizer and load this one's state_dict")
+                raise ValueError(
+                    "AdamEMA: a parameter that was added later has no averages; make a new optimizer and load this one's state_dict"
+                )
             return []
         return self._averages[param]
 
 
-def _averages_by_param(averages: Sequence[Iterable[Tensor]], every: list[Tensor], decays: Tensor) -> dict[Tensor, list[Tensor]]:
+def _averages_by_param(
+    averages: Sequence[Iterable[Tensor]], every: list[Tensor], decays: Tensor
+) -> dict[Tensor, list[Tensor]]:
     """The averages of each parameter, as many as there are decays."""
     try:
         averages = [list(average) for average in averages]
     except TypeError:
-        raise ValueError("AdamEMA: averages must hold K lists of tensors, such as [ema.module.parameters()]") from None
+        raise ValueError(
+            "AdamEMA: averages must hold K lists of tensors, such as [ema.module.parameters()]"
+        ) from None
     if len(averages) != len(decays):
-        raise ValueError(f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
+        raise ValueError(
+            f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+        )
     for k, average in enumerate(averages):
         for i, avg in enumerate(average):
             if not isinstance(avg, Tensor):
-                raise ValueError(f"AdamEMA: averages[{k}][{i}] must be a tensor, got {kind_of(avg)}")
+                raise ValueError(
+                    f"AdamEMA: averages[{k}][{i}] must be a tensor, got {kind_of(avg)}"
+                )
         if [avg.shape for avg in average] != [param.shape for param in every]:
-            raise ValueError(f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the {len(every)} parameters, in their order")
+            raise ValueError(
+                f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the {len(every)} parameters, in their order"
+            )
     return {param: [average[i] for average in averages] for i, param in enumerate(every)}
 
 
@@ -167,7 +249,9 @@ def _refuse_options(groups: list[dict]) -> None:
     for group in groups:
         for name in NOT_IMPLEMENTED:
             if group.get(name):
-                raise ValueError(f"AdamEMA: {name} must be False, which alone is implemented, got {group[name]}")
+                raise ValueError(
+                    f"AdamEMA: {name} must be False, which alone is implemented, got {group[name]}"
+                )
 
 
 def _is_zero(lr: float | Tensor) -> bool:

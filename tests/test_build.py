@@ -2,10 +2,14 @@
 import ctypes
 import itertools
 import json
+import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from functools import cache
 from pathlib import Path
 
@@ -15,8 +19,10 @@ import torch
 
 import tdkern
 from tdkern import _library, schedules
+from tdkern.ops import _backends
 
 PACKAGE = Path(tdkern.__file__).parent
+ROOT = Path(__file__).parents[1]
 CUDA = _library.LIB_DIR / "libtdkern_cuda.so"
 needs_cuda_build = pytest.mark.skipif(not CUDA.exists(), reason="built without nvcc")
 
@@ -178,20 +184,182 @@ def test_td_math_header_over_numpy():
 
 def test_a_library_that_does_not_load_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "broken.so").write_bytes(b"not a library")
-    message = _library._load(tmp_path / "broken.so")
+    message = _backends._load(tmp_path / "broken.so")
     assert message.startswith("broken.so does not load") and "pip install" in message
     with pytest.raises(OSError):
         ctypes.CDLL(str(tmp_path / "broken.so"))
-    monkeypatch.setattr(_library, "CUDA_HOST", "host.so")
-    assert _library._missing_cuda() == "host.so was not built; run `python setup.py build_ext --inplace`"
+    monkeypatch.setattr(_backends, "CUDA_HOST", "host.so")
+    assert _backends._missing_cuda() == "host.so was not built; run `python setup.py build_ext --inplace`"
 
 
 def test_backends_refuse_by_name(monkeypatch):
     zeros = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="td_loss: backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"):
         tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="fast")
-    monkeypatch.setattr(_library, "CUDA_HOST", None)
-    monkeypatch.setitem(_library.MISSING, "cuda", _library._missing_cuda())
+    monkeypatch.setattr(_backends, "CUDA_HOST", None)
+    monkeypatch.setitem(_library.MISSING, "cuda", _backends._missing_cuda())
     if _library.MISSING["cuda"]:
         with pytest.raises(RuntimeError, match=r"td_loss: backend 'cuda' is not available: .*torch"):
             tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="cuda")
+
+
+# ---- a library and a Python part of two versions ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [("float k_idx, \"\n        \"float one_idx", "float one_idx, \"\n        \"float k_idx"),
+                                    ("(Tensor noise, bool", "(Tensor noise, bool extra, bool"), (", float td_hi)", ")")],
+                         ids=["two arguments change places", "one more", "one fewer"])
+def test_a_library_of_other_schemas_is_refused(tmp_path, change):
+    shutil.copytree(PACKAGE, tmp_path / "tdkern", ignore=shutil.ignore_patterns("__pycache__", "libtdkern_cuda.so"))
+    schemas = tmp_path / "tdkern/ops/_schemas.py"
+    text = schemas.read_text()
+    assert change[0] in text
+    schemas.write_text(text.replace(*change))
+    code = "import tdkern; print(tdkern.info()['backends']['cpp'])"
+    said = python(code, tmp_path)
+    assert "libtdkern_cpu.so does not load (it was built from another version of tdkern" in said and "build it again: `pip install" in said
+
+
+def test_a_library_without_the_hash_is_refused(tmp_path):
+    library = tmp_path / "old.so"
+    library.write_bytes((_backends.LIB_DIR / "libtdkern_cpu.so").read_bytes().replace(b"tdkern schemas: ", b"tdkern of before "[:16]))
+    assert "old.so does not load (it was built from another version" in _backends._load(library)
+
+
+# ---- what setup.py takes from the environment -----------------------------------------------------------------------------
+
+NVCC = """#!/bin/sh
+case $1 in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88";;
+  --list-gpu-arch) for number in 75 80 86 87 89 90 100 103 110 120 121; do echo compute_$number; done;;
+esac
+"""
+
+
+@pytest.fixture
+def cuda_options(tmp_path, monkeypatch):
+    """setup.py's options for CMake, in an environment with an nvcc that only answers."""
+    import setuptools
+
+    for name in ("bin", "elsewhere"):
+        nvcc = tmp_path / name / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(NVCC)
+        nvcc.chmod(0o755)
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "TDKERN_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}/elsewhere")
+    options = runpy.run_path(str(ROOT / "setup.py"))["cuda_options"]
+
+    def call(**env):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value.replace("TMP", str(tmp_path)))
+        return options()
+
+    return call
+
+
+@pytest.mark.parametrize("given, numbers", [
+    ("", "8.0;9.0;10.0+PTX"), ("9.0", "9.0"), ("8.0 9.0a+PTX", "8.0;9.0a+PTX"), ("8.0;9.0;", "8.0;9.0"), ("Hopper", "9.0+PTX"),
+    ("Ampere;Hopper", "8.0;8.6+PTX;9.0+PTX"), ("Ada 8.9+PTX", "8.9+PTX"), ("Blackwell", "10.0;10.3;12.0;12.1+PTX"), ("10.0f", "10.0f")])
+def test_architectures_in_pytorchs_forms(cuda_options, given, numbers):
+    assert cuda_options(TORCH_CUDA_ARCH_LIST=given)[-1] == f"-DTDKERN_CUDA_ARCHS={numbers}"
+
+
+def test_native_architectures(cuda_options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: ((9, 0), (8, 0), (9, 0))[i])
+    assert cuda_options(TORCH_CUDA_ARCH_LIST="native")[-1] == "-DTDKERN_CUDA_ARCHS=8.0;9.0"
+
+
+@pytest.mark.parametrize("env, found", [({}, "TMP/elsewhere/nvcc"), ({"CUDA_HOME": "TMP"}, "TMP/bin/nvcc"), ({"CUDA_HOME": "TMP", "PATH": ""}, "TMP/bin/nvcc"),
+                                        ({"CUDACXX": "TMP/bin/nvcc", "CUDA_HOME": "/nowhere"}, "TMP/bin/nvcc"), ({"PATH": "/nowhere"}, None)])
+def test_which_nvcc(cuda_options, tmp_path, env, found):
+    options = cuda_options(**env)
+    assert options == ["-DTDKERN_CUDA=OFF"] if found is None else f"-DCMAKE_CUDA_COMPILER={found.replace('TMP', str(tmp_path))}" in options
+
+
+MISTAKES = {
+    "an unknown name": ({"TORCH_CUDA_ARCH_LIST": "Hoper"}, "TORCH_CUDA_ARCH_LIST is 'Hoper', but 'Hoper' is none of 8.0, 9.0a, "),
+    "too old": ({"TORCH_CUDA_ARCH_LIST": "7.0"}, "TORCH_CUDA_ARCH_LIST is '7.0', but .* does not build for 7.0: take it out"),
+    "native without a GPU": ({"TORCH_CUDA_ARCH_LIST": "native"}, "TORCH_CUDA_ARCH_LIST is native, but torch sees no GPU here"),
+    "CUDACXX": ({"CUDACXX": "/nonexistent/nvcc"}, "CUDACXX is '/nonexistent/nvcc', where no nvcc is: set it to one"),
+    "CUDA_HOME": ({"CUDA_HOME": "/nonexistent"}, "CUDA_HOME is '/nonexistent', which has no bin/nvcc"),
+    "no nvcc": ({"TDKERN_CUDA": "1", "PATH": "/nowhere"}, "TDKERN_CUDA=1, but nvcc was not found: put it on PATH, or set CUDA_HOME or CUDACXX"),
+    "TDKERN_CUDA": ({"TDKERN_CUDA": "yes"}, "TDKERN_CUDA must be 0, 1 or unset, got 'yes'"),
+}
+
+
+@pytest.mark.parametrize("what", MISTAKES)
+def test_a_mistake_in_the_environment_is_one_line(cuda_options, what, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    env, message = MISTAKES[what]
+    with pytest.raises(SystemExit, match=f"^tdkern: {message}") as error:
+        cuda_options(**env)
+    assert "\n" not in str(error.value)
+    if what != "TDKERN_CUDA":
+        assert cuda_options(**{**env, "TDKERN_CUDA": "0"}) == ["-DTDKERN_CUDA=OFF"]  # nothing of it is looked at
+
+
+def test_another_version_of_nvcc(cuda_options, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with pytest.raises(SystemExit, match=r"tdkern: nvcc is CUDA 13.0, torch was built with CUDA 12.8: put an nvcc 12.8 first on PATH"):
+        cuda_options()
+    assert cuda_options(TDKERN_CUDA="0") == ["-DTDKERN_CUDA=OFF"]
+
+
+# ---- distributions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A copy of what the repository holds, without what was built in it."""
+    ignore = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "lib", "*.so", "__pycache__", ".*_cache", "runs", "demo.*")
+    return Path(shutil.copytree(ROOT, tmp_path / "checkout", ignore=ignore))
+
+
+def pip(*arguments, cwd, **env) -> None:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, "PATH": path, **env})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_wheel_holds_what_its_build_made(checkout, tmp_path):
+    """Not what an earlier build left in the package or in build/lib; nor does a build in place that leaves C++ out keep the old libraries."""
+    in_place = ("tdkern/lib/libtdkern_cuda.so", "tdkern/_C.cpython-311-x86_64-linux-gnu.so")
+    in_build = ("build/lib/tdkern/lib/libtdkern_cpu.so", "build/lib/tdkern/gone.py")
+    for left in (*in_place, *in_build):
+        (checkout / left).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / left).write_text("left")
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=checkout, TDKERN_CPP="0")
+    wheel, = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert wheel.name.endswith("py3-none-any.whl") and "tdkern/ops/_schemas.py" in names
+    assert not [name for name in names if name.endswith(".so") or "gone" in name or not name.startswith("tdkern")]
+    subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=checkout, check=True, env={**os.environ, "TDKERN_CPP": "0"})
+    assert not list(checkout.glob("tdkern/**/*.so"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
+def test_a_source_distribution_builds_and_runs(checkout, tmp_path):
+    """Installed without CUDA from the archive alone, and used from outside the checkout."""
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], cwd=checkout, check=True, capture_output=True)
+    archive, = tmp_path.glob("*.tar.gz")
+    names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
+    assert {"CMakeLists.txt", "csrc/schemas.cpp", "csrc/host/cuda_runtime.h", "cmake/ptxas_report.py", "tests/cases.py", "tests/data/unet2d.json"} <= names
+    assert not [name for name in names if name.endswith(".so")]
+    empty, site = tmp_path / "empty", tmp_path / "site"
+    empty.mkdir()
+    pip("install", "--no-deps", "--no-build-isolation", "--target", site, archive, cwd=empty, TDKERN_CUDA="0")
+    code = """
+import torch, tdkern
+assert tdkern.info()["backends"]["cpp"] == "", tdkern.info()
+out = torch.zeros(2, 3, requires_grad=True)
+coef, _ = tdkern.td_coef(torch.tensor([0.5, 2.0], dtype=torch.float64), backend="cpp")
+tdkern.td_loss(out, *(torch.ones(2, 3) for _ in range(2)), coef, *(torch.ones(2, 3) for _ in range(2)), backend="cpp").sum().backward()
+print(tdkern.__file__, out.grad.abs().sum().item() > 0)
+"""
+    assert python(code, site).split() == [str(site / "tdkern/__init__.py"), "True"]

@@ -1,4 +1,6 @@
-"""Memory that is written and lies in two tensors, or twice in one, is refused by every in-place op before anything is written."""
+"""Memory that is written and lies in two tensors, or twice in one, is refused by every in-place op
+before anything is written."""
+
 import pytest
 import torch
 from cases import device_of
@@ -21,13 +23,34 @@ def ema(averages, params):
 
 # name: (averages, params) of one buffer, and what the message names
 EMA = {
-    "expanded": (lambda m: ([[m[:1].expand(N)]], [m[N : 2 * N]]), r"averages\[0\]\[0\] is written and overlaps itself"),
-    "as_strided": (lambda m: ([[m.as_strided((3, 2), (1, 1))]], [m[N : 2 * N].view(3, 2)]), r"averages\[0\]\[0\] is written and overlaps itself"),
-    "shifted by one": (lambda m: ([[m[1 : N + 1]]], [m[:N]]), r"averages\[0\]\[0\] is written and overlaps params\[0\]"),
-    "every second": (lambda m: ([[m[: 2 * N : 2]]], [m[2 : 2 * N + 2 : 2]]), r"averages\[0\]\[0\] is written and overlaps params\[0\]"),
-    "another parameter": (lambda m: ([[m[:N], m[N : 2 * N]]], [m[2 * N : 3 * N], m[:N]]), r"averages\[0\]\[0\] is written and overlaps params\[1\]"),
-    "two averages of one": (lambda m: ([[m[:N]], [m[:N]]], [m[N : 2 * N]]), r"averages\[.\]\[0\] is written and overlaps averages\[.\]\[0\]"),
-    "transposed": (lambda m: ([[m[:4].view(2, 2)]], [m[:4].view(2, 2).t()]), r"averages\[0\]\[0\] is written and overlaps params\[0\]"),
+    "expanded": (
+        lambda m: ([[m[:1].expand(N)]], [m[N : 2 * N]]),
+        r"averages\[0\]\[0\] is written and overlaps itself",
+    ),
+    "as_strided": (
+        lambda m: ([[m.as_strided((3, 2), (1, 1))]], [m[N : 2 * N].view(3, 2)]),
+        r"averages\[0\]\[0\] is written and overlaps itself",
+    ),
+    "shifted by one": (
+        lambda m: ([[m[1 : N + 1]]], [m[:N]]),
+        r"averages\[0\]\[0\] is written and overlaps params\[0\]",
+    ),
+    "every second": (
+        lambda m: ([[m[: 2 * N : 2]]], [m[2 : 2 * N + 2 : 2]]),
+        r"averages\[0\]\[0\] is written and overlaps params\[0\]",
+    ),
+    "another parameter": (
+        lambda m: ([[m[:N], m[N : 2 * N]]], [m[2 * N : 3 * N], m[:N]]),
+        r"averages\[0\]\[0\] is written and overlaps params\[1\]",
+    ),
+    "two averages of one": (
+        lambda m: ([[m[:N]], [m[:N]]], [m[N : 2 * N]]),
+        r"averages\[.\]\[0\] is written and overlaps averages\[.\]\[0\]",
+    ),
+    "transposed": (
+        lambda m: ([[m[:4].view(2, 2)]], [m[:4].view(2, 2).t()]),
+        r"averages\[0\]\[0\] is written and overlaps params\[0\]",
+    ),
 }
 
 
@@ -53,7 +76,10 @@ def test_adam_ema_refuses(backend, column, how):
         arguments[column][0] = tensor[:1].expand(N, 2)
     elif how == "what is read":
         buffer = memory(backend)
-        arguments[column][0], arguments["grads"][0] = buffer[2 : 2 + 2 * N].view(N, 2), buffer[: 2 * N].view(N, 2)
+        arguments[column][0], arguments["grads"][0] = (
+            buffer[2 : 2 + 2 * N].view(N, 2),
+            buffer[: 2 * N].view(N, 2),
+        )
     else:
         arguments[column][1] = tensor if column == "steps" else tensor[0]
     arguments["averages"] = [arguments["averages"]]
@@ -64,15 +90,23 @@ def test_adam_ema_refuses(backend, column, how):
 
 
 def test_what_does_not_overlap_is_taken(backend):
-    """Neighbours in one buffer, elements between another's, and a parameter that is its own average."""
+    """Neighbours in one buffer, elements between another's, and a parameter that is its own
+    average."""
     buffer = memory(backend)
-    tdkern.ema_update_([[buffer[:N], buffer[N : 2 * N]]], [buffer[2 * N : 3 * N], buffer[3 * N :]], [0.5], backend=backend)
+    tdkern.ema_update_(
+        [[buffer[:N], buffer[N : 2 * N]]],
+        [buffer[2 * N : 3 * N], buffer[3 * N :]],
+        [0.5],
+        backend=backend,
+    )
     assert buffer[:2].tolist() == [1 + N, 2 + N]
     buffer = memory(backend)
     tdkern.ema_update_([[buffer[0::2]]], [buffer[1::2]], [0.0], backend=backend)
     assert buffer[:4].tolist() == [2, 2, 4, 4]
     tdkern.ema_update_([[buffer[:N]]], [buffer[:N]], [0.5], backend=backend)
-    tdkern.ema_update_([[buffer[:N], buffer[N : 2 * N]]], [buffer[2 * N : 3 * N]] * 2, [0.5], backend=backend)  # one parameter twice
+    tdkern.ema_update_(
+        [[buffer[:N], buffer[N : 2 * N]]], [buffer[2 * N : 3 * N]] * 2, [0.5], backend=backend
+    )  # one parameter twice
     assert buffer.isfinite().all()
 
 
@@ -84,16 +118,21 @@ def test_the_gradient_of_td_loss_refuses(name):
     rest = (*arguments.values(), False, False)
     upstream = torch.full((3, 2), 0.5)
     backward = _library.op("td_loss_backward_", name)
-    with pytest.raises(RuntimeError, match="td_loss_backward_: a tensor that is written overlaps itself"):
+    with pytest.raises(
+        RuntimeError, match="td_loss_backward_: a tensor that is written overlaps itself"
+    ):
         backward(torch.ones(1, N).expand(3, N), upstream, *rest)
     buffer = torch.ones(4 * N)
-    with pytest.raises(RuntimeError, match="td_loss_backward_: a tensor that is written overlaps another tensor"):
+    with pytest.raises(
+        RuntimeError, match="td_loss_backward_: a tensor that is written overlaps another tensor"
+    ):
         backward(buffer[1 : 1 + 3 * N].view(3, N), upstream, buffer[: 3 * N].view(3, N), *rest[1:])
     assert (buffer == 1).all()
 
 
 def test_both_languages_have_the_same_rules():
-    """The check in Python, on its own, agrees with what the C++ op does on views of one buffer, drawn at random."""
+    """The check in Python, on its own, agrees with what the C++ op does on views of one buffer,
+    drawn at random."""
     if _library.MISSING["cpp"]:
         pytest.skip(_library.MISSING["cpp"])
     random = torch.Generator().manual_seed(0)
@@ -103,8 +142,12 @@ def test_both_languages_have_the_same_rules():
         buffer = torch.zeros(40)
         views = [buffer.as_strided((2, 3), (draw(4), draw(4)), draw(20)) for _ in range(2)]
         answers = []
-        for refuse in (lambda: refuse_overlap("x", {"a": views[:1]}, {"b": views[1:]}),
-                       lambda: _library.op("ema_update_", "cpp")(views[:1], views[1:], torch.tensor([0.5]))):
+        for refuse in (
+            lambda views=views: refuse_overlap("x", {"a": views[:1]}, {"b": views[1:]}),
+            lambda views=views: _library.op("ema_update_", "cpp")(
+                views[:1], views[1:], torch.tensor([0.5])
+            ),
+        ):
             try:
                 refuse()
                 answers.append(False)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from tdkern import _library
 from tdkern.losses import DDPMLoss, EDMLoss, FlowLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss, VELoss, VPLoss
 from tdkern.networks import MLP, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
+from tdkern.ops import _backends
 from tdkern.schedules import DDPM
 
 BASELINES = [DDPMLoss(), VPLoss(), VELoss(), FlowLoss()]
@@ -144,8 +144,8 @@ def test_nothing_waits_for_the_device(loss):
 
 @pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss, FlowLoss, TDFlowLoss, DDPMLoss, TDDDPMLoss])
 def test_the_backend_reaches_every_op(make, monkeypatch):
-    asked, resolve = set(), _library.resolve
-    monkeypatch.setattr(_library, "resolve", lambda op, backend, device: asked.add((op, backend)) or resolve(op, backend, device))
+    asked, resolve = set(), _backends.resolve
+    monkeypatch.setattr(_backends, "resolve", lambda op, backend, device: asked.add((op, backend)) or resolve(op, backend, device))
     make(backend="reference")(lambda x, *_, **__: x, lambda x, *_, **__: x, torch.zeros(2, 3))
     ops = ("noise_pair", "td_loss", "td_coef") if issubclass(make, EDMLoss) else ("noise_pair", "td_loss")
     assert asked == {(op, "reference") for op in ops}

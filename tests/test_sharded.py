@@ -1,4 +1,6 @@
-"""AdamEMA, EMA and the list ops where parameters are shards: FSDP2, tensor-parallel layouts, FSDP1 and ZeroRedundancyOptimizer, on gloo."""
+"""AdamEMA, EMA and the list ops where parameters are shards: FSDP2, tensor-parallel layouts, FSDP1
+and ZeroRedundancyOptimizer, on gloo."""
+
 import math
 import os
 import tempfile
@@ -13,7 +15,9 @@ from tdkern.ema import EMA
 from tdkern.ops import adam_ema_, found_inf
 from tdkern.optim import AdamEMA
 
-pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
+)
 DECAYS = [0.9, 0.0]
 
 
@@ -28,31 +32,44 @@ def run(rank, world, file, check):
 
 def processes(check, world):
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run, (world, os.path.join(folder, "meet"), check.__name__), world)
+        torch.multiprocessing.spawn(
+            run, (world, os.path.join(folder, "meet"), check.__name__), world
+        )
 
 
 def network():
-    """Its first dimensions, 7, 7, 2 and 2, are no multiples of 2 or 3: shards are uneven, and one may be empty."""
+    """Its first dimensions, 7, 7, 2 and 2, are no multiples of 2 or 3: shards are uneven, and one
+    may be empty."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double()
 
 
 def trained(net, averages, steps=4, bad_step=1):
     """The optimizer after some steps, one of whose gradients has an element that is not finite."""
-    optimizer = AdamEMA(net.parameters(), 0.02, weight_decay=0.1, averages=[average.module.parameters() for average in averages], decays=DECAYS[: len(averages)])
+    optimizer = AdamEMA(
+        net.parameters(),
+        0.02,
+        weight_decay=0.1,
+        averages=[average.module.parameters() for average in averages],
+        decays=DECAYS[: len(averages)],
+    )
     random = torch.Generator().manual_seed(1)
     for step in range(steps):
         optimizer.zero_grad()
         scale = torch.ones(2, dtype=torch.float64)
         if step == bad_step:
             scale[1] = math.inf  # the gradient of the last rows of the second layer
-        (net(torch.randn(3, 5, generator=random, dtype=torch.float64)) * scale).square().sum().backward()
+        (
+            net(torch.randn(3, 5, generator=random, dtype=torch.float64)) * scale
+        ).square().sum().backward()
         optimizer.step()
     return optimizer
 
 
 def whole(tensors):
-    return [tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors]
+    return [
+        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in tensors
+    ]
 
 
 def same(sharded, plain):
@@ -83,7 +100,10 @@ def fully_sharded(rank, world):
     averages[0].update(net, 0.25)
     plain_averages[0].update(plain, 0.25)
     same(averages[0].module.parameters(), plain_averages[0].module.parameters())
-    assert all(param._version > version for param, version in zip(averages[0].module.parameters(), versions, strict=True))
+    assert all(
+        param._version > version
+        for param, version in zip(averages[0].module.parameters(), versions, strict=True)
+    )
 
 
 def tensor_parallel(rank, world):
@@ -93,26 +113,54 @@ def tensor_parallel(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     for backend in ("cpp", "reference"):
         random = torch.Generator().manual_seed(0)
-        columns = [[torch.randn(7, 5, generator=random, dtype=torch.float64).abs() for _ in range(3)] for _ in range(5)]
+        columns = [
+            [torch.randn(7, 5, generator=random, dtype=torch.float64).abs() for _ in range(3)]
+            for _ in range(5)
+        ]
         layouts = [[Shard(0)], [Shard(1)], [Replicate()]]
-        sharded = [[distribute_tensor(tensor.clone(), mesh, layout) for tensor, layout in zip(column, layouts, strict=True)] for column in columns]
-        sharded[1][2] = distribute_tensor(columns[1][2], mesh, [Shard(0)])  # a gradient that is laid otherwise than its parameter
+        sharded = [
+            [
+                distribute_tensor(tensor.clone(), mesh, layout)
+                for tensor, layout in zip(column, layouts, strict=True)
+            ]
+            for column in columns
+        ]
+        sharded[1][2] = distribute_tensor(
+            columns[1][2], mesh, [Shard(0)]
+        )  # a gradient that is laid otherwise than its parameter
         steps = [[torch.zeros(()) for _ in range(3)] for _ in range(2)]
         for (params, grads, m, v, average), counts in ((columns, steps[0]), (sharded, steps[1])):
             adam_ema_(params, grads, m, v, counts, [average], [0.9], lr=0.1, backend=backend)
             tdkern.ema_update_([average], params, torch.tensor([0.5]), backend=backend)
         for column, plain in zip(sharded, columns, strict=True):
             same(column, plain)
-        bad = distribute_tensor(torch.full((7, 5), math.nan) if rank == 0 else torch.zeros(7, 5), mesh, [Shard(0)], src_data_rank=None)
-        assert found_inf([sharded[0][0], bad], backend=backend).item() == 1  # of rank 0's rows alone
+        bad = distribute_tensor(
+            torch.full((7, 5), math.nan) if rank == 0 else torch.zeros(7, 5),
+            mesh,
+            [Shard(0)],
+            src_data_rank=None,
+        )
+        assert (
+            found_inf([sharded[0][0], bad], backend=backend).item() == 1
+        )  # of rank 0's rows alone
         assert found_inf(sharded[0], backend=backend).item() == 0
-        part = torch.distributed.tensor.DTensor.from_local(torch.full((2,), math.inf if rank == 0 else -math.inf), mesh, [Partial()])
+        part = torch.distributed.tensor.DTensor.from_local(
+            torch.full((2,), math.inf if rank == 0 else -math.inf), mesh, [Partial()]
+        )
         assert found_inf([part], backend=backend).item() == 1
-        for averages, message in (([torch.zeros(7, 5, dtype=torch.float64)], "a plain Tensor"), ([distribute_tensor(columns[0][0], mesh, [Shard(1)])], "a DTensor of")):
-            with pytest.raises(ValueError, match=rf"ema_update_: averages\[0\]\[0\] must be distributed as its parameter is, .*, got {message}"):
+        for averages, message in (
+            ([torch.zeros(7, 5, dtype=torch.float64)], "a plain Tensor"),
+            ([distribute_tensor(columns[0][0], mesh, [Shard(1)])], "a DTensor of"),
+        ):
+            with pytest.raises(
+                ValueError,
+                match=rf"ema_update_: averages\[0\]\[0\] must be distributed as its parameter is, .*, got {message}",
+            ):
                 tdkern.ema_update_([averages], sharded[0][:1], [0.5], backend=backend)
         with pytest.raises(ValueError, match="heun_step: F must be a plain tensor, got a DTensor"):
-            tdkern.heun_step(sharded[0][0], columns[0][0], torch.ones(6, dtype=torch.float64), backend="cpp")
+            tdkern.heun_step(
+                sharded[0][0], columns[0][0], torch.ones(6, dtype=torch.float64), backend="cpp"
+            )
 
 
 def flags_of_all_processes(rank, world):
@@ -157,6 +205,10 @@ def flags_of_all_processes(rank, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("check", [fully_sharded, tensor_parallel, flags_of_all_processes], ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    [fully_sharded, tensor_parallel, flags_of_all_processes],
+    ids=lambda check: check.__name__,
+)
 def test_in_processes(check, world):
     processes(check, world)

@@ -1,10 +1,14 @@
-"""The backends: which of them are here, why one is missing, which one a call gets, and how an op is defined for all of them.
+"""The backends: which of them are here, why one is missing, which one a call gets, and how an op is
+defined for all of them.
 
-An op `name` has one overload for each compiled backend, `tdkern::name.cpp`, `tdkern::name.cuda` and `tdkern::name.triton`, and one,
-`tdkern::name`, that takes what fits the tensors' device, for a graph that is saved and run elsewhere. They share one schema
-(`_schemas.py`), one fake and one autograd formula, given to `define`; the implementations register against the overload. The
-reference is plain PyTorch and is differentiated by PyTorch itself, which makes it the oracle of the others.
+An op `name` has one overload for each compiled backend, `tdkern::name.cpp`, `tdkern::name.cuda` and
+`tdkern::name.triton`, and one, `tdkern::name`, that takes what fits the tensors' device, for a
+graph that is saved and run elsewhere. They share one schema (`_schemas.py`), one fake and one
+autograd formula, given to `define`; the implementations register against the overload. The
+reference is plain PyTorch and is differentiated by PyTorch itself, which makes it the oracle of the
+others.
 """
+
 import ctypes
 import importlib.util
 import mmap
@@ -24,13 +28,15 @@ COMPILED = ("cuda", "triton", "cpp")  # the order in which "auto" takes them
 BACKENDS = (*COMPILED, "reference")
 BY_DEVICE = "by_device"  # the overload without a name
 LIB_DIR = Path(__file__).parents[1] / "lib"
-CUDA_HOST = os.environ.get("TDKERN_CUDA_HOST")  # for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
+CUDA_HOST = os.environ.get(
+    "TDKERN_CUDA_HOST"
+)  # for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
 BUILD_AGAIN = "build it again: `pip install --no-build-isolation .`"
 # What a wrong argument may raise before the check that explains it.
 REFUSED = (AttributeError, IndexError, RuntimeError, TypeError)
 
 
-# ---- which backends are here ------------------------------------------------------------------------------------------
+# ---- which backends are here
 
 
 def _missing_cpp() -> str:
@@ -42,7 +48,11 @@ def _missing_cpp() -> str:
 
 def _missing_cuda() -> str:
     if CUDA_HOST:
-        return _load(Path(CUDA_HOST)) if os.path.exists(CUDA_HOST) else f"{CUDA_HOST} was not built; run `python setup.py build_ext --inplace`"
+        return (
+            _load(Path(CUDA_HOST))
+            if os.path.exists(CUDA_HOST)
+            else f"{CUDA_HOST} was not built; run `python setup.py build_ext --inplace`"
+        )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA; install a CUDA build of torch"
     if torch.cuda.device_count() == 0:  # asks NVML, so a later fork stays possible
@@ -62,7 +72,8 @@ def _missing_triton() -> str:
 
 
 def _load(path: Path) -> str:
-    """Load a library if its kernels are those of these schemas: a kernel beside another schema would take one argument for another."""
+    """Load a library if its kernels are those of these schemas: a kernel beside another schema
+    would take one argument for another."""
     carried = _carried_digest(path)
     if carried is not None and carried != digest():
         return f"{path.name} does not load (it was built from another version of tdkern than this Python part); {BUILD_AGAIN}"
@@ -74,14 +85,21 @@ def _load(path: Path) -> str:
 
 
 def _carried_digest(path: Path) -> str | None:
-    """The hash of the schemas that a library was built with, "" if it has none; None for a file that is no library."""
+    """The hash of the schemas that a library was built with, "" if it has none; None for a file
+    that is no library."""
     with open(path, "rb") as file:
         if file.read(4) != b"\x7fELF":
             return None
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
             mark = b"tdkern schemas: "
             at = memory.find(mark)
-            return "" if at < 0 else memory[at + len(mark) : at + len(mark) + len(digest())].decode("ascii", "replace")
+            return (
+                ""
+                if at < 0
+                else memory[at + len(mark) : at + len(mark) + len(digest())].decode(
+                    "ascii", "replace"
+                )
+            )
 
 
 def interpreted() -> bool:
@@ -97,20 +115,26 @@ def triton_key() -> str:
 @cache
 def missing() -> dict[str, str]:
     """For each backend, why it cannot be used here and how to get it; "" where it can."""
-    return {"cuda": _missing_cuda(), "triton": _missing_triton(), "cpp": _missing_cpp(), "reference": ""}
+    return {
+        "cuda": _missing_cuda(),
+        "triton": _missing_triton(),
+        "cpp": _missing_cpp(),
+        "reference": "",
+    }
 
 
 MISSING = missing()  # read at import, so that a traced call only looks things up
 
 
-# ---- which one a call gets --------------------------------------------------------------------------------------------
+# ---- which one a call gets
 
 
 def resolve(op: str, backend: str, device: torch.device) -> str:
-    """The backend that a call of `op` on `device` uses: the one asked for, or for "auto" the first that fits.
+    """The backend that a call of `op` on `device` uses: the one asked for, or for "auto" the first
+    that fits.
 
-    Under a transform, which has to see through the op, it is the reference; where `torch.jit.trace` records the call, "auto" leaves
-    the choice to the device on which it is replayed.
+    Under a transform, which has to see through the op, it is the reference; where `torch.jit.trace`
+    records the call, "auto" leaves the choice to the device on which it is replayed.
     """
     if backend == "auto":
         backend = _first_that_fits(device)
@@ -118,49 +142,76 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
             return backend
         return "reference" if transformed() else BY_DEVICE
     if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(
+            f"{op}: backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}"
+        )
     if MISSING[backend]:
         raise RuntimeError(f"{op}: backend {backend!r} is not available: {MISSING[backend]}")
-    wanted = {"cpp": "cpu", "cuda": "cpu" if CUDA_HOST else "cuda", "triton": "cpu" if interpreted() else "cuda"}.get(backend, device.type)
+    wanted = {
+        "cpp": "cpu",
+        "cuda": "cpu" if CUDA_HOST else "cuda",
+        "triton": "cpu" if interpreted() else "cuda",
+    }.get(backend, device.type)
     if device.type != wanted:
         raise ValueError(f"{op}: backend {backend!r} takes tensors on {wanted}, got {device.type}")
     return "reference" if transformed() else backend
 
 
 def _first_that_fits(device: torch.device) -> str:
-    fitting = ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
+    fitting = (
+        ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
+    )
     for name in fitting:
         if not MISSING[name]:
             return name
     return "reference"
 
 
-# ---- ops --------------------------------------------------------------------------------------------------------------
+# ---- ops
 
 _OPS: dict[tuple[str, str], torch._ops.OpOverload] = {}
 _FAKES: dict[str, Callable] = {}
 
 
-def define(name: str, fake: Callable, reference: Callable, backward: Callable | None = None, setup_context: Callable | None = None) -> None:
+def define(
+    name: str,
+    fake: Callable,
+    reference: Callable,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+) -> None:
     """Give every overload of op `name` its schema, its fake and its autograd formula.
 
-    `reference` computes the op with the schema's arguments where no compiled backend fits. `backward` gets the backend's name
-    before its usual arguments.
+    `reference` computes the op with the schema's arguments where no compiled backend fits.
+    `backward` gets the backend's name before its usual arguments.
     """
-    for backend in (BY_DEVICE, *COMPILED):  # TorchScript, which knows no overloads by name, takes the first
+    # TorchScript, which knows no overloads by name, takes the first.
+    for backend in (BY_DEVICE, *COMPILED):
         overload = name if backend == BY_DEVICE else f"{name}.{backend}"
         library.define(overload + SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"tdkern::{overload}", fake, lib=library)
         if backward is not None:
-            torch.library.register_autograd(f"tdkern::{overload}", partial(backward, backend), setup_context=setup_context, lib=library)
-        _OPS[name, backend] = getattr(getattr(torch.ops.tdkern, name), "default" if backend == BY_DEVICE else backend)
+            torch.library.register_autograd(
+                f"tdkern::{overload}",
+                partial(backward, backend),
+                setup_context=setup_context,
+                lib=library,
+            )
+        _OPS[name, backend] = getattr(
+            getattr(torch.ops.tdkern, name), "default" if backend == BY_DEVICE else backend
+        )
     for key in ("CPU", "CUDA"):
         library.impl(name, partial(_by_device, name, reference), key)
     _FAKES[name] = fake
 
 
 def _by_device(name: str, reference: Callable, *args):
-    first = next(tensor for arg in args for tensor in (arg if isinstance(arg, list) else [arg]) if isinstance(tensor, Tensor))
+    first = next(
+        tensor
+        for arg in args
+        for tensor in (arg if isinstance(arg, list) else [arg])
+        if isinstance(tensor, Tensor)
+    )
     backend = _first_that_fits(first.device)
     return reference(*args) if backend == "reference" else _OPS[name, backend](*args)
 
@@ -181,7 +232,13 @@ def call(name: str, backend: str, args: tuple):
 
 
 def _allocate(name: str, args: tuple) -> None:
-    """Allocate once what the op does, its outputs and its copies: torch's own error says what memory is missing."""
-    tensors = [tensor for arg in args for tensor in (arg if isinstance(arg, list | tuple) else [arg]) if isinstance(tensor, Tensor)]
+    """Allocate once what the op does, its outputs and its copies: torch's own error says what
+    memory is missing."""
+    tensors = [
+        tensor
+        for arg in args
+        for tensor in (arg if isinstance(arg, list | tuple) else [arg])
+        if isinstance(tensor, Tensor)
+    ]
     kept = [tensor.contiguous() for tensor in tensors]
     kept.append(_FAKES[name](*args))

@@ -1,4 +1,6 @@
-"""Checks that every op shares: what a tensor is, what a list of tensors is, and whether memory that is written overlaps."""
+"""Checks that every op shares: what a tensor is, what a list of tensors is, and whether memory that
+is written overlaps."""
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,7 +14,11 @@ from ._modes import PLAIN, transformed
 def kind_of(value: object) -> str:
     """A value's type as an error names it."""
     kind = type(value)
-    return kind.__qualname__ if kind.__module__ in ("builtins", "torch") else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__
+        if kind.__module__ in ("builtins", "torch")
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -24,7 +30,9 @@ def check_tensor(op: str, name: str, value: object) -> None:
     if value.layout is not torch.strided:
         raise ValueError(f"{op}: {name} must be a dense tensor, got one of layout {value.layout}")
     if is_distributed(value):
-        raise ValueError(f"{op}: {name} must be a plain tensor, got a DTensor: give its to_local() or full_tensor(), or backend='reference'")
+        raise ValueError(
+            f"{op}: {name} must be a plain tensor, got a DTensor: give its to_local() or full_tensor(), or backend='reference'"
+        )
 
 
 def check_tensors(op: str, name: str, values: object) -> None:
@@ -36,8 +44,13 @@ def check_tensors(op: str, name: str, values: object) -> None:
 
 
 def check_number(op: str, name: str, value: object) -> None:
-    """Refuse what is no number, where a number is wanted. For error messages: symbolic numbers would be refused too."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number | Tensor) or (isinstance(value, Tensor) and value.numel() != 1):
+    """Refuse what is no number, where a number is wanted. For error messages: symbolic numbers
+    would be refused too."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | np.number | Tensor)
+        or (isinstance(value, Tensor) and value.numel() != 1)
+    ):
         raise ValueError(f"{op}: {name} must be a number, got {kind_of(value)}")
 
 
@@ -50,7 +63,7 @@ def is_distributed(value: object) -> bool:
     return isinstance(value, DTensor)
 
 
-# ---- overlapping memory: csrc/include/overlap.h has the same rules -----------------------------------------------------
+# ---- overlapping memory: csrc/include/overlap.h has the same rules
 
 
 class _Span(NamedTuple):
@@ -65,7 +78,9 @@ class _Span(NamedTuple):
 
 
 def _span(name: str, tensor: Tensor, row: int, written: bool) -> _Span:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     begin = tensor.data_ptr()
     return _Span(begin, begin + (last + 1) * tensor.element_size(), row, written, name, tensor)
 
@@ -80,7 +95,11 @@ def _places(tensor: Tensor) -> np.ndarray:
 
 def _dense(tensor: Tensor) -> bool:
     reach = 1
-    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+    for stride, size in sorted(
+        (stride, size)
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+        if size > 1
+    ):
         if stride != reach:
             return False
         reach *= size
@@ -90,42 +109,58 @@ def _dense(tensor: Tensor) -> bool:
 def _overlaps_itself(tensor: Tensor) -> bool:
     if _dense(tensor):
         return False
-    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+    if any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ):
         return True
     return len(np.unique(_places(tensor))) < tensor.numel()
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     in_a, in_b = np.sort(_places(a)), np.sort(_places(b))
-    behind = np.searchsorted(in_b, in_a)  # for each element of a, the first element of b that does not begin before it
+    behind = np.searchsorted(
+        in_b, in_a
+    )  # for each element of a, the first element of b that does not begin before it
     after = behind < len(in_b)
     before = behind > 0
-    return bool((in_b[behind[after]] < in_a[after] + a.element_size()).any()
-                or (in_a[before] < in_b[behind[before] - 1] + b.element_size()).any())
+    return bool(
+        (in_b[behind[after]] < in_a[after] + a.element_size()).any()
+        or (in_a[before] < in_b[behind[before] - 1] + b.element_size()).any()
+    )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
-    return all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
+    return all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
 
 
 def _may_meet(a: _Span, b: _Span) -> bool:
     if not a.written and not b.written:
         return True
-    same = a.row == b.row and a.begin == b.begin and a.tensor.dtype == b.tensor.dtype and a.tensor.shape == b.tensor.shape
+    same = (
+        a.row == b.row
+        and a.begin == b.begin
+        and a.tensor.dtype == b.tensor.dtype
+        and a.tensor.shape == b.tensor.shape
+    )
     if same and a.written != b.written and _alike(a.tensor, b.tensor):
         return True
     return not (_dense(a.tensor) and _dense(b.tensor)) and not _overlap(a.tensor, b.tensor)
 
 
-def refuse_overlap(op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]) -> None:
+def refuse_overlap(
+    op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]
+) -> None:
     """Refuse written memory that overlaps itself or another tensor, as torch's own in-place ops do.
 
-    Tensor i of every list is of row i. What is written may be, element by element, what is read in the same row.
+    Tensor i of every list is of row i. What is written may be, element by element, what is read in
+    the same row.
     """
-    if torch.compiler.is_compiling() or transformed():  # there is no memory yet, and the kernels look again; or the reference computes
-        return
+    if torch.compiler.is_compiling() or transformed():
+        return  # there is no memory yet, and the kernels look again; or the reference computes
     spans = []
     for columns, is_written in ((written, True), (read, False)):
         for name, column in columns.items():
@@ -141,6 +176,7 @@ def refuse_overlap(op: str, written: dict[str, Sequence[Tensor]], read: dict[str
         for other in open_spans:
             if not _may_meet(other, span):
                 first, second = (span, other) if span.written else (other, span)
-                raise ValueError(f"{op}: {first.name} is written and overlaps {second.name}: clone() one of them first")
+                raise ValueError(
+                    f"{op}: {first.name} is written and overlaps {second.name}: clone() one of them first"
+                )
         open_spans.append(span)
-

@@ -1,14 +1,21 @@
-"""A call of every op with arguments that it takes: what the tests, the sanitizers' run and the benchmarks make their calls from."""
+"""A call of every op with arguments that it takes: what the tests, the sanitizers' run and the
+benchmarks make their calls from."""
+
 import torch
 from torch import Tensor
 
 SHAPE = (3, 4, 5)  # of the tensors that an op works through
 
 
-def _numbers(count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
+def _numbers(
+    count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
     """Tensors of unit normals, drawn on the CPU, the same ones every time."""
     random = torch.Generator("cpu").manual_seed(count)
-    drawn = (torch.randn(shape, generator=random, dtype=torch.float64, device="cpu") for _ in range(count))
+    drawn = (
+        torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
+        for _ in range(count)
+    )
     return [tensor.to(device, dtype) for tensor in drawn]
 
 
@@ -25,25 +32,58 @@ def td_loss(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
 
     out, out_target, x0, x_t, x_tp = _numbers(5, shape, dtype, device)
     coef, _ = td_coef(_levels(shape[0], 0.1, 5.0, "cpu"), backend="reference")
-    return {"out": out, "out_target": out_target, "x0": x0, "coef": coef.to(device), "x_t": x_t, "x_tp": x_tp}
+    return {
+        "out": out,
+        "out_target": out_target,
+        "x0": x0,
+        "coef": coef.to(device),
+        "x_t": x_t,
+        "x_tp": x_tp,
+    }
 
 
 def noise_pair(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
-    level = {name: _levels(shape[0], *ends, device) for name, ends in
-             {"alpha": (0.9, 0.4), "sigma": (0.1, 2.0), "alpha_p": (1.0, 0.8), "sigma_p": (0.05, 1.0)}.items()}
-    return {"x0": _numbers(1, shape, dtype, device)[0], **level, "seed": 3, "c_in": level["alpha"], "c_in_p": level["alpha_p"]}
+    level = {
+        name: _levels(shape[0], *ends, device)
+        for name, ends in {
+            "alpha": (0.9, 0.4),
+            "sigma": (0.1, 2.0),
+            "alpha_p": (1.0, 0.8),
+            "sigma_p": (0.05, 1.0),
+        }.items()
+    }
+    return {
+        "x0": _numbers(1, shape, dtype, device)[0],
+        **level,
+        "seed": 3,
+        "c_in": level["alpha"],
+        "c_in_p": level["alpha_p"],
+    }
 
 
 def heun_step(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
     F, x, x_hat, noise = _numbers(4, shape, dtype, device)
     state = torch.float64 if dtype == torch.float64 else torch.float32
-    coef = torch.tensor([2.0, 0.06, 0.48, -0.7, 0.9, 0.37], dtype=torch.float64, device="cpu").to(device)
-    return {"F": F, "x": x.to(state), "coef": coef, "x_hat": x_hat.to(state), "noise": noise.to(state), "net_dtype": dtype}
+    coef = torch.tensor([2.0, 0.06, 0.48, -0.7, 0.9, 0.37], dtype=torch.float64, device="cpu").to(
+        device
+    )
+    return {
+        "F": F,
+        "x": x.to(state),
+        "coef": coef,
+        "x_hat": x_hat.to(state),
+        "noise": noise.to(state),
+        "net_dtype": dtype,
+    }
 
 
 def ema_update_(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
     param, *averages = _numbers(3, shape, dtype, device)
-    return {"averages": [[average, average[0].clone()] for average in averages], "params": [param, param[0].clone()], "decays": [0.9, 0.5]}
+    return {
+        "averages": [[average, average[0].clone()] for average in averages],
+        "params": [param, param[0].clone()],
+        "decays": [0.9, 0.5],
+    }
 
 
 def found_inf(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
@@ -51,7 +91,17 @@ def found_inf(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
 
 
 def adam_ema_(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
-    param, grad, exp_avg, exp_avg_sq, average = ([tensor, tensor[0].clone()] for tensor in _numbers(5, shape, dtype, device))
+    param, grad, exp_avg, exp_avg_sq, average = (
+        [tensor, tensor[0].clone()] for tensor in _numbers(5, shape, dtype, device)
+    )
     steps = [torch.ones((), dtype=torch.float32, device=device) for _ in range(2)]
-    return {"params": param, "grads": grad, "exp_avgs": exp_avg, "exp_avg_sqs": [tensor.abs() for tensor in exp_avg_sq], "steps": steps,
-            "averages": [average], "decays": [0.9], "lr": 0.01}
+    return {
+        "params": param,
+        "grads": grad,
+        "exp_avgs": exp_avg,
+        "exp_avg_sqs": [tensor.abs() for tensor in exp_avg_sq],
+        "steps": steps,
+        "averages": [average],
+        "decays": [0.9],
+        "lr": 0.01,
+    }

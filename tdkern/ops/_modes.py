@@ -1,21 +1,36 @@
 """Under which of PyTorch's modes and transforms a call runs, and what it may therefore do."""
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 PLAIN = (Tensor, torch.nn.Parameter)
-_count_of_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+# torch.compile of earlier versions cannot trace the count: there a transform inside a compiled
+# function finds no rule for the op, and says so.
+COMPILES_TRANSFORMS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
 _count_of_modes = torch._C._len_torch_dispatch_stack
 _jit_trace = torch._C._get_tracing_state
 
 
+if COMPILES_TRANSFORMS:
+    _count_of_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+else:
+
+    def _count_of_transforms() -> int:
+        if torch.compiler.is_compiling():
+            return 0
+        return torch._C._functorch.get_dynamic_layer_stack_depth()
+
+
 def forward_mode() -> bool:
-    """Whether tensors may carry tangents: inside `forward_ad.dual_level`, `torch.func.jvp`, `jacfwd` and `linearize`."""
+    """Whether tensors may carry tangents: inside `forward_ad.dual_level`, `torch.func.jvp`,
+    `jacfwd` and `linearize`."""
     return forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
-    """Whether PyTorch must see through the op: in forward mode, and under every transform of torch.func.
+    """Whether PyTorch must see through the op: in forward mode, and under every transform of
+    torch.func.
 
     The ops then compute by the reference, whose operations have all of PyTorch's rules.
     """
@@ -28,15 +43,20 @@ def ordinary() -> bool:
 
 
 def batched(upstream: Tensor) -> bool:
-    """Whether a gradient stands for many (`is_grads_batched`), or is a transform's: a backward pass does not see the transform itself."""
-    return torch._C._functorch.is_legacy_batchedtensor(upstream) or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    """Whether a gradient stands for many (`is_grads_batched`), or is a transform's: a backward pass
+    does not see the transform itself."""
+    return torch._C._functorch.is_legacy_batchedtensor(
+        upstream
+    ) or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
 
 
 def can_check_values(*tensors: Tensor) -> bool:
-    """Whether a check may look at the values: no device is waited for, and no trace or transform would see the look.
+    """Whether a check may look at the values: no device is waited for, and no trace or transform
+    would see the look.
 
-    Not so on a GPU, while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the call, for fake, batched and
-    distributed tensors and for any other subclass, and under any mode that watches operations.
+    Not so on a GPU, while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the
+    call, for fake, batched and distributed tensors and for any other subclass, and under any mode
+    that watches operations.
     """
     for tensor in tensors:
         if type(tensor) not in PLAIN or not tensor.is_cpu:

@@ -1,7 +1,10 @@
-"""The schema of every op, and their hash, which a compiled library carries: run as a script, by the build, this prints it.
+"""The schema of every op, and their hash, which a compiled library carries: run as a script, by the
+build, this prints it.
 
-Imports nothing of the package, so that the build can run it. Every backend's overload of an op has this schema.
+Imports nothing of the package, so that the build can run it. Every backend's overload of an op has
+this schema.
 """
+
 import hashlib
 
 _TD_LOSS = "Tensor out, Tensor out_target, Tensor x0, Tensor coef, Tensor? x_t, Tensor? x_tp, bool consistency, bool l1"

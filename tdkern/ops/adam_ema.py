@@ -1,4 +1,6 @@
-"""`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at all if a gradient is not finite."""
+"""`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at
+all if a gradient is not finite."""
+
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +16,12 @@ from .ema_update import checked_decays, lists_of
 
 
 def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Whether any element of any of the gradients is infinite or NaN: a float32 scalar on their device, 1 or 0; GradScaler's name for it.
+    """Whether any element of any of the gradients is infinite or NaN: a float32 scalar on their
+    device, 1 or 0; GradScaler's name for it.
 
     Args:
-        grads: tensors of any shapes and strides, on one device, at least one. float32, float64, bfloat16 or float16, also mixed.
+        grads: tensors of any shapes and strides, on one device, at least one. float32, float64,
+            bfloat16 or float16, also mixed.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
@@ -34,7 +38,11 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
                 return _shards.found_inf(grads, partial(found_inf, backend=backend))
             _check_grads(grads)
         with torch.no_grad():
-            return reference.found_inf(grads) if backend == "reference" else _backends.call("found_inf", backend, (grads,))
+            return (
+                reference.found_inf(grads)
+                if backend == "reference"
+                else _backends.call("found_inf", backend, (grads,))
+            )
     except _backends.REFUSED:
         if _shards.any_distributed(grads):
             return _shards.found_inf(grads, partial(found_inf, backend=backend))
@@ -45,51 +53,84 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
 _found_inf = found_inf  # adam_ema_'s argument has the op's name
 
 
-def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor], steps: Sequence[Tensor],
-              averages: Sequence[Sequence[Tensor]] = (), decays: Sequence[float] | Tensor = (), *, lr: float | Tensor,
-              betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0, decoupled: bool = True,
-              grad_scale: Tensor | None = None, clip: Tensor | None = None, found_inf: Tensor | None = None,
-              skipped: Tensor | None = None, backend: str = "auto") -> None:
-    """One step of AdamW (arXiv 1711.05101) or Adam (arXiv 1412.6980), and the averages of the new parameters, in place.
+def adam_ema_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    averages: Sequence[Sequence[Tensor]] = (),
+    decays: Sequence[float] | Tensor = (),
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    decoupled: bool = True,
+    grad_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    skipped: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of AdamW (arXiv 1711.05101) or Adam (arXiv 1412.6980), and the averages of the new
+    parameters, in place.
 
-    g = grad clip / grad_scale;  decoupled: p <- (1 - lr weight_decay) p, else g <- g + weight_decay p;
-    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,  p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);
-    average_k <- decay_k average_k + (1 - decay_k) p, as `ema_update_`. The C++ backend rounds where torch.optim.Adam(foreach=False) does,
-    so float32 and float64 give its bits, up to the square root, which torch's own (MKL's) does not always round correctly.
-    If any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
+    g = grad clip / grad_scale;  decoupled: p <- (1 - lr weight_decay) p,
+    else g <- g + weight_decay p;
+    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
+    p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);
+    average_k <- decay_k average_k + (1 - decay_k) p, as `ema_update_`.
+
+    The C++ backend rounds where torch.optim.Adam(foreach=False) does, so float32 and float64 give
+    its bits, up to the square root, which torch's own (MKL's) does not always round correctly. If
+    any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors; or of DTensors, the state and the averages distributed as
-            the parameters: each process steps its shards, and a gradient that is not finite in one skips the step in all. Those of one parameter have its shape, device and dtype (float32, float64,
-            bfloat16 or float16). Best where they lie in memory alike: others go through copies. Half precision is computed in
-            float32. No memory that is written may overlap itself or another argument.
-        steps: P float32 scalars on the parameters' device, one tensor each: the count of a parameter's steps, increased by 1.
+        params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors; or of DTensors, the
+            state and the averages distributed as the parameters: each process steps its shards, and
+                a gradient that is not finite in one skips the step in all. Those of one parameter
+                have its shape, device and dtype (float32, float64,
+            bfloat16 or float16). Best where they lie in memory alike: others go through copies.
+            Half precision is computed in float32. No memory that is written may overlap itself or
+            another argument.
+        steps: P float32 scalars on the parameters' device, one tensor each: the count of a
+            parameter's steps, increased by 1.
         averages, decays: as for `ema_update_`; on CUDA at most 16.
-        lr: learning rate >= 0. A tensor is a float32 or float64 scalar, as are grad_scale and clip: on the CPU, read during the call, or
-            on the parameters' device, where a CUDA graph reads it anew at each replay and nothing checks its range.
+        lr: learning rate >= 0. A tensor is a float32 or float64 scalar, as are grad_scale and clip:
+            on the CPU, read during the call, or on the parameters' device, where a CUDA graph reads
+            it anew at each replay and nothing checks its range.
         betas, eps, weight_decay: as torch.optim.Adam's; betas in [0, 1), the others >= 0.
         decoupled: AdamW, else Adam.
         grad_scale: what the loss was multiplied by (GradScaler), or None.
         clip: a factor of every gradient, such as min(1, max_norm / norm), or None.
-        found_inf: not 0 where a gradient is not finite, a float32 scalar on the parameters' device; None: the gradients are looked at.
-        skipped: an int64 scalar on the parameters' device, increased by 1 if the step is skipped; or None.
+        found_inf: not 0 where a gradient is not finite, a float32 scalar on the parameters' device;
+            None: the gradients are looked at.
+        skipped: an int64 scalar on the parameters' device, increased by 1 if the step is skipped;
+            or None.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong length, shape, dtype, device or range, or names
+            nothing. RuntimeError: no such backend here.
 
     No gradient. Deterministic: every element by itself. No host synchronisation.
     """
     columns = (params, grads, exp_avgs, exp_avg_sqs, steps)
     options = (*_pair(betas), eps, weight_decay, decoupled)
     try:
-        backend = _backends.resolve("adam_ema_", backend, params[0].device if len(params) > 0 else torch.device("cpu"))
-        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
+        backend = _backends.resolve(
+            "adam_ema_", backend, params[0].device if len(params) > 0 else torch.device("cpu")
+        )
+        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list
             backend = "reference"
         decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
         scalars = (lr, found_inf, grad_scale, clip)
-        lengths = len(averages) == decays.numel() and len(params) == len(grads) == len(exp_avgs) == len(exp_avg_sqs) == len(steps)
-        if backend not in ("cpp", "cuda") or not lengths or torch.compiler.is_compiling():  # these two check for themselves
+        lengths = len(averages) == decays.numel() and len(params) == len(grads) == len(
+            exp_avgs
+        ) == len(exp_avg_sqs) == len(steps)
+        checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+        if not checks_itself or not lengths:
             if _shards.any_distributed(params, grads, *averages):
                 return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
             _check(*columns, averages, decays, scalars, skipped)
@@ -111,23 +152,58 @@ def adam_ema_(params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Seque
         _check(*columns, averages, decays, scalars, skipped)  # says in full which argument is wrong
         raise
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *flat])  # autograd notices a write to what it saved
+        torch.autograd.graph.increment_version(
+            [*params, *exp_avgs, *exp_avg_sqs, *flat]
+        )  # autograd notices a write to what it saved
 
 
-def _on_shards(columns: tuple, averages: Sequence, decays: Tensor, scalars: tuple, skipped: Tensor | None, options: tuple, backend: str) -> None:
-    """The step of this process's shards, skipped where any process has a gradient that is not finite."""
+def _on_shards(
+    columns: tuple,
+    averages: Sequence,
+    decays: Tensor,
+    scalars: tuple,
+    skipped: Tensor | None,
+    options: tuple,
+    backend: str,
+) -> None:
+    """The step of this process's shards, skipped where any process has a gradient that is not
+    finite."""
     params, grads, exp_avgs, exp_avg_sqs, steps = columns
     lr, flag, grad_scale, clip = map(_shards.local_of, scalars)
     flag = _found_inf(grads, backend=backend) if flag is None else flag
-    written = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, **{f"averages[{k}]": average for k, average in enumerate(averages)}}
-    local_params, local_m, local_v, *rest = _shards.local_rows("adam_ema_", params, written, {"grads": grads})
+    written = {
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        **{f"averages[{k}]": average for k, average in enumerate(averages)},
+    }
+    local_params, local_m, local_v, *rest = _shards.local_rows(
+        "adam_ema_", params, written, {"grads": grads}
+    )
     *local_averages, local_grads = rest
     beta1, beta2, eps, weight_decay, decoupled = options
-    adam_ema_(local_params, local_grads, local_m, local_v, [_shards.local_of(step) for step in steps], local_averages, _shards.local_of(decays),
-              lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, decoupled=decoupled, grad_scale=grad_scale, clip=clip,
-              found_inf=flag, skipped=_shards.local_of(skipped), backend=backend)
+    adam_ema_(
+        local_params,
+        local_grads,
+        local_m,
+        local_v,
+        [_shards.local_of(step) for step in steps],
+        local_averages,
+        _shards.local_of(decays),
+        lr=lr,
+        betas=(beta1, beta2),
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        grad_scale=grad_scale,
+        clip=clip,
+        found_inf=flag,
+        skipped=_shards.local_of(skipped),
+        backend=backend,
+    )
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([*params, *exp_avgs, *exp_avg_sqs, *(avg for average in averages for avg in average)])
+        torch.autograd.graph.increment_version(
+            [*params, *exp_avgs, *exp_avg_sqs, *(avg for average in averages for avg in average)]
+        )
 
 
 def _pair(betas: tuple[float, float]) -> tuple[float, float]:
@@ -136,9 +212,16 @@ def _pair(betas: tuple[float, float]) -> tuple[float, float]:
     return tuple(betas)
 
 
-def _checked_numbers(lr: float | Tensor, beta1: float, beta2: float, eps: float, weight_decay: float) -> Tensor:
+def _checked_numbers(
+    lr: float | Tensor, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> Tensor:
     """lr as a tensor; the numbers' values have been looked at where no device is waited for."""
-    for name, value, end in (("betas[0]", beta1, 1), ("betas[1]", beta2, 1), ("eps", eps, math.inf), ("weight_decay", weight_decay, math.inf)):
+    for name, value, end in (
+        ("betas[0]", beta1, 1),
+        ("betas[1]", beta2, 1),
+        ("eps", eps, math.inf),
+        ("weight_decay", weight_decay, math.inf),
+    ):
         try:
             inside = 0 <= value < end
         except TypeError:
@@ -162,7 +245,14 @@ def _checked_numbers(lr: float | Tensor, beta1: float, beta2: float, eps: float,
 
 def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:
     """Refuse what is no list, before anything looks into it."""
-    columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "averages": averages}
+    columns = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "steps": steps,
+        "averages": averages,
+    }
     if isinstance(averages, list | tuple):
         columns |= {f"averages[{k}]": average for k, average in enumerate(averages)}
     for name, column in columns.items():
@@ -176,15 +266,31 @@ def _check_grads(grads: Sequence[Tensor]) -> None:
         if grad.dtype not in FLOATS:
             raise ValueError(f"found_inf: grads[{i}] must be {FLOAT_NAMES}, got {grad.dtype}")
         if grad.device != grads[0].device:
-            raise ValueError(f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got {grad.device}")
+            raise ValueError(
+                f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got {grad.device}"
+            )
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor, scalars: tuple, skipped: Tensor | None) -> None:
+def _check(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    averages,
+    decays: Tensor,
+    scalars: tuple,
+    skipped: Tensor | None,
+) -> None:
     _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     if decays.ndim != 1 or decays.dtype not in WIDE:
-        raise ValueError(f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}")
+        raise ValueError(
+            f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}"
+        )
     if len(averages) != len(decays):
-        raise ValueError(f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
+        raise ValueError(
+            f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+        )
     device = params[0].device if params else decays.device
     if device.type == "cuda" and len(averages) > 16:
         raise ValueError(f"adam_ema_: on CUDA at most 16 averages, got {len(averages)}")
@@ -192,7 +298,9 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
     columns |= {f"averages[{k}]": average for k, average in enumerate(averages)}
     for name, column in {**columns, "steps": steps}.items():
         if len(column) != len(params):
-            raise ValueError(f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}")
+            raise ValueError(
+                f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}"
+            )
         check_tensors("adam_ema_", name, column)
     _check_rows(columns, steps, device)
     _check_scalars(decays, scalars, skipped, device)
@@ -200,38 +308,54 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays: Tensor
     refuse_overlap("adam_ema_", {**written, "steps": steps}, {"grads": grads})
 
 
-def _check_rows(columns: dict[str, Sequence[Tensor]], steps: Sequence[Tensor], device: torch.device) -> None:
+def _check_rows(
+    columns: dict[str, Sequence[Tensor]], steps: Sequence[Tensor], device: torch.device
+) -> None:
     """Refuse a parameter's tensors that do not belong together."""
     for i, param in enumerate(columns["params"]):
         for name, column in columns.items():
             tensor = column[i]
             if tensor.shape != param.shape:
-                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(tensor.shape)}")
+                raise ValueError(
+                    f"adam_ema_: {name}[{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(tensor.shape)}"
+                )
             if tensor.device != device:
                 raise ValueError(f"adam_ema_: {name}[{i}] must be on {device}, got {tensor.device}")
             dtype = columns["averages[0]"][i].dtype if name.startswith("averages") else param.dtype
             if tensor.dtype != dtype or (param.dtype, dtype) not in STORAGE_PAIRS:
-                raise ValueError(f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, {FLOAT_NAMES}, or all averages of a "
-                                 f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside {param.dtype}")
+                raise ValueError(
+                    f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, {FLOAT_NAMES}, or all averages of a "
+                    f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside {param.dtype}"
+                )
         step = steps[i]
         if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
-            raise ValueError(f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape {list(step.shape)} on {step.device}")
+            raise ValueError(
+                f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape {list(step.shape)} on {step.device}"
+            )
 
 
-def _check_scalars(decays: Tensor, scalars: tuple, skipped: Tensor | None, device: torch.device) -> None:
-    for name, scalar in zip(("lr", "found_inf", "grad_scale", "clip", "decays"), (*scalars, decays), strict=True):
+def _check_scalars(
+    decays: Tensor, scalars: tuple, skipped: Tensor | None, device: torch.device
+) -> None:
+    for name, scalar in zip(
+        ("lr", "found_inf", "grad_scale", "clip", "decays"), (*scalars, decays), strict=True
+    ):
         if scalar is None:
             continue
         check_tensor("adam_ema_", name, scalar)
         if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in WIDE):
-            raise ValueError(f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape {list(scalar.shape)}")
+            raise ValueError(
+                f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape {list(scalar.shape)}"
+            )
         if scalar.device != device and (name == "found_inf" or scalar.device.type != "cpu"):
             raise ValueError(f"adam_ema_: {name} must be on {device}, got {scalar.device}")
     if skipped is None:
         return
     check_tensor("adam_ema_", "skipped", skipped)
     if skipped.numel() != 1 or skipped.dtype != torch.int64 or skipped.device != device:
-        raise ValueError(f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape {list(skipped.shape)} on {skipped.device}")
+        raise ValueError(
+            f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape {list(skipped.shape)} on {skipped.device}"
+        )
 
 
 def _fake_found_inf(grads):
@@ -239,13 +363,39 @@ def _fake_found_inf(grads):
     return grads[0].new_empty((), dtype=torch.float32)
 
 
-def _fake_adam(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, *_):
+def _fake_adam(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    averages,
+    decays,
+    lr,
+    found_inf,
+    grad_scale,
+    clip,
+    skipped,
+    *_,
+):
     scalars = (lr, found_inf, grad_scale, clip)
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), decays, scalars, skipped)
+    _check(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        lists_of(averages, params),
+        decays,
+        scalars,
+        skipped,
+    )
 
 
 def _reference_adam(params, grads, exp_avgs, exp_avg_sqs, steps, averages, *rest):
-    reference.adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), *rest)
+    reference.adam_ema_(
+        params, grads, exp_avgs, exp_avg_sqs, steps, lists_of(averages, params), *rest
+    )
 
 
 _backends.define("found_inf", _fake_found_inf, reference.found_inf)

@@ -1,4 +1,5 @@
 """`ema_update_`: any number of averages of a whole parameter list, reading the parameters once."""
+
 from collections.abc import Sequence
 
 import torch
@@ -10,37 +11,56 @@ from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_
 from ._dtypes import STORAGE_PAIRS, WIDE
 
 
-def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Sequence[float] | Tensor, *, backend: str = "auto") -> None:
-    """Exponential moving averages of a parameter list, in place: average_k <- decay_k average_k + (1 - decay_k) parameter.
+def ema_update_(
+    averages: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    decays: Sequence[float] | Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Exponential moving averages of a parameter list, in place.
 
-    An element of a parameter that is not finite leaves that element of every average as it is. Computed as torch.lerp is,
-    in float32, or in float64 for float64 averages. A decay of 0 copies, whatever the average held.
+    average_k <- decay_k average_k + (1 - decay_k) parameter.
+    An element of a parameter that is not finite leaves that element of every average as it is.
+    Computed as torch.lerp is, in float32, or in float64 for float64 averages. A decay of 0 copies,
+    whatever the average held.
 
     Args:
-        averages: K lists or tuples of tensors, each as long as `params`; tensor i with the shape and device of parameter i and with its
-            dtype, or float32 beside a bfloat16 or float16 parameter (an average in half precision loses changes smaller than its rounding).
-            No average may overlap itself, another average or, but for its own, a parameter in memory.
-        params: a list or tuple of tensors of any shapes, on one device. float32, float64, bfloat16 or float16, also mixed; or DTensors, with averages
-            that are distributed as they are. A parameter and its averages
-            that lie in memory alike (dense, any order of dimensions) are worked on where they are; others go through copies.
-        decays: K floats in [0, 1]; or a float32 or float64 tensor [K] of them on the CPU, read during the call, or on the parameters'
-            device, where a CUDA graph reads it anew at each replay and nothing checks its range.
+        averages: K lists or tuples of tensors, each as long as `params`; tensor i with the shape
+            and device of parameter i and with its dtype, or float32 beside a bfloat16 or float16
+            parameter (an average in half precision loses changes smaller than its rounding). No
+            average may overlap itself, another average or, but for its own, a parameter in memory.
+        params: a list or tuple of tensors of any shapes, on one device. float32, float64, bfloat16
+            or float16, also mixed; or DTensors, with averages that are distributed as they are. A
+            parameter and its averages that lie in memory alike (dense, any order of dimensions) are
+            worked on where they are; others go through copies.
+        decays: K floats in [0, 1]; or a float32 or float64 tensor [K] of them on the CPU, read
+            during the call, or on the parameters' device, where a CUDA graph reads it anew at each
+            replay and nothing checks its range.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong length, shape, dtype, device or range, or names
+            nothing. RuntimeError: no such backend here.
 
-    No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch for up to 768 tensors of one dtype;
-    Triton: one for every tensor.
+    No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch
+    for up to 768 tensors of one dtype; Triton: one for every tensor.
     """
     try:
-        backend = _backends.resolve("ema_update_", backend, params[0].device if len(params) > 0 else torch.device("cpu"))
-        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list's tensors
+        backend = _backends.resolve(
+            "ema_update_", backend, params[0].device if len(params) > 0 else torch.device("cpu")
+        )
+        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list
             backend = "reference"
         decays = checked_decays("ema_update_", decays)
-        if len(params) > 0 and type(params[0]) not in _modes.PLAIN and _shards.any_distributed(params):
+        if (
+            len(params) > 0
+            and type(params[0]) not in _modes.PLAIN
+            and _shards.any_distributed(params)
+        ):
             return _on_shards(averages, params, decays, backend)
-        if backend not in ("cpp", "cuda") or len(averages) != decays.numel() or torch.compiler.is_compiling():  # they check for themselves
+        checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+        if not checks_itself or len(averages) != decays.numel():
             if _shards.any_distributed(params, *averages):
                 return _on_shards(averages, params, decays, backend)
             _check(averages, params, decays)
@@ -53,13 +73,20 @@ def ema_update_(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], 
         _check_lists(averages, params)
         if _shards.any_distributed(params, *averages):
             return _on_shards(averages, params, decays, backend)
-        _check(averages, params, checked_decays("ema_update_", decays))  # says in full which argument is wrong
+        _check(
+            averages, params, checked_decays("ema_update_", decays)
+        )  # says in full which argument is wrong
         raise
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
 
 
-def _on_shards(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Sequence[float] | Tensor, backend: str) -> None:
+def _on_shards(
+    averages: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    decays: Sequence[float] | Tensor,
+    backend: str,
+) -> None:
     named = {f"averages[{k}]": average for k, average in enumerate(averages)}
     local_params, *local_averages = _shards.local_rows("ema_update_", params, named, {})
     ema_update_(local_averages, local_params, _shards.local_of(decays), backend=backend)
@@ -74,7 +101,9 @@ def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
         values = decays.tolist() if decays.ndim == 1 and _modes.can_check_values(decays) else []
     else:
         if not isinstance(decays, list | tuple):
-            raise ValueError(f"{op}: decays must be a list or tuple of K numbers, or a tensor [K], got {kind_of(decays)}")
+            raise ValueError(
+                f"{op}: decays must be a list or tuple of K numbers, or a tensor [K], got {kind_of(decays)}"
+            )
         values = [*decays]
     try:
         inside = all(0 <= decay <= 1 for decay in values)
@@ -84,7 +113,11 @@ def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
         raise
     if not inside:
         raise ValueError(f"{op}: decays must be in [0, 1], got {values}")
-    return decays if isinstance(decays, Tensor) else torch.tensor(values, dtype=torch.float64, device="cpu")
+    return (
+        decays
+        if isinstance(decays, Tensor)
+        else torch.tensor(values, dtype=torch.float64, device="cpu")
+    )
 
 
 def _check_lists(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> None:
@@ -94,7 +127,9 @@ def _check_lists(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor])
             raise ValueError(f"ema_update_: {name} must be a list or tuple, got {kind_of(lists)}")
     for k, average in enumerate(averages):
         if not isinstance(average, list | tuple):
-            raise ValueError(f"ema_update_: averages[{k}] must be a list or tuple of tensors, got {kind_of(average)}")
+            raise ValueError(
+                f"ema_update_: averages[{k}] must be a list or tuple of tensors, got {kind_of(average)}"
+            )
 
 
 def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Tensor) -> None:
@@ -103,29 +138,51 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
     for k, average in enumerate(averages):
         check_tensors("ema_update_", f"averages[{k}]", average)
     if decays.ndim != 1 or decays.dtype not in WIDE:
-        raise ValueError(f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}")
+        raise ValueError(
+            f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}"
+        )
     if len(averages) != len(decays):
-        raise ValueError(f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}")
+        raise ValueError(
+            f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+        )
     device = params[0].device if params else decays.device
     if decays.device not in (device, torch.device("cpu")):
-        raise ValueError(f"ema_update_: decays must be on the CPU or on the parameters' device {device}, got {decays.device}")
+        raise ValueError(
+            f"ema_update_: decays must be on the CPU or on the parameters' device {device}, got {decays.device}"
+        )
     for i, param in enumerate(params):
         if param.device != device:
-            raise ValueError(f"ema_update_: params[{i}] must be on {device} as params[0] is, got {param.device}")
+            raise ValueError(
+                f"ema_update_: params[{i}] must be on {device} as params[0] is, got {param.device}"
+            )
     for k, average in enumerate(averages):
         if len(average) != len(params):
-            raise ValueError(f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each parameter, got {len(average)}")
+            raise ValueError(
+                f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each parameter, got {len(average)}"
+            )
         for i, (avg, param) in enumerate(zip(average, params, strict=True)):
             if avg.shape != param.shape:
-                raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(avg.shape)}")
+                raise ValueError(
+                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(avg.shape)}"
+                )
             if avg.device != device:
-                raise ValueError(f"ema_update_: averages[{k}][{i}] must be on {device}, got {avg.device}")
+                raise ValueError(
+                    f"ema_update_: averages[{k}][{i}] must be on {device}, got {avg.device}"
+                )
             if (param.dtype, avg.dtype) not in STORAGE_PAIRS:
-                raise ValueError(f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 beside a bfloat16 or float16 parameter, "
-                                 f"got {avg.dtype} beside {param.dtype}")
+                raise ValueError(
+                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 beside a bfloat16 or float16 parameter, "
+                    f"got {avg.dtype} beside {param.dtype}"
+                )
             if avg.dtype != averages[0][i].dtype:
-                raise ValueError(f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}")
-    refuse_overlap("ema_update_", {f"averages[{k}]": average for k, average in enumerate(averages)}, {"params": params})
+                raise ValueError(
+                    f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}"
+                )
+    refuse_overlap(
+        "ema_update_",
+        {f"averages[{k}]": average for k, average in enumerate(averages)},
+        {"params": params},
+    )
 
 
 def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -134,7 +191,9 @@ def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Seque
 
 
 def _fake(averages, params, decays):
-    _check(lists_of(averages, params), params, decays)  # a tensor on "meta" brings an eager call here too
+    _check(
+        lists_of(averages, params), params, decays
+    )  # a tensor on "meta" brings an eager call here too
 
 
 def _reference(averages, params, decays):

@@ -1,4 +1,5 @@
 """`heun_step`: from the network's raw output to its next input, in one launch."""
+
 import torch
 from torch import Tensor
 
@@ -8,59 +9,99 @@ from ._checks import check_tensor
 from ._dtypes import FLOATS, WIDE, names
 
 
-def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None = None, noise: Tensor | None = None, *, net_dtype: torch.dtype | None = None,
-              backend: str = "auto") -> tuple[Tensor, Tensor | None]:
+def heun_step(
+    F: Tensor,
+    x: Tensor,
+    coef: Tensor,
+    x_hat: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    net_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
     """One Euler step, or the correction that makes it Heun's, and the network's next input.
 
-    D = skip x + scale F,  d = (x - D) / sigma,  x_next = x + h d  or, with x_hat,  (x_hat + x + h d) / 2;
-    then x_next += churn noise and net_input = c_in x_next (arXiv 2206.00364, algorithm 2). Any network with D = skip x + scale F.
+    D = skip x + scale F,  d = (x - D) / sigma,
+    x_next = x + h d  or, with x_hat,  (x_hat + x + h d) / 2; then x_next += churn noise and
+    net_input = c_in x_next (arXiv 2206.00364, algorithm 2). Any network with D = skip x + scale F.
 
-    A step of the sampler from x_hat at sigma_hat to sigma_next is two calls, with F and F' the network's outputs:
+    A step of the sampler from x_hat at sigma_hat to sigma_next is two calls, with F and F' the
+    network's outputs:
 
-        x_next, net_input = heun_step(F, x_hat, coef, net_dtype=dtype)                  # sigma = sigma_hat, h = sigma_next - sigma_hat
-        x_hat, net_input = heun_step(F', x_next, coef', x_hat, noise, net_dtype=dtype)  # sigma = sigma_next, the same h
+        # sigma = sigma_hat, h = sigma_next - sigma_hat
+        x_next, net_input = heun_step(F, x_hat, coef, net_dtype=dtype)
+        # sigma = sigma_next, the same h
+        x_hat, net_input = heun_step(F', x_next, coef', x_hat, noise, net_dtype=dtype)
 
-    The second also raises the state to the coming step's sigma_hat, by churn = S_noise sqrt(sigma_hat^2 - sigma_next^2). Euler's
-    sampler is the first call alone, with the noise. The last call of a sampler needs no noise, c_in and net_dtype.
+    The second also raises the state to the coming step's sigma_hat, by churn = S_noise
+    sqrt(sigma_hat^2 - sigma_next^2). Euler's sampler is the first call alone, with the noise. The
+    last call of a sampler needs no noise, c_in and net_dtype.
 
     Args:
-        F: the network's raw output at x, of any shape. float32, float64, bfloat16 or float16; any strides.
-        x: as `F`, the state that the network was asked about. float32 or float64, the precision of all arithmetic.
-        coef: [6] float64, may change between the replays of a CUDA graph: sigma, skip, scale, h, churn, c_in.
-            sigma > 0 (checked on the CPU alone: a GPU would have to be waited for), skip and scale are x's; c_in is that of the level
-            that the state has after this call.
-        x_hat: as `x`, the state from which the step began; makes this call the correction. None: an Euler step.
+        F: the network's raw output at x, of any shape. float32, float64, bfloat16 or float16; any
+            strides.
+        x: as `F`, the state that the network was asked about. float32 or float64, the precision of
+            all arithmetic.
+        coef: [6] float64, may change between the replays of a CUDA graph: sigma, skip, scale, h,
+            churn, c_in. sigma > 0 (checked on the CPU alone: a GPU would have to be waited for),
+            skip and scale are x's; c_in is that of the level that the state has after this call.
+        x_hat: as `x`, the state from which the step began; makes this call the correction. None: an
+            Euler step.
         noise: as `x`, unit noise. None: churn is not used.
         net_dtype: dtype of the network's next input, any of F's; None: it is not made.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
-        x_next: as `x`, in its memory layout if that is dense. net_input: the same in `net_dtype`, or None.
+        x_next: as `x`, in its memory layout if that is dense. net_input: the same in `net_dtype`,
+            or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing.
+            RuntimeError: no such backend here.
 
-    No gradients; in forward mode the tangents of all arguments. Deterministic. No host synchronisation.
+    No gradients; in forward mode the tangents of all arguments. Deterministic. No host
+    synchronisation.
     """
     try:
         backend = _backends.resolve("heun_step", backend, x.device)
         # in forward mode nothing is detached: the reference gives the tangents too
-        if (torch.is_grad_enabled() or backend == _backends.BY_DEVICE) and not _modes.forward_mode():
-            F, x, coef, x_hat, noise = (tensor if tensor is None else tensor.detach() for tensor in (F, x, coef, x_hat, noise))
+        if (
+            torch.is_grad_enabled() or backend == _backends.BY_DEVICE
+        ) and not _modes.forward_mode():
+            F, x, coef, x_hat, noise = (
+                tensor if tensor is None else tensor.detach()
+                for tensor in (F, x, coef, x_hat, noise)
+            )
         if backend not in ("cpp", "cuda"):  # these two check for themselves
             _check(F, x, coef, x_hat, noise, net_dtype)
-        if _modes.can_check_values(coef) and coef.shape == (6,) and coef.dtype == torch.float64 and not coef.tolist()[0] > 0:
-            raise ValueError(f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}")
+        if (
+            _modes.can_check_values(coef)
+            and coef.shape == (6,)
+            and coef.dtype == torch.float64
+            and not coef.tolist()[0] > 0
+        ):
+            raise ValueError(
+                f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}"
+            )
         if backend == "reference":
             return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
-        x_next, net_input = _backends.call("heun_step", backend, (F, x, coef, x_hat, noise, net_dtype))
+        x_next, net_input = _backends.call(
+            "heun_step", backend, (F, x, coef, x_hat, noise, net_dtype)
+        )
     except _backends.REFUSED:
         _check(F, x, coef, x_hat, noise, net_dtype)  # says in full which argument is wrong
         raise
     return x_next, None if net_dtype is None else net_input
 
 
-def _check(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tensor | None, net_dtype: torch.dtype | None) -> None:
+def _check(
+    F: Tensor,
+    x: Tensor,
+    coef: Tensor,
+    x_hat: Tensor | None,
+    noise: Tensor | None,
+    net_dtype: torch.dtype | None,
+) -> None:
     tensors = (("F", F), ("x", x), ("coef", coef), ("x_hat", x_hat), ("noise", noise))
     for name, tensor in tensors:
         if tensor is not None or name in ("F", "x", "coef"):
@@ -70,12 +111,20 @@ def _check(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tens
     if F.dtype not in FLOATS:
         raise ValueError(f"heun_step: F must be one of {names(FLOATS)}, got {F.dtype}")
     if net_dtype is not None and net_dtype not in FLOATS:
-        raise ValueError(f"heun_step: net_dtype must be None or one of {names(FLOATS)}, got {net_dtype}")
-    for name, tensor, dtype in (("F", F, F.dtype), ("x_hat", x_hat, x.dtype), ("noise", noise, x.dtype)):
+        raise ValueError(
+            f"heun_step: net_dtype must be None or one of {names(FLOATS)}, got {net_dtype}"
+        )
+    for name, tensor, dtype in (
+        ("F", F, F.dtype),
+        ("x_hat", x_hat, x.dtype),
+        ("noise", noise, x.dtype),
+    ):
         if tensor is None:
             continue
         if tensor.shape != x.shape:
-            raise ValueError(f"heun_step: {name} must have x's shape {list(x.shape)}, got {list(tensor.shape)}")
+            raise ValueError(
+                f"heun_step: {name} must have x's shape {list(x.shape)}, got {list(tensor.shape)}"
+            )
         if tensor.dtype != dtype:
             raise ValueError(f"heun_step: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != x.device:
@@ -90,7 +139,9 @@ def _check(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tens
 
 def _fake(F, x, coef, x_hat, noise, net_dtype):
     _check(F, x, coef, x_hat, noise, net_dtype)
-    return torch.empty_like(x), x.new_empty(0) if net_dtype is None else torch.empty_like(x, dtype=net_dtype)
+    return torch.empty_like(x), x.new_empty(0) if net_dtype is None else torch.empty_like(
+        x, dtype=net_dtype
+    )
 
 
 def _reference(F, x, coef, x_hat, noise, net_dtype):

@@ -1,4 +1,6 @@
-"""`noise_pair`: the coupled noisy pair, with its normal numbers drawn in the kernel, in one launch."""
+"""`noise_pair`: the coupled noisy pair, with its normal numbers drawn in the kernel, in one
+launch."""
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,61 +13,109 @@ from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS
 COUPLINGS = ("markov", "shared")
 
 
-def noise_pair(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, *, coupling: str = "markov", seed: int | Tensor,
-               offset: int | Tensor = 0, c_in: Tensor | None = None, c_in_p: Tensor | None = None, net_dtype: torch.dtype | None = None,
-               backend: str = "auto") -> tuple[Tensor, ...]:
+def noise_pair(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_p: Tensor,
+    sigma_p: Tensor,
+    *,
+    coupling: str = "markov",
+    seed: int | Tensor,
+    offset: int | Tensor = 0,
+    c_in: Tensor | None = None,
+    c_in_p: Tensor | None = None,
+    net_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
     """The coupled pair (x_t, x_t') of noisy data, x_t' nearer to the data.
 
-    x_tp = alpha_p x0 + sigma_p n1, and for "markov" the forward transition from there, x_t = a x_tp + sqrt(max(sigma^2 - a^2 sigma_p^2, 0)) n2
-    with a = alpha / alpha_p; for "shared" x_t = alpha x0 + sigma n1 (the design, section 1). n1 and n2 are unit normals from
-    Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, functions of (seed, offset, sample, element, n1 or n2) alone:
-    every backend, precision, batch size and memory layout draws the same ones, and n1 is the same for both couplings.
+    x_tp = alpha_p x0 + sigma_p n1, and for "markov" the forward transition from there,
+    x_t = a x_tp + sqrt(max(sigma^2 - a^2 sigma_p^2, 0)) n2 with a = alpha / alpha_p; for "shared"
+    x_t = alpha x0 + sigma n1 (the design, section 1). n1 and n2 are unit normals from Philox4x32-10
+    (Salmon et al., SC 2011) and Box-Muller, functions of (seed, offset, sample, element, n1 or n2)
+    alone: every backend, precision, batch size and memory layout draws the same ones, and n1 is the
+        same
+    for both couplings.
 
     Args:
-        x0: [B, ...], clean data. float32, float64, bfloat16 or float16; any strides. At most 2^32 samples of 2^34 elements.
-        alpha, sigma: [B] float64, the level of x_t; any stride. sigma >= 0, checked on the CPU alone: a GPU would have to be waited for.
-            A NaN gives NaN.
+        x0: [B, ...], clean data. float32, float64, bfloat16 or float16; any strides. At most 2^32
+            samples of 2^34 elements.
+        alpha, sigma: [B] float64, the level of x_t; any stride. sigma >= 0, checked on the CPU
+            alone: a GPU would have to be waited for. A NaN gives NaN.
         alpha_p, sigma_p: as alpha and sigma, the level of x_tp; alpha_p is not 0.
         coupling: "markov" or "shared".
-        seed: the key. An int in [-2^63, 2^64), of which the 64 bits count, or an int64 tensor [1] on x0's device, which a
-            CUDA graph reads anew in each replay. Processes that train together need different seeds.
-        offset: the step: another offset is an independent draw. An int in [0, 2^63), or a tensor as seed (63 bits count).
-        c_in, c_in_p: [B] float64, scales of the network's inputs at the two levels; both or neither.
-        net_dtype: dtype of the network's inputs; x0's if None, else x0's, or bfloat16 or float16 beside a float32 x0.
+        seed: the key. An int in [-2^63, 2^64), of which the 64 bits count, or an int64 tensor [1]
+            on x0's device, which a CUDA graph reads anew in each replay. Processes that train
+            together need different seeds.
+        offset: the step: another offset is an independent draw. An int in [0, 2^63), or a tensor as
+            seed (63 bits count).
+        c_in, c_in_p: [B] float64, scales of the network's inputs at the two levels; both or
+            neither.
+        net_dtype: dtype of the network's inputs; x0's if None, else x0's, or bfloat16 or float16
+            beside a float32 x0.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
-        (x_t, x_tp), as x0; with c_in (x_t, x_tp, c_in x_t, c_in_p x_tp), the last two of net_dtype. Their layout is x0's where
-        its channels come first or last, else contiguous. Half precision is rounded once, on writing.
+        (x_t, x_tp), as x0; with c_in (x_t, x_tp, c_in x_t, c_in_p x_tp), the last two of net_dtype.
+        Their layout is x0's where its channels come first or last, else contiguous. Half precision
+        is rounded once, on writing.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing.
+            RuntimeError: no such backend here.
 
-    No gradients; in forward mode the tangents of all arguments. Deterministic: "cpp" gives the same bits with any number of threads and on every x86-64 processor. Backends draw
-    the same 32-bit words; their float32 normals lie within 5e-7 (1 + |n|) of the float64 ones, the float64 ones within 1e-14 (1 + |n|).
-    No host synchronisation.
+    No gradients; in forward mode the tangents of all arguments. Deterministic: "cpp" gives the same
+    bits with any number of threads and on every x86-64 processor. Backends draw the same 32-bit
+    words; their float32 normals lie within 5e-7 (1 + |n|) of the float64 ones, the float64 ones
+    within 1e-14 (1 + |n|). No host synchronisation.
     """
     seed_given, offset_given = seed, offset
     try:
         backend = _backends.resolve("noise_pair", backend, x0.device)
         net_dtype = net_dtype or x0.dtype
-        if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # these two check the tensors for themselves
+        if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # they check too
             _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, c_in, c_in_p, net_dtype)
         if coupling not in COUPLINGS:
-            raise ValueError(f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}")
-        levels = (("sigma", sigma), ("sigma_p", sigma_p)) if _modes.can_check_values(sigma, sigma_p) else ()
+            raise ValueError(
+                f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}"
+            )
+        levels = (
+            (("sigma", sigma), ("sigma_p", sigma_p))
+            if _modes.can_check_values(sigma, sigma_p)
+            else ()
+        )
         for name, level in levels:
             if level.numel() > 0 and level.min().item() < 0:
                 raise ValueError(f"noise_pair: {name} must be >= 0, got {level.min().item()}")
         seed, seed_at = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
         offset, offset_at = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
-        args = (x0, alpha, sigma, alpha_p, sigma_p, coupling == "shared", seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype)
-        with torch.no_grad():  # which leaves tangents be: in forward mode the reference gives them too
-            pair = _pair_of_reference(*args) if backend == "reference" else _backends.call("noise_pair", backend, args)
+        args = (
+            x0,
+            alpha,
+            sigma,
+            alpha_p,
+            sigma_p,
+            coupling == "shared",
+            seed,
+            seed_at,
+            offset,
+            offset_at,
+            c_in,
+            c_in_p,
+            net_dtype,
+        )
+        with torch.no_grad():  # leaves tangents be: in forward mode the reference gives them too
+            if backend == "reference":
+                pair = _pair_of_reference(*args)
+            else:
+                pair = _backends.call("noise_pair", backend, args)
     except _backends.REFUSED:
         _check_integer("seed", seed_given)
         _check_integer("offset", offset_given)
-        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, c_in, c_in_p, net_dtype)  # says in full which argument is wrong
+        _check(
+            x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, c_in, c_in_p, net_dtype
+        )  # says in full which argument is wrong
         raise
     return pair[:2] if c_in is None else pair
 
@@ -84,14 +134,38 @@ def _offset(offset: int) -> int:
 
 def _check_integer(name: str, value: int | Tensor) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt | Tensor):
-        raise ValueError(f"noise_pair: {name} must be an int or an int64 tensor, got {kind_of(value)}")
+        raise ValueError(
+            f"noise_pair: {name} must be an int or an int64 tensor, got {kind_of(value)}"
+        )
 
 
-def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: Tensor, seed: int | Tensor | None, offset: int | Tensor | None,
-           c_in: Tensor | None, c_in_p: Tensor | None, net_dtype: torch.dtype | None) -> None:
-    needed = (("x0", x0), ("alpha", alpha), ("sigma", sigma), ("alpha_p", alpha_p), ("sigma_p", sigma_p))
-    given = ((name, value) for name, value in (("c_in", c_in), ("c_in_p", c_in_p)) if value is not None)
-    integers = ((name, value) for name, value in (("seed", seed), ("offset", offset)) if isinstance(value, Tensor))
+def _check(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_p: Tensor,
+    sigma_p: Tensor,
+    seed: int | Tensor | None,
+    offset: int | Tensor | None,
+    c_in: Tensor | None,
+    c_in_p: Tensor | None,
+    net_dtype: torch.dtype | None,
+) -> None:
+    needed = (
+        ("x0", x0),
+        ("alpha", alpha),
+        ("sigma", sigma),
+        ("alpha_p", alpha_p),
+        ("sigma_p", sigma_p),
+    )
+    given = (
+        (name, value) for name, value in (("c_in", c_in), ("c_in_p", c_in_p)) if value is not None
+    )
+    integers = (
+        (name, value)
+        for name, value in (("seed", seed), ("offset", offset))
+        if isinstance(value, Tensor)
+    )
     for name, tensor in (*needed, *given, *integers):
         check_tensor("noise_pair", name, tensor)
     for name, value in (("seed", seed), ("offset", offset)):
@@ -103,17 +177,32 @@ def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: T
     if x0.dtype not in FLOATS:
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     if (net_dtype, x0.dtype) not in STORAGE_PAIRS:
-        raise ValueError(f"noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 x0, got {net_dtype} beside {x0.dtype}")
+        raise ValueError(
+            f"noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 x0, got {net_dtype} beside {x0.dtype}"
+        )
     if (c_in is None) != (c_in_p is None):
         raise ValueError("noise_pair: c_in and c_in_p must be given together, got one of them")
-    columns = [(name, column, x0.shape[:1], torch.float64)
-               for name, column in (("alpha", alpha), ("sigma", sigma), ("alpha_p", alpha_p), ("sigma_p", sigma_p), ("c_in", c_in), ("c_in_p", c_in_p))]
-    integers = [(name, value, (1,), torch.int64) for name, value in (("seed", seed), ("offset", offset))]
+    columns = [
+        (name, column, x0.shape[:1], torch.float64)
+        for name, column in (
+            ("alpha", alpha),
+            ("sigma", sigma),
+            ("alpha_p", alpha_p),
+            ("sigma_p", sigma_p),
+            ("c_in", c_in),
+            ("c_in_p", c_in_p),
+        )
+    ]
+    integers = [
+        (name, value, (1,), torch.int64) for name, value in (("seed", seed), ("offset", offset))
+    ]
     for name, tensor, shape, dtype in columns + integers:
         if not isinstance(tensor, Tensor):
             continue
         if tensor.shape != shape:
-            raise ValueError(f"noise_pair: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            raise ValueError(
+                f"noise_pair: {name} must have shape {list(shape)}, got {list(tensor.shape)}"
+            )
         if tensor.dtype != dtype:
             raise ValueError(f"noise_pair: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != x0.device:
@@ -121,15 +210,36 @@ def _check(x0: Tensor, alpha: Tensor, sigma: Tensor, alpha_p: Tensor, sigma_p: T
 
 
 def _empty(x0: Tensor, dtype: torch.dtype) -> Tensor:
-    """An output before it is written: in x0's own layout if its channels come first or last, else contiguous."""
+    """An output before it is written: in x0's own layout if its channels come first or last, else
+    contiguous."""
     own = torch.empty_like(x0, dtype=dtype)
     kept = own.is_contiguous() or (own.ndim >= 3 and own.movedim(1, -1).is_contiguous())
     return own if kept else torch.empty(x0.shape, dtype=dtype, device=x0.device)
 
 
-def _fake(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
-    _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, c_in, c_in_p, net_dtype)  # a tensor on "meta" brings an eager call here too
-    inputs = (x0.new_empty(0, dtype=net_dtype) for _ in range(2)) if c_in is None else (_empty(x0, net_dtype) for _ in range(2))
+def _fake(
+    x0,
+    alpha,
+    sigma,
+    alpha_p,
+    sigma_p,
+    shared,
+    seed,
+    seed_at,
+    offset,
+    offset_at,
+    c_in,
+    c_in_p,
+    net_dtype,
+):
+    _check(
+        x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, c_in, c_in_p, net_dtype
+    )  # a tensor on "meta" brings an eager call here too
+    inputs = (
+        (x0.new_empty(0, dtype=net_dtype) for _ in range(2))
+        if c_in is None
+        else (_empty(x0, net_dtype) for _ in range(2))
+    )
     return _empty(x0, x0.dtype), _empty(x0, x0.dtype), *inputs
 
 
@@ -139,9 +249,25 @@ def _reference(*args):
     return (*pair, *(x0.new_empty(0, dtype=net_dtype) for _ in range(4 - len(pair))))
 
 
-def _pair_of_reference(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
+def _pair_of_reference(
+    x0,
+    alpha,
+    sigma,
+    alpha_p,
+    sigma_p,
+    shared,
+    seed,
+    seed_at,
+    offset,
+    offset_at,
+    c_in,
+    c_in_p,
+    net_dtype,
+):
     seed, offset = seed if seed_at is None else seed_at, offset if offset_at is None else offset_at
-    return reference.noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, c_in, c_in_p, net_dtype)
+    return reference.noise_pair(
+        x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, c_in, c_in_p, net_dtype
+    )
 
 
 _backends.define("noise_pair", _fake, _reference)

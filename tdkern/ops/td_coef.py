@@ -1,4 +1,5 @@
 """`td_coef`: the noise levels and the eight numbers a sample, in one launch."""
+
 import math
 import sys
 
@@ -15,19 +16,35 @@ BASE_WEIGHTS = ("karras", "uniform", "snr", "snr+1", "truncated-snr")
 WEIGHTS = ("pairwise", "pairwise_x0", "online", "none")
 
 
-def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0,
-            sigma_data: float = 0.5, k_idx: float = 1.0, one_idx: float = 0.25, lambda_base: float = 0.5, precond: str = "edm",
-            base_weight: str = "karras", coupling: str = "markov", weight: str = "pairwise",
-            td_sigma: tuple[float, float] | None = None, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """The columns of `td_loss`'s `coef` and the four noise levels, from one noise level (or index) a sample.
+def td_coef(
+    noise: Tensor,
+    *,
+    from_index: bool = False,
+    steps: int = 18,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+    sigma_data: float = 0.5,
+    k_idx: float = 1.0,
+    one_idx: float = 0.25,
+    lambda_base: float = 0.5,
+    precond: str = "edm",
+    base_weight: str = "karras",
+    coupling: str = "markov",
+    weight: str = "pairwise",
+    td_sigma: tuple[float, float] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`td_loss`'s `coef` and the four noise levels, from one noise level (or index) a sample.
 
-    With i the real index of sigma on the EDM schedule: t = i, tau = i + one_idx, t' = i + k_idx, tau' = t' + one_idx;
-    (A, kappa) = two_moment at (t, tau) and at (t', tau'); D = skip x + scale F by `precond`; w_td by `weight`;
-    w_base = lambda_base w, and where the pair leaves the schedule w_td = 0 and w_base = (1 + lambda_base) w
-    (arXiv 2606.15048; the design, section 1).
+    With i the real index of sigma on the EDM schedule: t = i, tau = i + one_idx, t' = i + k_idx,
+    tau' = t' + one_idx; (A, kappa) = two_moment at (t, tau) and at (t', tau'); D = skip x + scale F
+    by `precond`; w_td by `weight`; w_base = lambda_base w, and where the pair leaves the schedule
+    w_td = 0 and w_base = (1 + lambda_base) w (arXiv 2606.15048; the design, section 1).
 
     Args:
-        noise: [B], any float dtype or int64. The noise level sigma > 0 of each sample or, with `from_index`, its index >= 0.
+        noise: [B], any float dtype or int64. The noise level sigma > 0 of each sample or, with
+            `from_index`, its index >= 0.
         from_index: read `noise` as indices on the schedule instead of noise levels.
         steps, sigma_min, sigma_max, rho: the schedule, as in `schedules.EDM`.
         sigma_data: standard deviation of the data, > 0.
@@ -46,10 +63,12 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
         levels: [B, 4] float64: sigma at t, tau, t', tau'.
 
     Raises:
-        ValueError: an argument is out of its range, of the wrong shape or dtype, or names nothing. `noise` is looked at on the CPU alone: a
-            GPU would have to be waited for, and there a level that is not > 0 gives its sample numbers without a meaning.
+        ValueError: an argument is out of its range, of the wrong shape or dtype, or names nothing.
+            `noise` is looked at on the CPU alone: a GPU would have to be waited for, and there a
+            level that is not > 0 gives its sample numbers without a meaning.
 
-    No gradients; in forward mode the tangent of `noise`. Deterministic; float64 inside on every backend. No host synchronisation.
+    No gradients; in forward mode the tangent of `noise`. Deterministic; float64 inside on every
+    backend. No host synchronisation.
     """
     try:
         EDM(steps, sigma_min, sigma_max, rho)  # checks the schedule
@@ -58,13 +77,41 @@ def td_coef(noise: Tensor, *, from_index: bool = False, steps: int = 18, sigma_m
         td_lo, td_hi = _finite_bounds(td_sigma)
         backend = _backends.resolve("td_coef", backend, noise.device)
         noise = noise if _modes.forward_mode() else noise.detach()
-        args = (noise if backend == "reference" else noise.double(), from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx,
-                lambda_base, precond, base_weight, eta_of(coupling), weight, td_lo, td_hi)
-        return reference.td_coef(*args) if backend == "reference" else _backends.call("td_coef", backend, args)
+        args = (
+            noise if backend == "reference" else noise.double(),
+            from_index,
+            steps,
+            sigma_min,
+            sigma_max,
+            rho,
+            sigma_data,
+            k_idx,
+            one_idx,
+            lambda_base,
+            precond,
+            base_weight,
+            eta_of(coupling),
+            weight,
+            td_lo,
+            td_hi,
+        )
+        return (
+            reference.td_coef(*args)
+            if backend == "reference"
+            else _backends.call("td_coef", backend, args)
+        )
     except _backends.REFUSED:
         check_tensor("td_coef", "noise", noise)
-        for name, value in (("steps", steps), ("sigma_min", sigma_min), ("sigma_max", sigma_max), ("rho", rho), ("sigma_data", sigma_data),
-                            ("k_idx", k_idx), ("one_idx", one_idx), ("lambda_base", lambda_base)):
+        for name, value in (
+            ("steps", steps),
+            ("sigma_min", sigma_min),
+            ("sigma_max", sigma_max),
+            ("rho", rho),
+            ("sigma_data", sigma_data),
+            ("k_idx", k_idx),
+            ("one_idx", one_idx),
+            ("lambda_base", lambda_base),
+        ):
             check_number("td_coef", name, value)
         raise
 
@@ -81,13 +128,25 @@ def _check_noise(noise: Tensor, from_index: bool) -> None:
             raise ValueError(f"td_coef: noise must be {wanted}, got values from {low} to {high}")
 
 
-def _check_options(sigma_data: float, k_idx: float, one_idx: float, lambda_base: float, precond: str, base_weight: str, weight: str) -> None:
+def _check_options(
+    sigma_data: float,
+    k_idx: float,
+    one_idx: float,
+    lambda_base: float,
+    precond: str,
+    base_weight: str,
+    weight: str,
+) -> None:
     for name, value in (("sigma_data", sigma_data), ("k_idx", k_idx), ("one_idx", one_idx)):
         if not 0 < value < math.inf:
             raise ValueError(f"td_coef: {name} must be a positive number, got {value}")
     if not 0 <= lambda_base < math.inf:
         raise ValueError(f"td_coef: lambda_base must be a number >= 0, got {lambda_base}")
-    for name, value, names in (("precond", precond, PRECONDS), ("base_weight", base_weight, BASE_WEIGHTS), ("weight", weight, WEIGHTS)):
+    for name, value, names in (
+        ("precond", precond, PRECONDS),
+        ("base_weight", base_weight, BASE_WEIGHTS),
+        ("weight", weight, WEIGHTS),
+    ):
         if value not in names:
             raise ValueError(f"td_coef: {name} must be one of {', '.join(names)}, got {value!r}")
 
@@ -106,8 +165,12 @@ def _finite_bounds(td_sigma: tuple[float, float] | None) -> tuple[float, float]:
 
 
 def _fake(noise, *_):
-    batch = noise.shape[0]  # not len(noise), an int, for which a graph would be compiled at every batch size
-    return noise.new_empty(batch, 8, dtype=torch.float64), noise.new_empty(batch, 4, dtype=torch.float64)
+    batch = noise.shape[
+        0
+    ]  # not len(noise), an int, for which a graph would be compiled at every batch size
+    return noise.new_empty(batch, 8, dtype=torch.float64), noise.new_empty(
+        batch, 4, dtype=torch.float64
+    )
 
 
 _backends.define("td_coef", _fake, reference.td_coef)

@@ -1,4 +1,6 @@
-"""`td_loss`: the per-sample TD and base loss and the gradient of the network's output, in one launch."""
+"""`td_loss`: the per-sample TD and base loss and the gradient of the network's output, in one
+launch."""
+
 import math
 
 import torch
@@ -13,27 +15,44 @@ BASES = ("denoise", "consistency")
 NORMS = ("l2", "l1", "huber")
 
 
-def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None = None, x_tp: Tensor | None = None, *,
-            base: str = "denoise", base_norm: str = "l2", huber_c: float | None = None, backend: str = "auto") -> Tensor:
+def td_loss(
+    out: Tensor,
+    out_target: Tensor,
+    x0: Tensor,
+    coef: Tensor,
+    x_t: Tensor | None = None,
+    x_tp: Tensor | None = None,
+    *,
+    base: str = "denoise",
+    base_norm: str = "l2",
+    huber_c: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Per-sample temporal-difference loss and base loss, both weighted.
 
-    e = x0 - (skip x_t + scale out),  e' = x0 - (skip' x_tp + scale' out_target),  delta = A e - A' e',
-    td = w_td mean(delta^2),  base = w_base mean(b^2),  b = e or, for "consistency", e - e'
-    (arXiv 2606.15048; the design, section 1). A term whose weight is 0 is left out: what it would have read may be NaN.
+    e = x0 - (skip x_t + scale out),  e' = x0 - (skip' x_tp + scale' out_target),
+    delta = A e - A' e',  td = w_td mean(delta^2),
+    base = w_base mean(b^2),  b = e or, for "consistency", e - e'
+    (arXiv 2606.15048; the design, section 1). A term whose weight is 0 is left out: what it would
+    have read may be NaN.
 
-    Two more norms of the base loss: "l1", w_base mean(|b|), and "huber", w_base (sqrt(||b||_2^2 + c^2) - c) / n, the pseudo-Huber
-    metric of improved consistency training (arXiv 2310.14189, table 1). That paper's loss is n times ours, n being a sample's
-    element count: as the others are means, so is this.
+    Two more norms of the base loss: "l1", w_base mean(|b|), and "huber",
+    w_base (sqrt(||b||_2^2 + c^2) - c) / n, the pseudo-Huber metric of improved consistency training
+    (arXiv 2310.14189, table 1). That paper's loss is n times ours, n being a sample's element
+    count: as the others are means, so is this.
 
     Args:
-        out: [B, ...], the online network's raw output F at t. float32, float64, bfloat16 or float16; any strides.
+        out: [B, ...], the online network's raw output F at t. float32, float64, bfloat16 or
+            float16; any strides.
         out_target: as `out`, the target network's raw output F' at t'.
         x0: [B, ...] as `out`, clean data; its dtype, or float32 beside a bfloat16 or float16 `out`.
-        coef: [B, 8] float32 or float64: skip, scale, skip', scale', A, A', w_td, w_base; from `td_coef`.
+        coef: [B, 8] float32 or float64: skip, scale, skip', scale', A, A', w_td, w_base; from
+            `td_coef`.
         x_t: as `x0`, the noisy data at t; may be None where every skip is 0.
         x_tp: as `x0`, the noisy data at t'; may be None where every skip' is 0.
         base: "denoise" or "consistency".
-        base_norm: "l2", "l1" or "huber". Of "huber" dF needs the sample's sum: its backward pass is a second pass over memory.
+        base_norm: "l2", "l1" or "huber". Of "huber" dF needs the sample's sum: its backward pass is
+            a second pass over memory.
         huber_c: c > 0 of "huber"; None is the paper's 0.00054 sqrt(n).
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
@@ -41,39 +60,61 @@ def td_loss(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tens
         [B, 2]: td and base. float64 for float64 data, else float32.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or names nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype or device, or names nothing.
+            RuntimeError: no such backend here.
 
-    Gradient to `out` only, any number of times differentiable. It is computed in the forward pass, with unit upstream gradient,
-    and corrected in the backward pass only for samples whose upstream gradient is not 1; where the gradient is differentiated
-    again (`create_graph=True`) or batched, it is computed by the reference. In forward mode the tangent is that of all arguments:
-    detach() what must not count. Deterministic: the result does not
-    depend on the number of threads or the launch shape. No host synchronisation.
+    Gradient to `out` only, any number of times differentiable. It is computed in the forward pass,
+    with unit upstream gradient, and corrected in the backward pass only for samples whose upstream
+    gradient is not 1; where the gradient is differentiated again (`create_graph=True`) or batched,
+    it is computed by the reference. In forward mode the tangent is that of all arguments: detach()
+    what must not count. Deterministic: the result does not depend on the number of threads or the
+    launch shape. No host synchronisation.
     """
     try:
         backend = _backends.resolve("td_loss", backend, out.device)
         if base_norm == "huber":
             return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
         compiling = torch.compiler.is_compiling()
-        one_device = out_target.device == x0.device == coef.device == out.device and (x_t is None or x_t.device == out.device) and (
-            x_tp is None or x_tp.device == out.device)
+        one_device = (
+            out_target.device == x0.device == coef.device == out.device
+            and (x_t is None or x_t.device == out.device)
+            and (x_tp is None or x_tp.device == out.device)
+        )
         known = base in BASES and base_norm in NORMS and huber_c is None
-        if backend not in ("cpp", "cuda") or not known or compiling or not one_device:  # of the rest these two check themselves
+        # Of the rest the C++ and the CUDA op check themselves.
+        if backend not in ("cpp", "cuda") or not known or compiling or not one_device:
             _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
         if backend == "reference":
             return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, base_norm)
         kind, recorded = (base == "consistency", base_norm == "l1"), backend == _backends.BY_DEVICE
-        want_grad = out.requires_grad and torch.is_grad_enabled() and not recorded  # a replay finds out in its backward pass
+        want_grad = (
+            out.requires_grad and torch.is_grad_enabled() and not recorded
+        )  # a replay finds out in its backward pass
         if want_grad and not compiling:
             return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
-        return _backends.call("td_loss", backend, (out, *_fixed(out_target, x0, coef, x_t, x_tp), *kind, want_grad))[0]
+        return _backends.call(
+            "td_loss", backend, (out, *_fixed(out_target, x0, coef, x_t, x_tp), *kind, want_grad)
+        )[0]
     except _backends.REFUSED:
-        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)  # says in full which argument is wrong
+        _check(
+            out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c
+        )  # says in full which argument is wrong
         raise
 
 
-def _huber(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str, huber_c: float | None,
-           backend: str) -> Tensor:
-    """Pseudo-Huber from the op's unweighted mean(b^2): w (sqrt(s + c^2) - c) / n with s = n mean(b^2), without the cancellation.
+def _huber(
+    out: Tensor,
+    out_target: Tensor,
+    x0: Tensor,
+    coef: Tensor,
+    x_t: Tensor | None,
+    x_tp: Tensor | None,
+    base: str,
+    huber_c: float | None,
+    backend: str,
+) -> Tensor:
+    """Pseudo-Huber from the op's unweighted mean(b^2): w (sqrt(s + c^2) - c) / n with s = n
+    mean(b^2), without the cancellation.
 
     Its slope in the mean reaches the op as a sample's upstream gradient.
     """
@@ -89,33 +130,61 @@ def _huber(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
 
 
 def _fixed(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Without gradients; but in forward mode with their tangents, which would otherwise be dropped without a word."""
+    """Without gradients; but in forward mode with their tangents, which would otherwise be dropped
+    without a word."""
     if _modes.forward_mode():
         return list(tensors)
     return [tensor if tensor is None else tensor.detach() for tensor in tensors]
 
 
-def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None, base: str, base_norm: str,
-           huber_c: float | None) -> None:
-    tensors = (("out", out), ("out_target", out_target), ("x0", x0), ("coef", coef), ("x_t", x_t), ("x_tp", x_tp))
+def _check(
+    out: Tensor,
+    out_target: Tensor,
+    x0: Tensor,
+    coef: Tensor,
+    x_t: Tensor | None,
+    x_tp: Tensor | None,
+    base: str,
+    base_norm: str,
+    huber_c: float | None,
+) -> None:
+    tensors = (
+        ("out", out),
+        ("out_target", out_target),
+        ("x0", x0),
+        ("coef", coef),
+        ("x_t", x_t),
+        ("x_tp", x_tp),
+    )
     for name, tensor in tensors:
         if tensor is not None or name not in ("x_t", "x_tp"):
             check_tensor("td_loss", name, tensor)
     if out.ndim < 1:
         raise ValueError("td_loss: out must have shape [B, ...], got []")
     if (out.dtype, x0.dtype) not in STORAGE_PAIRS:
-        raise ValueError(f"td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got {x0.dtype} beside {out.dtype}")
-    for name, tensor, dtype in (("out_target", out_target, out.dtype), ("x0", x0, x0.dtype), ("x_t", x_t, x0.dtype), ("x_tp", x_tp, x0.dtype)):
+        raise ValueError(
+            f"td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got {x0.dtype} beside {out.dtype}"
+        )
+    for name, tensor, dtype in (
+        ("out_target", out_target, out.dtype),
+        ("x0", x0, x0.dtype),
+        ("x_t", x_t, x0.dtype),
+        ("x_tp", x_tp, x0.dtype),
+    ):
         if tensor is None:
             continue
         if tensor.shape != out.shape:
-            raise ValueError(f"td_loss: {name} must have out's shape {list(out.shape)}, got {list(tensor.shape)}")
+            raise ValueError(
+                f"td_loss: {name} must have out's shape {list(out.shape)}, got {list(tensor.shape)}"
+            )
         if tensor.dtype != dtype:
             raise ValueError(f"td_loss: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != out.device:
             raise ValueError(f"td_loss: {name} must be on {out.device}, got {tensor.device}")
     if coef.shape != (out.shape[0], 8):
-        raise ValueError(f"td_loss: coef must have shape [{out.shape[0]}, 8], got {list(coef.shape)}")
+        raise ValueError(
+            f"td_loss: coef must have shape [{out.shape[0]}, 8], got {list(coef.shape)}"
+        )
     if coef.dtype not in WIDE:
         raise ValueError(f"td_loss: coef must be float32 or float64, got {coef.dtype}")
     if coef.device != out.device:
@@ -127,12 +196,15 @@ def _check(out: Tensor, out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tenso
     if huber_c is not None:
         check_number("td_loss", "huber_c", huber_c)
     if huber_c is not None and (base_norm != "huber" or not 0 < huber_c < math.inf):
-        wanted = "a positive number" if base_norm == "huber" else f"None with base_norm {base_norm!r}"
+        wanted = (
+            "a positive number" if base_norm == "huber" else f"None with base_norm {base_norm!r}"
+        )
         raise ValueError(f"td_loss: huber_c must be {wanted}, got {huber_c}")
 
 
 def _empty_grad(out: Tensor) -> Tensor:
-    """dF before it is written: in out's own layout if that keeps samples apart in memory, else contiguous."""
+    """dF before it is written: in out's own layout if that keeps samples apart in memory, else
+    contiguous."""
     grad = torch.empty_like(out)
     apart = out.ndim == 1 or out.shape[0] <= 1 or grad.stride(0) == grad[0:1].numel()
     return grad if apart else torch.empty(out.shape, dtype=out.dtype, device=out.device)
@@ -140,24 +212,32 @@ def _empty_grad(out: Tensor) -> Tensor:
 
 def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    return out.new_empty(out.shape[0], 2, dtype=dtype), _empty_grad(out) if want_grad else out.new_empty(0)
+    return out.new_empty(out.shape[0], 2, dtype=dtype), _empty_grad(
+        out
+    ) if want_grad else out.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
     *tensors, consistency, l1, want_grad = inputs
     ctx.kind = consistency, l1
-    ctx.save_for_backward(*tensors)  # only references to what the caller holds anyway; dF is the one new buffer
+    ctx.save_for_backward(
+        *tensors
+    )  # only references to what the caller holds anyway; dF is the one new buffer
     ctx.grad = output[1] if want_grad else None
-    ctx.mark_non_differentiable(output[1])  # an output with a grad_fn, held by that grad_fn, would be a reference cycle
+    ctx.mark_non_differentiable(
+        output[1]
+    )  # an output with a grad_fn, held by that grad_fn, would be a reference cycle
     ctx.set_materialize_grads(False)
 
 
 def _backward(backend, ctx, upstream, _=None):
-    """Hand dF out as it is where upstream is 1; a sample whose upstream is not is corrected in place, on the device."""
+    """Hand dF out as it is where upstream is 1; a sample whose upstream is not is corrected in
+    place, on the device."""
     if upstream is None:
         return (None,) * 9
     tensors = ctx.saved_tensors
-    if torch.is_grad_enabled() or _modes.batched(upstream):  # dF is differentiated again, or one upstream gradient stands for many
+    # Where dF is differentiated again, or one upstream gradient stands for many.
+    if torch.is_grad_enabled() or _modes.batched(upstream):
         out, *rest = tensors
         return (reference.td_loss_gradient(upstream, out, *_fixed(*rest), *ctx.kind), *(None,) * 8)
     grad, ctx.grad = ctx.grad, None  # handed out once: whoever gets it owns it
@@ -170,7 +250,8 @@ def _backward(backend, ctx, upstream, _=None):
 
 
 class _TDLoss(torch.autograd.Function):
-    """The op's autograd formula in eager mode, without the 60 us on a CPU that `torch.library` adds to each call."""
+    """The op's autograd formula in eager mode, without the 60 us on a CPU that `torch.library` adds
+    to each call."""
 
     @staticmethod
     def forward(ctx, out, rest, backend):
@@ -193,7 +274,9 @@ def _reference(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad)
     if not want_grad:
         return loss, out.new_empty(0)
     grad = _empty_grad(out)
-    _reference_backward_(grad, torch.ones_like(loss), out, out_target, x0, coef, x_t, x_tp, consistency, l1)
+    _reference_backward_(
+        grad, torch.ones_like(loss), out, out_target, x0, coef, x_t, x_tp, consistency, l1
+    )
     return loss, grad
 
 

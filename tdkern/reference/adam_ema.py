@@ -1,4 +1,6 @@
-"""Adam as its papers write it, one tensor at a time, then the averages. Nothing here depends on a tensor's value but by arithmetic."""
+"""Adam as its papers write it, one tensor at a time, then the averages. Nothing here depends on a
+tensor's value but by arithmetic."""
+
 import torch
 from torch import Tensor
 
@@ -10,22 +12,45 @@ def found_inf(grads: list[Tensor]) -> Tensor:
     return torch.stack([~grad.isfinite().all() for grad in grads]).any().float()
 
 
-def adam_ema_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor], averages: list[list[Tensor]],
-              decays: Tensor, lr: Tensor, found_inf: Tensor, grad_scale: Tensor | None, clip: Tensor | None, skipped: Tensor | None, beta1: float, beta2: float,
-              eps: float, weight_decay: float, decoupled: bool) -> None:
-    """One step: gradients times clip / grad_scale, Adam or AdamW, averages of the new parameters; or nothing but skipped + 1."""
+def adam_ema_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    averages: list[list[Tensor]],
+    decays: Tensor,
+    lr: Tensor,
+    found_inf: Tensor,
+    grad_scale: Tensor | None,
+    clip: Tensor | None,
+    skipped: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """One step: gradients times clip / grad_scale, Adam or AdamW, averages of the new parameters;
+    or nothing but skipped + 1."""
     if not params:
         return
     device = params[0].device
 
     def number(scalar: Tensor | None) -> Tensor:
-        return torch.ones((), dtype=torch.float64, device=device) if scalar is None else scalar.reshape(()).to(device, torch.float64)
+        return (
+            torch.ones((), dtype=torch.float64, device=device)
+            if scalar is None
+            else scalar.reshape(()).to(device, torch.float64)
+        )
 
     lr, factor = number(lr), number(clip) / number(grad_scale)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped.add_(skip.to(torch.int64).reshape(skipped.shape))
-    for param, grad, exp_avg, exp_avg_sq, step in zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+    for param, grad, exp_avg, exp_avg_sq, step in zip(
+        params, grads, exp_avgs, exp_avg_sqs, steps, strict=True
+    ):
         dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         t = step.reshape(()).double() + 1
         shrink = 1 - lr * weight_decay if decoupled else torch.ones_like(lr)
@@ -39,7 +64,12 @@ def adam_ema_(params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor],
         v = beta2 * v + (1 - beta2) * g * g
         p = p * shrink.to(dtype) - step_size.to(dtype) * m / (v.sqrt() / root.to(dtype) + eps)
 
-        for tensor, new in ((param, p), (exp_avg, m), (exp_avg_sq, v), (step, t.reshape(step.shape))):
+        for tensor, new in (
+            (param, p),
+            (exp_avg, m),
+            (exp_avg_sq, v),
+            (step, t.reshape(step.shape)),
+        ):
             tensor.copy_(torch.where(skip, tensor, new.to(tensor.dtype)))
     new_averages = [[avg.clone() for avg in average] for average in averages]
     ema_update_(new_averages, params, decays)
