@@ -45,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
           "pytest", "pytest_benchmark", "hypothesis", "scipy")
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
+OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "norm_silu", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
 LATE = " (out of time)"
@@ -217,9 +218,8 @@ def tests(at: Campaign) -> dict:
         facts = {"large": large}
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-        files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
-        chosen = "(cuda or triton) and not ahead_of_time and not host"
-        facts = {"ops": at.pytest(*spread, *files, "-k", chosen, limit=at.left - 35),
+        chosen = "(cuda or triton or norm_silu) and not ahead_of_time and not host"
+        facts = {"ops": at.pytest(*spread, *OP_TESTS, "-k", chosen, limit=at.left - 35),
                  "large": at.pytest("bench/gpu/test_large.py")}
     bad = [name + LATE * part["timed_out"] for name, part in facts.items()
            if part["failed"] or part["rc"] or not part["passed"]]
