@@ -459,7 +459,8 @@ def test_figures_of_steps():
     rows = [case("EDM", 100), case("TD+EDM", 150), case("EDM", 50, mode="graph"),
             case("TD+EDM", 70, mode="graph"), case("TD+EDM", 999, batch=64),
             case("TD+EDM", 300, style="published"), case("CT", 10),
-            {"op": "sampler", "mode": "eager", "ms": 9}, {"op": "sampler", "mode": "graph", "ms": 4}]
+            {"op": "sampler", "mode": "eager", "ms": 9},
+            {"op": "sampler", "mode": "graph", "ms": 4}]
     ratio = comparison.step_ratio
     assert ratio(rows, "TD+EDM / EDM") == 1.5
     assert ratio(rows, "TD+EDM / EDM, both in graphs") == 1.4
@@ -493,7 +494,8 @@ def test_comparison(tmp_path):
         assert line in text
     short = comparison.measured_alone(file)
     assert short.splitlines()[:2] == [
-        "GPU, torch 2, commit abc;", "from `bench/results/gpu.json`, where each row says its commit:"]
+        "GPU, torch 2, commit abc;",
+        "from `bench/results/gpu.json`, where each row says its commit:"]
     assert short.splitlines()[5:] == [
         "| `loss path` | 512x3x32x32 | launches | 4 | 5 (missed) |",
         "| `loss path` | 512x3x32x32 | host waits | 0 | 0 |",
@@ -546,8 +548,8 @@ def test_tables(tmp_path):
     facts = {"device": "CPU", "date": "2026-11-25T", "versions": {"torch": "2"}}
     (tmp_path / "cpu.json").write_text(json.dumps(facts | {"rows": rows + growth}))
     text = table.markdown(tmp_path / "cpu.json")
-    line = "| `loss path` | 512x3x32x32 | tdkern | 10 µs | 1.00× | 50% | 9 µs | 0.90× |  | 1,234 B |"
-    assert line in text
+    assert ("| `loss path` | 512x3x32x32 | tdkern | 10 µs | 1.00× | 50% | 9 µs | 0.90× |  "
+            "| 1,234 B |") in text
     assert "| `td_loss` | 1 | 2.00, 90% | 2.20, 90% | +10% |" in text
     gpu = table.competitors([row("tdkern", 10, launches=4, syncs=0, graph_us=5.25)])
     assert "| tdkern | 10 µs | 1.00× |  | 5.2 µs | 4 | 0 |  |" in gpu
