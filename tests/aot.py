@@ -121,6 +121,7 @@ def norm_silu(capability: int):
         COLUMNS,
         OPTIONS,
         ROWS,
+        SUMS,
         groups_kernel,
         result_kernel,
         sums_kernel,
@@ -141,8 +142,8 @@ def norm_silu(capability: int):
     plain = {**tile, "add": None}
     yield "sums, nothing added", kernel(sums_kernel, {"x": "*bf16"}, plain)
     yield "result, nothing added", kernel(result_kernel, {"x": "*bf16", "y": "*bf16"}, plain)
-    # 16 tiles are 32x32 pixels, 64 tiles 64x64.
-    for tiles, size in ((16, 4), (16, 8), (64, 8)):
+    # 16 tiles are 32x32 pixels; the others are as much as is held at a time.
+    for tiles, size in ((16, 4), (SUMS // 4, 4), (SUMS // 16, 16), (1, SUMS)):
         constants = {"TILES": tiles, "SIZE": size, "ROWS": ROWS}
         yield f"groups of {size} in {tiles} tiles", kernel(
             groups_kernel, {"eps": "fp32"}, constants, {"num_warps": 1, "enable_fp_fusion": True})

@@ -9,7 +9,8 @@ from tdkern import _library
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet, half
 
 pytestmark = pytest.mark.skipif(bool(_library.MISSING["triton"]), reason=_library.MISSING["triton"])
-SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (3, 128, 16, 16), (2, 36, 1, 1), (2, 192, 9, 9), (0, 8, 4, 4)]
+SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (3, 128, 16, 16), (2, 36, 1, 1), (2, 192, 9, 9),
+          (0, 8, 4, 4), (1, 8, 72, 71)]  # more tiles than groups_kernel holds at a time
 EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
 
 
@@ -77,6 +78,6 @@ def test_group_norm_silu_ahead_of_time(capability):
     """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""
     report = {name: facts for name, facts in aot.report(capability).items()
               if name.startswith("norm_silu")}
-    assert len(report) == 11
+    assert len(report) == 12
     assert all(facts["stack"] == facts["local"] == 0 and facts["registers"] <= 128
                for facts in report.values()), report

@@ -24,6 +24,7 @@ import argparse
 import csv
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -45,6 +46,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
           "pytest", "pytest_benchmark", "hypothesis", "scipy")
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
+OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "norm_silu", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
 LATE = " (out of time)"
@@ -82,7 +84,7 @@ class Campaign:
     def left(self) -> float:
         return max(0.1, self.ends - time.monotonic())
 
-    def run(self, *command, limit: float = TOTAL, **env: str) -> dict:
+    def run(self, *command, limit: float = math.inf, **env: str) -> dict:
         """Runs a command in the repository's root until the limit or the stage's end, and then
         stops it. Never raises for what the command does."""
         limit, start = min(limit, self.left), time.monotonic()
@@ -107,7 +109,7 @@ class Campaign:
             every.write(f"==== {result}\n{text[-1_000_000:]}\n")
         return {**result, "text": text}
 
-    def pytest(self, *arguments, limit: float = TOTAL, **env: str) -> dict:
+    def pytest(self, *arguments, limit: float = math.inf, **env: str) -> dict:
         """Runs pytest; returns counts, failures and what took longest."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
@@ -126,7 +128,7 @@ class Campaign:
 
 
 def stop(process: subprocess.Popen) -> None:
-    """An interrupt, so that it writes what it has; later a kill of all that is left of its group."""
+    """An interrupt, so that it writes what it has; later a kill of what is left of its group."""
     os.killpg(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
@@ -139,7 +141,7 @@ def stop(process: subprocess.Popen) -> None:
 
 
 def build(at: Campaign) -> dict:
-    """In place. A library that was carried here and loads spares the wait: `confirm` builds then."""
+    """In place. A library that was carried here and loads spares the wait; `confirm` builds."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise Failed(f"python3 lacks {', '.join(missing)}: carry their wheels and name the folder "
@@ -217,9 +219,8 @@ def tests(at: Campaign) -> dict:
         facts = {"large": large}
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-        files = [*(f"tests/test_{op}.py" for op in OPS), "tests/test_surface.py"]
-        chosen = "(cuda or triton) and not ahead_of_time and not host"
-        facts = {"ops": at.pytest(*spread, *files, "-k", chosen, limit=at.left - 35),
+        chosen = "(cuda or triton or norm_silu) and not ahead_of_time and not host"
+        facts = {"ops": at.pytest(*spread, *OP_TESTS, "-k", chosen, limit=at.left - 35),
                  "large": at.pytest("bench/gpu/test_large.py")}
     bad = [name + LATE * part["timed_out"] for name, part in facts.items()
            if part["failed"] or part["rc"] or not part["passed"]]
@@ -284,9 +285,9 @@ def steps(at: Campaign, part: str) -> dict:
     """steps.py writes a line a case, so that a limit costs the last case alone."""
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "rows.jsonl"
-        extra = ["--tiny"] if at.dry else []
+        extra, env = (["--tiny"], {"OMP_NUM_THREADS": "1"}) if at.dry else ([], {})
         done = at.run(sys.executable, "bench/gpu/steps.py", lines, "--part", part,
-                      "--seconds", str(round(at.left - 12)), *extra)
+                      "--seconds", str(round(at.left - 12)), *extra, **env)
         text = lines.read_text() if lines.exists() else ""
     rows = [json.loads(line) for line in text.splitlines()]
     facts = {"rc": done["rc"], "rows": rows}

@@ -155,7 +155,7 @@ def measured_alone(file: Path) -> str:
     """The figures that were measured, for the README."""
     run = json.loads(file.read_text())
     body = [[*what, aim, value] for *what, _, aim, value in lines(run) if value]
-    head = f"{about(run)}; from `bench/results/{file.name}`, where each row says its commit:"
+    head = f"{about(run)};\nfrom `bench/results/{file.name}`, where each row says its commit:"
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 
 

@@ -20,18 +20,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import measure  # noqa: E402
-from bench_loss_path import published_draw  # noqa: E402
-from bench_network import make_plain  # noqa: E402
-from measure import DEVICE  # noqa: E402
-from published import eager_td_edm  # noqa: E402
+import measure
+from bench_loss_path import published_draw
+from bench_network import make_plain
+from measure import DEVICE
+from published import eager_td_edm
 
-from tdkern.ema import EMA  # noqa: E402
-from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss  # noqa: E402
-from tdkern.networks import CTPrecond, EDMPrecond, unet  # noqa: E402
-from tdkern.optim import AdamEMA  # noqa: E402
-from tdkern.samplers import heun  # noqa: E402
-from tdkern.schedules import EDM  # noqa: E402
+from tdkern.ema import EMA
+from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss
+from tdkern.networks import CTPrecond, EDMPrecond, unet
+from tdkern.optim import AdamEMA
+from tdkern.samplers import heun
+from tdkern.schedules import EDM
 
 LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
 WINDOW = (0.3, 5.0)
@@ -117,7 +117,7 @@ def tdkern_step(case: Case, net, ema, target, images):
 def published_step(net, ema, target, images):
     optimizer = torch.optim.Adam(net.parameters(), LR)
     one = torch.ones(len(images), dtype=torch.float64, device=DEVICE)
-    networks = [(average.module, decay) for average, decay in zip((ema, target), DECAYS)]
+    networks = [(ema.module, DECAYS[0]), (target.module, DECAYS[1])]
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -174,7 +174,7 @@ def measured(case: Case | Sampler, tiny: bool, seconds: float) -> dict:
     if tiny:
         case = replace(case, batch=4)
     step = make_step(case, tiny)
-    for _ in range(3):
+    for _ in range(1 if tiny else 3):
         step()
     row = {}
     if DEVICE == "cuda":

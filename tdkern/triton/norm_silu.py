@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS = 64, 64  # pixels and channels of a tile
+SUMS = 256  # of channels in tiles that groups_kernel, one warp, holds at a time; more would spill
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -51,15 +52,22 @@ def groups_kernel(means, squares, mean_of, inverse_of, pixels, channels, tiles, 
     image, group = program // groups, program % groups
     size = channels // groups
     tile, place = tl.arange(0, TILES)[:, None], tl.arange(0, SIZE)[None, :]
-    inside = (tile < tiles) & (place < size)
     at = (image * tiles + tile) * channels + group * size + place
-    count = tl.where(inside, tl.minimum(pixels - tile * ROWS, ROWS), 0).to(tl.float32)
-    tile_means = tl.load(means + at, inside, other=0.0)
     total = (pixels * size).to(tl.float32)
-    mean = tl.sum(tl.sum(tile_means * count, 1), 0) / total
-    away = tile_means - mean
-    square = tl.load(squares + at, inside, other=0.0) + count * away * away
-    variance = tl.sum(tl.sum(square, 1), 0) / total
+    values = tl.zeros((TILES, SIZE), tl.float32)
+    for start in range(0, tiles, TILES):
+        inside = (start + tile < tiles) & (place < size)
+        count = tl.minimum(pixels - (start + tile) * ROWS, ROWS).to(tl.float32)
+        values += count * tl.load(means + at + start * channels, inside, other=0.0)
+    mean = tl.sum(tl.sum(values, 1), 0) / total
+    values = tl.zeros((TILES, SIZE), tl.float32)
+    for start in range(0, tiles, TILES):
+        inside = (start + tile < tiles) & (place < size)
+        count = tl.minimum(pixels - (start + tile) * ROWS, ROWS).to(tl.float32)
+        away = tl.load(means + at + start * channels, inside, other=0.0) - mean
+        square = tl.load(squares + at + start * channels, inside, other=0.0)
+        values += square + tl.where(inside, count * away * away, 0.0)
+    variance = tl.sum(tl.sum(values, 1), 0) / total
     tl.store(mean_of + program, mean)
     tl.store(inverse_of + program, 1 / tl.sqrt(variance + eps))
 
@@ -108,12 +116,13 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     mean_of, inverse_of = torch.empty(2, batch, groups, device=x.device)
     grid = (batch * tiles * blocks,)
     size = triton.next_power_of_2(channels // groups)
+    tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))
     with torch.cuda.device_of(x):
         sums_kernel[grid](x, add, means, squares, pixels, channels, tiles, blocks,
                           ROWS, COLUMNS, **OPTIONS)
         groups_kernel[(batch * groups,)](means, squares, mean_of, inverse_of, pixels, channels,
-                                         tiles, groups, eps, triton.next_power_of_2(tiles), size,
-                                         ROWS, num_warps=1, enable_fp_fusion=True)
+                                         tiles, groups, eps, tiles_at_once, size, ROWS,
+                                         num_warps=1, enable_fp_fusion=True)
         result_kernel[grid](x, add, y, mean_of, inverse_of, weight, bias,
                             channels if weight.ndim == 2 else 0, pixels, channels, tiles, blocks,
                             groups, ROWS, COLUMNS, **OPTIONS)
