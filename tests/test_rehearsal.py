@@ -156,7 +156,8 @@ def test_the_hook_refuses(tmp_path, code):
     shutil.copy(SITE / "sitecustomize.py", tmp_path / "tests/site")
     (tmp_path / "bench/script.py").write_text(code)
     env = {**os.environ, "PYTHONPATH": "tests/site", "TDKERN_IMPORTS": str(tmp_path / "imports")}
-    for command, name in ((["-c", code], "<string>"), (["bench/script.py"], str(tmp_path / "bench/script.py"))):
+    script = str(tmp_path / "bench/script.py")
+    for command, name in ((["-c", code], "<string>"), (["bench/script.py"], script)):
         (tmp_path / "imports").write_text("")
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env,
                               cwd=tmp_path)
