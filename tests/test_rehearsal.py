@@ -150,12 +150,20 @@ def test_a_stage_imports_only_what_a_gpu_machine_has(dry, tmp_path):
     "import pytest; pytest.importorskip('click')",
     "import importlib.util as util; util.find_spec('click')"])
 def test_the_hook_refuses(tmp_path, code):
-    """Or the test above could not fail."""
-    env = {**os.environ, "PYTHONPATH": str(SITE), "TDKERN_IMPORTS": str(tmp_path / "imports")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.returncode
-    refused = json.loads((tmp_path / "imports").read_text().splitlines()[0])
-    assert refused["to"] == "<string>" and refused["refused"] in code
+    """Or the test above could not fail. A script is named as a stage's command names it."""
+    (tmp_path / "tests/site").mkdir(parents=True)
+    (tmp_path / "bench").mkdir()
+    shutil.copy(SITE / "sitecustomize.py", tmp_path / "tests/site")
+    (tmp_path / "bench/script.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": "tests/site", "TDKERN_IMPORTS": str(tmp_path / "imports")}
+    script = str(tmp_path / "bench/script.py")
+    for command, name in ((["-c", code], "<string>"), (["bench/script.py"], script)):
+        (tmp_path / "imports").write_text("")
+        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env,
+                              cwd=tmp_path)
+        assert done.returncode
+        refused = json.loads((tmp_path / "imports").read_text().splitlines()[0])
+        assert refused["to"] == name and refused["refused"] in code
 
 
 # ---- failures -----------------------------------------------------------------------------------

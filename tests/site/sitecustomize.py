@@ -55,6 +55,7 @@ def log(facts: dict) -> None:
 
 def log_files() -> None:
     files = {str(getattr(module, "__file__", "")) for module in list(sys.modules.values())}
+    files.add(os.path.abspath(sys.argv[0]))  # a script that has ended has no __file__ any more
     log({"files": sorted(file for file in files if is_ours(file))})
 
 
