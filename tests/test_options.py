@@ -17,7 +17,7 @@ from tdkern.training.distributed import this_process
 from tdkern.training.formats import as_json
 from tdkern.training.presets import PRESETS
 
-FORMAT2 = Path(__file__).parent / "data" / "format2"  # a run of DDPM with TD that tdkern wrote before
+FORMAT2 = Path(__file__).parent / "data" / "format2_ddpm"  # a run of DDPM with TD that tdkern wrote before
 TINY_FLAGS = ["--cbase", 4, "--cres", 1, "--batch", 8, "--duration", 8e-6, "--workers", 0]
 
 pytestmark = pytest.mark.usefixtures("short_previews")
