@@ -42,7 +42,7 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(file.name for file in path.iterdir()) == ["meta.json", "tensors.safetensors"]
     meta, loaded = read(path, STATE)
     assert same(loaded, tensors())
-    assert meta == {"format": 2, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
+    assert meta == {"format": 3, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -102,7 +102,7 @@ FORMAT1 = Path(__file__).parent / "data" / "format1"  # what tdkern train wrote 
 
 def test_a_snapshot_of_format_1_is_read():
     net, meta = load_network(FORMAT1)
-    assert meta["format"] == 2 and meta["network"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
+    assert meta["format"] == 3 and meta["network"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
     assert not hasattr(net.model.map_augment, "weight")
     stored = safetensors.torch.load_file(FORMAT1 / "network-snapshot-000000.016" / "tensors.safetensors")
     assert same(net.state_dict(), stored)
@@ -110,8 +110,11 @@ def test_a_snapshot_of_format_1_is_read():
 
 
 def _edit(path, **changes):
+    """Change meta.json, and its checksums with it."""
     meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({name: value for name, value in (meta | changes).items() if value is not None}))
+    meta = {name: value for name, value in (meta | changes).items() if value is not None}
+    meta["checksums"] = {"meta.json": checkpoint._digest(meta), "tensors.safetensors": checkpoint.sha256(path / "tensors.safetensors")}
+    (path / "meta.json").write_text(json.dumps(meta))
 
 
 def _cut(path, name):
@@ -124,6 +127,7 @@ def _change_tensor(path, name, tensor):
     loaded = safetensors.torch.load_file(file)
     loaded = {key: value.clone() for key, value in loaded.items() if key != name} | ({} if tensor is None else {name: tensor})
     safetensors.torch.save_file(loaded, file)
+    _edit(path)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -131,11 +135,11 @@ def _change_tensor(path, name, tensor):
     (lambda path: (path / "meta.json").unlink(), "cannot be read .*No such file.*meta.json"),
     (lambda path: (path / "tensors.safetensors").unlink(), "cannot be read .*No such file"),
     (lambda path: _cut(path, "meta.json"), r"damaged \(JSONDecodeError"),
-    (lambda path: _cut(path, "tensors.safetensors"), r"damaged \(SafetensorError"),
-    (lambda path: (path / "tensors.safetensors").write_bytes(b""), r"damaged \(SafetensorError"),
+    (lambda path: (_cut(path, "tensors.safetensors"), _edit(path)), r"damaged \(SafetensorError"),
+    (lambda path: ((path / "tensors.safetensors").write_bytes(b""), _edit(path)), r"damaged \(SafetensorError"),
     (lambda path: (path / "meta.json").write_text("[]"), "meta.json does not describe a network-snapshot"),
     (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
-    (lambda path: _edit(path, format=3, tdkern="9.0"), r"in format 3 of tdkern 9.0; tdkern .* reads up to format 2; update it"),
+    (lambda path: _edit(path, format=4, tdkern="9.0"), r"in format 4 of tdkern 9.0; tdkern .* reads up to format 3; update it"),
     (lambda path: _edit(path, format=0), r"damaged \(KeyError: 0\)"),
     (lambda path: _edit(path, format="new"), r"damaged \(TypeError"),
     (lambda path: _edit(path, format=1, network=None), r"damaged \(KeyError: 'network'\)"),

@@ -3,18 +3,23 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
 
-from ..data import DatasetError
+from ..data.files import one_line, read_file
 from ..losses.ct import LOSS_NORMS, WEIGHTINGS
 from ..losses.ddpm import PREDICTIONS
 from ..ops.td_coef import WEIGHTS
 from ..training import CheckpointError, Options, Trainer, checkpoint
-from ..training import train as run
+from ..training import train as train_
 from ..training.distributed import joined
+from ..training.lock import LockedError
+from ..training.loop import Diverged
 from ..training.options import CURRICULA
+from ..training.signals import Stopped
+from .errors import sentence
 from .types import Numbers, boolean, on_command_line
 
 
@@ -68,6 +73,9 @@ from .types import Numbers, boolean, on_command_line
 @click.option("--tick", type=float, metavar="KIMG", help="How often to print progress. [default: 1% of the duration, at most 50]")
 @click.option("--snap", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the averaged network and a grid; 0: at the end.")
 @click.option("--dump", type=int, default=50, show_default=True, metavar="TICKS", help="How often to save the training state; 0: at the end.")
+@click.option("--keep", type=int, default=1, show_default=True, metavar="K", help="How many of the newest training states stay.")
+@click.option("--keep-every", type=int, default=0, show_default=True, metavar="N", help="Of every N dumps the state stays for good; 0: of none.")
+@click.option("--time-limit", type=float, metavar="MIN", help="Save the state and end after so many minutes, as at SIGTERM. [default: none]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of all randomness.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Processes that read images.")
 @click.option("--transfer", metavar="DIR", help="Start from the weights of a network snapshot, or of a run's newest.")
@@ -92,49 +100,83 @@ def train(ctx, outdir, resume, desc, nosubdirs, dry_run, fp16, bf16, **values):
     values |= {name: os.path.abspath(values[name]) for name in ("data", "transfer") if values[name]}  # a run may be resumed from elsewhere
     with joined() as process:
         values["gpus"] = process.world
-        try:
-            if resume:
-                if any(map(on_command_line, ("outdir", "desc", "nosubdirs"))):
-                    raise click.UsageError("--resume goes on in the run's own directory; leave out --outdir, --desc and --nosubdirs")
-                switches = {"precision"} if on_command_line("fp16") or on_command_line("bf16") else set()
-                given = {name: value for name, value in values.items() if name in switches | {"gpus"} or on_command_line(name)}
-                run_dir, state, options = _find_run(Path(resume), given)
-            else:
-                if not values["data"] or not outdir:
-                    raise click.UsageError("give --data and --outdir, or --resume")
-                state, options = None, Options(**values)
-            trainer = Trainer(options, process, state)
-            if process.rank == 0:
-                click.echo(json.dumps(dataclasses.asdict(options), indent=2))
-                click.echo(f"{len(trainer.dataset)} images {list(trainer.dataset.image_shape)}, {trainer.dataset.label_dim} label columns, "
-                           f"{sum(p.numel() for p in trainer.net.parameters()):,} parameters, {process.world} x {process.device}")
-        except (ValueError, ImportError) as error:  # lpips may not be installed
-            raise click.ClickException(str(error)) from error
+        if resume:
+            if any(map(on_command_line, ("outdir", "desc", "nosubdirs"))):
+                raise click.UsageError("--resume goes on in the run's own directory; leave out --outdir, --desc and --nosubdirs")
+            switches = {"precision"} if on_command_line("fp16") or on_command_line("bf16") else set()
+            given = {name: value for name, value in values.items() if name in switches | {"gpus"} or on_command_line(name)}
+            run_dir, state, options = _find_run(Path(resume), given)
+        else:
+            if not values["data"] or not outdir:
+                raise click.UsageError("give --data and --outdir, or --resume")
+            state, options = None, Options(**values)
+        trainer = Trainer(options, process, state)
+        if process.rank == 0:
+            _describe(trainer)
         if dry_run:
             return
         if process.rank == 0:
             if not resume:
                 run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
-            click.echo(f"{'Going on' if resume else 'Training'} in {run_dir}, image {trainer.nimg} of {options.total_steps * options.batch}")
-        try:
-            run(trainer, run_dir if process.rank == 0 else None)
-        except (DatasetError, CheckpointError) as error:  # from a worker process the message is a whole traceback, which ends in ours
-            raise click.ClickException(str(error).strip().splitlines()[-1]) from error
+            whole = options.total_steps * options.batch
+            click.echo(f"{'Going on' if resume else 'Training'} in {one_line(run_dir)}, image {trainer.nimg} of {whole}")
+        _run(trainer, run_dir if process.rank == 0 else None)
+
+
+def _describe(trainer: Trainer) -> None:
+    """Print the run's options and what it trains on."""
+    dataset, process = trainer.dataset, trainer.process
+    click.echo(json.dumps(dataclasses.asdict(trainer.options), indent=2))
+    parameters = sum(p.numel() for p in trainer.net.parameters())
+    click.echo(f"{len(dataset)} images {list(dataset.image_shape)}, {dataset.label_dim} label columns, "
+               f"{parameters:,} parameters, {process.world} x {process.device}")
+    if dataset.left_out:
+        click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"))
+    if dataset.classes:
+        count = dataset.label_dim - len(dataset.classes)
+        click.echo(f"Warning: {count} of the classes 0 to {dataset.label_dim - 1} have no images; nothing will be drawn of them", err=True)
+
+
+def _run(trainer: Trainer, run_dir: Path | None) -> None:
+    """Train; what ends it before the end becomes one line that says how to go on."""
+    try:
+        train_(trainer, run_dir)
+    except Stopped as stopped:
+        if run_dir:
+            click.echo(one_line(stopped), err=True)
+        sys.exit(128 + stopped.signum)
+    except (Diverged, LockedError):
+        raise
+    except Exception as error:
+        if run_dir is None:
+            raise
+        raise click.ClickException(f"{sentence(error)}; {one_line(checkpoint.way_on(run_dir))}") from error
 
 
 def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
     """The run's directory, its training state (none if it was killed before the first) and its options with those given."""
-    run_dir = path.resolve().parent if path.resolve().name.startswith(checkpoint.STATE + "-") else path
+    run_dir = path.resolve().parent if checkpoint.is_checkpoint(path) else path
     saved = run_dir / "training_options.json"
-    if path == run_dir and saved.exists() and not any(run_dir.glob(f"{checkpoint.STATE}-*")):
-        state, options = None, json.loads(saved.read_bytes())
+    if path == run_dir and saved.exists() and not checkpoint.checkpoints(run_dir, checkpoint.STATE):
+        state, source = None, saved
+        options = _read_options(saved)
     else:
-        state = checkpoint.find(path, checkpoint.STATE)
-        options = checkpoint.read_meta(state, checkpoint.STATE)["options"]
+        state = source = checkpoint.find(path, checkpoint.STATE)
+        options = checkpoint.read_meta(state, checkpoint.STATE).get("options")
     try:
-        return run_dir, state, Options(**options).resumed(**given)
-    except TypeError as error:
-        raise CheckpointError(f"{state or saved}: does not hold options of this version of tdkern ({error})") from error
+        old = Options(**options)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{source}: does not hold options of this version of tdkern ({error})") from error
+    if given["gpus"] != old.gpus:
+        raise CheckpointError(f"{run_dir}: the run has {old.gpus} processes, got {given['gpus']}; start it by torchrun with --nproc_per_node={old.gpus}")
+    return run_dir, state, old.resumed(**given)
+
+
+def _read_options(path: Path) -> dict:
+    try:
+        return json.loads(read_file(path, checkpoint.MAX_META))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged ({error}); start a new run") from error
 
 
 def _name(trainer: Trainer, desc: str | None) -> str:
@@ -148,13 +190,32 @@ def _make_run_dir(outdir: Path, name: str | None) -> Path:
     """The next numbered directory in `outdir`, or without a name `outdir` itself, which must not hold a run yet."""
     try:
         outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--outdir cannot be made ({error})") from error
-    if name is None:
-        if (outdir / "training_options.json").exists():
-            raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
-        return outdir
-    numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
-    run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
-    run_dir.mkdir()
-    return run_dir
+        if name is None:
+            _check_free(outdir)
+            return outdir
+        return _numbered(outdir, name)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"--outdir cannot be made ({sentence(error)})") from error
+
+
+def _numbered(outdir: Path, name: str) -> Path:
+    if "/" in name or "\0" in name:
+        raise click.ClickException(f"--desc and the data's name must be part of a folder's name, got {one_line(name)}")
+    while True:
+        numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
+        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
+        try:
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:  # another process has just taken the number
+            continue
+
+
+def _check_free(outdir: Path) -> None:
+    """Refuse a directory that holds a run, or other things' files of the names that a run writes."""
+    if (outdir / "training_options.json").exists():
+        raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
+    for path in outdir.iterdir():
+        ours = path.name in checkpoint.RECORDS or checkpoint.NAME.fullmatch(path.name) or checkpoint.GRID.fullmatch(path.name)
+        if ours:
+            raise click.ClickException(one_line(f"{outdir}: holds {path.name}, which a run would write; give another --outdir"))

@@ -3,14 +3,20 @@
 A run directory holds two kinds, each a directory named by its kimg, as EDM numbers them, to the image:
 
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
-    training-state-002500.096/     what training needs to go on to the same weights, bit for bit; only the newest is kept
+    training-state-002500.096/     what training needs to go on to the same weights, bit for bit
 
-In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its format. What an older tdkern wrote is read; a change
-of what is written gets a new number here, a function in `NEXT_FORMAT`, and an example of the old format in tests/data.
+In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its
+format and a checksum of the tensors' file and of itself. Only a directory of exactly such a name is
+taken for a checkpoint, in the order of the numbers. What an older tdkern wrote is read; a change of
+what is written gets a new number here, a function in `NEXT_FORMAT`, and an example of the old format
+in tests/data.
 """
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,23 +24,50 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..data.files import beside, sync_directory, write_atomic
+from ..data.files import FileError, beside, check_file, read_file, remove_leftovers, sha256, sync_directory, sync_file, write_atomic
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond, unet
 from ..schedules import DDPM
 
-FORMAT = 2
+FORMAT = 3
 SNAPSHOT, STATE = "network-snapshot", "training-state"
+TENSORS, META = "tensors.safetensors", "meta.json"
+NAME = re.compile(rf"({SNAPSHOT}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
+GRID = re.compile(r"fakes-(\d{6,})\.(\d{3})\.png", re.ASCII)
+ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
+# what tdkern writes into a run directory, beside checkpoints and grids
+RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png")
+# options that may change when a run goes on: these do not touch the weights (duration does under a decay,
+# see `Options.resumed`), and have no part in checksums
+FREE = ("data", "duration", "tick", "snap", "dump", "keep", "keep_every", "time_limit", "workers")
+MAX_META, MAX_HEADER = 1 << 22, 1 << 23  # bytes: a hundred times what a large network's take
 PRECONDS = {"edm": EDMPrecond, "ct": CTPrecond, "ddpm": Denoiser, "iddpm": iDDPMPrecond, "vp": VPPrecond, "ve": VEPrecond, "flow": Denoiser}
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # of the image inside the network
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be used; the message names the file and says what to do."""
 
 
 def kimg(nimg: int) -> str:
-    """Thousands of images as names carry them: sorted as text they are sorted as numbers."""
-    return f"{nimg / 1000:010.3f}"
+    """Thousands of images as names carry them; up to a billion, names sort as their numbers."""
+    return f"{nimg // 1000:06d}.{nimg % 1000:03d}"
+
+
+def images_of(path: Path, form: re.Pattern = NAME) -> int | None:
+    """The images trained on that a name says; None if it is not one that tdkern gives."""
+    match = form.fullmatch(path.name)
+    return match and int(match[match.re.groups - 1] + match[match.re.groups])
+
+
+def checkpoints(run_dir: Path, kind: str) -> list[Path]:
+    """A run's checkpoints of a kind, the oldest first."""
+    found = [path for path in run_dir.glob(f"{kind}-*") if images_of(path) is not None and path.is_dir()]
+    return sorted(found, key=images_of)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is meant as a checkpoint, and not as a run directory."""
+    return images_of(path.resolve()) is not None or (path / META).exists()
 
 
 def build_network(network: dict) -> torch.nn.Module:
@@ -59,9 +92,10 @@ def build_network(network: dict) -> torch.nn.Module:
 
 
 def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta: dict) -> Path:
-    """Save a checkpoint; a kill at any moment leaves it whole or not there.
+    """Save a checkpoint; a kill or a power cut at any moment leaves it whole or not there.
 
-    One that is there already is kept: it is what the same run saved at the same image before it was killed and resumed.
+    One that is there already is kept: the same run saved it at the same image. What a run set aside
+    when it went on from an earlier state is removed where this turns out to be the same.
 
     Args:
         run_dir: the run's directory.
@@ -72,55 +106,151 @@ def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta:
 
     Returns:
         The checkpoint's directory.
-    """
-    from safetensors.torch import save_file
 
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
+    """
     path = run_dir / f"{kind}-{kimg(nimg)}"
     if path.exists():
         return path
-    unfinished = beside(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
     meta = {"format": FORMAT, "kind": kind, "tdkern": __version__, "torch": torch.__version__, "nimg": nimg, **meta}
-    write_atomic(unfinished / "meta.json", json.dumps(meta, indent=2).encode())
-    file = unfinished / "tensors.safetensors"
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
-    shutil.copymode(unfinished / "meta.json", file)  # safetensors lets only the owner read
-    with open(file, "rb") as written:
-        os.fsync(written.fileno())
-    sync_directory(unfinished)
-    os.rename(unfinished, path)
+    unfinished = beside(path)
+    try:
+        unfinished.mkdir()
+        _write_files(unfinished, tensors, meta)
+        os.rename(unfinished, path)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise OSError(f"{path} cannot be written ({error})") from error
+        raise
     sync_directory(run_dir)
+    forget_same(path)
     return path
+
+
+def _write_files(folder: Path, tensors: dict[str, Tensor], meta: dict) -> None:
+    """A checkpoint's two files, durable when this returns."""
+    from safetensors.torch import save_file
+
+    file = folder / TENSORS
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    sync_file(file)
+    meta = meta | {"checksums": {TENSORS: sha256(file), META: _digest(meta)}}
+    write_atomic(folder / META, json.dumps(meta, indent=2).encode())
+    shutil.copymode(folder / META, file)  # safetensors lets only the owner read
+    sync_directory(folder)
+
+
+def _digest(meta: dict) -> str:
+    """A checksum of what meta.json says, beside the numbers that its name and tensors repeat."""
+    repeated = ("format", "kind", "tdkern", "torch", "nimg", "step", "checksums")
+    said = {name: value for name, value in meta.items() if name not in repeated}
+    if type(said.get("options")) is dict:
+        said["options"] = {name: value for name, value in said["options"].items() if name not in FREE}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def remove(path: Path) -> None:
     """Remove a checkpoint; a kill at any moment leaves it whole or as a leftover for `clean`."""
-    os.rename(path, beside(path))
-    shutil.rmtree(beside(path))
+    unfinished = beside(path)
+    os.rename(path, unfinished)
+    shutil.rmtree(unfinished)
 
 
-def keep_newest(run_dir: Path, kind: str) -> None:
-    """Remove a run's checkpoints of a kind but the newest; all are whole, so nothing is lost at any moment."""
-    for older in sorted(run_dir.glob(f"{kind}-*"))[:-1]:
-        remove(older)
+def keep_newest(run_dir: Path, kind: str, count: int = 1, kept: Callable[[int], bool] | None = None) -> None:
+    """Remove a run's checkpoints of a kind but the newest, and nothing else.
+
+    Args:
+        run_dir: the run's directory. All its checkpoints are whole, so nothing is lost at any moment.
+        kind: SNAPSHOT or STATE.
+        count: so many stay.
+        kept: of the images trained on, whether an older one stays too.
+    """
+    for older in checkpoints(run_dir, kind)[:-count]:
+        if not older.is_symlink() and not (kept and kept(images_of(older))):
+            remove(older)
+
+
+def set_aside(run_dir: Path, nimg: int) -> list[str]:
+    """Rename the checkpoints and grids that are later than where training goes on from.
+
+    They are another future of the run: under their names its own are to come.
+
+    Returns:
+        The new names.
+    """
+    later = [path for path in run_dir.iterdir() if max(images_of(path) or 0, images_of(path, GRID) or 0) > nimg]
+    names = []
+    for path in sorted(later):
+        aside = path.with_name(ASIDE + path.name)
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = path.with_name(f"{ASIDE}{number}-{path.name}")
+        os.rename(path, aside)
+        names.append(aside.name)
+    return names
+
+
+def forget_same(path: Path) -> None:
+    """Remove what was set aside under the name of `path`, if it is the same."""
+    part = TENSORS if path.is_dir() else ""
+    for aside in path.parent.glob(f"{ASIDE}*{path.name}"):
+        if not re.fullmatch(rf"{ASIDE}(\d+-)?{re.escape(path.name)}", aside.name):
+            continue
+        if (aside / part).is_file() and sha256(aside / part) == sha256(path / part):
+            remove(aside) if part else aside.unlink()
 
 
 def clean(run_dir: Path) -> None:
     """Remove what killed runs left unfinished in their directory."""
-    for path in run_dir.glob(".*.tmp"):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    names = "|".join(map(re.escape, RECORDS))
+    remove_leftovers(run_dir, re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{GRID.pattern})|{names}"))
 
 
 def find(path: str | Path, kind: str) -> Path:
     """The checkpoint at `path`: it itself, or the newest of its kind in a run directory."""
     path = Path(path)
-    if path.resolve().name.startswith(kind + "-"):
+    if is_checkpoint(path):
         return path
-    found = sorted(path.glob(f"{kind}-*"))
+    found = checkpoints(path, kind)
     if not found:
-        raise CheckpointError(f"{path}: no {kind}-* in it; give a run directory that has one, or a {kind} itself")
+        raise CheckpointError(f"{path}: {_nothing_here(path, kind)}")
     return found[-1]
+
+
+def _nothing_here(path: Path, kind: str) -> str:
+    if "://" in str(path):
+        return f"no {kind}-* in it: it is an address; fetch the file and give its path"
+    if not path.exists():
+        return f"no {kind}-* in it: there is no such file or folder"
+    if kind == SNAPSHOT and any(path.glob(f"{SNAPSHOT}-*.pkl")):
+        return f"no {kind}-* of tdkern in it, but EDM's; make one of them a file by tdkern convert"
+    return f"no {kind}-* in it; give a run directory that has one, or a {kind} itself"
+
+
+def way_on(run_dir: Path) -> str:
+    """In words, where and how training can go on."""
+    states = checkpoints(run_dir, STATE) if run_dir.is_dir() else []
+    if not states:
+        return f"no state is saved in {run_dir} yet"
+    return f"image {images_of(states[-1])} is saved; go on with: tdkern train --resume {run_dir}"
+
+
+def _instead(path: Path, kind: str) -> str:
+    """What to use in place of a checkpoint that cannot be: the next older one that is whole."""
+    older = [other for other in checkpoints(path.parent, kind) if images_of(other) < (images_of(path) or 0)]
+    whole = next((other for other in reversed(older) if _is_whole(other, kind)), None)
+    return f"give another {kind}" + (f": {whole} is whole" if whole else ", here is no older one")
+
+
+def _is_whole(path: Path, kind: str) -> bool:
+    try:
+        _meta(path, kind)
+    except Exception:  # whatever is wrong with it, it is not what to go on from
+        return False
+    return True
 
 
 @contextmanager
@@ -130,9 +260,11 @@ def _reading(path: Path, kind: str):
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); give another {kind}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); give another {kind}") from error
+        raise CheckpointError(f"{path}: cannot be read ({error}); {_instead(path, kind)}") from error
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_instead(path, kind)}") from error
 
 
 def _format_2(meta: dict) -> dict:
@@ -140,20 +272,50 @@ def _format_2(meta: dict) -> dict:
     return meta | {"format": 2, "network": {"augment_dim": 0, **meta["network"]}, "options": {"augment": 0.0, **meta["options"]}}
 
 
-NEXT_FORMAT = {1: _format_2}  # what makes a format's meta that of the next
+def _format_3(meta: dict) -> dict:
+    """Format 2 knew no checksums."""
+    return meta | {"format": 3}
+
+
+NEXT_FORMAT = {1: _format_2, 2: _format_3}  # what makes a format's meta that of the next
 
 
 def read_meta(path: Path, kind: str) -> dict:
-    """A checkpoint's meta.json in today's format; raises CheckpointError where it is damaged, of a later format or not of this kind."""
+    """A checkpoint's meta.json in today's format, once its files have been compared with its checksums.
+
+    Raises:
+        CheckpointError: it is damaged, of a later format, or not of this kind.
+    """
     with _reading(path, kind):
-        meta = json.loads((path / "meta.json").read_bytes())
-        if not isinstance(meta, dict) or meta.get("kind") != kind:
-            raise CheckpointError(f"{path}: meta.json does not describe a {kind}; give one that tdkern saved")
-        if meta["format"] > FORMAT:
-            raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; tdkern {__version__} reads up to format {FORMAT}; update it")
-        while meta["format"] < FORMAT:
-            meta = NEXT_FORMAT[meta["format"]](meta)
-        return meta
+        return _meta(path, kind)
+
+
+def _meta(path: Path, kind: str) -> dict:
+    """What `read_meta` returns; raises whatever comes of a damaged file."""
+    meta = json.loads(read_file(path / META, MAX_META))
+    if not isinstance(meta, dict) or meta.get("kind") != kind:
+        raise CheckpointError(f"{path}: meta.json does not describe a {kind}; give one that tdkern saved")
+    if meta["format"] > FORMAT:
+        raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; "
+                              f"tdkern {__version__} reads up to format {FORMAT}; update it")
+    if type(meta["format"]) is not int:
+        raise TypeError(f"its format is {meta['format']!r}")
+    _compare_checksums(path, meta)
+    while meta["format"] < FORMAT:
+        meta = NEXT_FORMAT[meta["format"]](meta)
+    meta.pop("checksums", None)
+    return meta
+
+
+def _compare_checksums(path: Path, meta: dict) -> None:
+    """Raises ValueError where a file is not what was written; formats 1 and 2 have no checksums."""
+    if meta["format"] < 3 and "checksums" not in meta:
+        return
+    if meta["checksums"][META] != _digest(meta):
+        raise ValueError(f"{META} is not what was written: its checksum is another")
+    check_file(path / TENSORS)
+    if meta["checksums"][TENSORS] != sha256(path / TENSORS):
+        raise ValueError(f"{TENSORS} is not what was written: its checksum is another")
 
 
 def read(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
@@ -162,17 +324,42 @@ def read(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
 
     meta = read_meta(path, kind)
     with _reading(path, kind):
-        return meta, load_file(path / "tensors.safetensors")
+        check_tensors(path / TENSORS)
+        return meta, load_file(path / TENSORS)
+
+
+def check_tensors(file: str | Path) -> None:
+    """Raises OSError or ValueError for a safetensors file whose header is out of all proportion."""
+    check_file(file)
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if MAX_HEADER < size <= os.stat(file).st_size:
+        raise ValueError(f"its header has {size:,} bytes, more than the {MAX_HEADER:,} allowed")
 
 
 def restore(module: torch.nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load a module's tensors; raises CheckpointError naming the first that is missing, unknown or of another shape."""
-    own = module.state_dict()
+    """Load a module's tensors; raises CheckpointError naming the first that is missing, unknown or of another shape or kind."""
+    check_like(module.state_dict(), tensors, path)
+    module.load_state_dict(tensors)
+
+
+def check_like(own: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises CheckpointError where `tensors` are not of the names, shapes and kinds of `own`."""
     for name in sorted(own.keys() | tensors.keys()):
         ours, theirs = (list(state[name].shape) if name in state else "nothing" for state in (own, tensors))
         if ours != theirs:
             raise CheckpointError(f"{path}: does not match the network: {name} must be {ours}, got {theirs}")
-    module.load_state_dict(tensors)
+        if own[name].is_floating_point() != tensors[name].is_floating_point():
+            raise CheckpointError(f"{path}: does not match the network: {name} must be {own[name].dtype}, got {tensors[name].dtype}")
+
+
+def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
+    """Raises ValueError for a description of more than these tensors can be, before it takes time."""
+    many = {name: value for name, value in network.items() if type(value) is list and len(value) > len(tensors)}
+    if many:
+        raise ValueError(f"{', '.join(many)}: more than its {len(tensors)} tensors")
+    if network.get("diffusion_steps", 0) > 1_000_000:
+        raise ValueError(f"diffusion_steps must be at most 1000000, got {network['diffusion_steps']}")
 
 
 def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
@@ -196,8 +383,14 @@ def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[
     path = find(path, SNAPSHOT)
     meta, tensors = read(path, SNAPSHOT)
     try:
+        _check_size(meta["network"], tensors)
+        with torch.device("meta"):  # a description costs nothing until its tensors are known to be here
+            like = build_network(meta["network"])
+        check_like(like.state_dict(), tensors, path)
         net = build_network(meta["network"])
-    except (KeyError, TypeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise CheckpointError(f"{path}: meta.json does not describe a network ({type(error).__name__}: {error}); give another {SNAPSHOT}") from error
     restore(net, tensors, path)
     return net.to(device).eval().requires_grad_(False), meta

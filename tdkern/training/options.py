@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from ..losses import TDEDMLoss
 from ..losses.curricula import Exponential, Progressive
-from .checkpoint import PRECISIONS, PRECONDS
+from .checkpoint import FREE, PRECISIONS, PRECONDS
+from .checks import check_fields, check_numbers
 
 PATHS = ("ddpm", "iddpm", "vp", "ve", "flow")  # the preconds whose losses have a time and DDIM's eta
 # Options that some preconds alone have, or whose default depends on the precond: its value for each where none is given. With all others it is None.
@@ -32,8 +33,6 @@ DEFAULTS = {
     "start_ema": {"ct": 0.9},
 }
 CURRICULA = {"progressive": Progressive, "exponential": Exponential}
-# what may change when a run goes on: these do not touch the weights (duration does under a decay, see `resumed`)
-FREE = ("data", "duration", "tick", "snap", "dump", "workers")
 
 
 @dataclass
@@ -85,12 +84,16 @@ class Options:
     tick: float | None = None  # thousand images; None: 1 % of the duration, at most 50
     snap: int = 50  # ticks; 0: only at the end
     dump: int = 50
+    keep: int = 1  # newest training states that stay
+    keep_every: int = 0  # dumps; of every so many the state stays for good; 0: of none
+    time_limit: float | None = None  # minutes, after which the run saves its state and ends
     seed: int = 0
     workers: int = 1
     transfer: str | None = None
     gpus: int = 1  # processes
 
     def __post_init__(self):
+        check_fields(self)
         if self.lr_rampup_kimg is None:
             self.lr_rampup_kimg = min(50 * self.duration, 10_000)
         if self.tick is None:
@@ -107,10 +110,10 @@ class Options:
         share = self.batch // self.gpus
         if self.batch_gpu is None:
             self.batch_gpu = share
-        for name in ("duration", "batch", "batch_gpu", "lr", "tick"):
+        for name in ("duration", "batch", "batch_gpu", "lr", "tick", "keep"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lr_rampup_kimg", "ema", "snap", "dump", "seed", "workers"):
+        for name in ("lr_rampup_kimg", "ema", "snap", "dump", "keep_every", "seed", "workers"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.batch % self.gpus or share % self.batch_gpu:
@@ -127,6 +130,7 @@ class Options:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.target_copy is not None and not self.target_copy >= 1:
             raise ValueError(f"target_copy must be at least 1, got {self.target_copy}")
+        check_numbers(self)
         if self.precond == "ct":
             self._complete_ct()
 
