@@ -1,6 +1,7 @@
 """`tdkern convert`."""
 import click
 
+from ..data.files import one_line
 from ..integrations import convert as run
 from ..integrations import export_diffusers
 
@@ -23,7 +24,4 @@ def convert(src, dst, diffusers):
     tdkern generate --network model.safetensors --outdir images
     tdkern convert --diffusers runs/00000-... unet
     """
-    try:
-        click.echo((export_diffusers if diffusers else run)(src, dst))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    click.echo(one_line((export_diffusers if diffusers else run)(src, dst)))

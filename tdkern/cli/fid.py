@@ -1,7 +1,6 @@
 """`tdkern fid`."""
 import json
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -10,10 +9,12 @@ from tqdm import tqdm
 
 from .. import samplers
 from ..data import DatasetError, ImageDataset
+from ..data.files import one_line
 from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
-from ..training.sampling import default_sampler, sampling_levels
+from ..training.sampling import choice, default_sampler, sampling_levels
+from ..training.signals import reader_init
 from .types import Numbers
 
 SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep")  # those that take a number of steps and nothing else
@@ -49,11 +50,12 @@ def fid():
 @with_detector
 def calc(images, ref, num, seed, batch, workers, detector):
     """FID of the images in a folder or zip."""
-    with _command() as process:
+    with joined() as process:
         dataset = ImageDataset(images, max_size=num, seed=seed)
         if len(dataset) < num:
             raise DatasetError(f"{images}: holds {len(dataset)} images, --num asks for {num}; generate more, or give --num {len(dataset)}")
         extract, reference = Inception(detector, process.device), _reference(ref, num, process)
+        _tell_left_out(dataset, process)
         ours = _of_dataset(dataset, extract, batch, workers, process)
         if process.rank == 0:
             click.echo(f"{_label(num, dataset.image_shape[0])} in {images} against {ref}:", err=True)
@@ -68,11 +70,12 @@ def calc(images, ref, num, seed, batch, workers, detector):
 @with_detector
 def reference_statistics(data, dest, batch, workers, detector):
     """Write reference statistics: mean and covariance of the features of all images of a data set."""
-    with _command() as process:
+    with joined() as process:
         dataset = ImageDataset(data)
         extract = Inception(detector, process.device)
         if process.rank == 0:
             Path(dest).parent.mkdir(parents=True, exist_ok=True)  # before the work
+        _tell_left_out(dataset, process)
         statistics = _of_dataset(dataset, extract, batch, workers, process)
         if process.rank == 0:
             write_statistics(dest, statistics)
@@ -95,7 +98,7 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for its other flags use it and fid calc.
     Prints a table, where NFE is the number of network evaluations an image, then the same as one line of JSON.
     """
-    with _command() as process:
+    with joined() as process:
         net, meta = load_network(network, process.device)
         sampler = sampler or default_sampler(net, steps_given=True)
         least = 1 if sampler == "multistep" else 2
@@ -109,7 +112,8 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
         rows = []
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
-            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=getattr(samplers, sampler), **options) for seeds in _bar(batches, process))
+            options |= {"sampler": getattr(samplers, sampler)} | choice(meta)
+            images = (sample(net, meta["network"], seeds.tolist(), sigmas, **options) for seeds in _bar(batches, process))
             ours = feature_statistics(images, extract, process.device)
             if process.rank == 0:
                 taken = len(sigmas) - 1
@@ -120,14 +124,9 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
             click.echo(json.dumps({"network": str(network), "ref": ref, "sampler": sampler, "num": num, "seed": seed, "results": rows}))
 
 
-@contextmanager
-def _command():
-    """This process, joined with the others; what is wrong with a file or an installation becomes one line."""
-    try:
-        with joined() as process:
-            yield process
-    except (ValueError, OSError, ImportError) as error:  # from a worker process the message is a whole traceback, which ends in ours
-        raise click.ClickException(str(error).strip().rpartition("\n")[2]) from error
+def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
+    if dataset.left_out and process.rank == 0:
+        click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
 
 
 def _reference(ref: str, num: int, process: Process) -> Statistics | None:
@@ -145,7 +144,8 @@ def _reference(ref: str, num: int, process: Process) -> Statistics | None:
 def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: int, process: Process) -> Statistics:
     """Statistics of all images of a data set, in batches that do not depend on the number of processes."""
     order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][process.rank :: process.world]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda",
+                                         worker_init_fn=reader_init())
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)
 
 

@@ -5,6 +5,7 @@ import re
 import secrets
 import shutil
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 UNFINISHED = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp", re.DOTALL)
@@ -21,7 +22,8 @@ class FileError(ValueError):
     def __init__(self, message: object = ""):
         message = str(message)
         if message.startswith("Caught "):  # DataLoader's, with a worker's whole traceback before ours
-            message = message.strip().rpartition("\n")[2].partition("Error: ")[2]
+            last = message.strip().rpartition("\n")[2]
+            message = last.partition("Error: ")[2] or last
         super().__init__(one_line(message))
 
 
@@ -56,11 +58,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path, own: re.Pattern) -> None:
-    """Remove from a folder what killed processes left of files and folders with a name of `own`."""
+def remove_leftovers(folder: Path, own: Callable[[str], object]) -> None:
+    """Remove from a folder what killed processes left of files and folders whose names are our own."""
     for path in folder.iterdir():
         match = UNFINISHED.fullmatch(path.name)
-        if match and own.fullmatch(match["name"]):
+        if match and own(match["name"]):
             remove(path)
 
 
@@ -79,7 +81,7 @@ def write_atomic(path: str | Path, data: bytes, *, durable: bool = True) -> None
     """
     path = Path(path)
     if durable:
-        remove_leftovers(path.parent, re.compile(re.escape(path.name)))
+        remove_leftovers(path.parent, path.name.__eq__)
     unfinished = beside(path)
     try:
         with open(open_new(unfinished), "wb") as file:

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.files import write_atomic
+from ..data.files import read_file, write_atomic
 from ..networks import DhariwalUNet, EDMPrecond, SongUNet, VEPrecond, VPPrecond, iDDPMPrecond
-from ..training.checkpoint import PRECISIONS, CheckpointError, restore
+from ..training.checkpoint import PRECISIONS, CheckpointError, check_tensors, restore
 from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
 
 FORMAT = 1
+MAX_CONFIG = 1 << 20  # bytes of a diffusers config.json
 MODELS = {cls.__name__: cls for cls in (SongUNet, DhariwalUNet)}
 PRECONDS = {cls.__name__: cls for cls in (EDMPrecond, VPPrecond, VEPrecond, iDDPMPrecond)}
 SETTINGS = {"EDMPrecond": ("sigma_data",), "VPPrecond": ("beta_d", "beta_min", "M", "epsilon_t"), "VEPrecond": ("sigma_min", "sigma_max"),
@@ -72,11 +73,12 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_tensors(path)
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["tdkern"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         version, network = meta["format"], meta["network"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a file of tdkern convert ({one_line(error)}); tdkern convert makes one") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: in format {version}; this tdkern reads format {FORMAT}; update it, or convert the network again")
@@ -244,10 +246,11 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     folder = src / "unet" if (src / "unet").is_dir() else src
     weights = folder / "diffusion_pytorch_model.safetensors"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_file(folder / "config.json", MAX_CONFIG))
         name = str(config["_class_name"])[:100]
+        check_tensors(weights)
         tensors = safetensors.torch.load_file(weights)
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({one_line(error)}); "
                               "save it by diffusers' save_pretrained, or give a file") from error
     done = f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and its config"

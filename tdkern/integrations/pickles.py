@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.files import check_file
+
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch.save's first format
 MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
 
@@ -253,6 +255,7 @@ class PickleFile:
         try:
             self.size = self.path.stat().st_size
             self.budget = _Budget(self.size)
+            check_file(self.path)  # a pipe would be waited for
             with open(self.path, "rb") as file:
                 if file.read(2) == b"PK":
                     self.value = self._zip()

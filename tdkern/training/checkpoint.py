@@ -206,7 +206,8 @@ def forget_same(path: Path) -> None:
 def clean(run_dir: Path) -> None:
     """Remove what killed runs left unfinished in their directory."""
     names = "|".join(map(re.escape, RECORDS))
-    remove_leftovers(run_dir, re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{GRID.pattern})|{names}"))
+    own = re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{GRID.pattern})|{names}", re.ASCII)
+    remove_leftovers(run_dir, own.fullmatch)
 
 
 def find(path: str | Path, kind: str) -> Path:

@@ -45,6 +45,11 @@ def preview_levels(net: torch.nn.Module) -> Tensor:
     return sampling_levels(net, default_sampler(net), 18)[0]
 
 
+def choice(meta: dict) -> dict:
+    """What `sample` must be told of the labels of a network, by its snapshot's meta."""
+    return {"classes": meta["classes"]} if meta.get("classes") is not None else {}
+
+
 def sample(
     net: torch.nn.Module,
     network: dict,
