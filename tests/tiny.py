@@ -41,6 +41,46 @@ def tdkern_(*args, code=0):
     return invoked(*args, code=code).output
 
 
+def _command(args, log, hook):
+    """In a process of its own: a command, with what it prints in a file."""
+    import torch
+
+    from tdkern.cli import main
+    from tdkern.training import loop
+
+    torch.set_num_threads(1)
+    loop.preview_levels = two_steps
+    with open(log, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        if hook:
+            hook()
+        main([str(arg) for arg in args], prog_name="tdkern")
+
+
+def started(args, log, hook=None):
+    """A running process of a command; hook: of a module, called in it first."""
+    process = children.Process(target=_command, args=(args, log, hook))
+    process.start()
+    return process
+
+
+def ended(args, log, hook=None, seconds=60):
+    """The exit code of a command in a process of its own, and what it printed."""
+    process = started(args, log, hook)
+    process.join(seconds)
+    assert process.exitcode is not None, f"still going after {seconds} s"
+    return process.exitcode, log.read_text()
+
+
+def flags(options):
+    """The command line of some options."""
+    words = []
+    for name, value in options.items():
+        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
+
+
 def _as_torchrun(rank, port, work, args):
     import torch
 

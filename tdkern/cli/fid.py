@@ -14,7 +14,7 @@ from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
 from ..training.sampling import choice, default_sampler, sampling_levels
-from ..training.signals import reader_init
+from ..training.signals import readers
 from .types import Numbers
 
 SAMPLERS = ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep")  # those that take a number of steps and nothing else
@@ -144,8 +144,7 @@ def _reference(ref: str, num: int, process: Process) -> Statistics | None:
 def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: int, process: Process) -> Statistics:
     """Statistics of all images of a data set, in batches that do not depend on the number of processes."""
     order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][process.rank :: process.world]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda",
-                                         worker_init_fn=reader_init())
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, pin_memory=process.device.type == "cuda", **readers(workers))
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)
 
 

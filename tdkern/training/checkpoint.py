@@ -111,7 +111,7 @@ def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta:
         OSError: it cannot be written; nothing of it is left.
     """
     path = run_dir / f"{kind}-{kimg(nimg)}"
-    if path.exists():
+    if path.is_dir():
         return path
     meta = {"format": FORMAT, "kind": kind, "tdkern": __version__, "torch": torch.__version__, "nimg": nimg, **meta}
     unfinished = beside(path)
@@ -180,9 +180,10 @@ def set_aside(run_dir: Path, nimg: int) -> list[str]:
     Returns:
         The new names.
     """
-    later = [path for path in run_dir.iterdir() if max(images_of(path) or 0, images_of(path, GRID) or 0) > nimg]
+    found = [path for path in run_dir.iterdir() if (images_of(path) or 0) > nimg and path.is_dir()]
+    found += [path for path in run_dir.iterdir() if (images_of(path, GRID) or 0) > nimg and path.is_file()]
     names = []
-    for path in sorted(later):
+    for path in sorted(found):
         aside = path.with_name(ASIDE + path.name)
         number = 1
         while aside.exists():

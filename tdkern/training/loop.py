@@ -24,8 +24,8 @@ from .lock import locked
 from .objective import SIGMA_DATA, make_loss, target_decay
 from .options import Options
 from .sampling import NotFinite, default_sampler, preview_levels, sample
-from .signals import Stopped, StopRequest, reader_init
-from .state import ADAM, check_adam, check_meta, check_tensors
+from .signals import Stopped, StopRequest, readers
+from .state import ADAM, check_adam, check_place, check_step, check_tensors
 
 MAX_STATISTICS = 1 << 30  # bytes of stats.jsonl
 IDLE_TICKS = 10  # so many in a row without a step that was taken end a run
@@ -170,6 +170,7 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         meta, tensors = checkpoint.read(path, checkpoint.STATE)
+        check_step(meta, path)
         parts = defaultdict(dict)
         for name, tensor in tensors.items():
             prefix, _, rest = name.partition(".")
@@ -180,11 +181,11 @@ class Trainer:
             checkpoint.restore(self.target.module, parts["target"], path)
         check_tensors(self._modules_tensors(), tensors, path)
         named = list(self.net.named_parameters())
-        check_adam({key: parts[key] for key in ADAM}, dict(named), meta.get("step"), path)
+        check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
         state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(named)}
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        check_meta(meta, self.options.batch, path)
+        check_place(meta, self.options.batch, path)
         self.step = meta["step"]
         self.counted = self.nimg
         if "statistics" in meta:  # of a tick that was not over
@@ -262,9 +263,8 @@ def _run(trainer: Trainer, record: "Record | None") -> None:
     loader = torch.utils.data.DataLoader(
         trainer.dataset,
         batch_sampler=order,
-        num_workers=options.workers,
         pin_memory=process.device.type == "cuda",
-        worker_init_fn=reader_init(),
+        **readers(options.workers),
     )
     with StopRequest(options.time_limit, process.world) as request, progress(trainer) as bar:
         for images, labels in loader:

@@ -100,6 +100,12 @@ def _end_with(parent: int, _worker: int) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
-def reader_init() -> partial:
-    """DataLoader's `worker_init_fn`: readers leave signals to this process, and end when it ends."""
-    return partial(_end_with, os.getpid())
+def readers(workers: int) -> dict:
+    """DataLoader's arguments for so many readers: they leave signals to this process, and end when it ends.
+
+    They are forked, so that this process is their parent.
+    """
+    if workers == 0:
+        return {"num_workers": 0}
+    init = partial(_end_with, os.getpid())
+    return {"num_workers": workers, "worker_init_fn": init, "multiprocessing_context": "fork"}

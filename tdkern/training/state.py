@@ -1,19 +1,28 @@
 """Whether a training state is one that training can go on from."""
+import math
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .checkpoint import STATE, CheckpointError, images_of
+from .checks import LARGEST
 
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
+# what Adam keeps for each parameter, and between what it is
+RANGES = {"step": (0, LARGEST), "exp_avg": (-math.inf, math.inf), "exp_avg_sq": (0, math.inf)}
+ADAM = tuple(RANGES)
 
 
-def check_meta(meta: dict, batch: int, path: Path) -> None:
+def check_step(meta: dict, path: Path) -> None:
+    """Raises CheckpointError where a state's step is none."""
+    step = meta.get("step")
+    if type(step) is not int or not 0 <= step <= LARGEST:
+        raise CheckpointError(f"{path}: damaged: step must be an integer from 0 to {LARGEST}, got {str(step)[:50]}")
+
+
+def check_place(meta: dict, batch: int, path: Path) -> None:
     """Raises CheckpointError where a state's step, images and name do not agree."""
-    step, nimg = meta.get("step"), meta.get("nimg")
-    if type(step) is not int or step < 0:
-        raise CheckpointError(f"{path}: damaged: step must be an integer >= 0, got {step!r}")
+    step, nimg = meta["step"], meta.get("nimg")
     named = images_of(path.resolve())
     if nimg != step * batch or named not in (None, nimg):
         raise CheckpointError(f"{path}: damaged: step {step} of batch {batch} and {nimg} images do not agree, or not with its name")
@@ -34,7 +43,7 @@ def check_adam(parts: dict[str, dict], params: dict[str, Tensor], step: int, pat
     Args:
         parts: for each of ADAM, a tensor by parameter.
         params: by name.
-        step: steps of training, of which Adam may have left some out; whatever meta.json says.
+        step: steps of training, of which Adam may have left some out.
         path: the state's.
     """
     for key in ADAM:
@@ -46,8 +55,6 @@ def check_adam(parts: dict[str, dict], params: dict[str, Tensor], step: int, pat
             if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
                 raise CheckpointError(f"{path}: damaged: {key}.{name} must be {list(wanted.shape)} {wanted.dtype}, "
                                       f"got {list(tensor.shape)} {tensor.dtype}")
-            low, high = (float("-inf") if key == "exp_avg" else 0, float("inf"))
-            if key == "step" and type(step) is int:
-                high = step
+            low, high = RANGES[key][0], step if key == "step" else RANGES[key][1]
             if not (tensor.isfinite() & (low <= tensor) & (tensor <= high)).all():
                 raise CheckpointError(f"{path}: damaged: {key}.{name} has elements that are not finite or out of range")
