@@ -15,8 +15,8 @@ import torch
 from tiny import data_set, in_two_processes, invoked, pixels
 
 from tdkern.cli import main
-from tdkern.data import DatasetError, save_image
 from tdkern.cli.errors import one_line_errors
+from tdkern.data import DatasetError, save_image
 from tdkern.evaluation import fid
 from tdkern.evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
 from tdkern.networks import MLP, EDMPrecond

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import zipfile
@@ -54,7 +55,11 @@ def _command(args, log, hook):
         sys.stderr = sys.stdout
         if hook:
             hook()
-        main([str(arg) for arg in args], prog_name="tdkern")
+        try:
+            main([str(arg) for arg in args], prog_name="tdkern")
+        finally:
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            log.with_suffix(".mib").write_text(str(most // 1024))
 
 
 def started(args, log, hook=None):

@@ -1,4 +1,5 @@
 """Every command ends in one line, whatever was wrong."""
+
 import errno
 import os
 import sys

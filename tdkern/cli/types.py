@@ -4,7 +4,6 @@ import math
 import click
 from click.core import ParameterSource
 
-
 MOST = 10_000_000  # numbers in a list
 
 

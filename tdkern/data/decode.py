@@ -1,4 +1,5 @@
 """Pixels of image files: PNG and JPEG alone, and only where the pixels are all that the file says."""
+
 import io
 
 import numpy as np
@@ -39,7 +40,13 @@ def decode(data: bytes, shape: tuple[int, ...] | None = None, first: str = "") -
     except ImageError:
         raise
     # all that Pillow raises for a broken file
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        PIL.Image.DecompressionBombError,
+        PIL.Image.DecompressionBombWarning,
+    ) as error:
         raise ImageError(f"is not a readable image ({error}); remove or replace it") from error
     return image[None] if image.ndim == 2 else image.transpose(2, 0, 1).copy()
 
@@ -54,9 +61,6 @@ def wrong(file, data: bytes, shape: tuple[int, ...] | None = None, first: str = 
         return f"must be square, got {file.width}x{file.height}; crop or resize the images"
     if file.width > MAX_SIDE:
         return f"must have at most {MAX_SIDE}x{MAX_SIDE} pixels, got {file.width}x{file.height}; resize the images"
-    found = (len(file.mode) if file.mode == "RGB" else 1, file.height, file.width)
-    if shape is not None and found != tuple(shape):
-        return f"must have {first}'s shape {list(shape)}, got {list(found)}; make all alike"
     if "transparency" in file.info:
         return "must not be transparent, got a transparent colour; convert it"
     if getattr(file, "n_frames", 1) > 1:
@@ -64,6 +68,9 @@ def wrong(file, data: bytes, shape: tuple[int, ...] | None = None, first: str = 
     turned = orientation(file)
     if turned != 1:
         return f"must be stored upright, got EXIF orientation {turned}; tdkern dataset turns such images"
+    found = (len(file.getbands()), file.height, file.width)
+    if shape is not None and found != tuple(shape):
+        return f"must have {first}'s shape {list(shape)}, got {list(found)}; make all alike"
     return ""
 
 

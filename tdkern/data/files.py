@@ -1,4 +1,5 @@
 """Files that are never half-written, and reads that are bounded whatever lies at a path."""
+
 import hashlib
 import os
 import re
@@ -21,7 +22,9 @@ class FileError(ValueError):
 
     def __init__(self, message: object = ""):
         message = str(message)
-        if message.startswith("Caught "):  # DataLoader's, with a worker's whole traceback before ours
+        if message.startswith(
+            "Caught "
+        ):  # DataLoader's, with a worker's whole traceback before ours
             last = message.strip().rpartition("\n")[2]
             message = last.partition("Error: ")[2] or last
         super().__init__(one_line(message))

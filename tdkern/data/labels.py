@@ -1,4 +1,5 @@
 """Labels of a data set, from dataset.json."""
+
 import json
 import math
 
@@ -29,7 +30,9 @@ def parse(data: bytes, names: list[str]) -> np.ndarray:
     try:
         table = {name.replace("\\", "/"): label for name, label in json.loads(data)["labels"] or ()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f'must be {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})') from error
+        raise ValueError(
+            f'must be {{"labels": [[name, label], ...]}} ({type(error).__name__}: {error})'
+        ) from error
     if not table:
         raise ValueError("has no labels; train without labels or add them")
     missing = [name for name in names if name not in table]
@@ -47,8 +50,10 @@ def parse(data: bytes, names: list[str]) -> np.ndarray:
 
 def _classes(labels: list[int]) -> np.ndarray:
     if max(labels) >= MAX_CLASSES:
-        raise ValueError(f"classes must be below {MAX_CLASSES}, got {min(max(labels), 10**30)}; "
-                         "number them from 0 without gaps")
+        raise ValueError(
+            f"classes must be below {MAX_CLASSES}, got {min(max(labels), 10**30)}; "
+            "number them from 0 without gaps"
+        )
     return np.array(labels, np.int64)
 
 

@@ -1,4 +1,5 @@
 """The files of a data set, in a folder or a zip: which there are, and what is in them, within bounds."""
+
 import hashlib
 import lzma
 import os
@@ -14,7 +15,13 @@ from .files import FileError, read_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 MAX_IMAGE_FILE = 1 << 28  # bytes
-SERVICE = ("__MACOSX", "@eaDir", "@Recycle", "$RECYCLE.BIN", "lost+found")  # folders of systems, not of users
+SERVICE = (
+    "__MACOSX",
+    "@eaDir",
+    "@Recycle",
+    "$RECYCLE.BIN",
+    "lost+found",
+)  # folders of systems, not of users
 SAMPLED = 1000  # files whose content a fingerprint covers
 
 
@@ -41,7 +48,11 @@ def is_hidden(name: str) -> bool:
 
 def left_out(listing: Listing) -> str:
     """In words, the files that are no images, by their endings; empty if there are none."""
-    others = [name for name in listing.sizes if not is_image(name) and name.rpartition("/")[2] != "dataset.json"]
+    others = [
+        name
+        for name in listing.sizes
+        if not is_image(name) and name.rpartition("/")[2] != "dataset.json"
+    ]
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     words = [f"{count} {ending}" for ending, count in sorted(endings.items())][:10]
     words += [f"{listing.hidden} hidden"] if listing.hidden else []
@@ -66,7 +77,9 @@ class Folder:
             except OSError as error:
                 if not is_image(name):
                     continue
-                raise DatasetError(f"{self.path}: {name} cannot be read ({error}); remove or restore it") from error
+                raise DatasetError(
+                    f"{self.path}: {name} cannot be read ({error}); remove or restore it"
+                ) from error
             if not stat.S_ISREG(status.st_mode) and is_image(name):
                 raise DatasetError(f"{self.path}: {name} is not a regular file; remove it")
             sizes[name] = status.st_size
@@ -84,8 +97,10 @@ class Folder:
                 seen.add((status.st_dev, status.st_ino))
                 entries = sorted(os.scandir(self.path / folder), key=lambda entry: entry.name)
             except OSError as error:
-                raise DatasetError(f"{self.path}: the folder {folder or '.'} cannot be read ({error}); "
-                                   "allow it, or remove it") from error
+                raise DatasetError(
+                    f"{self.path}: the folder {folder or '.'} cannot be read ({error}); "
+                    "allow it, or remove it"
+                ) from error
             for entry in entries:
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.is_dir() and not is_hidden(name):
@@ -119,7 +134,9 @@ class Zip:
                     raise OSError("it is not a regular file")
                 self._file = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-                raise DatasetError(f"{self.path}: not a readable zip ({error}); fetch or make it again") from error
+                raise DatasetError(
+                    f"{self.path}: not a readable zip ({error}); fetch or make it again"
+                ) from error
             self._pid = os.getpid()
         return self._file
 
@@ -150,7 +167,16 @@ class Zip:
 
 
 # what comes of a file or zip that is damaged, gone or not allowed
-UNREADABLE = (OSError, KeyError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+UNREADABLE = (
+    OSError,
+    KeyError,
+    EOFError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 def read(source: Folder | Zip, name: str, limit: int) -> bytes:
@@ -160,7 +186,9 @@ def read(source: Folder | Zip, name: str, limit: int) -> bytes:
     except DatasetError:
         raise
     except UNREADABLE as error:
-        raise DatasetError(f"{source.path}: {name} cannot be read ({error}); fetch or make the data set again") from error
+        raise DatasetError(
+            f"{source.path}: {name} cannot be read ({error}); fetch or make the data set again"
+        ) from error
 
 
 def open_source(path: Path) -> Folder | Zip:
@@ -172,7 +200,9 @@ def open_source(path: Path) -> Folder | Zip:
     return Zip(path)
 
 
-def fingerprint(source: Folder | Zip, sizes: dict[str, int], names: list[str], labels: bytes) -> str:
+def fingerprint(
+    source: Folder | Zip, sizes: dict[str, int], names: list[str], labels: bytes
+) -> str:
     """A hash of the files' names and sizes, of the labels, and of the content of up to 1000 of the files.
 
     The same for a folder and for a zip of it, whatever the zip's compression.
@@ -185,7 +215,9 @@ def fingerprint(source: Folder | Zip, sizes: dict[str, int], names: list[str], l
             try:
                 checksum = source.checksum(name)
             except UNREADABLE as error:
-                raise DatasetError(f"{source.path}: {name} cannot be read ({error}); "
-                                   "fetch or make the data set again") from error
+                raise DatasetError(
+                    f"{source.path}: {name} cannot be read ({error}); "
+                    "fetch or make the data set again"
+                ) from error
         digest.update(f"{name}\0{sizes[name]}\0{checksum}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()

@@ -4,6 +4,7 @@ import lzma
 import math
 import pickle
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from ..data.files import check_file, one_line, read_file, write_atomic
 
-
 MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
 MAX_STATISTICS = 1 << 28  # bytes of a file
 MAX_DETECTOR = 1 << 28  # bytes of Inception's weights, which have 95 million
@@ -27,7 +27,7 @@ PATIENCE = 10  # seconds for a server to answer, and before its rate counts
 LEAST_RATE = 20_000  # bytes a second
 # what comes of an .npz file that is none, or damaged
 WRONG_ARRAY = (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError,
-               NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+               NotImplementedError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class Statistics(NamedTuple):

@@ -13,6 +13,7 @@ in tests/data.
 """
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -223,7 +224,7 @@ def find(path: str | Path, kind: str) -> Path:
 
 
 def _nothing_here(path: Path, kind: str) -> str:
-    if "://" in str(path):
+    if ":/" in str(path):
         return f"no {kind}-* in it: it is an address; fetch the file and give its path"
     if not path.exists():
         return f"no {kind}-* in it: there is no such file or folder"
@@ -360,6 +361,9 @@ def _check_size(network: dict, tensors: dict[str, Tensor]) -> None:
     many = {name: value for name, value in network.items() if type(value) is list and len(value) > len(tensors)}
     if many:
         raise ValueError(f"{', '.join(many)}: more than its {len(tensors)} tensors")
+    for name in ("sigma_data", "dropout"):
+        if type(network.get(name, 0)) not in (int, float) or not math.isfinite(network.get(name, 0)):
+            raise ValueError(f"{name} must be a finite number, got {network[name]!r}")
     if network.get("diffusion_steps", 0) > 1_000_000:
         raise ValueError(f"diffusion_steps must be at most 1000000, got {network['diffusion_steps']}")
 

@@ -1,4 +1,5 @@
 """Whether the fields of a dataclass hold what their annotations say, as those of a file may not."""
+
 import dataclasses
 import math
 import types
@@ -38,7 +39,11 @@ def _fits(value: object, kind: object) -> bool:
         return value is None
     if typing.get_origin(kind) in (list, tuple):
         inner = typing.get_args(kind)[0]
-        return type(value) in (list, tuple) and len(value) > 0 and all(_fits(one, inner) for one in value)
+        return (
+            type(value) in (list, tuple)
+            and len(value) > 0
+            and all(_fits(one, inner) for one in value)
+        )
     if kind is int:
         return type(value) is int and abs(value) <= LARGEST
     if kind is float:

@@ -1,4 +1,5 @@
 """One run, one writer."""
+
 import errno
 import fcntl
 import json
@@ -68,6 +69,8 @@ def _holder(path: Path) -> str:
     """In words, the process that wrote itself into a lock."""
     try:
         owner = json.loads(read_file(path, 10_000))
-        return one_line(f"process {owner['pid']} of {owner['host']} trains here since {owner['since']}")
+        return one_line(
+            f"process {owner['pid']} of {owner['host']} trains here since {owner['since']}"
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return "another process trains here"

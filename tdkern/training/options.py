@@ -32,6 +32,13 @@ DEFAULTS = {
     "target_ema_mode": {"ct": "adaptive"},
     "start_ema": {"ct": 0.9},
 }
+CHOICES = {
+    "arch": ("ddpmpp", "ncsnpp", "adm"),
+    "precision": PRECISIONS,
+    "loss_type": ("edm", "td"),
+    "lr_decay": ("none", "cosine"),
+    "td_coupling": ("markov", "shared"),
+}
 CURRICULA = {"progressive": Progressive, "exponential": Exponential}
 
 
@@ -94,6 +101,7 @@ class Options:
 
     def __post_init__(self):
         check_fields(self)
+        self._check_network()
         if self.lr_rampup_kimg is None:
             self.lr_rampup_kimg = min(50 * self.duration, 10_000)
         if self.tick is None:
@@ -133,6 +141,22 @@ class Options:
         check_numbers(self)
         if self.precond == "ct":
             self._complete_ct()
+
+    def _check_network(self) -> None:
+        """Raises ValueError for a network that cannot be, or for no processes."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.cbase is not None and (self.cbase < 2 or self.cbase % 2):
+            raise ValueError(f"cbase must be positive and even, got {self.cbase}")
+        if self.cres is not None and min(self.cres) < 1:
+            raise ValueError(f"cres must be positive numbers, got {self.cres}")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.diffusion_steps is not None and not 1 <= self.diffusion_steps <= 1_000_000:
+            raise ValueError(f"diffusion_steps must be from 1 to 1000000, got {self.diffusion_steps}")
+        if self.gpus < 1:
+            raise ValueError(f"gpus must be positive, got {self.gpus}")
 
     def _complete_ct(self) -> None:
         """Check consistency training's options and fill in how its number of noise levels grows, which a longer duration then does not change."""

@@ -67,7 +67,7 @@ def sample(
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's noise
+        seeds: one an image, each in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives the latent, the class and the sampler's noise
             through a CPU generator of its own, so an image depends on its seed and not on its batch or
             device, beyond rounding.
         sigmas: the noise levels, as for every sampler.

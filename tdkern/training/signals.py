@@ -1,4 +1,5 @@
 """Runs that are asked to end: by a signal, by their time limit, or by the death of torchrun."""
+
 import ctypes
 import os
 import signal
@@ -11,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-SAME = 0.5  # seconds in which a signal that comes again is the same request, sent to the whole group
+SAME = (
+    0.5  # seconds in which a signal that comes again is the same request, sent to the whole group
+)
 PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 
 
