@@ -1,8 +1,8 @@
-"""The command line: `tdkern train`, `tdkern generate`, `tdkern fid`, `tdkern convert`, `tdkern demo`."""
+"""The command line: `tdkern train`, `tdkern generate`, `tdkern fid`, `tdkern dataset`, `tdkern convert`, `tdkern demo`."""
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "convert", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

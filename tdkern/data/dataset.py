@@ -1,4 +1,4 @@
-"""EDM's image data sets: a folder or a zip of PNG and JPEG files, with labels in dataset.json."""
+"""EDM's image data sets: a folder or a zip of PNG and JPEG files, with labels in dataset.json; or packed."""
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,7 @@ from torch import Tensor
 from . import labels as labels_of
 from .decode import ImageError, decode
 from .order import derive_seed
-from .source import EXTENSIONS, MAX_IMAGE_FILE, DatasetError, fingerprint, is_image, left_out, open_source, read
+from .source import EXTENSIONS, MAX_IMAGE_FILE, DatasetError, Packed, fingerprint, is_image, left_out, open_source, read
 
 __all__ = ["DatasetError", "ImageDataset"]
 
@@ -24,7 +24,7 @@ class ImageDataset(torch.utils.data.Dataset):
     by EXIF, with a transparent colour or several frames.
 
     Args:
-        path: the folder or zip.
+        path: the folder or zip; or a .npy file of `tdkern dataset`, which is mapped into memory.
         use_labels: give out labels; without it they have no elements.
         xflip: add every image's mirror image; index n + i is the mirror of i.
         max_size: keep this many images, chosen by `seed`; None keeps all.
@@ -65,8 +65,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     @property
     def name(self) -> str:
-        """The data set's name in run directories: the folder's or zip's, without .zip."""
-        return self.path.resolve().name.removesuffix(".zip")
+        """The data set's name in run directories: the folder's or file's, without .zip or .npy."""
+        return self.path.resolve().name.removesuffix(".zip").removesuffix(".npy")
 
     @property
     def classes(self) -> list[int] | None:
@@ -97,6 +97,8 @@ class ImageDataset(torch.utils.data.Dataset):
 
     def _read_image(self, raw: int) -> np.ndarray:
         name = self.names[raw]
+        if isinstance(self._source, Packed):
+            return self._source.image(name)
         data = read(self._source, name, MAX_IMAGE_FILE)
         try:
             return decode(data, self.image_shape, self.names[0])

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import FileError, read_file
+import numpy as np
+
+from .files import FileError, check_file, read_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 MAX_IMAGE_FILE = 1 << 28  # bytes
@@ -46,12 +48,12 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part in SERVICE for part in name.split("/"))
 
 
-def left_out(listing: Listing) -> str:
+def left_out(listing: Listing, wanted: tuple[str, ...] = EXTENSIONS) -> str:
     """In words, the files that are no images, by their endings; empty if there are none."""
     others = [
         name
         for name in listing.sizes
-        if not is_image(name) and name.rpartition("/")[2] != "dataset.json"
+        if not name.lower().endswith(wanted) and name.rpartition("/")[2] != "dataset.json"
     ]
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     words = [f"{count} {ending}" for ending, count in sorted(endings.items())][:10]
@@ -166,6 +168,75 @@ class Zip:
         return self.opened().getinfo(name).CRC
 
 
+class Packed:
+    """Pixels in a .npy file [N, C, H, W] uint8, mapped into memory; labels in a .json beside it."""
+
+    def __init__(self, path: Path):
+        self.path, self._array, self._pid = path, None, None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_array": None, "_pid": None}
+
+    @property
+    def array(self) -> np.ndarray:
+        """This process' view of the file."""
+        if self._pid != os.getpid():
+            try:
+                check_file(self.path)
+                self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+            except (
+                OSError,
+                ValueError,
+                EOFError,
+                SyntaxError,
+                MemoryError,
+                RecursionError,
+            ) as error:
+                raise DatasetError(
+                    f"{self.path}: not a readable .npy file ({error}); make it again by tdkern dataset"
+                ) from error
+            self._pid = os.getpid()
+        return self._array
+
+    def listing(self) -> Listing:
+        """As many names as the file has images."""
+        array = self.array
+        if (
+            array.dtype != np.uint8
+            or array.ndim != 4
+            or array.shape[1] not in (1, 3)
+            or array.shape[2] != array.shape[3]
+        ):
+            raise DatasetError(
+                f"{self.path}: must be [N, 1 or 3, H, H] uint8, got {list(array.shape)} {array.dtype}; "
+                "tdkern dataset makes such files"
+            )
+        sizes = {packed_name(i): array[0].nbytes for i in range(len(array))}
+        labels = self.path.with_suffix(".json")
+        return Listing(
+            sizes | ({"dataset.json": labels.stat().st_size} if labels.exists() else {}), 0
+        )
+
+    def image(self, name: str) -> np.ndarray:
+        """The pixels of an image."""
+        return self.array[int(name.rpartition("img")[2].partition(".")[0])].copy()
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The labels, which are the only file."""
+        return read_file(self.path.with_suffix(".json"), limit)
+
+    def checksum(self, name: str) -> int:
+        """The CRC-32 of an image's pixels."""
+        return zlib.crc32(self.image(name))
+
+
+def packed_name(i: int) -> str:
+    """Image i's name in EDM's layout."""
+    return f"{i // 1000:05d}/img{i:08d}.png"
+
+
+Source = Folder | Zip | Packed
+
 # what comes of a file or zip that is damaged, gone or not allowed
 UNREADABLE = (
     OSError,
@@ -179,7 +250,7 @@ UNREADABLE = (
 )
 
 
-def read(source: Folder | Zip, name: str, limit: int) -> bytes:
+def read(source: Source, name: str, limit: int) -> bytes:
     """A file's content, of at most `limit` bytes; raises DatasetError."""
     try:
         return source.read(name, limit)
@@ -191,18 +262,16 @@ def read(source: Folder | Zip, name: str, limit: int) -> bytes:
         ) from error
 
 
-def open_source(path: Path) -> Folder | Zip:
-    """The folder or zip at a path; raises DatasetError if there is none."""
+def open_source(path: Path) -> Source:
+    """The folder, zip or .npy file at a path; raises DatasetError if there is none."""
     if path.is_dir():
         return Folder(path)
     if not path.exists():
         raise DatasetError(f"{path}: no such folder or zip")
-    return Zip(path)
+    return Packed(path) if path.suffix == ".npy" else Zip(path)
 
 
-def fingerprint(
-    source: Folder | Zip, sizes: dict[str, int], names: list[str], labels: bytes
-) -> str:
+def fingerprint(source: Source, sizes: dict[str, int], names: list[str], labels: bytes) -> str:
     """A hash of the files' names and sizes, of the labels, and of the content of up to 1000 of the files.
 
     The same for a folder and for a zip of it, whatever the zip's compression.

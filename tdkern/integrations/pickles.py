@@ -37,7 +37,10 @@ DTYPES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
 GLOBALS = {RECORD, MODULE_DICT, TENSOR, PARAMETER, STORAGE, *DICTS, *SETS, *SCALARS, *ARRAYS, *DTYPES, "numpy.dtype", "_codecs.encode"}
 
-VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+VALUES = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 
@@ -310,6 +313,20 @@ class PickleFile:
             if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > _is(storage, Storage).numel:
                 raise Refused("it is damaged (a tensor is larger than its storage)")
             return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(memory_format=torch.contiguous_format)
+        except Exception as error:
+            raise self.refuse(error) from error
+
+    def array(self, value: Call) -> np.ndarray:
+        """A NumPy array of bytes, such as CIFAR's images, in memory of its own; raises PickleError."""
+        try:
+            if type(value) is not Call or value.name not in ARRAYS:
+                raise Refused("it is damaged (something should be an array)")
+            _, shape, dtype, fortran, data = _is(value.state, tuple)
+            if (_is(dtype, Call).name, dtype.args[0], fortran) != ("numpy.dtype", "u1", False):
+                raise Refused("an array in it is not of bytes")
+            self.budget.copy(len(data))
+            data = data.encode("latin1") if type(data) is str else _is(data, bytes)
+            return np.frombuffer(data, np.uint8).reshape(shape).copy()
         except Exception as error:
             raise self.refuse(error) from error
 
