@@ -274,7 +274,7 @@ def test_every_flipped_bit_is_found(tmp_path, name):
         data[place] ^= 1 << place % 8
         file.write_bytes(data)
         try:
-            meta, _ = read(trainer_state, STATE)
+            read(trainer_state, STATE)
         except CheckpointError:
             continue
         went_on.append(whole[place - 20 : place + 20])
@@ -939,7 +939,7 @@ def test_a_state_is_durable_before_its_name_is_and_before_the_older_goes(tmp_pat
     ]
     assert len(named) == 2
     for i in named:
-        unfinished, path = events[i][1:]
+        unfinished = events[i][1]
         synced = [
             event[1].name
             for event in events[:i]

@@ -108,7 +108,7 @@ def test_the_step_where_it_began_is_named():
             return net(*args, **kwargs)
 
     network = {"label_dim": 0, "img_channels": 3, "img_resolution": 4}
-    with pytest.raises(NotFinite, match="from the sampler's step 3 of 4 on, at noise level 0.5"):
+    with pytest.raises(NotFinite, match=r"from the sampler's step 3 of 4 on, at noise level 0.5"):
         sample(Net(), network, [0, 1], torch.tensor([8.0, 2.0, 0.5, 0.1, 0.0]))
 
 
@@ -348,13 +348,13 @@ def test_linked_folders_are_followed_once(tmp_path):
 def test_what_cannot_be_read_is_an_error(tmp_path):
     folder = data_set(tmp_path / "a", pixels(8))
     (folder / "dead.png").symlink_to(folder / "gone.png")
-    with pytest.raises(DatasetError, match="dead.png cannot be read"):
+    with pytest.raises(DatasetError, match=r"dead.png cannot be read"):
         ImageDataset(folder)
     (folder / "dead.png").unlink()
     (folder / "dead").symlink_to(folder / "gone")  # no image: nothing is missed
     assert len(ImageDataset(folder)) == 8
     os.mkfifo(folder / "pipe.png")
-    with pytest.raises(DatasetError, match="pipe.png is not a regular file"):
+    with pytest.raises(DatasetError, match=r"pipe.png is not a regular file"):
         ImageDataset(folder)
 
 
@@ -368,7 +368,7 @@ def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)  # a test as root is refused nothing
-    with pytest.raises(DatasetError, match="the folder 00001 cannot be read .*Permission denied"):
+    with pytest.raises(DatasetError, match=r"the folder 00001 cannot be read .*Permission denied"):
         ImageDataset(folder)
 
 
@@ -376,7 +376,7 @@ def test_one_name_twice_is_an_error(tmp_path):
     path = data_set(tmp_path / "a.zip", pixels(2))
     with zipfile.ZipFile(path, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
         file.writestr("00000/img00000000.png", png(pixels(1)[0]))
-    with pytest.raises(DatasetError, match="holds 00000/img00000000.png twice"):
+    with pytest.raises(DatasetError, match=r"holds 00000/img00000000.png twice"):
         ImageDataset(path)
 
 
