@@ -82,7 +82,8 @@ def test_a_packed_array_trains_to_the_same_bits_as_its_zip(tmp_path, short_previ
         (np.zeros((2, 3, 8, 4), np.uint8), "uint8"),
         (b"no array", "not a readable"),
         (
-            b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 3, 64, 64), }"
+            b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, "
+            b"'shape': (1000000, 3, 64, 64), }"
             + b" " * 44
             + b"\n",
             "not a readable",
@@ -117,7 +118,7 @@ def test_crops_and_sizes():
 
 
 def test_shrinking_averages_as_clean_fid_asks():
-    """A checkerboard of single pixels becomes grey: a filter of fixed support would give black or white."""
+    """A checkerboard becomes grey: a filter of fixed support would give black or white."""
     board = np.indices((64, 64)).sum(0) % 2 * 255
     small = resized(np.stack([board] * 3, 2).astype(np.uint8), 8, "crop", False)
     assert abs(small.astype(int) - 127.5).max() <= 4

@@ -1,4 +1,4 @@
-"""What `docs/promises.md` says of results: what is not right ends in one line, and nothing is passed over."""
+"""What `docs/promises.md` says of results: what is not right is told, and nothing passed over."""
 
 import io
 import json

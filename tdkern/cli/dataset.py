@@ -49,12 +49,12 @@ from ..data.resize import FITS
 def dataset(source, dest, size, fit, grey, labels, split, max_images, workers):
     """Make a data set for training of images that others keep.
 
-    SOURCE is a folder or zip of images, CIFAR-10 or -100 for Python (its folder or tar.gz), an lmdb, a
-    folder of Hugging Face's save_to_disk, or a tar in WebDataset's layout. DEST is a new .zip, which EDM
-    reads too, or a new .npy file, which is larger and needs no decoding.
+    SOURCE is a folder or zip of images, CIFAR-10 or -100 for Python (its folder or tar.gz), an
+    lmdb, a folder of Hugging Face's save_to_disk, or a tar in WebDataset's layout. DEST is a new
+    .zip, which EDM reads too, or a new .npy file, which is larger and needs no decoding.
 
-    Images are turned as EXIF says and resized by Lanczos' filter. What cannot be taken is left out, and
-    reported with the reason. A call that was killed is gone on with by the same call.
+    Images are turned as EXIF says and resized by Lanczos' filter. What cannot be taken is left
+    out, and reported with the reason. A call that was killed is gone on with by the same call.
 
     \b
     tdkern dataset cifar-10-python.tar.gz cifar10.zip

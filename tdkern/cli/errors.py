@@ -13,7 +13,7 @@ from ..data.files import one_line
 
 TRACEBACK = "TDKERN_TRACEBACK"  # the environment variable that asks for a traceback too
 LOST = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset by peer")
-# what comes of wrong arguments, files, memory, devices and processes; anything else is a fault of ours
+# what comes of wrong arguments, files, memory, devices and processes; anything else is our fault
 FORESEEN = (ValueError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError)
 
 
@@ -47,7 +47,8 @@ def sentence(error: BaseException) -> str:
     elif isinstance(error, FORESEEN) or type(error).__name__ == "SafetensorError":
         line = lines[0] or type(error).__name__
     else:
-        line = f"unforeseen {type(error).__name__}: {lines[0]}; {TRACEBACK}=1 shows where; please report it"
+        line = f"unforeseen {type(error).__name__}: {lines[0]}; {TRACEBACK}=1 shows where"
+        line += "; please report it"
     return one_line(line)
 
 

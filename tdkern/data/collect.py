@@ -74,7 +74,7 @@ def _folders(path: Path, names: list[str]) -> list[int]:
 
 
 class Cifar(Collection):
-    """CIFAR-10 or -100 in its Python version, a folder or a tar: pickles, which are read as data."""
+    """CIFAR-10 or -100 in its Python version, a folder or a tar: pickles, read as data."""
 
     def __init__(self, path: Path, split: str):
         with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +163,7 @@ class Lmdb(Collection):
 
 
 class HuggingFace(Collection):
-    """A folder of Hugging Face `datasets.save_to_disk`, with a column of images and one of classes."""
+    """A folder of Hugging Face `datasets.save_to_disk`, with a column of images, or classes too."""
 
     def __init__(self, path: Path, split: str):
         try:

@@ -1,4 +1,4 @@
-"""EDM's image data sets: a folder or a zip of PNG and JPEG files, with labels in dataset.json; or packed."""
+"""EDM's image data sets: a folder or zip of PNG and JPEG files and dataset.json; or packed."""
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,17 @@ from torch import Tensor
 from . import labels as labels_of
 from .decode import ImageError, decode
 from .order import derive_seed
-from .source import EXTENSIONS, MAX_IMAGE_FILE, DatasetError, Packed, fingerprint, is_image, left_out, open_source, read
+from .source import (
+    EXTENSIONS,
+    MAX_IMAGE_FILE,
+    DatasetError,
+    Packed,
+    fingerprint,
+    is_image,
+    left_out,
+    open_source,
+    read,
+)
 
 __all__ = ["DatasetError", "ImageDataset"]
 
@@ -16,12 +26,12 @@ __all__ = ["DatasetError", "ImageDataset"]
 class ImageDataset(torch.utils.data.Dataset):
     """A folder or zip of square RGB or grey images of one size, sorted by name, in EDM's layout.
 
-    dataset.json, if there, is {"labels": [[name, label], ...]} or {"labels": null}; a label is a class
-    (an integer, given out one-hot) or a vector of numbers.
+    dataset.json, if there, is {"labels": [[name, label], ...]} or {"labels": null}; a label is a
+    class (an integer, given out one-hot) or a vector of numbers.
 
-    Hidden files and what lies in hidden folders are no part of it. Links to folders are followed. What
-    cannot be read is an error, and so is an image that says more than its pixels do: of 16 bits, turned
-    by EXIF, with a transparent colour or several frames.
+    Hidden files and what lies in hidden folders are no part of it. Links to folders are followed.
+    What cannot be read is an error, and so is an image that says more than its pixels do: of 16
+    bits, turned by EXIF, with a transparent colour or several frames.
 
     Args:
         path: the folder or zip; or a .npy file of `tdkern dataset`, which is mapped into memory.
@@ -33,16 +43,25 @@ class ImageDataset(torch.utils.data.Dataset):
     Attributes:
         names: the images'.
         left_out: in words, the files that are no images.
-        classes: those that have images; None if all of 0 .. label_dim - 1 do; [] where labels are vectors.
+        classes: those that have images; None if all of 0 .. label_dim - 1 do; [] where labels are
+            vectors.
 
-    Item: (image [C, H, W] uint8, label [label_dim] float32). Deterministic. Works in DataLoader's worker
-    processes.
+    Item: (image [C, H, W] uint8, label [label_dim] float32). Deterministic. Works in DataLoader's
+    worker processes.
 
     Raises:
         DatasetError: the path, dataset.json or, when it is reached, an image cannot be used.
     """
 
-    def __init__(self, path: str | Path, *, use_labels: bool = False, xflip: bool = False, max_size: int | None = None, seed: int = 0):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        use_labels: bool = False,
+        xflip: bool = False,
+        max_size: int | None = None,
+        seed: int = 0,
+    ):
         self.path, self.xflip = Path(path), xflip
         self._source = open_source(self.path)
         listing = self._source.listing()
@@ -55,11 +74,15 @@ class ImageDataset(torch.utils.data.Dataset):
         if max_size is not None:
             if max_size < 1:
                 raise DatasetError(f"ImageDataset: max_size must be at least 1, got {max_size}")
-            kept = torch.randperm(len(self.names), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))[:max_size]
+            generator = torch.Generator().manual_seed(derive_seed(seed, "subset"))
+            kept = torch.randperm(len(self.names), generator=generator)[:max_size]
             self.names = [self.names[i] for i in kept.sort().values]
         self._sizes = {name: listing.sizes[name] for name in self.names}
-        self.labels = self._read_labels(listing.sizes) if use_labels else np.zeros((len(self.names), 0), np.float32)
-        self.label_dim = self.labels.shape[1] if self.labels.ndim == 2 else int(self.labels.max()) + 1
+        self.labels = np.zeros((len(self.names), 0), np.float32)
+        if use_labels:
+            self.labels = self._read_labels(listing.sizes)
+        vectors = self.labels.ndim == 2
+        self.label_dim = self.labels.shape[1] if vectors else int(self.labels.max()) + 1
         self.image_shape = None
         self.image_shape = self._read_image(0).shape
 
@@ -86,14 +109,16 @@ class ImageDataset(torch.utils.data.Dataset):
         return len(self.names) * (2 if self.xflip else 1)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"ImageDataset: index must be in 0 .. {len(self) - 1}, got {index}")  # which also ends a for loop over the images
+        if not 0 <= index < len(self):  # which also ends a for loop over the images
+            raise IndexError(f"ImageDataset: index must be in 0 .. {len(self) - 1}, got {index}")
         mirrored, raw = divmod(index, len(self.names))
         image, label = self._read_image(raw), self.labels[raw]
         if self.labels.ndim == 1:
             label = np.zeros(self.label_dim, np.float32)
             label[self.labels[raw]] = 1
-        return torch.from_numpy(image[:, :, ::-1].copy() if mirrored else image), torch.from_numpy(label)
+        if mirrored:
+            image = image[:, :, ::-1].copy()
+        return torch.from_numpy(image), torch.from_numpy(label)
 
     def _read_image(self, raw: int) -> np.ndarray:
         name = self.names[raw]
@@ -110,8 +135,10 @@ class ImageDataset(torch.utils.data.Dataset):
         if "dataset.json" not in sizes:
             elsewhere = next((name for name in sizes if name.endswith("/dataset.json")), None)
             found = f"; it must not be in {elsewhere.rpartition('/')[0]}" if elsewhere else ""
-            raise DatasetError(f"{self.path}: dataset.json cannot be read: there is none at the top{found}; "
-                               "add it, or train without labels")
+            raise DatasetError(
+                f"{self.path}: dataset.json cannot be read: there is none at the top{found}; "
+                "add it, or train without labels"
+            )
         data = read(self._source, "dataset.json", labels_of.limit(len(sizes)))
         try:
             return labels_of.parse(data, self.names)

@@ -1,4 +1,4 @@
-"""Pixels of image files: PNG and JPEG alone, and only where the pixels are all that the file says."""
+"""Pixels of image files: PNG and JPEG alone, where the pixels are all that the file says."""
 
 import io
 
@@ -26,8 +26,9 @@ def decode(data: bytes, shape: tuple[int, ...] | None = None, first: str = "") -
         [1 or 3, H, H] uint8.
 
     Raises:
-        ImageError: it cannot be read, is not square, of another shape, or not 8 bits of RGB or grey;
-            or it is turned by EXIF, transparent, or has several frames, of which its pixels say nothing.
+        ImageError: it cannot be read, is not square, of another shape, or not 8 bits of RGB or
+            grey; or it is turned by EXIF, transparent, or has several frames, of which its pixels
+            say nothing.
     """
     import PIL.Image
 
@@ -52,7 +53,7 @@ def decode(data: bytes, shape: tuple[int, ...] | None = None, first: str = "") -
 
 
 def wrong(file, data: bytes, shape: tuple[int, ...] | None = None, first: str = "") -> str:
-    """Why an opened image is not taken, from its header; empty if it is. Arguments as `decode`'s."""
+    """Why an opened image is not taken, from its header; empty if it is. Otherwise as `decode`."""
     if file.mode not in ("RGB", "L"):
         return f"must be RGB or grey with 8 bits a channel, got Pillow mode {file.mode}; convert it"
     if file.format == "PNG" and data[PNG_DEPTH] == 16:
@@ -60,14 +61,14 @@ def wrong(file, data: bytes, shape: tuple[int, ...] | None = None, first: str = 
     if file.width != file.height:
         return f"must be square, got {file.width}x{file.height}; crop or resize the images"
     if file.width > MAX_SIDE:
-        return f"must have at most {MAX_SIDE}x{MAX_SIDE} pixels, got {file.width}x{file.height}; resize the images"
+        return f"must have at most {MAX_SIDE} pixels a side, got {file.width}; resize the images"
     if "transparency" in file.info:
         return "must not be transparent, got a transparent colour; convert it"
     if getattr(file, "n_frames", 1) > 1:
         return f"must be one image, got {file.n_frames} frames; split or convert it"
     turned = orientation(file)
     if turned != 1:
-        return f"must be stored upright, got EXIF orientation {turned}; tdkern dataset turns such images"
+        return f"must be upright, got EXIF orientation {turned}; tdkern dataset turns such images"
     found = (len(file.getbands()), file.height, file.width)
     if shape is not None and found != tuple(shape):
         return f"must have {first}'s shape {list(shape)}, got {list(found)}; make all alike"
@@ -75,7 +76,7 @@ def wrong(file, data: bytes, shape: tuple[int, ...] | None = None, first: str = 
 
 
 def orientation(file) -> int:
-    """EXIF's orientation of an opened image: 1 for upright, or where nothing readable says otherwise."""
+    """EXIF's orientation of an opened image: 1, upright, where nothing readable says otherwise."""
     try:
         turned = file.getexif().get(ORIENTATION, 1)
     except Exception:  # a broken EXIF block is no reason to refuse pixels

@@ -62,7 +62,7 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path, own: Callable[[str], object]) -> None:
-    """Remove from a folder what killed processes left of files and folders whose names are our own."""
+    """Remove from a folder what killed processes left of files whose names are our own."""
     for path in folder.iterdir():
         match = UNFINISHED.fullmatch(path.name)
         if match and own(match["name"]):

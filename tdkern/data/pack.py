@@ -1,4 +1,4 @@
-"""Data sets made of other collections of images: in parallel, to be gone on with, and with a report."""
+"""Data sets made of other collections of images: in parallel, resumable, with a report."""
 
 import hashlib
 import io
@@ -64,8 +64,8 @@ def pack(
 
     Args:
         collection: the images.
-        dest: a new .zip, in EDM's layout, or a .npy file of pixels [N, C, H, W] uint8, which training
-            maps into memory; its labels are in a .json beside it.
+        dest: a new .zip, in EDM's layout, or a .npy file of pixels [N, C, H, W] uint8, which
+            training maps into memory; its labels are in a .json beside it.
         settings: how images become alike.
         workers: processes.
         most: images to take, the first; None takes all.

@@ -21,12 +21,13 @@ def resized(data: bytes | np.ndarray, size: int | None, fit: str, grey: bool) ->
     Args:
         data: the file, or pixels [H, W, 3] uint8.
         size: pixels a side; None keeps the side.
-        fit: "crop" takes the largest square in the middle, "stretch" the whole, "none" only squares.
+        fit: "crop" takes the largest square in the middle, "stretch" the whole, "none" squares.
         grey: whether the result is grey, by Pillow's weights, else RGB.
 
     Returns:
-        [1 or 3, size, size] uint8. Where the size changes, by Pillow's Lanczos filter, whose support
-        grows as an image shrinks: the resampling that clean-fid (arXiv 2104.11222) asks for.
+        [1 or 3, size, size] uint8. Where the size changes, by Pillow's Lanczos filter, whose
+        support grows as an image shrinks: the resampling
+        that clean-fid (arXiv 2104.11222) asks for.
 
     Raises:
         LeftOut: the file is no image, or its pixels are not all that it says.

@@ -1,4 +1,4 @@
-"""The files of a data set, in a folder or a zip: which there are, and what is in them, within bounds."""
+"""The files of a data set, in a folder or a zip: which there are, and what is in them."""
 
 import hashlib
 import lzma
@@ -68,7 +68,7 @@ class Folder:
         self.path = path
 
     def listing(self) -> Listing:
-        """Raises DatasetError for a folder or link that cannot be read: half a data set is not one."""
+        """Raises DatasetError for what cannot be read: half a data set is not one."""
         sizes, hidden = {}, 0
         for name, entry in self._walk():
             if is_hidden(name):
@@ -88,7 +88,7 @@ class Folder:
         return Listing(sizes, hidden)
 
     def _walk(self) -> Iterator[tuple[str, str]]:
-        """The name and path of every file; hidden folders are not entered, and counted as one file."""
+        """The name and path of every file; a hidden folder is not entered, and counts as one."""
         seen, todo = set(), [""]
         while todo:
             folder = todo.pop()
@@ -193,7 +193,8 @@ class Packed:
                 RecursionError,
             ) as error:
                 raise DatasetError(
-                    f"{self.path}: not a readable .npy file ({error}); make it again by tdkern dataset"
+                    f"{self.path}: not a readable .npy file ({error}); "
+                    "make it again by tdkern dataset"
                 ) from error
             self._pid = os.getpid()
         return self._array
@@ -208,8 +209,8 @@ class Packed:
             or array.shape[2] != array.shape[3]
         ):
             raise DatasetError(
-                f"{self.path}: must be [N, 1 or 3, H, H] uint8, got {list(array.shape)} {array.dtype}; "
-                "tdkern dataset makes such files"
+                f"{self.path}: must be [N, 1 or 3, H, H] uint8, got {list(array.shape)} "
+                f"{array.dtype}; tdkern dataset makes such files"
             )
         sizes = {packed_name(i): array[0].nbytes for i in range(len(array))}
         labels = self.path.with_suffix(".json")
@@ -272,7 +273,7 @@ def open_source(path: Path) -> Source:
 
 
 def fingerprint(source: Source, sizes: dict[str, int], names: list[str], labels: bytes) -> str:
-    """A hash of the files' names and sizes, of the labels, and of the content of up to 1000 of the files.
+    """A hash of the files' names and sizes, of labels, and of what is in up to 1000 of the files.
 
     The same for a folder and for a zip of it, whatever the zip's compression.
     """

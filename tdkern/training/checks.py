@@ -9,7 +9,7 @@ LARGEST = 2**53  # up to which a float is exact: no count of images or steps is 
 
 
 def check_fields(values: object) -> None:
-    """Raises ValueError for the first field of a dataclass that is not of its annotated type, or infinite.
+    """Raises ValueError for the first field of a dataclass of another type, or infinite.
 
     An integer stands for a float too; a tuple stands for a list.
     """

@@ -24,8 +24,8 @@ class LockedError(FileError):
 def locked(run_dir: Path) -> Iterator[bool]:
     """Keep other processes from writing into a run directory while the context lasts.
 
-    The lock belongs to the process, not to a file that could be left behind: it ends with the process,
-    however that ends, and the readers that the process starts do not have it.
+    The lock belongs to the process, not to a file that could be left behind: it ends with the
+    process, however that ends, and the readers that the process starts do not have it.
 
     Args:
         run_dir: the directory, which exists.

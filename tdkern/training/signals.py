@@ -104,9 +104,9 @@ def _end_with(parent: int, _worker: int) -> None:
 
 
 def readers(workers: int) -> dict:
-    """DataLoader's arguments for so many readers: they leave signals to this process, and end when it ends.
+    """DataLoader's arguments for so many readers, which leave signals to this process.
 
-    They are forked, so that this process is their parent.
+    They end when it ends, and are forked, so that it is their parent.
     """
     if workers == 0:
         return {"num_workers": 0}

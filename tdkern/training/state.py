@@ -29,7 +29,8 @@ def check_place(meta: dict, batch: int, path: Path) -> None:
     named = images_of(path.resolve())
     if nimg != step * batch or named not in (None, nimg):
         raise CheckpointError(
-            f"{path}: damaged: step {step} of batch {batch} and {nimg} images do not agree, or not with its name"
+            f"{path}: damaged: step {step} of batch {batch} and {nimg} images do not agree, "
+            "or not with its name"
         )
 
 
@@ -58,7 +59,8 @@ def check_adam(parts: dict[str, dict], params: dict[str, Tensor], step: int, pat
         for name in sorted(like.keys() | parts[key].keys()):
             if name not in like or name not in parts[key]:
                 raise CheckpointError(
-                    f"{path}: damaged: Adam's state of {name!r} is not there or not wanted; give another {STATE}"
+                    f"{path}: damaged: Adam's state of {name!r} is not there or not wanted; "
+                    f"give another {STATE}"
                 )
             tensor, wanted = parts[key][name], like[name]
             if tensor.shape != wanted.shape or tensor.dtype != wanted.dtype:
@@ -69,5 +71,6 @@ def check_adam(parts: dict[str, dict], params: dict[str, Tensor], step: int, pat
             low, high = RANGES[key][0], step if key == "step" else RANGES[key][1]
             if not (tensor.isfinite() & (low <= tensor) & (tensor <= high)).all():
                 raise CheckpointError(
-                    f"{path}: damaged: {key}.{name} has elements that are not finite or out of range"
+                    f"{path}: damaged: {key}.{name} has elements that are not finite or out of "
+                    "range"
                 )
