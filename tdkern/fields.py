@@ -10,6 +10,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+LARGEST = 2**53  # up to which a float is exact: no count of images or steps is more
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -87,13 +88,30 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
     for field in fields:
         name, value, rules = field.name, values[field.name], field.metadata
         if not _is_of(value, field.type, whole):
-            raise ValueError(f"{name} must be {_described(field.type)}, got {value!r}")
+            raise ValueError(f"{name} must be {_described(field.type)}, got {_short(value)}")
         if value is None:
             continue
         if rules.get("choices") and isinstance(value, str) and value not in rules["choices"]:
-            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {value!r}")
+            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {_short(value)}")
         if rules.get("within") and not rules["within"].holds(value):
-            raise ValueError(f"{name} {rules['within'].text}, got {value}")
+            raise ValueError(f"{name} {rules['within'].text}, got {_short(value)}")
+        if not _is_finite(value):
+            raise ValueError(f"{name} must be finite, and whole up to 2^53, got {_short(value)}")
+
+
+def _is_finite(value) -> bool:
+    """Whether numbers, alone or in a list, are ones that a float holds."""
+    if isinstance(value, list | tuple):
+        return all(_is_finite(item) for item in value)
+    if isinstance(value, int):
+        return abs(value) <= LARGEST
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _short(value) -> str:
+    """The beginning of a value, which may be a file's."""
+    text = ascii(value)
+    return text if len(text) < 80 else text[:80] + "..."
 
 
 def _listed(words: Collection[str]) -> str:
@@ -119,7 +137,7 @@ def _is_of(value, hint, whole: bool) -> bool:
 def _is_one_of(value, kind, whole: bool) -> bool:
     parts = typing.get_args(kind)
     if parts:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple) or not value:
             return False
         if typing.get_origin(kind) is tuple and Ellipsis not in parts and len(value) != len(parts):
             return False

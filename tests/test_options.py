@@ -112,7 +112,7 @@ def test_flags_count_before_a_file(tmp_path, data):
     ({"arch": ["adm"]}, "arch must be text, got ['adm']"),
     ({"cres": "1,2"}, "cres must be a list of numbers or nothing, got '1,2'"),
     ({"data": 3}, "data must be text, got 3"),
-    ({"dropout": 1.5}, "dropout must be in [0, 1], got 1.5"),
+    ({"dropout": 1.5}, "dropout must be in [0, 1), got 1.5"),
     ({"loss": 3}, "loss must be the family's own options by name, got 3"),
     ({"loss": {"T": 3}}, "T is for family ddpm, got family edm"),
     ({"loss": {"temperature": 3}}, "loss must hold lambda_base, steps, k_idx, one_idx, coupling, weight, td_sigma, td_share, got 'temperature'"),
