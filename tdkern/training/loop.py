@@ -239,23 +239,24 @@ def train(trainer: Trainer, run_dir: Path | None) -> None:
         ValueError, OSError, RuntimeError: data cannot be read, files cannot be written, memory or
             another process is lost.
     """
-    if trainer.process.rank > 0:
-        _run(trainer, None)
-        return
-    with locked(run_dir) as held:
-        record = Record(trainer, run_dir)
-        if not held:
-            record.warn(f"{run_dir}: this file system has no locks; start no second run in it")
-        try:
-            _run(trainer, record)
-        except (Stopped, Diverged):
-            raise
-        except Exception:
-            record.rescue()
-            raise
+    with StopRequest(trainer.options.time_limit, trainer.process.world) as request:
+        if trainer.process.rank > 0:
+            _run(trainer, None, request)
+            return
+        with locked(run_dir) as held:
+            record = Record(trainer, run_dir)
+            if not held:
+                record.warn(f"{run_dir}: this file system has no locks; start no second run in it")
+            try:
+                _run(trainer, record, request)
+            except (Stopped, Diverged):
+                raise
+            except Exception:  # torchrun, which ends all at an error of one, lets this be saved
+                record.rescue()
+                raise
 
 
-def _run(trainer: Trainer, record: "Record | None") -> None:
+def _run(trainer: Trainer, record: "Record | None", request: StopRequest) -> None:
     """The steps of a run; the first process has a record."""
     options, process = trainer.options, trainer.process
     place = (trainer.step, options.total_steps, process.rank, process.world)
@@ -266,7 +267,7 @@ def _run(trainer: Trainer, record: "Record | None") -> None:
         pin_memory=process.device.type == "cuda",
         **readers(options.workers),
     )
-    with StopRequest(options.time_limit, process.world) as request, progress(trainer) as bar:
+    with progress(trainer) as bar:
         for images, labels in loader:
             trainer.train_step(images, labels)
             bar.update(options.batch)
