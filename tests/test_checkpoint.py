@@ -132,6 +132,13 @@ def test_a_snapshot_of_format_1_is_read():
     assert net(torch.randn(2, 3, 8, 8), 1.0, torch.eye(3)[:2]).isfinite().all()
 
 
+def test_a_snapshot_of_format_2_is_read():
+    path = FORMAT1.with_name("format2")
+    net, meta = load_network(path)
+    stored = safetensors.torch.load_file(path / "network-snapshot-000000.016" / "tensors.safetensors")
+    assert meta["format"] == 4 and "checksums" not in meta and same(net.state_dict(), stored)
+
+
 def _edit(path, **changes):
     """Change meta.json, and its checksums with it."""
     meta = json.loads((path / "meta.json").read_text())

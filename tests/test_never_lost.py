@@ -789,6 +789,25 @@ def test_an_error_between_two_dumps_saves_the_state(tmp_path, straight, hook, wo
     assert same(tensors(run_dir), tensors(straight)) and statistics(run_dir) == statistics(straight)
 
 
+def _sigterm_in_the_rescue():
+    """As torchrun sends to all processes once one has failed."""
+    _out_of_memory()
+    real = loop.Record.rescue
+
+    def rescue(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    loop.Record.rescue = rescue
+
+
+def test_a_signal_does_not_end_the_saving(tmp_path):
+    run_dir = tmp_path / "run"
+    args = ["train", "--data", DATA, "--outdir", run_dir, "--nosubdirs", "--duration", 80e-6]
+    code, output = ended([*args, *flags(coarse())], tmp_path / "log", _sigterm_in_the_rescue)
+    assert code == 1 and "CUDA out of memory" in output and find_step(run_dir) == AT
+
+
 def test_half_a_step_is_not_saved(tmp_path):
     run_dir = tmp_path / "run"
     args = [

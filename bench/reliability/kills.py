@@ -3,8 +3,8 @@
     PYTHONPATH=.:tests python bench/reliability/kills.py OUT.json [--kills 50] [--part NAME ...]
 
 Each part starts runs of twelve steps, ends them in its way at random moments, half of them in the
-middle of writing, goes on with what is left, and compares what comes of it with a run in one go. The
-parts: edm, ct, ddpm (each with 0 and 2 readers), processes (two), signals, torchrun, power. For the
+middle of writing, goes on with what is left, and compares what comes of it with a run in one go.
+The parts: edm, ct, ddpm (each with 0 and 2 readers), processes (two), signals, torchrun, power. For the
 last a file system in a file is cut off: it needs root and a loop device, and is left out without.
 """
 
@@ -55,7 +55,7 @@ def kills(
     _run_child(root / "straight", options)
     seconds = time.monotonic() - began
     expected = contents(root / "straight")
-    killed, runs, different, orphans = 0, 0, [], 0
+    killed, runs, different = 0, 0, []
     while killed < count:
         run_dir = root / f"run{runs}"
         plan = {"after": choose.uniform(0.1, 1) * seconds}
@@ -76,7 +76,6 @@ def kills(
         "kills": killed,
         "finished runs": runs + 1,
         "files that differ": different,
-        "orphans": orphans,
     }
 
 
@@ -108,40 +107,43 @@ def _rank(rank: int, port: int, run_dir: Path, options: Options) -> None:
         os._exit(3)
 
 
+def _images_saved(run_dir: Path) -> int:
+    """Of the newest state, which another process may just be replacing."""
+    numbers = [checkpoint.images_of(path) for path in run_dir.glob(f"{STATE}-*")]
+    return max((number for number in numbers if number is not None), default=0)
+
+
 def processes(root: Path, data: Path, choose: random.Random, count: int) -> dict:
-    """Kills of one of two processes, or of both."""
+    """Kills of one of two processes, or of both, at a random step and a little later."""
     options = options_of(data, gpus=2)
     port = [choose.randrange(20000, 30000)]
 
-    def run(run_dir: Path, after: float | None) -> bool:
+    def run(run_dir: Path, kill: bool) -> bool:
         port[0] += 1
-        ranks = [
-            children.Process(target=_rank, args=(rank, port[0], run_dir, options))
-            for rank in range(2)
-        ]
+        place = (port[0], run_dir, options)
+        ranks = [children.Process(target=_rank, args=(rank, *place)) for rank in range(2)]
         for rank in ranks:
             rank.start()
-        if after is not None:
-            time.sleep(after)
-            for rank in choose.choice([ranks[:1], ranks[1:], ranks]):
-                rank.kill()
+        wanted = 8 * choose.randrange(_images_saved(run_dir) // 8, STEPS) if kill else 10**9
+        while all(rank.is_alive() for rank in ranks) and _images_saved(run_dir) < wanted:
+            time.sleep(0.01)
+        time.sleep(choose.uniform(0, 0.3))
+        for rank in choose.choice([ranks[:1], ranks[1:], ranks]) if kill else ():
+            rank.kill()
         for rank in ranks:
-            rank.join(60)
+            rank.join(300)
             assert rank.exitcode is not None, "a rank hangs"
         return any(rank.exitcode for rank in ranks)
 
-    began = time.monotonic()
-    assert not run(root / "straight", None)
-    seconds = time.monotonic() - began
+    assert not run(root / "straight", False)
     expected, killed, runs, different = contents(root / "straight"), 0, 0, []
     while killed < count:
-        run_dir = root / f"run{runs}"
-        if run(run_dir, choose.uniform(0.3, 1) * seconds):
+        if run(root / f"run{runs}", True):
             killed += 1
             continue
-        different += differing(contents(run_dir), expected)
+        different += differing(contents(root / f"run{runs}"), expected)
         runs += 1
-    assert not run(root / f"run{runs}", None)
+    assert not run(root / f"run{runs}", False)
     different += differing(contents(root / f"run{runs}"), expected)
     return {"kills": killed, "finished runs": runs + 1, "files that differ": different}
 

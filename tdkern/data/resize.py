@@ -26,8 +26,8 @@ def resized(data: bytes | np.ndarray, size: int | None, fit: str, grey: bool) ->
 
     Returns:
         [1 or 3, size, size] uint8. Where the size changes, by Pillow's Lanczos filter, whose
-        support grows as an image shrinks: the resampling
-        that clean-fid (arXiv 2104.11222) asks for.
+        support grows as an image shrinks: the resampling that clean-fid asks for
+        (arXiv 2104.11222).
 
     Raises:
         LeftOut: the file is no image, or its pixels are not all that it says.
