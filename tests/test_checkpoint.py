@@ -177,6 +177,8 @@ def _change_tensor(path, name, tensor):
     (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
     (lambda path: _edit(path, network=NETWORK | {"model": "os.system"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: model must be"),
     (lambda path: _edit(path, network=NETWORK | {"depth": 3}), r"meta.json does not describe a network \(TypeError"),
+    (lambda path: _edit(path, network=NETWORK | {"label_dim": 10**9}),
+     r"meta.json does not describe a network \(ValueError: NetworkSpec: its images or classes are not its U-Net's"),
     (lambda path: _edit(path, network=NETWORK | {"class": "no"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: class must be"),
     (lambda path: _edit(path, network=NETWORK | {"label_dim": 3, "model_arguments": NETWORK["model_arguments"] | {"label_dim": 3}}),
      r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),

@@ -86,16 +86,20 @@ class NetworkSpec:
         """The network, newly initialised, on torch's default device.
 
         Raises:
-            ValueError: a name is not known, or an argument is out of its range.
+            ValueError: a name is not known, an argument is out of its range, or the images and
+                classes are not the U-Net's.
             TypeError: an argument is none of its class's.
         """
         wrapper = _one_of("class", self.wrapper, named(Preconditioned))
-        model = _one_of("model", self.model, named(UNet))
+        model = _one_of("model", self.model, named(UNet))(**self.model_arguments)
+        images = self.img_resolution, self.img_channels, self.label_dim
+        if images != (model.img_resolution, model.in_channels, model.label_dim):
+            raise ValueError("NetworkSpec: its images or classes are not its U-Net's")
         dtype = _one_of("precision", self.precision, PRECISIONS)
         arguments = dict(self.arguments)
         if "schedule" in arguments:
             arguments["alphas_cumprod"] = DDPM(**arguments.pop("schedule")).alphas_cumprod
-        return wrapper(model(**self.model_arguments), **arguments, dtype=dtype)
+        return wrapper(model, **arguments, dtype=dtype)
 
 
 def _one_of(name: str, value, known: dict):
@@ -165,11 +169,9 @@ def _check_arguments(spec: NetworkSpec, net: Preconditioned) -> None:
             hint = hints[name].annotation if name in hints else inspect.Parameter.empty
             if not _is_of(value, hint):
                 raise ValueError(f"an argument of its {part} is not {_word(hint)}: {name}")
-    inner = net.model
-    ours = [inner.img_resolution, inner.in_channels, inner.label_dim]
-    theirs = [spec.img_resolution, spec.img_channels, spec.label_dim]
-    if theirs != ours or not all(type(value) is int for value in theirs):
-        raise ValueError("its images or classes are not its U-Net's")
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        if type(getattr(spec, name)) is not int:
+            raise ValueError(f"its {name} is not a whole number")
 
 
 def _is_of(value, hint) -> bool:

@@ -4,17 +4,7 @@ import inspect
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
-from ..fields import (
-    AT_LEAST_1,
-    BELOW_1,
-    NOT_NEGATIVE,
-    POSITIVE,
-    UNIT,
-    Range,
-    check,
-    flag,
-    flags_of,
-)
+from ..fields import AT_LEAST_1, BELOW_1, EVEN, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
 from ..losses import Loss
 from ..losses.curricula import Exponential, Progressive
 from ..networks.presets import PRESETS
@@ -34,8 +24,6 @@ FREE = (
     "time_limit",
     "workers",
 )
-EVEN = Range("must be positive and even", lambda value: value > 0 and value % 2 == 0)
-ALL_POSITIVE = Range("must be positive numbers", lambda values: min(values) >= 1)
 
 
 def _consistency(family: Family) -> bool:
@@ -75,7 +63,7 @@ class Options:
     cres: list[int] | None = flag(  # noqa: RUF009  (its default is None)
         None,
         "Width of each resolution, times the base.",
-        within=ALL_POSITIVE,
+        within=POSITIVE,
         default_help="by --arch",
     )
     lr: float = flag(1e-3, "Learning rate.", within=POSITIVE)
