@@ -148,8 +148,8 @@ def processes(root: Path, data: Path, choose: random.Random, count: int) -> dict
     return {"kills": killed, "finished runs": runs + 1, "files that differ": different}
 
 
-def _counting(run_dir: Path, path: Path) -> None:
-    """A run from the command line, which says in a file how many steps it took."""
+def _counting(run_dir: Path, path: Path, wanted: int, signum: int) -> None:
+    """A run from the command line that gets a signal in a step, and says how many steps it took."""
     from tdkern.cli import main
 
     torch.set_num_threads(1)
@@ -157,8 +157,10 @@ def _counting(run_dir: Path, path: Path) -> None:
     real = Trainer.train_step
 
     def train_step(self, *args):
+        if self.step == wanted:
+            threading.Timer(random.uniform(0, 0.1), os.kill, (os.getpid(), signum)).start()
+            time.sleep(0.2)
         real(self, *args)
-        time.sleep(0.05)
         path.write_text(str(self.step))
 
     Trainer.train_step = train_step
@@ -173,32 +175,27 @@ def signals(root: Path, data: Path, choose: random.Random, count: int) -> dict:
     options = options_of(data, **changes)
     _run_child(root / "straight", options)
     expected = contents(root / "straight")
-    lost, sent, codes, different = 0, 0, [], []
-    while sent < count:
-        run_dir, steps = root / f"run{sent}", root / f"steps{sent}"
+    lost, codes, different = 0, 0, []
+    for i in range(count):
+        run_dir, steps = root / f"run{i}", root / f"steps{i}"
         run_dir.mkdir()
         text = json.dumps(as_json(options) | {"workers": choose.choice([0, 2])})
         (run_dir / "training_options.json").write_text(text)
-        process = children.Process(target=_counting, args=(run_dir, steps))
-        process.start()
-        wanted = choose.randrange(1, STEPS - 1)
-        while process.is_alive() and (
-            not steps.exists() or not steps.read_text() or int(steps.read_text()) < wanted
-        ):
-            time.sleep(0.002)
         signum = choose.choice([signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
-        os.kill(process.pid, signum)
-        process.join(60)
-        codes.append(process.exitcode == 128 + signum)
+        args = (run_dir, steps, choose.randrange(STEPS - 1), signum)
+        process = children.Process(target=_counting, args=args)
+        process.start()
+        process.join(300)
+        if process.exitcode == 128 + signum:
+            codes += 1
         saved = checkpoint.read_meta(checkpoint.find(run_dir, STATE), STATE)["step"]
         lost += int(steps.read_text()) - saved
         resume(run_dir, workers=0)
         different += differing(contents(run_dir), expected)
-        sent += 1
     return {
-        "signals": sent,
+        "signals": count,
         "steps lost": lost,
-        "exit codes right": sum(codes),
+        "exit codes right": codes,
         "files that differ": different,
     }
 
@@ -271,7 +268,10 @@ def power(root: Path, data: Path, choose: random.Random, count: int) -> dict:
 
         process = children.Process(target=_child, args=(disk / "run", options, None))
         process.start()
-        process.join(choose.uniform(0.3, 3))
+        wanted = 8 * choose.randrange(1, STEPS)
+        while process.is_alive() and _images_saved(disk / "run") < wanted:
+            time.sleep(0.01)
+        process.join(choose.uniform(0, 0.3))
         os.kill(process.pid, signal.SIGSTOP) if process.is_alive() else None
         shutil.copy(image, root / "cut")  # without what the file system still holds in memory
         process.kill()
