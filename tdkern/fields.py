@@ -10,10 +10,11 @@ import typing
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
+LARGEST = 2**53  # up to which a float is exact: no count of images or steps is more
 KINDS = {
     bool: "true or false",
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     str: "text",
     types.NoneType: "nothing",
 }
@@ -26,10 +27,12 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
+FINITE = Range("must be a finite number", math.isfinite)
 POSITIVE = Range("must be positive", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("must be at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1 = Range("must be at least 1", lambda value: 1 <= value < math.inf)
 UNIT = Range("must be in [0, 1]", lambda value: 0 <= value <= 1)
+EVEN = Range("must be positive and even", lambda value: value > 0 and value % 2 == 0)
 BELOW_1 = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 
 
@@ -87,13 +90,24 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
     for field in fields:
         name, value, rules = field.name, values[field.name], field.metadata
         if not _is_of(value, field.type, whole):
-            raise ValueError(f"{name} must be {_described(field.type)}, got {value!r}")
+            raise ValueError(f"{name} must be {_described(field.type)}, got {_short(value)}")
         if value is None:
             continue
         if rules.get("choices") and isinstance(value, str) and value not in rules["choices"]:
-            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {value!r}")
-        if rules.get("within") and not rules["within"].holds(value):
-            raise ValueError(f"{name} {rules['within'].text}, got {value}")
+            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {_short(value)}")
+        _check_range(name, value, rules.get("within") or FINITE)
+
+
+def _check_range(name: str, value, within: Range) -> None:
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, int | float) and not within.holds(number):
+            raise ValueError(f"{name} {within.text}, got {_short(value)}")
+
+
+def _short(value) -> str:
+    """The beginning of a value, which may be a file's."""
+    text = ascii(value)
+    return text if len(text) < 80 else f"{text[:80]}..."
 
 
 def _listed(words: Collection[str]) -> str:
@@ -119,14 +133,16 @@ def _is_of(value, hint, whole: bool) -> bool:
 def _is_one_of(value, kind, whole: bool) -> bool:
     parts = typing.get_args(kind)
     if parts:
-        if not isinstance(value, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) == 0:
             return False
         if typing.get_origin(kind) is tuple and Ellipsis not in parts and len(value) != len(parts):
             return False
         return all(_is_one_of(item, parts[0], whole) for item in value)
     if kind in (int, float):
         numbers = int if kind is int and whole else (int, float)
-        return isinstance(value, numbers) and not isinstance(value, bool)
+        if not isinstance(value, numbers) or isinstance(value, bool):
+            return False
+        return isinstance(value, float) or abs(value) <= LARGEST
     return isinstance(value, kind)
 
 

@@ -99,7 +99,28 @@ def test_a_network_comes_back_from_its_snapshot(tmp_path, snapshot):
         assert torch.equal(loaded(x, sigma, labels), expected)
 
 
+# a run of flow matching with TD that tdkern wrote before a thing had one name everywhere
+FORMAT3 = Path(__file__).parent / "data" / "format3"
 FORMAT1 = Path(__file__).parent / "data" / "format1"  # what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
+
+
+@pytest.mark.parametrize("file, written, changed", [
+    ("tensors.safetensors", b'"F32"', b'"I32"'),
+    ("meta.json", b'"precond": "flow"', b'"precond": "flox"'),
+    ("meta.json", b'"lr": 0.001', b'"lr": 0.002'),
+])
+def test_a_change_in_format_3_is_found(tmp_path, file, written, changed):
+    """Its checksums are of what was written, under the names that things had then."""
+    path = tmp_path / "network-snapshot-000000.016"
+    shutil.copytree(FORMAT3 / path.name, path)
+    net, meta = load_network(path)
+    assert meta["format"] == 4 and type(net).__name__ == "Denoiser"
+    assert meta["options"]["loss"]["eta"] == 0.5 and meta["options"]["keep_every"] == 3
+    data = (path / file).read_bytes()
+    assert written in data
+    (path / file).write_bytes(data.replace(written, changed))
+    with pytest.raises(CheckpointError, match=rf"damaged .*{file} is not what was written"):
+        load_network(path)
 
 
 def test_a_snapshot_of_format_1_is_read():
@@ -111,9 +132,19 @@ def test_a_snapshot_of_format_1_is_read():
     assert net(torch.randn(2, 3, 8, 8), 1.0, torch.eye(3)[:2]).isfinite().all()
 
 
+def test_a_snapshot_of_format_2_is_read():
+    path = FORMAT1.with_name("format2")
+    net, meta = load_network(path)
+    stored = safetensors.torch.load_file(path / "network-snapshot-000000.016" / "tensors.safetensors")
+    assert meta["format"] == 4 and "checksums" not in meta and same(net.state_dict(), stored)
+
+
 def _edit(path, **changes):
+    """Change meta.json, and its checksums with it."""
     meta = json.loads((path / "meta.json").read_text())
-    (path / "meta.json").write_text(json.dumps({name: value for name, value in (meta | changes).items() if value is not None}))
+    meta = {name: value for name, value in (meta | changes).items() if value is not None}
+    meta["checksums"] = {"meta.json": checkpoint._digest(meta), "tensors.safetensors": checkpoint.sha256(path / "tensors.safetensors")}
+    (path / "meta.json").write_text(json.dumps(meta))
 
 
 def _cut(path, name):
@@ -126,6 +157,7 @@ def _change_tensor(path, name, tensor):
     loaded = safetensors.torch.load_file(file)
     loaded = {key: value.clone() for key, value in loaded.items() if key != name} | ({} if tensor is None else {name: tensor})
     safetensors.torch.save_file(loaded, file)
+    _edit(path)
 
 
 @pytest.mark.parametrize("damage, message", [
@@ -133,8 +165,8 @@ def _change_tensor(path, name, tensor):
     (lambda path: (path / "meta.json").unlink(), "cannot be read .*No such file.*meta.json"),
     (lambda path: (path / "tensors.safetensors").unlink(), "cannot be read .*No such file"),
     (lambda path: _cut(path, "meta.json"), r"damaged \(JSONDecodeError"),
-    (lambda path: _cut(path, "tensors.safetensors"), r"damaged \(SafetensorError"),
-    (lambda path: (path / "tensors.safetensors").write_bytes(b""), r"damaged \(SafetensorError"),
+    (lambda path: (_cut(path, "tensors.safetensors"), _edit(path)), r"damaged \(SafetensorError"),
+    (lambda path: ((path / "tensors.safetensors").write_bytes(b""), _edit(path)), r"damaged \(SafetensorError"),
     (lambda path: (path / "meta.json").write_text("[]"), "meta.json does not describe a network-snapshot"),
     (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
     (lambda path: _edit(path, format=5, tdkern="9.0"), r"in format 5 of tdkern 9.0; tdkern .* reads up to format 4; update it"),
@@ -145,8 +177,10 @@ def _change_tensor(path, name, tensor):
     (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
     (lambda path: _edit(path, network=NETWORK | {"model": "os.system"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: model must be"),
     (lambda path: _edit(path, network=NETWORK | {"depth": 3}), r"meta.json does not describe a network \(TypeError"),
+    (lambda path: _edit(path, network=NETWORK | {"label_dim": 10**9}),
+     r"meta.json does not describe a network \(ValueError: NetworkSpec: its images or classes are not its U-Net's"),
     (lambda path: _edit(path, network=NETWORK | {"class": "no"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: class must be"),
-    (lambda path: _edit(path, network=NETWORK | {"model_arguments": NETWORK["model_arguments"] | {"label_dim": 3}}),
+    (lambda path: _edit(path, network=NETWORK | {"label_dim": 3, "model_arguments": NETWORK["model_arguments"] | {"label_dim": 3}}),
      r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),
     (lambda path: _change_tensor(path, "model.map_layer0.bias", None), r"does not match the network: model.map_layer0.bias must be \[16\], got nothing"),
     (lambda path: _change_tensor(path, "model.extra", torch.zeros(2)), r"does not match the network: model.extra must be nothing, got \[2\]"),

@@ -15,6 +15,7 @@ import torch
 from tiny import data_set, in_two_processes, invoked, pixels
 
 from tdkern.cli import main
+from tdkern.cli.errors import one_line_errors
 from tdkern.data import DatasetError, save_image
 from tdkern.evaluation import fid
 from tdkern.evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
@@ -219,7 +220,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     data_set(broken, pixels(2))
     (broken / "00000" / "img00000001.png").write_bytes(b"no image")
     assert "img00000001.png is not a readable image" in refused("ref", "--data", broken, "--dest", tmp_path / "b.npz", "--workers", "0")
-    with pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"), cli._command():
+    with pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"), one_line_errors():
         raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")  # as DataLoader hands it on
     assert not (tmp_path / "b.npz").exists()
     assert "is a directory" in invoked("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output

@@ -17,7 +17,7 @@ from tdkern.training.distributed import this_process
 from tdkern.training.formats import as_json
 from tdkern.training.presets import PRESETS
 
-FORMAT2 = Path(__file__).parent / "data" / "format2"  # a run of DDPM with TD that tdkern wrote before
+FORMAT2 = Path(__file__).parent / "data" / "format2_ddpm"  # a run of DDPM with TD that tdkern wrote before
 TINY_FLAGS = ["--cbase", 4, "--cres", 1, "--batch", 8, "--duration", 8e-6, "--workers", 0]
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -102,21 +102,27 @@ def test_flags_count_before_a_file(tmp_path, data):
     ({"batch": True}, "batch must be a whole number, got True"),
     ({"batch": 0}, "batch must be positive, got 0"),
     ({"batch_gpu": 0}, "batch_gpu must be positive, got 0"),
-    ({"duration": None}, "duration must be a number, got None"),
+    ({"duration": None}, "duration must be a finite number, got None"),
     ({"duration": float("inf")}, "duration must be positive, got inf"),
-    ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+    ({"lr": "fast"}, "lr must be a finite number, got 'fast'"),
     ({"lr_decay": "linear"}, "lr_decay must be none or cosine, got 'linear'"),
     ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, got 'fp8'"),
     ({"td": "yes"}, "td must be true or false, got 'yes'"),
     ({"arch": "resnet"}, "arch must be one of ddpmpp, ncsnpp, adm, got 'resnet'"),
     ({"arch": ["adm"]}, "arch must be text, got ['adm']"),
     ({"cres": "1,2"}, "cres must be a list of numbers or nothing, got '1,2'"),
+    ({"cres": []}, "cres must be a list of numbers or nothing, got []"),
+    ({"cres": [1, 0]}, "cres must be positive, got [1, 0]"),
+    ({"cbase": 3}, "cbase must be positive and even, got 3"),
+    ({"snap": 10**30}, "snap must be a whole number, got 1000"),
+    ({"lr": float("nan")}, "lr must be positive, got nan"),
+    ({"loss": {"td_sigma": [0.1, float("inf")]}}, "td_sigma must be a finite number, got [0.1, inf]"),
     ({"data": 3}, "data must be text, got 3"),
-    ({"dropout": 1.5}, "dropout must be in [0, 1], got 1.5"),
+    ({"dropout": 1.5}, "dropout must be in [0, 1), got 1.5"),
     ({"loss": 3}, "loss must be the family's own options by name, got 3"),
     ({"loss": {"T": 3}}, "T is for family ddpm, got family edm"),
     ({"loss": {"temperature": 3}}, "loss must hold lambda_base, steps, k_idx, one_idx, coupling, weight, td_sigma, td_share, got 'temperature'"),
-    ({"loss": {"k_idx": "far"}}, "k_idx must be a number, got 'far'"),
+    ({"loss": {"k_idx": "far"}}, "k_idx must be a finite number, got 'far'"),
     ({"loss": {"k_idx": -1}}, "k_idx must be a positive number, got -1"),
     ({"loss": {"steps": 18.5}}, "steps must be a whole number, got 18.5"),
     ({"loss": {"coupling": "no"}}, "coupling must be markov or shared, got 'no'"),
@@ -142,6 +148,20 @@ def test_bad_values_are_refused_in_one_line_wherever_they_stand(tmp_path, data, 
         output = tdkern_("train", *args, code=1)
         assert len(output.strip().splitlines()) == 1 and message in output
         assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("T", [1, 1_000_001, 2**54])
+def test_discrete_times_are_as_many_as_a_table_holds(T):
+    with pytest.raises(ValueError, match=r"T must be (at least 2 and at most a million|a whole number)"):
+        options_of(data="", family="ddpm", T=T)
+
+
+@pytest.mark.parametrize("format", [True, 0, -1, 2.0, "4", None, float("nan")])
+def test_a_format_that_is_no_number_of_one_is_refused(tmp_path, data, format):
+    options = as_json(options_of(data=data, duration=8e-6, **TINY)) | {"format": format}
+    (tmp_path / "a.json").write_text(json.dumps(options))
+    with pytest.raises(CheckpointError, match="its format is no number from 1 up"):
+        read_options(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "3", "{", '{"format": 99}', '{"format": "new"}', '{"family": "edm"}', "\xff"])

@@ -104,10 +104,12 @@ def test_a_longer_duration_goes_on_from_the_end(tmp_path, data):
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
-def test_a_state_of_format_1_goes_on(tmp_path, data):
-    """What tdkern train wrote before there was augmentation, two steps on ten images; data/format1 has it."""
-    stored = Path(__file__).parent / "data" / "format1" / "training-state-000000.016"
+@pytest.mark.parametrize("written", ["format1", "format2", "format3"])
+def test_a_state_of_an_older_format_goes_on(tmp_path, data, written):
+    """Two steps on ten images, before there was augmentation, checksums, one name for a thing."""
+    stored = Path(__file__).parent / "data" / written / "training-state-000000.016"
     meta, tensors = read(stored, STATE)
+    assert "checksums" not in meta
     (tmp_path / "run").mkdir()
     trainer = Trainer(Options(**meta["options"]).resumed(data=data, duration=24e-6), this_process(), stored)
     ours = trainer.tensors()

@@ -160,7 +160,9 @@ def test_options_of_the_version_before_mean_the_same():
     flat = saved | saved["loss"] | {"loss_type": "td" if options.td else "edm"}
     assert {name: flat[formats.RENAMED.get(name, name)] for name in BEFORE} == BEFORE
     assert options.loss.keys() == FAMILIES["edm"].options.keys() and options.loss["td_share"] == 1
-    assert all(saved[name] is None for name in saved.keys() - BEFORE.keys() - {"family", "td", "loss"})
+    assert (saved["keep"], saved["keep_every"]) == (1, 0)  # that version kept the newest state alone
+    new = saved.keys() - BEFORE.keys() - {"family", "td", "loss", "keep", "keep_every"}
+    assert all(saved[name] is None for name in new)
     assert options.make_loss() == TDEDMLoss(lambda_base=0.25, k_idx=2.0, one_idx=0.5, coupling="shared", weight="online", td_sigma=(0.3, 5.0),
                                                      steps=20)
     older = BEFORE | {"precond": "ve", "td_sigma": None, "one_idx": 1.0}

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 import zipfile
@@ -57,6 +58,50 @@ def invoked(*args, code=0):
 def tdkern_(*args, code=0):
     """What a command prints; it must end with this code."""
     return invoked(*args, code=code).output
+
+
+def _command(args, log, hook):
+    """In a process of its own: a command, with what it prints in a file."""
+    import torch
+
+    from tdkern.cli import main
+    from tdkern.training import loop
+
+    torch.set_num_threads(1)
+    loop.preview_levels = two_steps
+    with open(log, "w") as sys.stdout:
+        sys.stderr = sys.stdout
+        if hook:
+            hook()
+        try:
+            main([str(arg) for arg in args], prog_name="tdkern")
+        finally:
+            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            log.with_suffix(".mib").write_text(str(most // 1024))
+
+
+def started(args, log, hook=None):
+    """A running process of a command; hook: of a module, called in it first."""
+    process = children.Process(target=_command, args=(args, log, hook))
+    process.start()
+    return process
+
+
+def ended(args, log, hook=None, seconds=60):
+    """The exit code of a command in a process of its own, and what it printed."""
+    process = started(args, log, hook)
+    process.join(seconds)
+    assert process.exitcode is not None, f"still going after {seconds} s"
+    return process.exitcode, log.read_text()
+
+
+def flags(options):
+    """The command line of some options."""
+    words = []
+    for name, value in options.items():
+        value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [f"--{name.replace('_', '-')}", value]
+    return words
 
 
 def _as_torchrun(rank, port, work, args):

@@ -1,8 +1,8 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `convert` and `demo`."""
+"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert` and `demo`."""
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "convert", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:
@@ -12,6 +12,7 @@ except ModuleNotFoundError:
     def main():
         sys.exit("tdkern: click is not installed; run: pip install 'tdkern[train]'")
 else:
+    from .errors import one_line_errors, open_standard_streams
 
     class Commands(click.Group):
         """Commands that are imported when they are called."""
@@ -28,6 +29,15 @@ else:
                 if error.name not in EXTRAS:
                     raise
                 raise click.ClickException(f"{error.name} is not installed; run: pip install 'tdkern[train]'") from error
+
+        def main(self, *args, **kwargs):
+            open_standard_streams()
+            return super().main(*args, **kwargs)
+
+        def invoke(self, ctx):
+            with one_line_errors():
+                super().invoke(ctx)
+                sys.stdout.flush()  # where it cannot be written to, that is an error
 
     def hyphens(token: str) -> str:
         """--target_ema_tau is --target-ema-tau, and td-weight's pairwise-x0 is pairwise_x0."""

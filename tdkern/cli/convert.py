@@ -1,6 +1,7 @@
 """`tdkern convert`."""
 import click
 
+from ..data.files import one_line
 from ..integrations import convert as run
 from ..integrations import export_diffusers
 from ..training import load_network
@@ -25,10 +26,8 @@ def convert(src, dst, diffusers):
     tdkern generate --network model.safetensors --outdir images
     tdkern convert --diffusers runs/00000-... unet
     """
-    try:
-        if diffusers:
-            click.echo(export_diffusers(load_network(src)[0], dst, name=src))
-        else:
-            click.echo(run(src, dst))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    if diffusers:
+        done = export_diffusers(load_network(src)[0], dst, name=src)
+    else:
+        done = run(src, dst)
+    click.echo(one_line(done))

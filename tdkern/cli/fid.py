@@ -1,7 +1,6 @@
 """`tdkern fid`."""
 import json
 from collections.abc import Iterable
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -9,12 +8,14 @@ import torch
 from tqdm import tqdm
 
 from ..data import DatasetError, ImageDataset
+from ..data.files import one_line
 from ..evaluation.fid import Inception, Statistics, feature_statistics, frechet_distance, read_statistics, write_statistics
 from ..families import default_sampler
 from ..samplers import SAMPLERS
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
-from ..training.sampling import sampling_levels
+from ..training.sampling import choice, sampling_levels
+from ..training.signals import readers
 from .types import Numbers
 
 with_ref = click.option("--ref", required=True, metavar="NPZ|URL", help="Reference statistics: of tdkern fid ref, or EDM's.")
@@ -49,11 +50,12 @@ def fid():
 @with_detector
 def calc(images, ref, num, seed, batch, workers, detector):
     """FID of the images in a folder or zip."""
-    with _command() as process:
+    with joined() as process:
         dataset = ImageDataset(images, max_size=num, seed=seed)
         if len(dataset) < num:
             raise DatasetError(f"{images}: holds {len(dataset)} images, --num asks for {num}; generate more, or give --num {len(dataset)}")
         extract, reference = Inception(detector, process.device), _reference(ref, num, process)
+        _tell_left_out(dataset, process)
         ours = _of_dataset(dataset, extract, batch, workers, process)
         if process.rank == 0:
             click.echo(f"{_label(num, dataset.image_shape[0])} in {images} against {ref}:", err=True)
@@ -68,11 +70,12 @@ def calc(images, ref, num, seed, batch, workers, detector):
 @with_detector
 def reference_statistics(data, dest, batch, workers, detector):
     """Write reference statistics: mean and covariance of all images' features."""
-    with _command() as process:
+    with joined() as process:
         dataset = ImageDataset(data)
         extract = Inception(detector, process.device)
         if process.rank == 0:
             Path(dest).parent.mkdir(parents=True, exist_ok=True)  # before the work
+        _tell_left_out(dataset, process)
         statistics = _of_dataset(dataset, extract, batch, workers, process)
         if process.rank == 0:
             write_statistics(dest, statistics)
@@ -106,7 +109,7 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
     its other flags use it and fid calc. Prints a table, where NFE is the number of network
     evaluations an image, then the same as one line of JSON.
     """
-    with _command() as process:
+    with joined() as process:
         net, meta = load_network(network, process.device)
         sampler = sampler or default_sampler(net, steps_given=True)
         least = SAMPLERS[sampler].least_steps
@@ -120,7 +123,11 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
         rows = []
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
-            images = (sample(net, meta["network"], seeds.tolist(), sigmas, sampler=SAMPLERS[sampler].sample, **options) for seeds in _bar(batches, process))
+            options |= {"sampler": SAMPLERS[sampler].sample} | choice(meta)
+            images = (
+                sample(net, meta["network"], seeds.tolist(), sigmas, **options)
+                for seeds in _bar(batches, process)
+            )
             ours = feature_statistics(images, extract, process.device)
             if process.rank == 0:
                 nfe = SAMPLERS[sampler].evaluations(len(sigmas) - 1)
@@ -130,17 +137,9 @@ def steps(network, ref, steps, num, seed, sampler, batch, detector):
             click.echo(json.dumps({"network": str(network), "ref": ref, "sampler": sampler, "num": num, "seed": seed, "results": rows}))
 
 
-@contextmanager
-def _command():
-    """This process, joined with the others.
-
-    What is wrong with a file or an installation becomes one line.
-    """
-    try:
-        with joined() as process:
-            yield process
-    except (ValueError, OSError, ImportError) as error:  # from a worker process the message is a whole traceback, which ends in ours
-        raise click.ClickException(str(error).strip().rpartition("\n")[2]) from error
+def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
+    if dataset.left_out and process.rank == 0:
+        click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
 
 
 def _reference(ref: str, num: int, process: Process) -> Statistics | None:
@@ -161,7 +160,12 @@ def _of_dataset(dataset: ImageDataset, extract: Inception, batch: int, workers: 
     The batches do not depend on the number of processes.
     """
     order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][process.rank :: process.world]
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order, num_workers=workers, pin_memory=process.device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=order,
+        pin_memory=process.device.type == "cuda",
+        **readers(workers),
+    )
     return feature_statistics((images for images, _ in _bar(loader, process)), extract, process.device)
 
 

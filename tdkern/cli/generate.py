@@ -1,4 +1,5 @@
 """`tdkern generate`."""
+import os
 from inspect import signature
 from pathlib import Path
 
@@ -7,13 +8,14 @@ import torch
 from tqdm import tqdm
 
 from ..data import save_grid, save_image
+from ..data.files import remove_leftovers
 from ..families import default_sampler
 from ..samplers import SAMPLERS
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import this_process
-from ..training.sampling import sampling_levels
-from .types import Numbers, boolean, on_command_line
+from ..training.sampling import choice, sampling_levels
+from .types import Numbers, Real, boolean, on_command_line
 
 
 @click.command()
@@ -28,18 +30,18 @@ from .types import Numbers, boolean, on_command_line
                    "multistep with --steps. [default: heun; ablation with --solver, --disc, "
                    "--schedule or --scaling]")
 @click.option("--steps", type=click.IntRange(min=1), default=18, show_default=True, help="Sampling steps.")
-@click.option("--sigma_min", type=float, help="Lowest noise level. [default: 0.002, or that of --disc]")
-@click.option("--sigma_max", type=float, help="Highest noise level. [default: 80, or that of --disc]")
-@click.option("--rho", type=float, default=7.0, show_default=True, help="Exponent of the steps.")
-@click.option("--S_churn", "S_churn", type=float, default=0.0, show_default=True, help="Strength of added noise.")
-@click.option("--S_min", "S_min", type=float, default=0.0, show_default=True, help="Lowest noise level with added noise.")
-@click.option("--S_max", "S_max", type=float, default=float("inf"), show_default=True, help="Highest noise level with added noise.")
-@click.option("--S_noise", "S_noise", type=float, default=1.0, show_default=True, help="Inflation of the added noise.")
+@click.option("--sigma_min", type=Real(), help="Lowest noise level. [default: 0.002, or that of --disc]")
+@click.option("--sigma_max", type=Real(), help="Highest noise level. [default: 80, or that of --disc]")
+@click.option("--rho", type=Real(), default=7.0, show_default=True, help="Exponent of the steps.")
+@click.option("--S_churn", "S_churn", type=Real(), default=0.0, show_default=True, help="Strength of added noise.")
+@click.option("--S_min", "S_min", type=Real(), default=0.0, show_default=True, help="Lowest noise level with added noise.")
+@click.option("--S_max", "S_max", type=Real(infinite=True), default=float("inf"), show_default=True, help="Highest noise level with added noise.")
+@click.option("--S_noise", "S_noise", type=Real(), default=1.0, show_default=True, help="Inflation of the added noise.")
 @click.option("--solver", type=click.Choice(SOLVERS), help="EDM's ablations: the solver. [default: heun]")
 @click.option("--disc", type=click.Choice(list(RANGES)), help="EDM's ablations: how the steps are placed. [default: edm]")
 @click.option("--schedule", type=click.Choice(list(SCHEDULES)), help="EDM's ablations: sigma(t). [default: linear]")
 @click.option("--scaling", type=click.Choice(SCALINGS), help="EDM's ablations: s(t). [default: none]")
-@click.option("--eta", type=float, default=0.0, show_default=True, help="Share of new noise in a step of ddim.")
+@click.option("--eta", type=Real(), default=0.0, show_default=True, help="Share of new noise in a step of ddim.")
 @click.option("--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc.")
 @boolean("--clip_denoised", "Clamp what onestep and multistep denoise to the images' range.")
 @click.option("--grid", metavar="FILE.png", help="Also write all images into one file.")
@@ -57,31 +59,56 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
     process = this_process()
     if grid and process.world > 1:
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
-    try:
-        net, meta = load_network(network, process.device)
-        if not sampler:
-            ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
-            sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
-        options = _options(sampler, disc, options)
-        if steps < SAMPLERS[sampler].least_steps:
-            raise click.UsageError(f"--steps must be at least {SAMPLERS[sampler].least_steps} with {sampler}, got {steps}")
-        sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
-        options |= follow
-        batches = torch.tensor(seeds).split(batch)[process.rank :: process.world]
-        images = []
-        for part in tqdm(batches, unit="batch", disable=process.rank > 0):
-            images.append(sample(net, meta["network"], part.tolist(), sigmas, sampler=SAMPLERS[sampler].sample, class_idx=class_idx, **options))
-            for seed, image in zip(part.tolist(), images[-1] if outdir else (), strict=bool(outdir)):
-                folder = Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "")
-                folder.mkdir(parents=True, exist_ok=True)
-                save_image(folder / f"{seed:06d}.png", image, durable=False)
-            if not grid:
-                images.clear()
+    net, meta = load_network(network, process.device)
+    if not sampler:
+        ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
+        sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
+    options = _options(sampler, disc, options)
+    least = SAMPLERS[sampler].least_steps
+    if steps < least:
+        raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
+    sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    options |= follow | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx} | choice(meta)
+    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][process.rank :: process.world]
+    paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
+    _prepare(paths, grid)
+    images = []
+    for part in tqdm(batches, unit="batch", disable=process.rank > 0):
+        drawn = sample(net, meta["network"], part, sigmas, **options)
+        for seed, image in zip(part, drawn if outdir else (), strict=bool(outdir)):
+            save_image(paths[seed], image, durable=False)
         if grid:
-            images = torch.cat(images)
-            save_grid(grid, images, columns=round(len(images) ** 0.5))
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+            images.append(drawn)
+    if grid:
+        images = torch.cat(images)
+        save_grid(grid, images, columns=round(len(images) ** 0.5))
+    if process.world > 1:
+        count = sum(map(len, batches))
+        click.echo(f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images", err=True)
+
+
+def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:
+    """Where each seed's image goes; none without an outdir."""
+    if not outdir:
+        return {}
+    return {seed: Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "", f"{seed:06d}.png") for seed in seeds}
+
+
+def _prepare(paths: dict[int, Path], grid: str | None) -> None:
+    """Before the work, make the folders and see that they can be written to.
+
+    What a killed process left of these images is removed.
+    """
+    folders = {path.parent for path in paths.values()} | ({Path(grid).parent} if grid else set())
+    names = {path.name for path in paths.values()} | ({Path(grid).name} if grid else set())
+    for folder in sorted(folders):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written to")
+        remove_leftovers(folder, names.__contains__)
+    for path in (*paths.values(), *([Path(grid)] if grid else ())):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path}/grid.png")
 
 
 def _options(sampler: str, disc: str | None, values: dict) -> dict:

@@ -61,7 +61,8 @@ def given_options(values: dict) -> dict:
 
 def of_the_family(given: dict, family: str) -> dict:
     """The given options with SAME_FLAG's under the family's own name."""
-    own = FAMILIES[family].options if family in FAMILIES else {}
+    # a file's family may be of any type, also one that no dict looks up
+    own = FAMILIES[family].options if family in list(FAMILIES) else {}
     for name, flag in SAME_FLAG.items():
         if name in own and flag not in own and flag in given:
             value = given.pop(flag)

@@ -2,17 +2,22 @@
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import click
 
-from ..data import DatasetError
+from ..data.files import one_line
 from ..training import CheckpointError, Options, Trainer, checkpoint
-from ..training import train as run
+from ..training import train as train_
 from ..training.distributed import joined
 from ..training.formats import as_json
+from ..training.lock import LockedError
+from ..training.loop import Diverged
 from ..training.options import nested
 from ..training.presets import PRESETS
+from ..training.signals import Stopped
+from .errors import sentence
 from .options import given_options, of_the_family, options_flags
 from .types import on_command_line
 
@@ -45,34 +50,74 @@ def train(outdir, preset, config, resume, desc, nosubdirs, dry_run, **values):
     given = _absolute(given_options(values))
     with joined() as process:
         given["gpus"] = process.world
-        try:
-            if resume:
-                if any(map(on_command_line, ("outdir", "desc", "nosubdirs"))):
-                    raise click.UsageError("--resume goes on in the run's own directory; leave out --outdir, --desc and --nosubdirs")
-                if preset or config:
-                    raise click.UsageError("--resume has the run's own options; leave out --preset and --config")
-                run_dir, state, options = _find_run(Path(resume), given)
-            else:
-                state, options = None, _new_options(preset, config, given)
-                if not outdir and not dry_run:
-                    raise click.UsageError("give --data and --outdir, or --resume")
-            trainer = Trainer(options, process, state)
-            if process.rank == 0:
-                click.echo(json.dumps(as_json(options), indent=2))
-                click.echo(f"{len(trainer.dataset)} images {list(trainer.dataset.image_shape)}, {trainer.dataset.label_dim} label columns, "
-                           f"{sum(p.numel() for p in trainer.net.parameters()):,} parameters, {process.world} x {process.device}", err=True)
-        except (ValueError, ImportError) as error:  # lpips may not be installed
-            raise click.ClickException(str(error)) from error
+        if resume:
+            _refuse_beside_resume(preset or config)
+            run_dir, state, options = _find_run(Path(resume), given)
+        else:
+            state, options = None, _new_options(preset, config, given)
+            if not outdir and not dry_run:
+                raise click.UsageError("give --data and --outdir, or --resume")
+        trainer = Trainer(options, process, state)
+        if process.rank == 0:
+            _describe(trainer)
         if dry_run:
             return
         if process.rank == 0:
             if not resume:
                 run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
-            click.echo(f"{'Going on' if resume else 'Training'} in {run_dir}, image {trainer.nimg} of {options.total_steps * options.batch}")
-        try:
-            run(trainer, run_dir if process.rank == 0 else None)
-        except (DatasetError, CheckpointError) as error:  # from a worker process the message is a whole traceback, which ends in ours
-            raise click.ClickException(str(error).strip().splitlines()[-1]) from error
+            place = f"{one_line(run_dir)}, image {trainer.nimg} of {options.total_steps * options.batch}"
+            click.echo(f"{'Going on' if resume else 'Training'} in {place}")
+        _run(trainer, run_dir if process.rank == 0 else None)
+
+
+def _refuse_beside_resume(base: str | None) -> None:
+    """Refuse flags that say what a run to resume says itself; base: --preset or --config."""
+    if any(map(on_command_line, ("outdir", "desc", "nosubdirs"))):
+        raise click.UsageError(
+            "--resume goes on in the run's own directory; leave out --outdir, --desc and "
+            "--nosubdirs"
+        )
+    if base:
+        raise click.UsageError(
+            "--resume has the run's own options; leave out --preset and --config"
+        )
+
+
+def _describe(trainer: Trainer) -> None:
+    """Print the run's options, and to stderr what it trains on."""
+    dataset, process = trainer.dataset, trainer.process
+    click.echo(json.dumps(as_json(trainer.options), indent=2))
+    parameters = sum(p.numel() for p in trainer.net.parameters())
+    click.echo(
+        f"{len(dataset)} images {list(dataset.image_shape)}, {dataset.label_dim} label columns, "
+        f"{parameters:,} parameters, {process.world} x {process.device}",
+        err=True,
+    )
+    if dataset.left_out:
+        click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
+    if dataset.classes:
+        count = dataset.label_dim - len(dataset.classes)
+        click.echo(
+            f"Warning: {count} of the classes 0 to {dataset.label_dim - 1} have no images; "
+            "nothing will be drawn of them",
+            err=True,
+        )
+
+
+def _run(trainer: Trainer, run_dir: Path | None) -> None:
+    """Train; what ends it before the end becomes one line that says how to go on."""
+    try:
+        train_(trainer, run_dir)
+    except Stopped as stopped:
+        if run_dir:
+            click.echo(one_line(stopped), err=True)
+        sys.exit(128 + stopped.signum)
+    except (Diverged, LockedError):
+        raise
+    except Exception as error:
+        if run_dir is None:
+            raise
+        raise click.ClickException(f"{sentence(error)}; {one_line(checkpoint.way_on(run_dir))}") from error
 
 
 def _absolute(options: dict) -> dict:
@@ -101,7 +146,13 @@ def _new_options(preset: str | None, config: str | None, given: dict) -> Options
     try:
         return Options(**nested(base, given))
     except TypeError as error:
-        raise CheckpointError(f"{config}: does not hold options of this version of tdkern ({error})") from error
+        raise _unknown(config, error) from error
+
+
+def _unknown(source, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{source}: does not hold options of this version of tdkern ({error})"
+    )
 
 
 def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
@@ -109,18 +160,24 @@ def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
 
     There is no state if the run was killed before the first.
     """
-    run_dir = path.resolve().parent if path.resolve().name.startswith(checkpoint.STATE + "-") else path
+    run_dir = path.resolve().parent if checkpoint.is_checkpoint(path) else path
     saved = run_dir / "training_options.json"
-    if path == run_dir and saved.exists() and not any(run_dir.glob(f"{checkpoint.STATE}-*")):
-        state, options = None, checkpoint.read_options(saved)
+    states = checkpoint.checkpoints(run_dir, checkpoint.STATE)
+    if path == run_dir and saved.exists() and not states:
+        state, source, options = None, saved, checkpoint.read_options(saved)
     else:
-        state = checkpoint.find(path, checkpoint.STATE)
-        options = checkpoint.read_meta(state, checkpoint.STATE)["options"]
-    given = of_the_family(given, options["family"])
+        state = source = checkpoint.find(path, checkpoint.STATE)
+        options = checkpoint.read_meta(state, checkpoint.STATE).get("options")
     try:
-        return run_dir, state, Options(**options).resumed(**given)
-    except TypeError as error:
-        raise CheckpointError(f"{state or saved}: does not hold options of this version of tdkern ({error})") from error
+        old = Options(**options)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise _unknown(source, error) from error
+    if given["gpus"] != old.gpus:
+        raise CheckpointError(
+            f"{run_dir}: the run has {old.gpus} processes, got {given['gpus']}; start it by "
+            f"torchrun with --nproc_per_node={old.gpus}"
+        )
+    return run_dir, state, old.resumed(**of_the_family(given, old.family))
 
 
 def _name(trainer: Trainer, desc: str | None) -> str:
@@ -137,13 +194,32 @@ def _make_run_dir(outdir: Path, name: str | None) -> Path:
     """
     try:
         outdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise click.ClickException(f"--outdir cannot be made ({error})") from error
-    if name is None:
-        if (outdir / "training_options.json").exists():
-            raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
-        return outdir
-    numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
-    run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
-    run_dir.mkdir()
-    return run_dir
+        if name is None:
+            _check_free(outdir)
+            return outdir
+        return _numbered(outdir, name)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"--outdir cannot be made ({sentence(error)})") from error
+
+
+def _numbered(outdir: Path, name: str) -> Path:
+    if "/" in name or "\0" in name:
+        raise click.ClickException(f"--desc and the data's name must be part of a folder's name, got {one_line(name)}")
+    while True:
+        numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
+        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
+        try:
+            run_dir.mkdir()
+            return run_dir
+        except FileExistsError:  # another process has just taken the number
+            continue
+
+
+def _check_free(outdir: Path) -> None:
+    """Refuse a directory that holds a run, or other things' files of the names that a run writes."""
+    if (outdir / "training_options.json").exists():
+        raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
+    for path in outdir.iterdir():
+        ours = path.name in checkpoint.RECORDS or checkpoint.NAME.fullmatch(path.name) or checkpoint.GRID.fullmatch(path.name)
+        if ours:
+            raise click.ClickException(one_line(f"{outdir}: holds {path.name}, which a run would write; give another --outdir"))

@@ -1,6 +1,25 @@
 """Kinds of command-line values."""
+import math
+
 import click
 from click.core import ParameterSource
+
+MOST = 10_000_000  # numbers in a list
+
+
+class Real(click.ParamType):
+    """A number, which is not NaN and, unless allowed, not infinite."""
+
+    name = "float"
+
+    def __init__(self, infinite: bool = False):
+        self.infinite = infinite
+
+    def convert(self, value, param, ctx):
+        number = click.FLOAT.convert(value, param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"{value!r} is not {'a' if self.infinite else 'a finite'} number", param, ctx)
+        return number
 
 
 class Numbers(click.ParamType):
@@ -16,8 +35,13 @@ class Numbers(click.ParamType):
         try:
             for part in value.split(","):
                 first, dash, last = part.partition("-")
-                numbers += range(int(first), int(last) + 1) if dash and self.number is int else [self.number(part)]
-        except ValueError:
+                many = range(int(first), int(last) + 1) if dash and self.number is int else [self.number(part)]
+                if len(numbers) + len(many) > MOST:
+                    self.fail(f"{value!r} has more than {MOST:,} numbers", param, ctx)
+                numbers += many
+            if not all(map(math.isfinite, numbers)):
+                self.fail(f"{value!r} must be finite numbers", param, ctx)
+        except (ValueError, OverflowError):
             self.fail(f"{value!r} is not a comma-separated list of numbers", param, ctx)
         if not numbers or self.count not in (None, len(numbers)):
             self.fail(f"{value!r} must have {self.count or 'some'} numbers", param, ctx)

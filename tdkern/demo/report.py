@@ -39,44 +39,91 @@ class Difference(NamedTuple):
 
 def report(study: Study) -> str:
     """The tables and the conclusion, as text of at most 120 columns."""
-    config, family, outcomes = study.config, study.family, study.outcomes
-    baseline, *td, longer = outcomes
-    levels = family.levels
-    errors = {name: levels.by_band(outcome.error) for name, outcome in outcomes.items()}
-    distances = {name: outcome.distance for name, outcome in outcomes.items()}
-    shares = [f"{100 * levels.share[levels.band == i].sum():.2g} %" for i in range(len(BANDS))]
-
-    def table(values: dict[str, Tensor], columns: list[str], reference: tuple[str, list[str]]) -> list[str]:
-        lines = [_row("", columns), _row(*reference)]
-        lines += [_row(name, [f"{mean:.3g}" for mean in value.mean(0).tolist()]) for name, value in values.items()]
-        for title, other, names in (("equal steps, and what more iterations bring", baseline, [*td, longer]), ("equal compute", longer, td)):
-            lines += [f" Difference from {other}, in %: TD at {title}"]
-            lines += [_row(name, map(str, Difference.of(values[name], values[other]))) for name in names]
-        return lines
-
-    measured = "" if config.compute else f": the measured ratio of a TD step to one of {baseline}"
-    return "\n".join([
-        "Four unequal Gaussians on a ring, standard deviation 0.5 a coordinate: their exact denoiser is known.",
-        f"{config.iterations} iterations of batch {config.batch}, {config.seeds} seeds, averaged weights. "
-        "All methods share a seed's initial weights, data and noise.",
-        f"Differences are paired: mean ± standard error over the seeds, and in brackets how many of the {config.seeds} are better.",
-        "",
-        f"DENOISER ERROR by sigma: {family.error_name}; 'all' weighs the levels as training does",
-        *table(errors, [*BAND_NAMES, "all"], ("share of training", shares)),
-        "",
-        f"SAMPLE DISTANCE by steps of {family.sampler_name}: sliced W2 of {config.points} samples to the data, evenly spread latents",
-        *table(distances, [f"{steps}" for steps in family.budgets], (family.exact_name, [f"{value:.3g}" for value in study.exact_distance.tolist()])),
-        f" {config.points} independent draws of the data: {study.random_distance:.3g}. What {family.exact_name} has as well is the sampler's error.",
-        "",
-        *(_progress(study) if family.follow_samples else ()),
-        "CPU TIME of a training step, all seeds in one thread",
-        *(_row(name, [f"{outcomes[name].step_ms:.2f} ms", f"{outcomes[name].step_ms / outcomes[baseline].step_ms:.2f} x {baseline}"])
-          for name in (baseline, *td)),
-        f" {baseline} at equal compute has {study.compute:.2f} times the iterations"
-        f"{measured}.",
-        "",
+    lines = [
+        *_preface(study),
+        *_errors(study),
+        *_distances(study),
+        *(_progress(study) if study.family.follow_samples else ()),
+        *_times(study),
         *textwrap.wrap(conclusion(study), 118),
-    ])
+    ]
+    return "\n".join(lines)
+
+
+def _preface(study: Study) -> list[str]:
+    config = study.config
+    return [
+        "Four unequal Gaussians on a ring, standard deviation 0.5 a coordinate: their exact "
+        "denoiser is known.",
+        f"{config.iterations} iterations of batch {config.batch}, {config.seeds} seeds, averaged "
+        "weights. All methods share a seed's initial weights, data and noise.",
+        "Differences are paired: mean ± standard error over the seeds, and in brackets how many of "
+        f"the {config.seeds} are better.",
+        "",
+    ]
+
+
+def _errors(study: Study) -> list[str]:
+    levels = study.family.levels
+    errors = {name: levels.by_band(outcome.error) for name, outcome in study.outcomes.items()}
+    shares = [levels.share[levels.band == i].sum() for i in range(len(BANDS))]
+    return [
+        f"DENOISER ERROR by sigma: {study.family.error_name}; 'all' weighs the levels as training "
+        "does",
+        _row("", [*BAND_NAMES, "all"]),
+        _row("share of training", [f"{100 * share:.2g} %" for share in shares]),
+        *_comparison(errors),
+        "",
+    ]
+
+
+def _distances(study: Study) -> list[str]:
+    config, family = study.config, study.family
+    distances = {name: outcome.distance for name, outcome in study.outcomes.items()}
+    return [
+        f"SAMPLE DISTANCE by steps of {family.sampler_name}: sliced W2 of {config.points} samples "
+        "to the data, evenly spread latents",
+        _row("", [f"{steps}" for steps in family.budgets]),
+        _row(family.exact_name, [f"{value:.3g}" for value in study.exact_distance.tolist()]),
+        *_comparison(distances),
+        f" {config.points} independent draws of the data: {study.random_distance:.3g}. What "
+        f"{family.exact_name} has as well is the sampler's error.",
+        "",
+    ]
+
+
+def _comparison(values: dict[str, Tensor]) -> list[str]:
+    """Rows of every method's means, and of their differences from the two baselines."""
+    baseline, *td, longer = values
+    lines = [
+        _row(name, [f"{mean:.3g}" for mean in value.mean(0).tolist()])
+        for name, value in values.items()
+    ]
+    for title, other, names in (
+        ("equal steps, and what more iterations bring", baseline, [*td, longer]),
+        ("equal compute", longer, td),
+    ):
+        lines.append(f" Difference from {other}, in %: TD at {title}")
+        for name in names:
+            lines.append(_row(name, map(str, Difference.of(values[name], values[other]))))
+    return lines
+
+
+def _times(study: Study) -> list[str]:
+    baseline, *td, _ = study.outcomes
+    step_ms = {name: study.outcomes[name].step_ms for name in (baseline, *td)}
+    rows = [
+        _row(name, [f"{time:.2f} ms", f"{time / step_ms[baseline]:.2f} x {baseline}"])
+        for name, time in step_ms.items()
+    ]
+    measured = f": the measured ratio of a TD step to one of {baseline}"
+    return [
+        "CPU TIME of a training step, all seeds in one thread",
+        *rows,
+        f" {baseline} at equal compute has {study.compute:.2f} times the iterations"
+        f"{'' if study.config.compute else measured}.",
+        "",
+    ]
 
 
 def _progress(study: Study) -> list[str]:

@@ -1,6 +1,10 @@
 """Frechet inception distance: how far the statistics of two sets of images lie apart, in the features of an Inception network."""
 import io
+import lzma
+import math
 import pickle
+import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,7 +18,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.files import write_atomic
+from ..data.files import check_file, one_line, read_file, write_atomic
+
+MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
+MAX_STATISTICS = 1 << 28  # bytes of a file
+MAX_DETECTOR = 1 << 28  # bytes of Inception's weights, which have 95 million
+PATIENCE = 10  # seconds for a server to answer, and before its rate counts
+LEAST_RATE = 20_000  # bytes a second
+# what comes of an .npz file that is none, or damaged
+WRONG_ARRAY = (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError,
+               NotImplementedError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class Statistics(NamedTuple):
@@ -48,6 +61,7 @@ class Inception:
             raise ImportError(f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip install 'tdkern[evaluation]'") from error
         path = _fetched(URL_INCEPTION_V3) if weights is None else Path(weights)
         try:
+            check_file(path, MAX_DETECTOR)
             # torch-fidelity unpickles whatever a file holds, so it gets what is left of the file when only tensors are read
             tensors = io.BytesIO()
             torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors)
@@ -144,18 +158,48 @@ def read_statistics(source: str | Path) -> Statistics:
         ValueError: it cannot be had, or does not hold statistics.
     """
     try:
-        file = source
         if str(source).startswith(("http://", "https://")):
-            with urlopen(str(source), timeout=60) as response:
-                file = io.BytesIO(response.read())
-        with np.load(file, allow_pickle=False) as arrays:
-            mu, sigma = (np.asarray(arrays[name], dtype=np.float64) for name in ("mu", "sigma"))
-    except (OSError, HTTPException, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{source}: not an .npz file of mu and sigma ({error}); make one with tdkern fid ref") from error
+            data = _download(str(source))
+        else:
+            data = read_file(source, MAX_STATISTICS)
+        with zipfile.ZipFile(io.BytesIO(data)) as arrays:
+            mu, sigma = (_array(arrays, name) for name in ("mu", "sigma"))
+    except (OSError, HTTPException, EOFError, *WRONG_ARRAY) as error:
+        raise ValueError(f"{source}: not an .npz file of mu and sigma ({one_line(error)[:200]}); make one with tdkern fid ref") from error
     if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{source}: mu must be [d] and sigma [d, d], both finite, got {list(mu.shape)} and {list(sigma.shape)}; "
                          "make one with tdkern fid ref")
     return Statistics(mu, sigma)
+
+
+def _array(arrays: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array of an .npz file, as float64; what its header asks for must be there before memory is taken."""
+    info = arrays.getinfo(f"{name}.npy")
+    if info.file_size > MAX_ARRAY:
+        raise ValueError(f"{name} has {info.file_size:,} bytes, more than the {MAX_ARRAY:,} allowed")
+    file = io.BytesIO(arrays.read(info))
+    version = np.lib.format.read_magic(file)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read_header[version](file)
+    if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+        raise ValueError(f"{name} does not hold the numbers that its header says")
+    array = np.frombuffer(file.getbuffer(), dtype, offset=file.tell())
+    return np.asarray(array.reshape(shape, order="F" if fortran else "C"), dtype=np.float64)
+
+
+def _download(url: str) -> bytes:
+    """The content of an address: bounded in size, and in time by a least rate."""
+    began, parts, size = time.monotonic(), [], 0
+    with urlopen(url, timeout=PATIENCE) as response:
+        while part := response.read1(1 << 20):
+            parts.append(part)
+            size += len(part)
+            seconds = time.monotonic() - began
+            if size > MAX_STATISTICS:
+                raise OSError(f"more than the {MAX_STATISTICS:,} bytes allowed")
+            if seconds > PATIENCE and size < LEAST_RATE * seconds:
+                raise OSError(f"slower than {LEAST_RATE:,} bytes a second; fetch it and give the file")
+    return b"".join(parts)
 
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:

@@ -5,11 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.files import write_atomic
-from ..networks.saved import PRECISIONS, CheckpointError, NetworkSpec, restore
-from .pickles import MODULE_DICT, RECORD, Call, PickleFile, one_line
+from ..data.files import brief, read_file, write_atomic
+from ..networks.saved import PRECISIONS, CheckpointError, DescriptionError, check_header, load
+from .pickles import MODULE_DICT, RECORD, Call, PickleFile
 
 FORMAT = 1
+MAX_CONFIG = 1 << 20  # bytes of a diffusers config.json
 # EDM's classes that tdkern has too: of a wrapper, the constructor arguments that are also
 # attributes
 MODELS = ("SongUNet", "DhariwalUNet")
@@ -84,12 +85,15 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_header(path)
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {})["tdkern"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         version, network = meta["format"], meta["network"]
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a file of tdkern convert ({one_line(error)}); tdkern convert makes one") from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: not a file of tdkern convert ({brief(error)}); tdkern convert makes one"
+        ) from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: in format {version}; this tdkern reads format {FORMAT}; update it, or convert the network again")
     if not network:
@@ -101,32 +105,21 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
 
 
 def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
-    """The network of a description, with its tensors.
+    """The network of a description, of one of EDM's classes, with its tensors.
 
-    It raises CheckpointError where they do not agree, before memory or time is spent.
+    It computes in the image's precision. Raises CheckpointError where they do not agree, before
+    memory or time is spent.
     """
     try:
-        if network["precision"] not in PRECISIONS or not all(type(network[name]) is int for name in ("img_resolution", "img_channels", "label_dim")):
-            raise ValueError("no precision, img_resolution, img_channels or label_dim")
-        model = network["model_arguments"]
-        if 20 * model["num_blocks"] * len(model["channel_mult"]) > len(tensors) or network["arguments"].get("M", 0) > 1_000_000:
-            raise ValueError("more blocks than its tensors make, or more times than a million")  # one of the encoder and one of the decoder have 20
-        if any(type(value) is list and len(value) > 100 for value in model.values()):
-            raise ValueError("a list of more than 100 numbers")
-        if any(type(value) not in (int, float) for value in network["arguments"].values()):
-            raise ValueError("an argument of its preconditioning is not a number")
         if network["class"] not in SETTINGS:
-            raise ValueError(f"no class {network['class']!r}")
-        with torch.device("meta"):
-            net = NetworkSpec.from_json(network).build()
-        net.dtype = None
-        inner = net.model
-        if (network["img_resolution"], network["img_channels"], network["label_dim"]) != (inner.img_resolution, inner.in_channels, inner.label_dim):
-            raise ValueError("its images or classes are not its U-Net's")
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise CheckpointError(f"{path}: does not describe a network of tdkern ({one_line(error)})") from error
-    restore(net, {name: tensor.to("meta") for name, tensor in tensors.items()}, path)
-    net.to_empty(device="cpu").load_state_dict(tensors)
+            raise DescriptionError(f"no class {str(network['class'])[:50]!a}")
+        net = load(network, tensors, path)
+    except (DescriptionError, KeyError, TypeError) as error:
+        reason = str(error) if isinstance(error, DescriptionError) else brief(error)
+        raise CheckpointError(
+            f"{path}: does not describe a network of tdkern ({reason})"
+        ) from error
+    net.dtype = None
     return net
 
 
@@ -262,12 +255,15 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     folder = src / "unet" if (src / "unet").is_dir() else src
     weights = folder / "diffusion_pytorch_model.safetensors"
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(read_file(folder / "config.json", MAX_CONFIG))
         name = str(config["_class_name"])[:100]
+        check_header(weights)
         tensors = safetensors.torch.load_file(weights)
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{src}: no diffusers folder with config.json and {weights.name} ({one_line(error)}); "
-                              "save it by diffusers' save_pretrained, or give a file") from error
+    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{src}: no diffusers folder with config.json and {weights.name} ({brief(error)}); "
+            "save it by diffusers' save_pretrained, or give a file"
+        ) from error
     done = (
         f"{name} of {src.name}, which tdkern has not, so its tensors under their own names and "
         "its config"

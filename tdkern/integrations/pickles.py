@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.files import brief, check_file
+
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch.save's first format
 MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
 
@@ -38,7 +40,10 @@ DTYPES = {f"torch.{name}Storage": dtype for name, dtype in {
     "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
 GLOBALS = {RECORD, MODULE_DICT, TENSOR, PARAMETER, STORAGE, *DICTS, *SETS, *SCALARS, *ARRAYS, *DTYPES, "numpy.dtype", "_codecs.encode"}
 
-VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"}
+VALUES = {
+    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 
@@ -189,11 +194,6 @@ class _Machine:
         return Call(name, args)
 
 
-def one_line(error: Exception) -> str:
-    """An error's class and the beginning of its message, in one line whatever it holds."""
-    return f"{type(error).__name__}: {ascii(str(error)[:100])[1:-1]}"
-
-
 def _is(value, kind: type):
     if type(value) is not kind:
         raise Refused(f"it is damaged (a {kind.__name__} should be where a {type(value).__name__} is)")
@@ -264,6 +264,7 @@ class PickleFile:
         try:
             self.size = self.path.stat().st_size
             self.budget = _Budget(self.size)
+            check_file(self.path)  # a pipe would be waited for
             with open(self.path, "rb") as file:
                 if file.read(2) == b"PK":
                     self.value = self._zip()
@@ -280,7 +281,7 @@ class PickleFile:
     def refuse(self, why: str | Exception) -> PickleError:
         """The error that names this file."""
         if not isinstance(why, (str, Refused)):
-            why = f"it is damaged ({one_line(why)})"
+            why = f"it is damaged ({brief(why)})"
         return PickleError(f"{self.path}: refused: {why}; nothing in it was executed; give another file")
 
     def _zip(self):
@@ -320,6 +321,20 @@ class PickleFile:
             if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > _is(storage, Storage).numel:
                 raise Refused("it is damaged (a tensor is larger than its storage)")
             return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(memory_format=torch.contiguous_format)
+        except Exception as error:
+            raise self.refuse(error) from error
+
+    def array(self, value: Call) -> np.ndarray:
+        """A NumPy array of bytes, such as CIFAR's images, in memory of its own; raises PickleError."""
+        try:
+            if type(value) is not Call or value.name not in ARRAYS:
+                raise Refused("it is damaged (something should be an array)")
+            _, shape, dtype, fortran, data = _is(value.state, tuple)
+            if (_is(dtype, Call).name, dtype.args[0], fortran) != ("numpy.dtype", "u1", False):
+                raise Refused("an array in it is not of bytes")
+            self.budget.copy(len(data))
+            data = data.encode("latin1") if type(data) is str else _is(data, bytes)
+            return np.frombuffer(data, np.uint8).reshape(shape).copy()
         except Exception as error:
             raise self.refuse(error) from error
 

@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from .. import _library
-from ..fields import flag
+from ..fields import Range, flag
 from ..schedules import BETA_SCHEDULES, DDPM
 from .path import PathLoss, TDPathLoss
 
 PREDICTIONS = ("eps", "x0", "v")
 TERMINALS = ("mean", "simple")
+TIMES = Range("must be at least 2 and at most a million", lambda T: 2 <= T <= 1_000_000)
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class DDPMLoss(PathLoss):
     noise's seed.
     """
 
-    T: int = flag(1000, "Number of discrete times.")
+    T: int = flag(1000, "Number of discrete times.", within=TIMES)
     prediction: str = flag("eps", "What the network predicts.", choices=PREDICTIONS, kw_only=True)
     beta_schedule: str | tuple[float, ...] = flag(
         "linear", "Betas of the discrete times.", choices=BETA_SCHEDULES, kw_only=True

@@ -1,20 +1,43 @@
 """Networks as they are stored: what a file says of one, and what it takes to make it again."""
+import inspect
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from ..data.files import FileError, brief, check_file
 from ..schedules import DDPM
 from .precond import Preconditioned
 from .unet import UNet
 
 # the dtype of the image inside the network, None being the image's own
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_HEADER = 1 << 23  # bytes of a safetensors header: a hundred times what a large network's takes
+MOST_TIMES = 1_000_000  # noise levels of a wrapper that keeps a table of them
+LONGEST = 100  # numbers in a list of a network's arguments
+# what comes of a description that is none
+UNFIT = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+    RecursionError,
+)
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FileError):
     """A checkpoint that cannot be used; the message names the file and says what to do."""
+
+
+class DescriptionError(ValueError):
+    """What should describe a network and does not; the message says in one line why."""
 
 
 def named(base: type) -> dict[str, type]:
@@ -63,16 +86,20 @@ class NetworkSpec:
         """The network, newly initialised, on torch's default device.
 
         Raises:
-            ValueError: a name is not known, or an argument is out of its range.
+            ValueError: a name is not known, an argument is out of its range, or the images and
+                classes are not the U-Net's.
             TypeError: an argument is none of its class's.
         """
         wrapper = _one_of("class", self.wrapper, named(Preconditioned))
-        model = _one_of("model", self.model, named(UNet))
+        model = _one_of("model", self.model, named(UNet))(**self.model_arguments)
+        images = self.img_resolution, self.img_channels, self.label_dim
+        if images != (model.img_resolution, model.in_channels, model.label_dim):
+            raise ValueError("NetworkSpec: its images or classes are not its U-Net's")
         dtype = _one_of("precision", self.precision, PRECISIONS)
         arguments = dict(self.arguments)
         if "schedule" in arguments:
             arguments["alphas_cumprod"] = DDPM(**arguments.pop("schedule")).alphas_cumprod
-        return wrapper(model(**self.model_arguments), **arguments, dtype=dtype)
+        return wrapper(model, **arguments, dtype=dtype)
 
 
 def _one_of(name: str, value, known: dict):
@@ -81,19 +108,117 @@ def _one_of(name: str, value, known: dict):
     return known[value]
 
 
-def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load a module's tensors.
+def load(network: dict, tensors: dict[str, Tensor], path: Path) -> Preconditioned:
+    """The network that a file describes, with the tensors of the file.
+
+    A description costs neither memory nor time before its tensors are known to be there.
+
+    Args:
+        network: what `NetworkSpec.to_json` gave, or what a stranger wrote in its place.
+        tensors: the network's state dict, on the CPU.
+        path: the file, for errors.
+
+    Returns:
+        The network on the CPU, in training mode.
 
     Raises:
-        CheckpointError: it names the first tensor that is missing, unknown or of another shape.
+        DescriptionError: `network` describes none.
+        CheckpointError: the tensors are not those of the network.
     """
-    own = module.state_dict()
+    try:
+        spec = NetworkSpec.from_json(network)
+        _check_size(spec, len(tensors))
+        with torch.device("meta"):
+            like = spec.build()
+        _check_arguments(spec, like)
+    except UNFIT as error:
+        raise DescriptionError(brief(error)) from error
+    check_like(like.state_dict(), tensors, path)
+    net = spec.build()
+    net.load_state_dict(tensors)
+    return net
+
+
+def _check_size(spec: NetworkSpec, count: int) -> None:
+    """Raise ValueError for a network that would take long to make, and has other tensors anyway.
+
+    Args:
+        spec: the network's description, of any types.
+        count: of the tensors.
+    """
+    arguments, model = spec.arguments, spec.model_arguments
+    lists = (value for value in [*arguments.values(), *model.values()] if type(value) is list)
+    if any(len(value) > LONGEST for value in lists):
+        raise ValueError(f"a list of more than {LONGEST} numbers")
+    # a block of the encoder and one of the decoder have 20 tensors
+    least = 20 * int(model.get("num_blocks", 0)) * len(model.get("channel_mult", ()))
+    times = max(arguments.get("M", 0), arguments.get("schedule", {}).get("T", 0))
+    if least > count or times > MOST_TIMES:
+        raise ValueError("more blocks than its tensors make, or more times than a million")
+
+
+def _check_arguments(spec: NetworkSpec, net: Preconditioned) -> None:
+    """Raise ValueError for arguments of other types than a network's classes say."""
+    parts = {
+        "preconditioning": (type(net), spec.arguments),
+        "U-Net": (type(net.model), spec.model_arguments),
+    }
+    for part, (kind, arguments) in parts.items():
+        hints = inspect.signature(kind).parameters
+        for name, value in arguments.items():
+            hint = hints[name].annotation if name in hints else inspect.Parameter.empty
+            if not _is_of(value, hint):
+                raise ValueError(f"an argument of its {part} is not {_word(hint)}: {name}")
+    for name in ("img_resolution", "img_channels", "label_dim"):
+        if type(getattr(spec, name)) is not int:
+            raise ValueError(f"its {name} is not a whole number")
+
+
+def _is_of(value, hint) -> bool:
+    if hint is int:
+        return type(value) is int
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint is str:
+        return type(value) is str
+    if hint in (Sequence[int], Sequence[float]):
+        return type(value) is list and all(_is_of(item, float) for item in value)
+    return True  # what it is, its class knows
+
+
+def _word(hint) -> str:
+    return {int: "a number", float: "a number", str: "text"}.get(hint, "a list of numbers")
+
+
+def check_header(file: str | Path) -> None:
+    """Raise OSError or ValueError for a safetensors file with a header out of all proportion."""
+    check_file(file)
+    with open(file, "rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+    if MAX_HEADER < size <= os.stat(file).st_size:
+        raise ValueError(f"its header has {size:,} bytes, more than the {MAX_HEADER:,} allowed")
+
+
+def restore(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load a module's tensors; raises what `check_like` does."""
+    check_like(module.state_dict(), tensors, path)
+    module.load_state_dict(tensors)
+
+
+def check_like(own: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    """Compare the tensors of a file with a network's own.
+
+    Raises:
+        CheckpointError: it names the first that is missing, unknown, of another shape, or of whole
+            numbers where the network's are not.
+    """
     for name in sorted(own.keys() | tensors.keys()):
         ours, theirs = (
             list(state[name].shape) if name in state else "nothing" for state in (own, tensors)
         )
+        if ours == theirs and own[name].is_floating_point() != tensors[name].is_floating_point():
+            ours, theirs = own[name].dtype, tensors[name].dtype
         if ours != theirs:
             raise CheckpointError(
                 f"{path}: does not match the network: {name} must be {ours}, got {theirs}"
             )
-    module.load_state_dict(tensors)

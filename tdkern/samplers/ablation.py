@@ -1,6 +1,8 @@
 """EDM's generalised sampler, to compare what a solver, a schedule and a scaling bring."""
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +22,44 @@ def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3) -> VP:
         raise ValueError(f"ablation: no VP path rises from sigma({epsilon_s:g}) = {sigma_min} to sigma(1) = {sigma_max}; take a lower sigma_min") from error
 
 
-def _vp_schedule(sigma_min: float | None, sigma_max: float | None):
+class SigmaOfTime(NamedTuple):
+    """A schedule as the sampler needs it."""
+
+    sigma: Callable[[float], float]  # of t
+    time: Callable[[float], float]  # its inverse
+    slope: Callable[[float], float]  # sigma'(t)
+
+
+def _vp_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
     lo, hi = RANGES["vp"]
     path = _vp(lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max)
 
     def sigma(t: float) -> float:
         return path.sigma_hat(t).item()
 
-    return sigma, lambda sigma: path.time(sigma).item(), lambda t: (path.beta_d * t + path.beta_min) * (sigma(t) + 1 / sigma(t)) / 2
+    def time(sigma: float) -> float:
+        return path.time(sigma).item()
+
+    def slope(t: float) -> float:
+        return (path.beta_d * t + path.beta_min) * (sigma(t) + 1 / sigma(t)) / 2
+
+    return SigmaOfTime(sigma, time, slope)
 
 
-RANGES = {"vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0), "edm": (0.002, 80.0)}
+def _ve_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
+    return SigmaOfTime(math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t))
+
+
+def _linear_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
+    return SigmaOfTime(float, float, lambda t: 1.0)
+
+
+RANGES = {
+    "vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()),
+    "ve": (0.02, 100.0),
+    "iddpm": (0.002, 81.0),
+    "edm": (0.002, 80.0),
+}
 
 
 def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Tensor:
@@ -61,11 +90,8 @@ def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = N
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
 
 
-SCHEDULES = {  # sigma(t), t(sigma), sigma'(t) for a range of levels
-    "vp": _vp_schedule,
-    "ve": lambda sigma_min, sigma_max: (math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
-    "linear": lambda sigma_min, sigma_max: (float, float, lambda t: 1.0),
-}
+# for a range of levels
+SCHEDULES = {"vp": _vp_schedule, "ve": _ve_schedule, "linear": _linear_schedule}
 SCALINGS = ("vp", "none")
 SOLVERS = ("euler", "heun")
 
@@ -108,26 +134,26 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
     Deterministic without churn, and with it for one state of the generator.
     """
     levels = checked_levels("ablation", sigmas, falling=False)
-    for name, value, known in (("solver", solver, SOLVERS), ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)):
-        if value not in known:
-            raise ValueError(f"ablation: {name} must be one of {', '.join(known)}, got {value!r}")
-    if not 0 < alpha <= 1:
-        raise ValueError(f"ablation: alpha must be in (0, 1], got {alpha}")
-    sigma_of, time_of, slope_of = SCHEDULES[schedule](sigma_min, sigma_max)
+    _check(solver, schedule, scaling, alpha)
+    path = SCHEDULES[schedule](sigma_min, sigma_max)
     draw = unit_noise(generator, randn_like)
 
     def s(sigma: float) -> float:
         return 1 / math.sqrt(1 + sigma**2) if scaling == "vp" else 1.0
 
     def derivative(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        sigma, slope = sigma_of(t), slope_of(t)
-        growth, shrink = slope / sigma, sigma * slope / (1 + sigma**2) if scaling == "vp" else 0.0  # sigma'/sigma, -s'/s
+        sigma, slope = path.sigma(t), path.slope(t)
+        growth = slope / sigma  # sigma' / sigma
+        shrink = sigma * slope / (1 + sigma**2) if scaling == "vp" else 0.0  # -s' / s
         denoised = denoise(denoiser, x / s(sigma), sigma)
         return (growth - shrink) * x - growth * s(sigma) * denoised, denoised
 
     x = s(levels[0]) * x
-    for step, ((sigma, sigma_next), sigma_hat) in enumerate(zip(pairwise(levels), raised_levels("ablation", levels, S_churn, S_min, S_max), strict=True)):
-        t_hat, t_next = time_of(sigma_hat), time_of(sigma_next) if sigma_next > 0 else 0.0
+    hats = raised_levels("ablation", levels, S_churn, S_min, S_max)
+    for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        sigma_hat = hats[step]
+        t_hat = path.time(sigma_hat)
+        t_next = path.time(sigma_next) if sigma_next > 0 else 0.0
         x_hat = s(sigma_hat) / s(sigma) * x
         if S_churn > 0:
             x_hat = x_hat + s(sigma_hat) * S_noise * math.sqrt(sigma_hat**2 - sigma**2) * draw(x)
@@ -140,3 +166,15 @@ def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str
             d_next, _ = derivative(x_hat + alpha * h * d, t_hat + alpha * h)
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_next)
     return x / s(levels[-1])
+
+
+def _check(solver: str, schedule: str, scaling: str, alpha: float) -> None:
+    for name, value, known in (
+        ("solver", solver, SOLVERS),
+        ("schedule", schedule, SCHEDULES),
+        ("scaling", scaling, SCALINGS),
+    ):
+        if value not in known:
+            raise ValueError(f"ablation: {name} must be one of {', '.join(known)}, got {value!r}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"ablation: alpha must be in (0, 1], got {alpha}")

@@ -34,6 +34,7 @@ def _options_2(options: dict) -> dict:
 
 
 def _format_3(meta: dict) -> dict:
+    """Format 2 knew no checksums."""
     return meta | {"format": 3}
 
 
@@ -80,6 +81,8 @@ def as_json(options) -> dict:
 
 def options_of_today(number: int, options: dict) -> dict:
     """The options of a run in today's names, from those in the format of a number."""
+    if type(number) is not int or number < 1:
+        raise TypeError("its format is no number from 1 up")
     if number > FORMAT:
         raise ValueError(f"it is in format {number}; this tdkern reads up to {FORMAT}; update it")
     if number < 2:

@@ -5,6 +5,7 @@ bits.
 """
 import json
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -12,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
 from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
-from ..data.files import write_atomic
+from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
 from ..ema import EMA, consistency_decay, copy_decay, edm_decay
 from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES, default_sampler
@@ -27,10 +29,18 @@ from ..samplers import SAMPLERS
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
 from .formats import as_json
+from .lock import locked
 from .options import Options
-from .sampling import preview_levels, sample
+from .sampling import NotFinite, preview_levels, sample
+from .signals import Stopped, StopRequest, readers
+from .state import ADAM, check_adam, check_place, check_step, check_tensors
 
-ADAM = ("step", "exp_avg", "exp_avg_sq")  # what Adam keeps for each parameter
+MAX_STATISTICS = 1 << 30  # bytes of stats.jsonl
+IDLE_TICKS = 10  # so many in a row without a step that was taken end a run
+
+
+class Diverged(RuntimeError):
+    """A run in which no step is taken any more; the message says why and what is saved."""
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
@@ -113,6 +123,10 @@ class Trainer:
                                  averages=[average.module.parameters() for average in self.averages])
         self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
         self.counted = 0
+        self.whole = True  # whether all parts are of the same step
+        self.idle = 0  # ticks in a row without a step that was taken
+        self.warnings = []  # for the first process to tell
+        self.data = self.dataset.fingerprint()
         if state is not None:
             self._restore(state)
 
@@ -155,8 +169,9 @@ class Trainer:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = self.loss.at(self.step)
         size = options.batch_gpu
+        sums = torch.zeros_like(self.sums)  # a step that fails halfway has no part in the statistics
         for part in zip(images.split(size), labels.split(size), strict=True):
-            self._backward(loss, *part)
+            sums += self._backward(loss, *part)
         if self.process.world > 1:
             sum_([param.grad for param in self.net.parameters() if param.grad is not None])
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
@@ -164,14 +179,21 @@ class Trainer:
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
         # empty where there is no target network
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        self.whole = False
         # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
         self.optimizer.step()
         for average in self.averages:
             average.copy_buffers(self.net)
+        self.sums += sums
         self.step += 1
+        self.whole = True
 
-    def _backward(self, loss: Loss, images: Tensor, labels: Tensor) -> None:
-        """Add the gradient and the terms of a part of the batch; arguments as `train_step`'s."""
+    def _backward(self, loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradient of a part of the batch; arguments as `train_step`'s.
+
+        Returns:
+            [4] float64, the sums of the terms over the part.
+        """
         x0, augment_labels = to_float(images), None
         if self.augment_pipe:
             x0, augment_labels = self.augment_pipe(x0)
@@ -189,7 +211,7 @@ class Trainer:
         terms.loss.sum().backward()
         sums = torch.stack([term.detach().double().sum() for term in terms])
         sums[:3] /= scale  # loss, td and base are reported as means over elements
-        self.sums += sums
+        return sums
 
     def statistics(self) -> dict[str, float]:
         """Means over the samples since the last call, over all processes, and the steps skipped.
@@ -200,6 +222,8 @@ class Trainer:
             sum_([self.sums])
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
         skipped = self.optimizer.skipped.item()
+        steps = (self.nimg - self.counted) // self.options.batch
+        self.idle = self.idle + 1 if skipped == steps else 0
         self.sums.zero_()
         self.optimizer.skipped.zero_()
         self.counted = self.nimg
@@ -212,13 +236,22 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training goes on from, beside the step."""
-        modules = {"net": self.net, "ema": self.ema.module} | ({"target": self.target.module} if self.target else {})
-        tensors = {f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
         moments = {f"{key}.{name}": self.optimizer.state[param][key] for name, param in self.net.named_parameters() for key in ADAM}
-        return tensors | moments
+        return self._modules_tensors() | moments
+
+    def _modules_tensors(self) -> dict[str, Tensor]:
+        modules = {"net": self.net, "ema": self.ema.module} | ({"target": self.target.module} if self.target else {})
+        return {f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
+
+    def not_finite(self) -> list[str]:
+        """The names of the tensors that are not finite; waits for the device."""
+        tensors = self.tensors()
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        return [name for name, good in zip(tensors, finite, strict=True) if not good]
 
     def _restore(self, path: Path) -> None:
         meta, tensors = checkpoint.read(path, checkpoint.STATE)
+        check_step(meta, path)
         parts = defaultdict(dict)
         for name, tensor in tensors.items():
             prefix, _, rest = name.partition(".")
@@ -227,47 +260,163 @@ class Trainer:
         restore(self.ema.module, parts["ema"], path)
         if self.target:
             restore(self.target.module, parts["target"], path)
-        try:
-            state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(self.net.named_parameters())}
-        except KeyError as error:
-            raise checkpoint.CheckpointError(f"{path}: damaged: Adam's state of {error} is not there; give another {checkpoint.STATE}") from error
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        check_tensors(self._modules_tensors(), tensors, path)
+        named = list(self.net.named_parameters())
+        check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
+        state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(named)}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        check_place(meta, self.options.batch, path)
         self.step = meta["step"]
         self.counted = self.nimg
+        if "statistics" in meta:  # of a tick that was not over
+            self._restore_statistics(meta["statistics"], path)
+        if meta.get("data", self.data) != self.data:
+            self.warnings.append(f"{self.options.data}: these are not the images and labels that the run was trained on so far")
+
+    def _restore_statistics(self, saved: dict, path: Path) -> None:
+        try:
+            self.counted, sums, skipped = saved["counted"], saved["sums"], saved["skipped"]
+            self.sums.copy_(torch.tensor(sums[self.process.rank], dtype=torch.float64))
+            self.optimizer.skipped.fill_(skipped)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"{path}: damaged statistics ({error})") from error
+
+    def unfinished_statistics(self) -> dict:
+        """Of the samples since image `counted`, for `_restore` to go on from; asks all processes."""
+        sums = [torch.zeros_like(self.sums) for _ in range(self.process.world)]
+        if self.process.world > 1:
+            dist.all_gather(sums, self.sums)
+        else:
+            sums = [self.sums]
+        sums = [part.tolist() for part in sums]
+        return {"counted": self.counted, "sums": sums, "skipped": self.optimizer.skipped.item()}
+
+
+def crossed(trainer: Trainer, ticks: int) -> bool:
+    """Whether the last step went past a multiple of so many ticks: the same in a resumed run."""
+    return trainer.step == trainer.options.total_steps or passed(trainer.options, trainer.nimg, ticks)
+
+
+def passed(options: Options, nimg: int, ticks: int) -> bool:
+    """Whether the step to `nimg` images went past a multiple of so many ticks; 0 never."""
+    every = max(round(1000 * options.tick), 1) * ticks
+    return every > 0 and nimg // every > (nimg - options.batch) // every
 
 
 def train(trainer: Trainer, run_dir: Path | None) -> None:
     """Train to the end of the options' duration, saving on the way.
 
+    Whatever ends it before, the state is saved first where it can be.
+
     Args:
         trainer: new, or going on from a training state.
         run_dir: where the first process writes; the others need none.
+
+    Raises:
+        Stopped: a signal or the time limit ended it; the state is saved.
+        Diverged: no step is taken any more; the state of before is saved.
+        LockedError: another process trains in this directory.
+        ValueError, OSError, RuntimeError: data cannot be read, files cannot be written, memory or
+            another process is lost.
     """
+    with StopRequest(trainer.options.time_limit, trainer.process.world) as request:
+        if trainer.process.rank > 0:
+            _run(trainer, None, request)
+            return
+        with locked(run_dir) as held:
+            record = Record(trainer, run_dir)
+            if not held:
+                record.warn(f"{run_dir}: this file system has no locks; start no second run in it")
+            try:
+                _run(trainer, record, request)
+            except (Stopped, Diverged):
+                raise
+            except Exception:  # torchrun, which ends all at an error of one, lets this be saved
+                record.rescue()
+                raise
+
+
+def _run(trainer: Trainer, record: "Record | None", request: StopRequest) -> None:
+    """The steps of a run; the first process has a record."""
     options, process = trainer.options, trainer.process
-    main = process.rank == 0
-    record = Record(trainer, run_dir) if main else None
-    order = StepBatches(len(trainer.dataset), options.batch, options.seed, trainer.step, options.total_steps, process.rank, process.world)
-    loader = torch.utils.data.DataLoader(trainer.dataset, batch_sampler=order, num_workers=options.workers, pin_memory=process.device.type == "cuda")
-
-    def crossed(ticks: int) -> bool:  # whether the last step went past a multiple of so many ticks: the same in a resumed run
-        every = max(round(1000 * options.tick), 1) * ticks
-        return trainer.step == options.total_steps or (every > 0 and trainer.nimg // every > (trainer.nimg - options.batch) // every)
-
-    pause = 0.1 if sys.stderr.isatty() else 30  # seconds between two states of the bar; in a file each is a line
-    with tqdm(total=options.total_steps * options.batch, initial=trainer.nimg, unit="img", unit_scale=True, mininterval=pause, disable=not main) as bar:
+    place = (trainer.step, options.total_steps, process.rank, process.world)
+    order = StepBatches(len(trainer.dataset), options.batch, options.seed, *place)
+    loader = torch.utils.data.DataLoader(
+        trainer.dataset,
+        batch_sampler=order,
+        pin_memory=process.device.type == "cuda",
+        **readers(options.workers),
+    )
+    with progress(trainer) as bar:
         for images, labels in loader:
             trainer.train_step(images, labels)
             bar.update(options.batch)
-            if not crossed(1):
-                continue
-            statistics = trainer.statistics()
-            if main:
-                bar.set_postfix({name: f"{value:.4g}" for name, value in statistics.items()}, refresh=False)
-                record.tick(statistics)
-                if crossed(options.snap):
-                    record.snapshot()
-                if crossed(options.dump):
-                    record.state()
+            if crossed(trainer, 1):
+                _tick(trainer, record, bar)
+            signum = request.asked()
+            if signum and trainer.step < options.total_steps:
+                _stop(trainer, record, request, signum)
+
+
+def progress(trainer: Trainer) -> tqdm:
+    """The bar on the first process' terminal; in a file each of its states is a line."""
+    hidden = trainer.process.rank > 0 or sys.stderr is None
+    return tqdm(
+        total=trainer.options.total_steps * trainer.options.batch,
+        initial=trainer.nimg,
+        unit="img",
+        unit_scale=True,
+        mininterval=0.1 if not hidden and sys.stderr.isatty() else 30,  # seconds between two states
+        disable=hidden,
+    )
+
+
+def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
+    """Tell how training goes, and save what is due; all processes raise Diverged together."""
+    options = trainer.options
+    statistics = trainer.statistics()
+    if record:
+        bar.set_postfix({name: f"{value:.4g}" for name, value in statistics.items()}, refresh=False)
+        record.tick(statistics)
+        if trainer.idle:
+            record.warn(f"no step was taken since image {trainer.nimg - options.batch * int(statistics['skipped'])}: "
+                        "all had gradients that are not finite")
+    if trainer.idle >= IDLE_TICKS:
+        raise Diverged(_diagnosis(trainer, statistics, record))
+    # A state of the first such tick has the weights of before it; later ones would only replace it.
+    due = trainer.idle == 1 or (crossed(trainer, options.dump) and not trainer.idle)
+    if due and trainer.not_finite():
+        raise Diverged(_diagnosis(trainer, statistics, record))
+    if record:
+        if crossed(trainer, options.snap) and trainer.idle < 2:
+            record.snapshot()
+        if due:
+            record.state()
+        record.time = time.monotonic()  # what was saved is no part of the next tick
+
+
+def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record | None") -> str:
+    """Why no step is taken any more."""
+    bad = trainer.not_finite()
+    what = f"{bad[0]} and {len(bad) - 1} more tensors are not finite" if bad else "the weights are finite"
+    lr = learning_rate(trainer.options, trainer.nimg)
+    way = f"; {checkpoint.way_on(record.run_dir)}" if record else ""
+    return (f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the loss is "
+            f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision {trainer.options.precision}; "
+            f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}")
+
+
+def _stop(trainer: Trainer, record: "Record | None", request: StopRequest, signum: int) -> None:
+    """Save the state between two ticks and raise Stopped, in all processes."""
+    statistics = trainer.unfinished_statistics()
+    message = f"stopped by {signal.Signals(signum).name} at image {trainer.nimg}"
+    if record:
+        record.state(statistics)
+        record.log(message)
+        message += f": {checkpoint.way_on(record.run_dir)}"
+    request.meet()
+    raise Stopped(signum, message)
 
 
 class Record:
@@ -275,15 +424,25 @@ class Record:
 
     def __init__(self, trainer: Trainer, run_dir: Path):
         self.trainer, self.run_dir = trainer, run_dir
-        self.time, self.nimg = time.monotonic(), trainer.nimg
+        self.time, self.nimg, self.saved = time.monotonic(), trainer.nimg, trainer.step
         checkpoint.clean(run_dir)
-        checkpoint.keep_newest(run_dir, checkpoint.STATE)  # a kill may have come between writing one and removing its elder
-        options = json.dumps(as_json(trainer.options), indent=2)
-        write_atomic(run_dir / "training_options.json", options.encode())
+        aside = checkpoint.set_aside(run_dir, trainer.nimg)
+        self._write_options()
         self._drop_later_statistics()
+        for warning in trainer.warnings:
+            self.warn(warning)
+        if aside:
+            self.warn(f"later than image {trainer.nimg}, so set aside in {run_dir}: {', '.join(aside)}")
+        self._keep_newest()  # a kill may have come between writing one and removing its elder
         self.side = 8 if trainer.process.device.type == "cuda" else 4  # a grid of 64 would hold a CPU for minutes
         chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
-        save_grid(run_dir / "reals.png", torch.stack([trainer.dataset[i][0] for i in chosen]), self.side)
+        images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
+        self.labels = torch.stack(labels)
+        save_grid(run_dir / "reals.png", torch.stack(images), self.side)
+
+    def _write_options(self) -> None:
+        text = json.dumps(as_json(self.trainer.options), indent=2)
+        write_atomic(self.run_dir / "training_options.json", text.encode())
 
     def tick(self, statistics: dict[str, float]) -> None:
         """Add a line to stats.jsonl and to log.txt."""
@@ -295,43 +454,116 @@ class Record:
                 "images_per_s": images / seconds, "time": time.time()}
         if trainer.process.device.type == "cuda":
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._append("stats.jsonl", json.dumps(line))
+        append_line(self.run_dir / "stats.jsonl", json.dumps(line))
         self.log("  ".join(f"{name} {'none' if value is None else format(value, '.5g')}" for name, value in line.items() if name != "time"))
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
-        self._append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}")
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}"
+        append_line(self.run_dir / "log.txt", line)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that does not end the run."""
+        self.log(f"Warning: {text}")
+        if sys.stderr is not None:
+            tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
 
     def snapshot(self) -> None:
-        """Save the EMA network and a grid of its images."""
+        """Save the EMA network, and a grid of its images where that can be made."""
         trainer = self.trainer
-        net = trainer.ema.module
-        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, net.state_dict(), self._meta())
-        seeds = torch.arange(self.side**2).split(trainer.options.batch_gpu)
-        sampler = SAMPLERS[default_sampler(net)].sample
-        images = torch.cat([sample(net, trainer.network, part.tolist(), preview_levels(net), sampler=sampler) for part in seeds])
-        save_grid(self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png", images, self.side)
+        state = trainer.ema.module.state_dict()
+        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, state, self._meta())
+        grid = self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png"
+        try:
+            save_grid(grid, self._images(), self.side)
+        except (OSError, NotFinite) as error:
+            self.warn(f"{grid.name} is not written: {error}")
+        else:
+            checkpoint.forget_same(grid)
 
-    def state(self) -> None:
-        """Save the training state and, once that is durable, remove the older ones."""
+    def _images(self) -> Tensor:
+        """The EMA network's images of the seeds from 0."""
+        net, dataset = self.trainer.ema.module, self.trainer.dataset
+        choice = {"classes": dataset.classes}
+        if dataset.classes == []:  # labels are no classes that could be drawn
+            choice = {"labels": self.labels}
+        parts = []
+        for seeds in torch.arange(self.side**2).split(self.trainer.options.batch_gpu):
+            given = {name: value[seeds] if name == "labels" else value for name, value in choice.items()}
+            sampler = SAMPLERS[default_sampler(net)].sample
+            parts.append(sample(net, self.trainer.network, seeds.tolist(), preview_levels(net), sampler=sampler, **given))
+        return torch.cat(parts)
+
+    def state(self, statistics: dict | None = None) -> None:
+        """Save the training state and, once that is durable, remove the older ones.
+
+        statistics: of a tick that is not over, from `Trainer.unfinished_statistics`.
+        """
         trainer = self.trainer
-        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), self._meta())
-        checkpoint.keep_newest(self.run_dir, checkpoint.STATE)
+        meta = self._meta() | {"data": trainer.data}
+        if statistics and statistics["counted"] < trainer.nimg:
+            meta["statistics"] = statistics
+        for name in ("stats.jsonl", "log.txt"):  # what was recorded up to here survives a power cut too
+            if (self.run_dir / name).exists():
+                sync_file(self.run_dir / name)
+        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), meta)
+        self.saved = trainer.step
+        self._keep_newest()
+
+    def rescue(self) -> None:
+        """Save the state before an error ends the run, where that can be done."""
+        trainer = self.trainer
+        if not trainer.whole or trainer.step == self.saved or trainer.idle:
+            return
+        try:
+            if trainer.not_finite():
+                return
+            if not self.run_dir.exists():
+                self.run_dir.mkdir(parents=True)
+                self._write_options()
+            alone = trainer.process.world == 1  # the other processes may not answer any more
+            self.state(trainer.unfinished_statistics() if alone else None)
+        except Exception as error:
+            print(f"Warning: the state could not be saved: {one_line(error)}", file=sys.stderr)
+
+    def _keep_newest(self) -> None:
+        options = self.trainer.options
+
+        def kept(nimg: int) -> bool:
+            return passed(options, nimg, options.dump * options.keep_every)
+
+        checkpoint.keep_newest(self.run_dir, checkpoint.STATE, options.keep, kept)
 
     def _meta(self) -> dict:
-        return {"step": self.trainer.step, "network": self.trainer.network, "options": asdict(self.trainer.options)}
-
-    def _append(self, name: str, line: str) -> None:
-        with open(self.run_dir / name, "a") as file:
-            file.write(line + "\n")
+        trainer = self.trainer
+        return {
+            "step": trainer.step,
+            "network": trainer.network,
+            "classes": trainer.dataset.classes,
+            "options": asdict(trainer.options),
+        }
 
     def _drop_later_statistics(self) -> None:
-        """Keep of stats.jsonl what was written up to where training goes on.
+        """Keep of stats.jsonl what was written up to where training goes on: the rest comes again.
 
-        The rest comes again.
+        A line that is torn or another's is left out.
         """
         path = self.run_dir / "stats.jsonl"
-        if path.exists():
-            whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["kimg"] <= self.trainer.nimg / 1000]
-            write_atomic(path, "".join(kept).encode())
+        if not path.exists():
+            return
+        kept, last = [], -1.0
+        for line in read_file(path, MAX_STATISTICS).decode(errors="replace").split("\n")[:-1]:
+            kimg = _kimg_of(line)
+            if kimg is not None and last < kimg <= self.trainer.nimg / 1000:
+                kept.append(line + "\n")
+                last = kimg
+        write_atomic(path, "".join(kept).encode())
+
+
+def _kimg_of(line: str) -> float | None:
+    """The kimg of a line of stats.jsonl; None if it is not one."""
+    try:
+        kimg = json.loads(line)["kimg"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return kimg if type(kimg) in (int, float) else None

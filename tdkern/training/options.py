@@ -4,7 +4,7 @@ import inspect
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
-from ..fields import AT_LEAST_1, BELOW_1, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
+from ..fields import AT_LEAST_1, BELOW_1, EVEN, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
 from ..losses import Loss
 from ..losses.curricula import Exponential, Progressive
 from ..networks.presets import PRESETS
@@ -12,8 +12,18 @@ from ..networks.saved import PRECISIONS
 
 CURRICULA = {"progressive": Progressive, "exponential": Exponential}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
-# see `resumed`)
-FREE = ("data", "duration", "tick", "snap", "dump", "workers")
+# see `resumed`), and have no part in checksums
+FREE = (
+    "data",
+    "duration",
+    "tick",
+    "snap",
+    "dump",
+    "keep",
+    "keep_every",
+    "time_limit",
+    "workers",
+)
 
 
 def _consistency(family: Family) -> bool:
@@ -48,10 +58,13 @@ class Options:
         default_help="the process's share",
     )
     cbase: int | None = flag(
-        None, "Base width of the network.", within=POSITIVE, default_help="by --arch"
+        None, "Base width of the network.", within=EVEN, default_help="by --arch"
     )
     cres: list[int] | None = flag(  # noqa: RUF009  (its default is None)
-        None, "Width of each resolution, times the base.", default_help="by --arch"
+        None,
+        "Width of each resolution, times the base.",
+        within=POSITIVE,
+        default_help="by --arch",
     )
     lr: float = flag(1e-3, "Learning rate.", within=POSITIVE)
     lr_rampup_kimg: float | None = flag(
@@ -68,7 +81,7 @@ class Options:
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
     )
     dropout: float | None = flag(
-        None, "Dropout probability.", within=UNIT, default_help="by --family"
+        None, "Dropout probability.", within=BELOW_1, default_help="by --family"
     )
     augment: float = flag(
         0.12, "Probability of each augmentation, as in EDM; 0 for none.", within=UNIT, metavar="P"
@@ -155,6 +168,22 @@ class Options:
         "How often to save the training state; 0: at the end.",
         within=NOT_NEGATIVE,
         metavar="TICKS",
+    )
+    keep: int = flag(
+        1, "How many of the newest training states stay.", within=POSITIVE, metavar="K"
+    )
+    keep_every: int = flag(
+        0,
+        "Of every so many dumps the state stays for good; 0: of none.",
+        within=NOT_NEGATIVE,
+        metavar="N",
+    )
+    time_limit: float | None = flag(
+        None,
+        "Save the state and end after so many minutes, as at SIGTERM.",
+        within=POSITIVE,
+        metavar="MIN",
+        default_help="none",
     )
     seed: int = flag(0, "Random seed.", within=NOT_NEGATIVE)
     workers: int = flag(1, "Processes that read images.", within=NOT_NEGATIVE)

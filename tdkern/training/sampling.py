@@ -11,6 +11,10 @@ from ..samplers import SAMPLERS, ablation_sigmas, heun
 from ..samplers.ablation import RANGES
 
 
+class NotFinite(ValueError):
+    """Images that are not finite numbers, which would be saved as black ones."""
+
+
 def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
                     sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
     """The noise levels of so many steps of a sampler, all of which the network knows.
@@ -42,40 +46,131 @@ def preview_levels(net: torch.nn.Module) -> Tensor:
     return sampling_levels(net, default_sampler(net), PREVIEW_STEPS)[0]
 
 
-def sample(net: torch.nn.Module, network: dict, seeds: list[int], sigmas: Tensor, *, sampler=heun, class_idx: int | None = None, **options) -> Tensor:
-    """Draw one image for each seed, all in one batch.
+def choice(meta: dict) -> dict:
+    """What `sample` must be told of the labels of a network, by its snapshot's meta."""
+    return {"classes": meta["classes"]} if meta.get("classes") is not None else {}
+
+
+def sample(
+    net: torch.nn.Module,
+    network: dict,
+    seeds: list[int],
+    sigmas: Tensor,
+    *,
+    sampler=heun,
+    class_idx: int | None = None,
+    classes: list[int] | None = None,
+    labels: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """Draw one image a seed, all in one batch.
 
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1. It gives the latent, the class and the sampler's
-            noise through a CPU generator of its own, so an image depends on its seed and not on its
-            batch or device, beyond rounding.
+        seeds: one an image, each in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives
+            the latent, the class and the sampler's noise through a CPU generator of its own, so an
+            image depends on its seed and not on its batch or device, beyond rounding.
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
         class_idx: the class of all images; None draws one an image. For class-conditional networks.
+        classes: those that the network was trained on; None for all, [] if its labels are no classes.
+        labels: [B, label_dim], in place of drawn classes.
         **options: the sampler's own, such as S_churn or eta.
 
     Returns:
         [B, C, H, W] uint8 on the network's device.
 
     Raises:
-        ValueError: class_idx is not a class of the network.
+        ValueError: class_idx is not a class of the network, or a seed is out of its range.
+        NotFinite: an image is not finite; the message names the sampler's step.
     """
-    device = next(net.parameters()).device
-    label_dim = network["label_dim"]
-    if class_idx is not None and not 0 <= class_idx < label_dim:
+    if not all(0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"sample: a seed must be in 0 .. 2^64 - 1, got {min(seeds)} to {max(seeds)}")
+    _check_class(network["label_dim"], class_idx, classes, labels)
+
+    def run(wrap) -> Tensor:
+        draws = Draws(seeds, next(net.parameters()).device)
+        shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
+        x = draws.normal(torch.empty(len(seeds), *shape, dtype=torch.float64)) * float(sigmas[0])
+        given = labels
+        if network["label_dim"] and labels is None:
+            given = draws.labels(network["label_dim"], class_idx, classes)
+        noise = {"randn_like": draws.normal} if "randn_like" in signature(sampler).parameters else {}
+        given = None if given is None else given.to(x.device)
+        return sampler(wrap(partial(net, class_labels=given)), x, sigmas, **noise, **options)
+
+    images = run(lambda denoiser: denoiser)
+    if not images.isfinite().all():
+        watched = []  # the same once more, to see where it began
+        run(lambda denoiser: watched.append(Watched(denoiser)) or watched[0])
+        raise NotFinite(watched[0].report(sigmas))
+    return to_uint8(images)
+
+
+class Draws:
+    """The random numbers of images, each from a CPU generator of its own."""
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.device = device
+        signed = [seed if seed < 2**63 else seed - 2**64 for seed in seeds]  # as torch takes them
+        self.generators = [torch.Generator().manual_seed(seed) for seed in signed]
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Unit noise of a tensor's shape and dtype."""
+        shape, dtype = like.shape[1:], like.dtype
+        noise = [torch.randn(shape, generator=generator, dtype=dtype) for generator in self.generators]
+        return torch.stack(noise).to(self.device)
+
+    def labels(self, label_dim: int, class_idx: int | None, classes: list[int] | None) -> Tensor:
+        """One-hot labels [B, label_dim] of a class, or of one drawn from `classes`, or from all."""
+        count = len(classes) if classes and class_idx is None else label_dim
+        drawn = [int(torch.randint(count, (), generator=generator)) for generator in self.generators]
+        if class_idx is not None:
+            drawn = [class_idx] * len(drawn)
+        elif classes:
+            drawn = [classes[i] for i in drawn]
+        return torch.zeros(len(drawn), label_dim).scatter_(1, torch.tensor(drawn)[:, None], 1)
+
+
+def _check_class(label_dim: int, class_idx: int | None, classes: list[int] | None, labels: Tensor | None) -> None:
+    """Raises ValueError for a class, or none, where the network wants something else."""
+    if class_idx is not None and not label_dim:
+        raise ValueError(f"sample: class is for class-conditional networks, and this one has no classes, got {class_idx}")
+    if classes == [] and label_dim and labels is None:
+        raise ValueError("sample: the network's labels are vectors and no classes, so none can be drawn; "
+                         "give labels to tdkern.training.sample")
+    if class_idx is None:
+        return
+    if not 0 <= class_idx < label_dim:
         raise ValueError(f"sample: class must be one of the network's {label_dim} classes, counted from 0, got {class_idx}")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if classes and class_idx not in classes:
+        raise ValueError(f"sample: class {class_idx} had no image in training; classes with images are {_listed(classes)}")
 
-    def draw(like: Tensor) -> Tensor:
-        return torch.stack([torch.randn(like.shape[1:], generator=generator, dtype=like.dtype) for generator in generators]).to(device)
 
-    shape = (len(seeds), network["img_channels"], network["img_resolution"], network["img_resolution"])
-    x = draw(torch.empty(shape, dtype=torch.float64)) * float(sigmas[0])
-    labels = None
-    if label_dim:
-        drawn = [int(torch.randint(label_dim, (), generator=generator)) for generator in generators]
-        labels = torch.eye(label_dim, device=device)[drawn if class_idx is None else [class_idx] * len(seeds)]
-    noise = {"randn_like": draw} if "randn_like" in signature(sampler).parameters else {}
-    return to_uint8(sampler(partial(net, class_labels=labels), x, sigmas, **noise, **options))
+def _listed(numbers: list[int]) -> str:
+    """The first of some numbers."""
+    return ", ".join([str(number) for number in numbers[:10]] + ["..."] * (len(numbers) > 10))
+
+
+class Watched:
+    """A denoiser that remembers the noise levels at which its answers were finite or not."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.calls = denoiser, []
+
+    def __call__(self, x: Tensor, sigma: Tensor, *args, **kwargs) -> Tensor:
+        denoised = self.denoiser(x, sigma, *args, **kwargs)
+        level = float(torch.as_tensor(sigma, dtype=torch.float64).flatten()[0])
+        self.calls.append((level, bool(denoised.isfinite().all())))
+        return denoised
+
+    def report(self, sigmas: Tensor) -> str:
+        """In words, where a sampler's images of these levels stopped being finite."""
+        steps = max(len(sigmas) - 1, 1)
+        level = next((level for level, finite in self.calls if not finite), None)
+        if level is None:
+            return f"sample: the network's images are not finite after the sampler's step {steps} of {steps}"
+        step = int((sigmas[:steps].double().cpu() >= level * (1 - 1e-6)).sum())
+        return (f"sample: the network's images are not finite from the sampler's step {max(step, 1)} "
+                f"of {steps} on, at noise level {level:.4g}")

@@ -1,0 +1,220 @@
+"""Data sets made of other collections of images: in parallel, resumable, with a report."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .collect import Collection
+from .files import beside, open_new, read_file, sync_directory, write_atomic
+from .resize import LeftOut, resized
+from .source import DatasetError, packed_name
+
+CHUNK = 500  # images that are made, and kept from being made again, together
+MAX_PLAN = 1 << 16  # bytes
+MAX_LISTED = 20  # images left out that the report names, of a reason
+
+
+class Settings(NamedTuple):
+    """How images become alike; see `resize.resized`."""
+
+    size: int | None
+    fit: str
+    grey: bool
+
+
+class Report(NamedTuple):
+    """What became of a collection."""
+
+    count: int  # images in the data set
+    shape: tuple[int, int, int]
+    left_out: dict[str, list[str]]  # names by reason
+
+    def lines(self) -> list[str]:
+        """In words."""
+        total = sum(map(len, self.left_out.values()))
+        lines = [f"{self.count} images {list(self.shape)}; {total} left out"]
+        for reason, names in sorted(self.left_out.items()):
+            some = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+            lines.append(f"{len(names)} {reason}: {some}")
+        return lines
+
+
+def pack(
+    collection: Collection,
+    dest: Path,
+    settings: Settings,
+    *,
+    workers: int = 1,
+    most: int | None = None,
+    progress: Callable[[Iterator, int], Iterator] = lambda parts, total: parts,
+) -> Report:
+    """Make a data set of a collection.
+
+    What is done is kept in DEST.partial until all is, so that a call that was killed goes on.
+
+    Args:
+        collection: the images.
+        dest: a new .zip, in EDM's layout, or a .npy file of pixels [N, C, H, W] uint8, which
+            training maps into memory; its labels are in a .json beside it.
+        settings: how images become alike.
+        workers: processes.
+        most: images to take, the first; None takes all.
+        progress: wraps the parts as they are done, and gets their number.
+
+    Raises:
+        DatasetError: `dest` is there, no image is left, or images are of several sizes.
+    """
+    if dest.suffix not in (".zip", ".npy"):
+        raise DatasetError(f"{dest}: must end in .zip or .npy")
+    if dest.exists():
+        raise DatasetError(f"{dest}: is there already; remove it or give another name")
+    count = min(len(collection.names), most or len(collection.names))
+    partial_dir = dest.with_name(f"{dest.name}.partial")
+    _begin(partial_dir, collection.names[:count], settings)
+    spans = [(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
+    todo = [span for span in spans if not _part(partial_dir, span).exists()]
+    work = (collection, partial_dir, settings)
+    with multiprocessing.get_context("fork").Pool(workers, _begin_work, work) as pool:
+        for _ in progress(pool.imap(_make_part, todo), len(todo)):
+            pass
+    report = _join(partial_dir, spans, collection, dest)
+    shutil.rmtree(partial_dir)
+    return report
+
+
+def _begin(folder: Path, names: list[str], settings: Settings) -> None:
+    """Make the folder of parts, or see that the parts in it are of the same work."""
+    digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
+    plan = json.dumps({"names": digest, **settings._asdict()}).encode()
+    file = folder / "plan.json"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        write_atomic(file, plan)
+    elif not file.exists() or read_file(file, MAX_PLAN) != plan:
+        raise DatasetError(
+            f"{folder}: holds parts of other work; remove it, or give the images and flags of then"
+        )
+
+
+def _part(folder: Path, span: tuple[int, int]) -> Path:
+    return folder / f"part-{span[0]:09d}.npz"
+
+
+def _begin_work(*work) -> None:
+    """In a new process, keep what all its parts are made of."""
+    global _work
+    _work = work
+
+
+def _make_part(span: tuple[int, int]) -> None:
+    """Write the images of a span, as far as they can be taken, with why the others cannot."""
+    collection, folder, settings = _work
+    images, numbers, left_out = [], [], []
+    for i in range(*span):
+        try:
+            image = resized(collection.read(i), *settings)
+        except (LeftOut, DatasetError) as error:
+            left_out.append([i, str(error) if isinstance(error, LeftOut) else "not readable"])
+            continue
+        if images and image.shape != images[0].shape:
+            left_out.append([i, f"of the size {image.shape[2]}x{image.shape[1]}"])
+            continue
+        images.append(image)
+        numbers.append(i)
+    file = io.BytesIO()
+    pixels = np.stack(images) if images else np.zeros((0, 0, 0, 0), np.uint8)
+    np.savez(
+        file, pixels=pixels, numbers=np.array(numbers, np.int64), left_out=json.dumps(left_out)
+    )
+    write_atomic(_part(folder, span), file.getvalue())
+
+
+def _parts(
+    folder: Path, spans: list[tuple[int, int]]
+) -> Iterator[tuple[np.ndarray, list[int], list]]:
+    """Of every part the pixels, the numbers of their images, and what was left out."""
+    for span in spans:
+        with np.load(_part(folder, span), allow_pickle=False) as part:
+            yield part["pixels"], part["numbers"].tolist(), json.loads(str(part["left_out"]))
+
+
+def _join(folder: Path, spans: list, collection: Collection, dest: Path) -> Report:
+    """Write the data set of all parts: of the most common shape, if there are several."""
+    left_out, shapes = {}, Counter()
+    for pixels, numbers, others in _parts(folder, spans):
+        shapes[pixels.shape[1:]] += len(numbers)
+        for i, reason in others:
+            left_out.setdefault(reason, []).append(collection.names[i])
+    shapes.pop((0, 0, 0), None)
+    if not shapes:
+        reasons = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
+        raise DatasetError(f"{dest}: no image is left: {reasons}")
+    shape = shapes.most_common(1)[0][0]
+    kept = []
+    for pixels, numbers, _ in _parts(folder, spans):
+        if pixels.shape[1:] == shape:
+            kept += numbers
+        else:
+            reason = f"of the size {pixels.shape[3]}x{pixels.shape[2]}"
+            left_out.setdefault(reason, []).extend(collection.names[i] for i in numbers)
+    chosen = (pixels for pixels, _, _ in _parts(folder, spans) if pixels.shape[1:] == shape)
+    labels = None if collection.labels is None else [collection.labels[i] for i in kept]
+    write = _write_zip if dest.suffix == ".zip" else _write_npy
+    write(dest, chosen, len(kept), shape, labels)
+    return Report(len(kept), shape, left_out)
+
+
+def _table(labels: list | None) -> bytes:
+    """dataset.json."""
+    pairs = None if labels is None else [[packed_name(i), label] for i, label in enumerate(labels)]
+    return json.dumps({"labels": pairs}).encode()
+
+
+def _write_zip(dest: Path, parts: Iterator, count: int, shape: tuple, labels: list | None) -> None:
+    import PIL.Image
+
+    unfinished, i = beside(dest), 0
+    try:
+        with open(open_new(unfinished), "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                for pixels in parts:
+                    for image in pixels:
+                        png = io.BytesIO()
+                        array = image[0] if shape[0] == 1 else image.transpose(1, 2, 0)
+                        PIL.Image.fromarray(array).save(png, format="png", compress_level=4)
+                        archive.writestr(packed_name(i), png.getvalue())
+                        i += 1
+                archive.writestr("dataset.json", _table(labels))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(unfinished, dest)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync_directory(dest.parent)
+
+
+def _write_npy(dest: Path, parts: Iterator, count: int, shape: tuple, labels: list | None) -> None:
+    unfinished = beside(dest)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    try:
+        with open(open_new(unfinished), "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for pixels in parts:
+                file.write(np.ascontiguousarray(pixels).data)
+            file.flush()
+            os.fsync(file.fileno())
+        write_atomic(dest.with_suffix(".json"), _table(labels))
+        os.rename(unfinished, dest)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    sync_directory(dest.parent)
