@@ -4,8 +4,8 @@ import platform
 import numpy
 import torch
 
-from . import _library
 from ._version import __version__
+from .ops import _backends
 
 
 def info() -> dict:
@@ -33,7 +33,7 @@ def info() -> dict:
         "triton": triton_version,
         "numpy": numpy.__version__,
         "python": platform.python_version(),
-        "backends": dict(_library.MISSING),
+        "backends": dict(_backends.MISSING),
         "build": build,
         "devices": ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

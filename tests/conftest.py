@@ -9,13 +9,13 @@ if torch.cuda.device_count() == 0:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     os.environ.setdefault("TDKERN_CUDA_HOST", str(Path(__file__).parents[1] / "build/host/libtdkern_host.so"))
 
-from tdkern import _library
+from tdkern.ops import _backends
 
 
 def _params(backends):
-    built = (_library.LIB_DIR / "libtdkern_cpu.so").exists()  # then the C++ backend has to work: never skipped
+    built = (_backends.LIB_DIR / "libtdkern_cpu.so").exists()  # then the C++ backend has to work: never skipped
     for name in backends:
-        missing = _library.MISSING[name]
+        missing = _backends.MISSING[name]
         yield pytest.param(name, marks=pytest.mark.skipif(bool(missing) and not (name == "cpp" and built), reason=missing))
 
 
@@ -43,13 +43,13 @@ def unwritten_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=_params(_library.BACKENDS))
+@pytest.fixture(params=_params(_backends.BACKENDS))
 def backend(request, unwritten_is_nan):
     """Each backend; skipped with the reason where it is missing."""
     return request.param
 
 
-@pytest.fixture(params=_params(_library.COMPILED))
+@pytest.fixture(params=_params(_backends.COMPILED))
 def compiled(request, unwritten_is_nan):
     """Each backend but the reference."""
     return request.param

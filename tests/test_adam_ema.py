@@ -9,8 +9,7 @@ import pytest
 import torch
 from cases import DTYPES, channels_last, device_of, gaps, offset, swapped
 
-from tdkern import _library
-from tdkern.ops import adam_ema_, found_inf
+from tdkern.ops import _backends, adam_ema_, found_inf
 from tdkern.optim import AdamEMA
 
 SHAPES = [(1003,), (3, 5, 7, 2), (), (0,), (40, 5), (4097,)]
@@ -177,14 +176,14 @@ def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):
 
 @pytest.mark.parametrize("compiled_backend", ["cpp", "triton"])
 def test_opcheck_and_compile(compiled_backend):
-    if _library.MISSING[compiled_backend] or device_of(compiled_backend) != "cpu":
+    if _backends.MISSING[compiled_backend] or device_of(compiled_backend) != "cpu":
         pytest.skip("on the CPU only")
     lists = problem("float32", "cpu", 2, [(3, 5), (7,)])
     flat = [avg for average in lists[5] for avg in average]
     scalar = torch.tensor(0.5)
     arguments = (*lists[:5], flat, torch.tensor(DECAYS[:2]), scalar, torch.tensor(0.0), None, None, torch.tensor(0), 0.9, 0.99, 1e-8, 0.1, True)
-    torch.library.opcheck(_library.op("adam_ema_", compiled_backend), arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(_library.op("found_inf", compiled_backend), (lists[1],), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_backends.op("adam_ema_", compiled_backend), arguments, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_backends.op("found_inf", compiled_backend), (lists[1],), test_utils=("test_schema", "test_faketensor"))
     expected = widened(lists)
     adam_ema_(*expected, lr=0.5, backend="reference")
     step = torch.compile(lambda *lists: adam_ema_(*lists, lr=scalar, backend=compiled_backend), fullgraph=True, backend="aot_eager")
@@ -218,7 +217,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments(what):
     change, message = BAD[what]
-    for backend in ["auto"] if "backend" in change else [name for name in ("cpp", "reference") if not _library.MISSING[name]]:
+    for backend in ["auto"] if "backend" in change else [name for name in ("cpp", "reference") if not _backends.MISSING[name]]:
         arguments = bad(**{"backend": backend, **change})
         before = copy.deepcopy(arguments["params"])
         with pytest.raises(ValueError) as error:

@@ -18,12 +18,12 @@ import pytest
 import torch
 
 import tdkern
-from tdkern import _library, schedules
+from tdkern import schedules
 from tdkern.ops import _backends
 
 PACKAGE = Path(tdkern.__file__).parent
 ROOT = Path(__file__).parents[1]
-CUDA = _library.LIB_DIR / "libtdkern_cuda.so"
+CUDA = _backends.LIB_DIR / "libtdkern_cuda.so"
 needs_cuda_build = pytest.mark.skipif(not CUDA.exists(), reason="built without nvcc")
 
 
@@ -34,11 +34,11 @@ def python(code: str, path: Path, **env) -> str:
 
 
 def test_the_compiled_part_is_here():
-    assert _library.MISSING["cpp"] == "", _library.MISSING["cpp"]
+    assert _backends.MISSING["cpp"] == "", _backends.MISSING["cpp"]
     if shutil.which("nvcc"):
         assert CUDA.exists(), "nvcc is here, but the CUDA library was not built"
-    if _library.CUDA_HOST:
-        assert _library.MISSING["cuda"] == "", _library.MISSING["cuda"]
+    if _backends.CUDA_HOST:
+        assert _backends.MISSING["cuda"] == "", _backends.MISSING["cuda"]
 
 
 @needs_cuda_build
@@ -60,7 +60,7 @@ for name in names:
 def test_no_cuda_kernel_spills():
     """ptxas' own report, kept by the build for every kernel and architecture."""
     sources = {path.stem for path in (PACKAGE.parent / "csrc/cuda").glob("*.cu")}
-    reports = {path.stem: path.read_text() for path in (_library.LIB_DIR / "ptxas").glob("*.txt")}
+    reports = {path.stem: path.read_text() for path in (_backends.LIB_DIR / "ptxas").glob("*.txt")}
     assert sources <= reports.keys(), "a source without a report: build again"
     for stem in sources:
         spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", reports[stem])
@@ -197,8 +197,8 @@ def test_backends_refuse_by_name(monkeypatch):
     with pytest.raises(ValueError, match="td_loss: backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"):
         tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="fast")
     monkeypatch.setattr(_backends, "CUDA_HOST", None)
-    monkeypatch.setitem(_library.MISSING, "cuda", _backends._missing_cuda())
-    if _library.MISSING["cuda"]:
+    monkeypatch.setitem(_backends.MISSING, "cuda", _backends._missing_cuda())
+    if _backends.MISSING["cuda"]:
         with pytest.raises(RuntimeError, match=r"td_loss: backend 'cuda' is not available: .*torch"):
             tdkern.td_loss(zeros, zeros, zeros, torch.zeros(1, 8), backend="cuda")
 

@@ -16,8 +16,7 @@ import torch
 from cases import CASES, DTYPES, F64, inputs, offset, with_gradient
 
 import tdkern
-from tdkern import _library
-from tdkern.ops import adam_ema_
+from tdkern.ops import _backends, adam_ema_
 
 ROOT = Path(__file__).parents[1]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
@@ -75,7 +74,7 @@ def adam_ema():
 CALLS = {function.__name__: function for function in (adam_ema, ema_update, heun_step, noise_pair, td_coef, td_loss)}
 
 
-@pytest.mark.skipif(not _library.CUDA_HOST, reason="there is a GPU, on which the CUDA kernels run")
+@pytest.mark.skipif(not _backends.CUDA_HOST, reason="there is a GPU, on which the CUDA kernels run")
 @pytest.mark.parametrize("op", sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")))
 def test_no_result_depends_on_the_order_of_threads(op, monkeypatch):
     """A kernel without one of the barriers it needs, or whose blocks write one place, gives other bits in another order."""

@@ -11,7 +11,7 @@ import torch
 from cases import DTYPES, channels_last, device_of, gaps, offset, swapped
 
 import tdkern
-from tdkern import _library
+from tdkern.ops import _backends
 
 SHAPES = [(5, 7), (1,), (), (0,), (2, 3, 4, 5), (3, 0, 2), (8193,), (16,), (64, 3, 3, 3)]
 DECAYS = [0.999, 0.3, 0.0, 1.0, 0.75]
@@ -46,7 +46,7 @@ def check(averages, expected, backend):
     for average, wanted in zip(averages, expected, strict=True):
         for avg, want in zip(average, wanted, strict=True):
             eps = torch.finfo(avg.dtype).eps
-            if backend == "triton" and _library.interpreted() and avg.dtype == torch.bfloat16:
+            if backend == "triton" and _backends.interpreted() and avg.dtype == torch.bfloat16:
                 eps *= 2  # the interpreter cuts off instead of rounding
             torch.testing.assert_close(avg.double().cpu(), want, rtol=eps, atol=4 * eps if avg.dtype in (torch.float32, torch.float64) else eps / 1000)
 
@@ -115,7 +115,7 @@ def test_decay_0_copies_whatever_the_average_held(backend, dtypes):
 
 def test_thousands_of_tiny_tensors_and_many_averages(backend):
     """More tensors than one launch's table holds, more averages than its arguments."""
-    count = 20 if backend == "triton" and _library.interpreted() else 400
+    count = 20 if backend == "triton" and _backends.interpreted() else 400
     averages, params = lists("float32", device_of(backend), 19, [(i % 4,) for i in range(count)])
     decays = [i / 19 for i in range(19)]
     expected = oracle(averages, params, decays)
@@ -153,7 +153,7 @@ def test_autograd_notices_the_write(backend):
 def test_opcheck(compiled):
     averages, params = lists("float32", device_of(compiled), 2, [(3, 5), (0,), (7,)])
     flat = [avg for average in averages for avg in average]
-    torch.library.opcheck(_library.op("ema_update_", compiled), (flat, [param.detach() for param in params], torch.tensor([0.5, 0.9])),
+    torch.library.opcheck(_backends.op("ema_update_", compiled), (flat, [param.detach() for param in params], torch.tensor([0.5, 0.9])),
                           test_utils=("test_schema", "test_faketensor"))
 
 
@@ -225,7 +225,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments(what):
     (averages, params, decays, *rest), message = BAD[what]
-    for backend in rest or [name for name in ("cpp", "reference") if not _library.MISSING[name]]:
+    for backend in rest or [name for name in ("cpp", "reference") if not _backends.MISSING[name]]:
         with pytest.raises(ValueError) as error:
             tdkern.ema_update_(averages, params, decays, backend=backend)
         assert str(error.value) == f"ema_update_: {message}"
@@ -235,8 +235,8 @@ def test_bad_arguments(what):
 @pytest.mark.parametrize("shape", [(), (0,), (3,)])
 def test_triton_takes_scalars_of_the_cpu_to_a_device(shape):
     """None of them too, as adam_ema_'s decays without averages are. No copy, which a graph's capture would refuse."""
-    if _library.MISSING["triton"]:
-        pytest.skip(_library.MISSING["triton"])
+    if _backends.MISSING["triton"]:
+        pytest.skip(_backends.MISSING["triton"])
     from tdkern.triton.lists import on_device
 
     with torch.profiler.profile() as trace:

@@ -9,7 +9,8 @@ import torch
 from cases import BF16, F16, F32, F64, batch_inside, channels_last, device_of, gaps, odd_ones, offset, one_for_all, rows, swapped
 
 import tdkern
-from tdkern import _library, reference
+from tdkern import reference
+from tdkern.ops import _backends
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter masks out afterwards
 COEF = (2.0, 0.06, 0.48, -0.7, 0.9, 0.37)  # sigma, skip, scale, h, churn, c_in
@@ -77,12 +78,12 @@ def judge(x_next, net_input, args, net_dtype, truncates=False):
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda dtypes: "-".join(str(dtype).removeprefix("torch.") for dtype in dtypes))
 @pytest.mark.parametrize("name", CASES)
 def test_heun_step(compiled, name, dtypes, kind):
-    if compiled == "triton" and _library.interpreted() and name not in ("odd", "misaligned") and dtypes not in (DTYPES[0], DTYPES[5]):
+    if compiled == "triton" and _backends.interpreted() and name not in ("odd", "misaligned") and dtypes not in (DTYPES[0], DTYPES[5]):
         pytest.skip("the interpreter takes its time: every layout with two dtypes, every dtype with two layouts")
     args = inputs(name, kind, dtypes, device_of(compiled))
     copies = [arg if arg is None else arg.clone() for arg in args]
     x_next, net_input = tdkern.heun_step(*args, net_dtype=dtypes[2], backend=compiled)
-    judge(x_next, net_input, args, dtypes[2], truncates=compiled == "triton" and _library.interpreted())
+    judge(x_next, net_input, args, dtypes[2], truncates=compiled == "triton" and _backends.interpreted())
     assert all(arg is copy or torch.equal(arg, copy) for arg, copy in zip(args, copies, strict=True))
 
 
@@ -91,7 +92,7 @@ def test_heun_step(compiled, name, dtypes, kind):
 @pytest.mark.parametrize("state", [F32, F64])
 def test_heun_step_every_combination_of_dtypes(compiled, net, state, net_dtype):
     args = inputs(dtypes=(net, state, net_dtype), device=device_of(compiled))
-    judge(*tdkern.heun_step(*args, net_dtype=net_dtype, backend=compiled), args, net_dtype, truncates=compiled == "triton" and _library.interpreted())
+    judge(*tdkern.heun_step(*args, net_dtype=net_dtype, backend=compiled), args, net_dtype, truncates=compiled == "triton" and _backends.interpreted())
 
 
 def test_heun_step_is_algorithm_2(backend):
@@ -141,7 +142,7 @@ def test_heun_step_has_no_gradient(backend):
 def test_heun_step_opcheck(compiled, name):
     for kind, net_dtype in (("euler", BF16), ("correction, noise", None)):
         args = (*inputs(name, kind, device=device_of(compiled)), net_dtype)
-        torch.library.opcheck(_library.op("heun_step", compiled), args, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(_backends.op("heun_step", compiled), args, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("net_dtype", [F32, None])
@@ -160,8 +161,8 @@ def test_heun_step_in_torch_compile(compiled, net_dtype):
 
 
 def test_heun_step_does_not_depend_on_threads():
-    if _library.MISSING["cpp"] and not (_library.LIB_DIR / "libtdkern_cpu.so").exists():
-        pytest.skip(_library.MISSING["cpp"])
+    if _backends.MISSING["cpp"] and not (_backends.LIB_DIR / "libtdkern_cpu.so").exists():
+        pytest.skip(_backends.MISSING["cpp"])
     threads, results = torch.get_num_threads(), []
     random = torch.Generator().manual_seed(0)
     F, x, x_hat, noise = torch.randn(4, 1_000_001, generator=random, dtype=F64)
@@ -207,7 +208,7 @@ print(json.dumps(result))
 def test_heun_step_in_a_cuda_graph():
     """A replay takes the numbers that coef has then."""
     for backend in ("cuda", "triton"):
-        if not _library.MISSING[backend]:
+        if not _backends.MISSING[backend]:
             args = inputs(device="cuda")
             step = lambda args=args, backend=backend: tdkern.heun_step(*args, net_dtype=BF16, backend=backend)  # noqa: E731
             step()  # Triton compiles before the capture

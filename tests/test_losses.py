@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdkern._library import resolve
 from tdkern.losses import EDMLoss, TDEDMLoss
+from tdkern.ops._backends import resolve
 from tdkern.preconditioning import EDM, Eps
 
 DATA = Path(__file__).parent / "data"

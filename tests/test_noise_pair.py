@@ -13,9 +13,10 @@ import torch
 from cases import BF16, F16, F32, F64, batch_inside, channels_last, device_of, gaps, offset, one_for_all, one_for_row, rows, swapped
 
 import tdkern
-from tdkern import _library, reference
+from tdkern import reference
+from tdkern.ops import _backends
 from tdkern.ops._dtypes import STORAGE_PAIRS as DTYPES
-from tdkern.ops.noise_pair import _empty
+from tdkern.ops.noise_pair import output_like
 from tdkern.reference import philox
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of Triton's interpreter: products that wrap around
@@ -50,7 +51,7 @@ def draws(n_samples, n, dtype=F32, seed=SEED, step=0, coupling="markov"):
 
 def truncates(backend, dtype):
     """Triton's interpreter cuts bfloat16 off instead of rounding it."""
-    return backend == "triton" and _library.interpreted() and dtype == BF16
+    return backend == "triton" and _backends.interpreted() and dtype == BF16
 
 
 # ---- the reference --------------------------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def judge(backend, x0, coupling, net_dtype):
     alone = tdkern.noise_pair(x0, *args, coupling=coupling, seed=SEED, offset=STEP, backend=backend)
     assert all(torch.equal(one, other) for one, other in zip(got, alone, strict=False)) and len(alone) == 2
     for actual, target, dtype in zip(got, expected, (x0.dtype, x0.dtype, net_dtype, net_dtype), strict=True):
-        assert actual.dtype == dtype and actual.shape == x0.shape and actual.stride() == _empty(x0, dtype).stride()
+        assert actual.dtype == dtype and actual.shape == x0.shape and actual.stride() == output_like(x0, dtype).stride()
         once = EPS[dtype] * (2 if truncates(backend, dtype) else 1)
         wide = EPS[F64] if x0.dtype == F64 else EPS[F32]  # of the arithmetic, some roundings on numbers below 32
         torch.testing.assert_close(actual.double(), target, rtol=1.01 * once if dtype in (BF16, F16) else 0, atol=64 * wide + (2.0**-25 if dtype == F16 else 0))
@@ -155,7 +156,7 @@ def test_noise_pair_channels_last_of_several_chunks(compiled, shape):
 
 def test_normals_are_float64s_to_rounding(compiled):
     """The bounds that the docstring states. u near 1, where float32 has no digits left, is among 2^20 draws to within 2^-20."""
-    blocks = 2**8 if compiled == "triton" and _library.interpreted() else 2**18
+    blocks = 2**8 if compiled == "triton" and _backends.interpreted() else 2**18
     one, zero = torch.ones(4, dtype=F64, device=device_of(compiled)), torch.zeros(4, blocks, device=device_of(compiled))
     expected = philox.normals(4, blocks, 7, device=zero.device)
     for dtype, bound in ((F32, 5e-7), (F64, 1e-14)):
@@ -279,9 +280,9 @@ def op_arguments(x0, shared=False, net_dtype=F32, tensors=True, scales=True):
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "swapped", "gaps"])
 def test_noise_pair_opcheck(compiled, layout):
     x0 = LAYOUTS[layout](clean((4, 3, 5, 7), F32, device_of(compiled)))
-    torch.library.opcheck(_library.op("noise_pair", compiled), op_arguments(x0))
-    torch.library.opcheck(_library.op("noise_pair", compiled), op_arguments(x0, True, BF16, tensors=False, scales=False))
-    torch.library.opcheck(_library.op("noise_pair", compiled), op_arguments(x0[:0]))
+    torch.library.opcheck(_backends.op("noise_pair", compiled), op_arguments(x0))
+    torch.library.opcheck(_backends.op("noise_pair", compiled), op_arguments(x0, True, BF16, tensors=False, scales=False))
+    torch.library.opcheck(_backends.op("noise_pair", compiled), op_arguments(x0[:0]))
 
 
 def test_noise_pair_in_torch_compile(compiled):
@@ -329,9 +330,9 @@ print(digest.hexdigest())
 
 
 def test_noise_pair_same_bits_on_lesser_processors():
-    if _library.MISSING["cpp"]:
-        pytest.skip(_library.MISSING["cpp"])
-    root = str(_library.LIB_DIR.parent.parent)
+    if _backends.MISSING["cpp"]:
+        pytest.skip(_backends.MISSING["cpp"])
+    root = str(_backends.LIB_DIR.parent.parent)
     digests = set()
     for isa in ("avx512", "avx2", "base"):
         env = os.environ | {"TDKERN_CPU_ISA": isa, "PYTHONPATH": root, "TRITON_INTERPRET": "0"}  # without Triton's import
@@ -343,8 +344,8 @@ def test_noise_pair_same_bits_on_lesser_processors():
 
 @pytest.mark.parametrize("shape", [(3, 40_001), (5000, 6), (40, 3, 32, 32)])
 def test_noise_pair_does_not_depend_on_threads(shape):
-    if _library.MISSING["cpp"]:
-        pytest.skip(_library.MISSING["cpp"])
+    if _backends.MISSING["cpp"]:
+        pytest.skip(_backends.MISSING["cpp"])
     threads, results = torch.get_num_threads(), set()
     try:
         for count in (1, 2, 3):

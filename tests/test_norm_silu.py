@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from cases import BF16, F16, F32, F64, device_of
 
-from tdkern import _library
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet, half
+from tdkern.ops import _backends
 
-pytestmark = pytest.mark.skipif(bool(_library.MISSING["triton"]), reason=_library.MISSING["triton"])
+pytestmark = pytest.mark.skipif(bool(_backends.MISSING["triton"]), reason=_backends.MISSING["triton"])
 SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (3, 128, 16, 16), (2, 36, 1, 1), (2, 192, 9, 9),
           (0, 8, 4, 4), (1, 8, 72, 71)]  # more tiles than groups_kernel holds at a time
 EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}

@@ -6,8 +6,7 @@ import torch
 from cases import device_of
 
 import tdkern
-from tdkern import _library
-from tdkern.ops import OPS, adam_ema_, tensors_of
+from tdkern.ops import OPS, _backends, adam_ema_, tensors_of
 from tdkern.ops._checks import refuse_overlap
 
 N = 6
@@ -112,12 +111,12 @@ def test_what_does_not_overlap_is_taken(backend):
 
 @pytest.mark.parametrize("name", ["cpp", "cuda"])
 def test_the_gradient_of_td_loss_refuses(name):
-    if _library.MISSING[name] or device_of(name) != "cpu":
-        pytest.skip(_library.MISSING[name] or "on the CPU alone")
+    if _backends.MISSING[name] or device_of(name) != "cpu":
+        pytest.skip(_backends.MISSING[name] or "on the CPU alone")
     arguments = OPS["td_loss"].example(shape=(3, N))
     rest = (*arguments.values(), False, False)
     upstream = torch.full((3, 2), 0.5)
-    backward = _library.op("td_loss_backward_", name)
+    backward = _backends.op("td_loss_backward_", name)
     with pytest.raises(
         RuntimeError, match="td_loss_backward_: a tensor that is written overlaps itself"
     ):
@@ -133,8 +132,8 @@ def test_the_gradient_of_td_loss_refuses(name):
 def test_both_languages_have_the_same_rules():
     """The check in Python, on its own, agrees with what the C++ op does on views of one buffer,
     drawn at random."""
-    if _library.MISSING["cpp"]:
-        pytest.skip(_library.MISSING["cpp"])
+    if _backends.MISSING["cpp"]:
+        pytest.skip(_backends.MISSING["cpp"])
     random = torch.Generator().manual_seed(0)
     refused = 0
     for _ in range(300):
@@ -144,7 +143,7 @@ def test_both_languages_have_the_same_rules():
         answers = []
         for refuse in (
             lambda views=views: refuse_overlap("x", {"a": views[:1]}, {"b": views[1:]}),
-            lambda views=views: _library.op("ema_update_", "cpp")(
+            lambda views=views: _backends.op("ema_update_", "cpp")(
                 views[:1], views[1:], torch.tensor([0.5])
             ),
         ):

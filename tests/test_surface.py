@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tdkern
-from tdkern import _library, reference
+from tdkern import reference
 from tdkern.losses import EDMLoss, TDEDMLoss
-from tdkern.ops import adam_ema_, found_inf
+from tdkern.ops import _backends, adam_ema_, found_inf
 from tdkern.ops._dtypes import STORAGE_PAIRS as PAIR_DTYPES
 from tdkern.ops._schemas import SCHEMAS
 from tdkern.ops.td_loss import BASES, NORMS
@@ -60,7 +60,7 @@ short_lists = st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=1, max_
 
 def for_all(backend, **strategies):
     """Runs the test for examples of the strategies, the same ones every time; few where every one is slow."""
-    count = 6 if backend == "triton" and _library.interpreted() else 60 if backend == "cpp" else 25
+    count = 6 if backend == "triton" and _backends.interpreted() else 60 if backend == "cpp" else 25
     limits = settings(max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     return lambda test: limits(given(**strategies)(test))
 
@@ -85,7 +85,7 @@ def test_any_td_loss(compiled):
         got = with_gradient(lambda *args: tdkern.td_loss(*args, base=base, **norm, backend=compiled), args, upstream)
         plain = with_gradient(lambda *args: reference.td_loss(*args, base, **norm), args, upstream)
         for actual, expected, other in zip(got, oracle(args, base, upstream, **norm), plain, strict=True):
-            check(*(t.reshape(1, -1) for t in (actual, expected, other)), truncates=compiled == "triton" and _library.interpreted() and actual.dtype == BF16)
+            check(*(t.reshape(1, -1) for t in (actual, expected, other)), truncates=compiled == "triton" and _backends.interpreted() and actual.dtype == BF16)
 
     holds()
 
@@ -118,7 +118,7 @@ def test_any_heun_step(compiled):
         args = tensors[0], tensors[1], coef, tensors[2] if x_hat else None, tensors[3] if noise else None
         result = tdkern.heun_step(*args, net_dtype=net_dtype, backend=compiled)
         if math.prod(shape) > 0:
-            test_heun_step.judge(*result, args, net_dtype, truncates=compiled == "triton" and _library.interpreted())
+            test_heun_step.judge(*result, args, net_dtype, truncates=compiled == "triton" and _backends.interpreted())
 
     holds()
 
@@ -188,7 +188,7 @@ def test_opcheck_of_every_op(compiled):
     }
     assert calls.keys() == SCHEMAS.keys()
     for name, arguments in calls.items():
-        torch.library.opcheck(_library.op(name, compiled), arguments)
+        torch.library.opcheck(_backends.op(name, compiled), arguments)
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -312,7 +312,7 @@ def test_td_loss_in_a_cuda_graph(name):
     """Forward and backward in one graph; a replay takes the tensors as they are then."""
     case = CASES[name]
     for backend in ("cuda", "triton"):
-        if not _library.MISSING[backend]:
+        if not _backends.MISSING[backend]:
             args, upstream = inputs(name, device="cuda"), torch.linspace(0, 2, 2 * case.shape[0], device="cuda").view(-1, 2)
             loss = lambda *a, b=backend: tdkern.td_loss(*a, base=case.base, **case.norm, backend=b)  # noqa: E731
             with_gradient(loss, args, upstream)  # Triton compiles before the capture
@@ -369,8 +369,8 @@ def test_evaluating_a_loss_takes_one_dF(loss):
 
 def test_a_large_output_lies_on_large_pages():
     """A mapping's flags, hg among them, stand in smaps behind its range."""
-    if _library.MISSING["cpp"] or not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
-        pytest.skip(_library.MISSING["cpp"] or "this system has no transparent huge pages")
+    if _backends.MISSING["cpp"] or not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip(_backends.MISSING["cpp"] or "this system has no transparent huge pages")
     out = torch.ones(3, 3 * 2**20, requires_grad=True)  # 36 MB
     coef = torch.tensor([[0.0, 1, 0, 1, 1, 1, 0, 1]]).expand(3, 8).contiguous()
     dF, = torch.autograd.grad(tdkern.td_loss(out, torch.zeros(()).expand(out.shape), torch.zeros(()).expand(out.shape), coef, backend="cpp").sum(), out)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from cases import device_of
 
-from tdkern import _library, td_coef
+from tdkern import td_coef
+from tdkern.ops import _backends
 from tdkern.ops.td_coef import BASE_WEIGHTS, PRECONDS, WEIGHTS
 from tdkern.schedules import EDM, two_moment
 
@@ -116,7 +117,7 @@ ARGS = (False, 18, 0.002, 80.0, 7.0, 0.5, 1.0, 0.25, 0.5, "edm", "karras", 1.0, 
 
 @pytest.mark.parametrize("size", [0, 1, 5])
 def test_td_coef_opcheck(compiled, size):
-    torch.library.opcheck(_library.op("td_coef", compiled), (torch.rand(size, dtype=torch.float64, device=device_of(compiled)) + 0.1, *ARGS))
+    torch.library.opcheck(_backends.op("td_coef", compiled), (torch.rand(size, dtype=torch.float64, device=device_of(compiled)) + 0.1, *ARGS))
 
 
 def test_td_coef_in_torch_compile(compiled):

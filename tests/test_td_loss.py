@@ -15,8 +15,9 @@ from cases import CASES, CLEAN, COEF, DTYPES, F32, F64, HUBER, L1, NAMES, OUT, S
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tdkern
-from tdkern import _library, reference
-from tdkern.ops.td_loss import _empty_grad
+from tdkern import reference
+from tdkern.ops import _backends
+from tdkern.ops.td_loss import gradient_like
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of what Triton's interpreter masks out afterwards
 LAYOUTS = ("odd", "odd, consistency", "slices of channels", "channels_last of some", "batch inside", "a silent sample", "x0 prediction", "no samples",
@@ -36,19 +37,19 @@ def judge(backend, name, dtypes, upstream=None, scale=1.0):
     expected_loss, expected_dF = oracle(args, case.base, None if upstream is None else upstream.to("cpu"), **case.norm)
     plain_loss, plain_dF = with_gradient(lambda *a: reference.td_loss(*a, case.base, **case.norm), args, upstream)
     assert loss.dtype == (F64 if dtypes == "float64" else F32) and dF.dtype == args[0].dtype and dF.shape == args[0].shape
-    assert dF.stride() == _empty_grad(args[0]).stride()
+    assert dF.stride() == gradient_like(args[0]).stride()
     # Every sample by itself, unless it is too few elements to be judged by.
     n = math.prod(case.shape[1:])
     by_sample = (lambda t: t.reshape(len(t), n)) if n > 8 else (lambda t: t.reshape(1, -1))
     by_loss = (lambda t: t.reshape(-1, 1)) if n > 8 else (lambda t: t.T)
     check(*map(by_loss, (loss, expected_loss, plain_loss)))
-    check(*map(by_sample, (dF, expected_dF, plain_dF)), truncates=backend == "triton" and _library.interpreted() and dF.dtype == torch.bfloat16)
+    check(*map(by_sample, (dF, expected_dF, plain_dF)), truncates=backend == "triton" and _backends.interpreted() and dF.dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_td_loss_and_its_gradient(compiled, name, dtypes):
-    if CASES[name].large and compiled == "triton" and _library.interpreted():
+    if CASES[name].large and compiled == "triton" and _backends.interpreted():
         pytest.skip("too large for Triton's interpreter")
     judge(compiled, name, dtypes)
 
@@ -132,7 +133,7 @@ def test_td_loss_upstream_of_one_leaves_what_forward_wrote(compiled, dtypes):
     marked = torch.full_like(args[0], 7.0)
     upstream = torch.ones(5, 2, device=marked.device)
     upstream[3] = 0
-    _library.op("td_loss_backward_", compiled)(marked, upstream, *args, False, False)
+    _backends.op("td_loss_backward_", compiled)(marked, upstream, *args, False, False)
     assert (marked[[0, 1, 2, 4]] == 7).all() and (marked[3] == 0).all()
 
 
@@ -283,7 +284,7 @@ def test_td_loss_gradcheck(compiled, base, norm):
 def test_td_loss_second_derivative_of_the_op_itself(compiled):
     """The formula that torch.library has of it is differentiated again, too, as the Python API's is (test_transforms.py)."""
     args = inputs("odd", "float64", device_of(compiled))
-    losses = (_library.op("td_loss", compiled)(*args, False, False, True)[0], loss_of("reference", "denoise")(*args))
+    losses = (_backends.op("td_loss", compiled)(*args, False, False, True)[0], loss_of("reference", "denoise")(*args))
     results = []
     for loss in losses:
         dF, = torch.autograd.grad(loss.sum(), args[0], create_graph=True)
@@ -297,7 +298,7 @@ def test_td_loss_graph_is_freed_without_the_collector(compiled):
     gc.collect()
     gc.disable()
     try:
-        for loss in (loss_of(compiled, "denoise")(*args), _library.op("td_loss", compiled)(*args, False, False, True)[0]):
+        for loss in (loss_of(compiled, "denoise")(*args), _backends.op("td_loss", compiled)(*args, False, False, True)[0]):
             node = weakref.ref(loss.grad_fn)
             del loss
         assert node() is None
@@ -330,7 +331,7 @@ def test_td_loss_computes_a_gradient_only_where_one_is_wanted(compiled):
             quiet = loss_of(compiled, "denoise")(*args)
         loss_of(compiled, "denoise")(args[0].detach(), *args[1:])
         loss = loss_of(compiled, "denoise")(*args)
-    op = _library.op("td_loss", compiled)
+    op = _backends.op("td_loss", compiled)
     assert [func for func, _ in calls.seen] == [op] * 3 and [arguments[-1] for _, arguments in calls.seen] == [False, False, True]
     assert not quiet.requires_grad and loss.requires_grad and torch.equal(quiet, loss)
     dF = op(*args, False, False, False)[1]
@@ -343,16 +344,16 @@ def test_td_loss_computes_a_gradient_only_where_one_is_wanted(compiled):
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_td_loss_opcheck(compiled, name):
     args, kind = inputs(name, device=device_of(compiled)), (CASES[name].base == "consistency", CASES[name].norm == L1)
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, *kind, True))
-    loss, dF = _library.op("td_loss", compiled)(*(None if arg is None else arg.detach() for arg in args), *kind, True)
+    torch.library.opcheck(_backends.op("td_loss", compiled), (*args, *kind, True))
+    loss, dF = _backends.op("td_loss", compiled)(*(None if arg is None else arg.detach() for arg in args), *kind, True)
     inner = (dF, upstreams(len(loss))["mixed"].to(loss), *(None if arg is None else arg.detach() for arg in args), *kind)
-    torch.library.opcheck(_library.op("td_loss_backward_", compiled), inner)
+    torch.library.opcheck(_backends.op("td_loss_backward_", compiled), inner)
 
 
 def test_td_loss_opcheck_half_precision_and_no_gradient(compiled):
     args = inputs("odd", "bfloat16 of float32", device_of(compiled))
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, False, False), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(_library.op("td_loss", compiled), (*args, False, False, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_backends.op("td_loss", compiled), (*args, False, False, False), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(_backends.op("td_loss", compiled), (*args, False, False, True), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", [*(name for name in LAYOUTS if name != "no samples"), "odd, huber"])
@@ -412,8 +413,8 @@ def test_td_loss_sample_does_not_depend_on_its_batch(compiled):
 
 @pytest.mark.parametrize("name", ["odd", "several chunks", "a million and one"])
 def test_td_loss_does_not_depend_on_threads(name):
-    if _library.MISSING["cpp"] and not (_library.LIB_DIR / "libtdkern_cpu.so").exists():
-        pytest.skip(_library.MISSING["cpp"])
+    if _backends.MISSING["cpp"] and not (_backends.LIB_DIR / "libtdkern_cpu.so").exists():
+        pytest.skip(_backends.MISSING["cpp"])
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
@@ -470,8 +471,8 @@ def test_td_loss_bad_arguments(backend, what, grad):
 
 
 def test_td_loss_triton_copies_only_what_lies_otherwise():
-    if _library.MISSING["triton"]:
-        pytest.skip(_library.MISSING["triton"])
+    if _backends.MISSING["triton"]:
+        pytest.skip(_backends.MISSING["triton"])
     from tdkern.triton.td_loss import _rows
 
     for name in SMALL:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import tdkern
-from tdkern import _library
-from tdkern.ops import adam_ema_, found_inf
+from tdkern.ops import _backends, adam_ema_, found_inf
 from tdkern.reference import philox
 
 N = int(os.environ.get("TDKERN_LARGE", 2**31 + 77))
@@ -21,8 +20,8 @@ ROUNDING = {"rtol": 2.0**-8, "atol": 1e-6}  # once, to bfloat16
 
 @pytest.fixture(params=["cuda", "triton"] if DEVICE == "cuda" else ["cpp"])
 def backend(request):
-    if _library.MISSING[request.param]:
-        pytest.skip(_library.MISSING[request.param])
+    if _backends.MISSING[request.param]:
+        pytest.skip(_backends.MISSING[request.param])
     if DEVICE == "cpu" and "TDKERN_LARGE" not in os.environ:
         pytest.skip("more than 2^31 elements are for a GPU's memory; set TDKERN_LARGE to fewer")
     if DEVICE == "cuda":

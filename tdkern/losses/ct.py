@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.special import ndtr, ndtri
 
-from .. import _library
 from .._cache import tensor_cache
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE
 from ..fields import flag
 from ..ops import td_coef, td_loss
+from ..ops._modes import can_check_values
 from ..ops.td_coef import BASE_WEIGHTS, WEIGHTS
 from ..preconditioning import CT
 from ..schedules import EDM, ETA, eta_of
@@ -173,7 +173,7 @@ class CTLoss(Loss):
             index = self._draw_index(images)
         self._check_shape("index", index, images.shape[:1])
         last = self.num_scales - 2
-        if _library.readable(index) and not ((index >= 0) & (index <= last)).all():
+        if can_check_values(index) and not ((index >= 0) & (index <= last)).all():
             found = f"{index.min().item()} to {index.max().item()}"
             raise ValueError(f"{name}: index must be from 0 to {last}, got values from {found}")
         coef, levels = td_coef(index, **self._coef_args, backend=self.backend)

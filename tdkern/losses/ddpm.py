@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import _library
 from ..fields import Range, flag
+from ..ops._modes import can_check_values
 from ..schedules import BETA_SCHEDULES, DDPM
 from .path import PathLoss, TDPathLoss
 
@@ -60,7 +60,7 @@ class DDPMLoss(PathLoss):
         if given is None:
             return torch.randint(1, self.T + 1, (len(images),), device=images.device).double()
         given = super()._time(given, images)
-        if _library.readable(given) and not (given == given.round()).all():
+        if can_check_values(given) and not (given == given.round()).all():
             first = given[given != given.round()][0].item()
             raise ValueError(f"{type(self).__name__}: t must be whole numbers, got {first}")
         return given

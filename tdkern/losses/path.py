@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import _library
 from ..columns import SIGMA, SIGMA_P
 from ..fields import flag
+from ..ops._modes import can_check_values
 from ..ops.td_coef import WEIGHTS
 from ..preconditioning import PREDICTIONS, Preconditioning
 from ..schedules import ETA, Schedule, eta_of
@@ -79,7 +79,7 @@ class PathLoss(Loss):
         given = given.double()
         slack = 1e-6 * (high - low)  # float32 times may lie that far beyond the ends
         on_path = (given >= low - slack) & (given <= high + slack)
-        if _library.readable(given) and not on_path.all():
+        if can_check_values(given) and not on_path.all():
             found = f"{given.min().item()} to {given.max().item()}"
             raise ValueError(
                 f"{type(self).__name__}: t must be from {low:g} to {high:g}, "

@@ -8,7 +8,7 @@ and, channels last with silu of the normalisation in one kernel, 49 ms.
 import torch
 from torch import Tensor
 
-from .._library import MISSING
+from ..ops._backends import MISSING
 
 
 def fuses(x: Tensor) -> bool:

@@ -209,7 +209,7 @@ def _check(
             raise ValueError(f"noise_pair: {name} must be on {x0.device}, got {tensor.device}")
 
 
-def _empty(x0: Tensor, dtype: torch.dtype) -> Tensor:
+def output_like(x0: Tensor, dtype: torch.dtype) -> Tensor:
     """An output before it is written: in x0's own layout if its channels come first or last, else
     contiguous."""
     own = torch.empty_like(x0, dtype=dtype)
@@ -238,9 +238,9 @@ def _fake(
     inputs = (
         (x0.new_empty(0, dtype=net_dtype) for _ in range(2))
         if c_in is None
-        else (_empty(x0, net_dtype) for _ in range(2))
+        else (output_like(x0, net_dtype) for _ in range(2))
     )
-    return _empty(x0, x0.dtype), _empty(x0, x0.dtype), *inputs
+    return output_like(x0, x0.dtype), output_like(x0, x0.dtype), *inputs
 
 
 def _reference(*args):

@@ -202,7 +202,7 @@ def _check(
         raise ValueError(f"td_loss: huber_c must be {wanted}, got {huber_c}")
 
 
-def _empty_grad(out: Tensor) -> Tensor:
+def gradient_like(out: Tensor) -> Tensor:
     """dF before it is written: in out's own layout if that keeps samples apart in memory, else
     contiguous."""
     grad = torch.empty_like(out)
@@ -212,7 +212,7 @@ def _empty_grad(out: Tensor) -> Tensor:
 
 def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    return out.new_empty(out.shape[0], 2, dtype=dtype), _empty_grad(
+    return out.new_empty(out.shape[0], 2, dtype=dtype), gradient_like(
         out
     ) if want_grad else out.new_empty(0)
 
@@ -273,7 +273,7 @@ def _reference(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad)
     loss = reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base, norm)
     if not want_grad:
         return loss, out.new_empty(0)
-    grad = _empty_grad(out)
+    grad = gradient_like(out)
     _reference_backward_(
         grad, torch.ones_like(loss), out, out_target, x0, coef, x_t, x_tp, consistency, l1
     )

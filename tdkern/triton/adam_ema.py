@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
+from ..ops import _backends
 from .ema_update import block_of, update_averages
 from .lists import flat, on_device
 
@@ -73,5 +73,5 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
                 adam_kernel[(triton.cdiv(n, block),)](grad, exp_avg, exp_avg_sq, param, tuple(row) or None, decays, constants[i], flag, n, block)
 
 
-_library.library.impl("found_inf.triton", found_inf, _library.triton_key())
-_library.library.impl("adam_ema_.triton", adam_ema_, _library.triton_key())
+_backends.library.impl("found_inf.triton", found_inf, _backends.triton_key())
+_backends.library.impl("adam_ema_.triton", adam_ema_, _backends.triton_key())

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
+from ..ops import _backends
 from .lists import flat, on_device
 
 BLOCK = 2048  # elements a program; float64 has half as many, which registers hold
@@ -51,4 +51,4 @@ def ema_update_(averages, params, decays):
                     ema_kernel[(triton.cdiv(param.numel(), block),)](param, tuple(row), decays, param.numel(), block)
 
 
-_library.library.impl("ema_update_.triton", ema_update_, _library.triton_key())
+_backends.library.impl("ema_update_.triton", ema_update_, _backends.triton_key())

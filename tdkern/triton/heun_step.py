@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
+from ..ops import _backends
 
 BLOCK = 512  # elements a program: four a thread
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fusion in words: Triton 3.10 turns its default off
@@ -51,4 +51,4 @@ def heun_step(F, x, coef, x_hat, noise, net_dtype):
     return x_next, net_input
 
 
-_library.library.impl("heun_step.triton", heun_step, _library.triton_key())
+_backends.library.impl("heun_step.triton", heun_step, _backends.triton_key())

@@ -3,8 +3,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library
-from ..ops.noise_pair import _empty
+from ..ops import _backends
+from ..ops.noise_pair import output_like
 
 BLOCK = 512  # elements a program: four a thread, which float64 too holds in registers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -105,8 +105,8 @@ def pair_kernel(x0, x_t, x_tp, in_t, in_tp, x0_row, out_row, alpha, sigma, alpha
 
 
 def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
-    x_t, x_tp = (_empty(x0, x0.dtype) for _ in range(2))
-    in_t, in_tp = (None, None) if c_in is None else (_empty(x0, net_dtype) for _ in range(2))
+    x_t, x_tp = (output_like(x0, x0.dtype) for _ in range(2))
+    in_t, in_tp = (None, None) if c_in is None else (output_like(x0, net_dtype) for _ in range(2))
     if x0.numel() > 0:
         if any(x0.size(d) > 1 and x0.stride(d) != x_t.stride(d) for d in range(1, x0.ndim)):
             x0 = torch.empty_like(x_t).copy_(x0)
@@ -123,4 +123,4 @@ def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset
     return x_t, x_tp, in_t, in_tp
 
 
-_library.library.impl("noise_pair.triton", noise_pair, _library.triton_key())
+_backends.library.impl("noise_pair.triton", noise_pair, _backends.triton_key())

@@ -3,7 +3,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library
+from ..ops import _backends
 from ..schedules import EDM
 
 BLOCK = 128
@@ -120,4 +120,4 @@ def td_coef(noise, from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_i
     return coef, levels
 
 
-_library.library.impl("td_coef.triton", td_coef, _library.triton_key())
+_backends.library.impl("td_coef.triton", td_coef, _backends.triton_key())

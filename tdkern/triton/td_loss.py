@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _library
-from ..ops.td_loss import _empty_grad
+from ..ops import _backends
+from ..ops.td_loss import gradient_like
 
 CHUNK = 8192  # most elements a program; this and the two blocks set the order of summation
 BLOCK = 2048  # elements in registers at a time
@@ -142,7 +142,7 @@ def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout,
 
 def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     loss = out.new_empty(len(out), 2, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
-    layout = _empty_grad(out)
+    layout = gradient_like(out)
     grad = layout if want_grad else None
     if out.numel() > 0:
         _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout, None, loss)
@@ -156,5 +156,5 @@ def td_loss_backward_(grad, upstream, out, out_target, x0, coef, x_t, x_tp, cons
         _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, grad, upstream, None)
 
 
-_library.library.impl("td_loss.triton", td_loss, _library.triton_key())
-_library.library.impl("td_loss_backward_.triton", td_loss_backward_, _library.triton_key())
+_backends.library.impl("td_loss.triton", td_loss, _backends.triton_key())
+_backends.library.impl("td_loss_backward_.triton", td_loss_backward_, _backends.triton_key())
