@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tdkern.ema import EMA, consistency_decay
-from tdkern.losses import CTLoss, TDCTLoss
+from tdkern.losses import CTLoss, TDCTLoss, TDEDMLoss
 from tdkern.losses.ct import lpips
 from tdkern.losses.curricula import Exponential, Halving, Progressive
 from tdkern.networks import MLP, CTPrecond
@@ -316,3 +316,31 @@ def test_one_step_samples_improve_over_training(family):
         optimizer.step()
         target.update(net, 0.0)
     assert costs[1] < 0.9 * costs[0] and costs[2] < 0.75 * costs[1], costs
+
+
+@pytest.mark.parametrize("loss", [CTLoss(), TDCTLoss()], ids=lambda loss: type(loss).__name__)
+def test_a_loss_is_one_graph(loss):
+    """torch.compile takes the draws, both networks and the loss as a whole, TD's options too."""
+    torch._dynamo.reset()
+
+    def step(images):
+        net = lambda x, sigma, **conditions: x * 0.5  # noqa: E731
+        return loss.evaluate(net, net, loss.pair(images)).loss
+
+    traced = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (step, traced):
+        torch.manual_seed(0)
+        results.append(call(torch.linspace(-1, 1, 96).view(2, 3, 4, 4)))
+    torch.testing.assert_close(*results)
+
+
+def test_a_loss_is_made_under_any_default_dtype_and_device():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            assert CTLoss(base_norm="huber") == CTLoss(base_norm="huber")
+            TDCTLoss()
+            TDEDMLoss()
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -99,8 +99,8 @@ class CTLoss(Loss):
             )
         # these two ops check the others
         steps = {"steps": 2} if callable(self.num_scales) else {}
-        empty = torch.zeros(0, 8)
-        td_coef(empty[:, 0], **self._coef_args | steps, backend="reference")
+        empty = torch.zeros(0, 8, dtype=torch.float32, device="cpu")
+        td_coef(empty[:, 0], **self._coef_args() | steps, backend="reference")
         td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
         if self.lognormal is not None:
             low, high = self._lognormal_range()
@@ -114,7 +114,6 @@ class CTLoss(Loss):
     def preconditioning(self) -> CT:
         return CT(self.sigma_data, self.sigma_min)
 
-    @property
     def _coef_args(self) -> dict:
         base_weight = self.base_weight
         if base_weight == "inverse-step":
@@ -176,7 +175,7 @@ class CTLoss(Loss):
         if can_check_values(index) and not ((index >= 0) & (index <= last)).all():
             found = f"{index.min().item()} to {index.max().item()}"
             raise ValueError(f"{name}: index must be from 0 to {last}, got values from {found}")
-        coef, levels = td_coef(index, **self._coef_args, backend=self.backend)
+        coef, levels = td_coef(index, **self._coef_args(), backend=self.backend)
         sigma, sigma_p = levels[:, SIGMA], levels[:, SIGMA_P]
         if self.base_weight == "inverse-step":
             coef[:, W_BASE] /= sigma - sigma_p
@@ -268,9 +267,8 @@ class TDCTLoss(CTLoss):
         eta_of(self.coupling)
         super().__post_init__()
 
-    @property
     def _coef_args(self) -> dict:
-        return super()._coef_args | {
+        return super()._coef_args() | {
             "lambda_base": self.lambda_base,
             "td_sigma": None,
             "one_idx": self.one_idx,

@@ -46,13 +46,13 @@ class EDMLoss(Loss):
             name = type(self).__name__
             raise ValueError(f"{name}: P_std must be a number >= 0, got {self.P_std}")
         # the op checks the others
-        td_coef(torch.zeros(0), **self._coef_args, backend="reference")
+        levels = torch.zeros(0, dtype=torch.float64, device="cpu")
+        td_coef(levels, **self._coef_args(), backend="reference")
 
     @property
     def preconditioning(self) -> EDM:
         return EDM(self.sigma_data)
 
-    @property
     def _coef_args(self) -> dict:
         return {"sigma_data": self.sigma_data, "lambda_base": 0.0, "td_sigma": NO_TD}
 
@@ -68,7 +68,7 @@ class EDMLoss(Loss):
         """
         self._check_images(images)
         coef, levels = td_coef(
-            self._sigma(sigma, images), **self._coef_args, backend=self.backend
+            self._sigma(sigma, images), **self._coef_args(), backend=self.backend
         )
         sigma = levels[:, SIGMA]
         x_t, _ = self._noisy_pair(images, sigma, sigma, "shared", noise, None)
@@ -134,7 +134,6 @@ class TDEDMLoss(EDMLoss):
             )
         super().__post_init__()
 
-    @property
     def _coef_args(self) -> dict:
         return {
             "steps": self.steps,
@@ -199,7 +198,7 @@ class TDEDMLoss(EDMLoss):
             self._check_shape("index", index, images.shape[:1])
             level = index
         coef, levels = td_coef(
-            level, from_index=index is not None, **self._coef_args, backend=self.backend
+            level, from_index=index is not None, **self._coef_args(), backend=self.backend
         )
         x_t, x_tp = self._noisy_pair(
             images, levels[:, SIGMA], levels[:, SIGMA_P], self.coupling, noise, noise_p
