@@ -1,4 +1,4 @@
-"""Puts measured tables into the README, between their markers.
+"""Puts measured tables into docs/performance.md and docs/demo.md, between their markers.
 
     python bench/table.py bench/results/<device>.json --demo demo/demo.txt
 """
@@ -63,25 +63,25 @@ def table(head: list[str], body: list[list[str]], left: int) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if body else ""
 
 
-def fill(readme: Path, marker: str, text: str) -> None:
-    """Put `text` between the markers of a README."""
-    whole = readme.read_text()
+def fill(page: Path, marker: str, text: str) -> None:
+    """Put `text` between the markers of a page."""
+    whole = page.read_text()
     marked = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
     if not marked.search(whole):
-        raise SystemExit(f"{readme}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between")
-    readme.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
+        raise SystemExit(f"{page}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between")
+    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="*", help="results files, for the bench tables")
     parser.add_argument("--demo", type=Path, help="the demo's demo.txt")
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
     args = parser.parse_args()
     if args.results:
-        fill(args.readme, "bench", "\n\n".join(map(markdown, args.results)))
+        fill(args.docs / "performance.md", "bench", "\n\n".join(map(markdown, args.results)))
     if args.demo:
-        fill(args.readme, "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
+        fill(args.docs / "demo.md", "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
 
 
 if __name__ == "__main__":

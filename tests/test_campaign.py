@@ -516,7 +516,12 @@ def test_notes_and_readme_hold_what_the_file_gives():
     """As `python bench/gpu/comparison.py bench/results/<device>.json` writes them."""
     notes = between(ROOT / "bench/gpu/NOTES.md", "comparison")
     assert notes == comparison.markdown(H100)
-    assert between(ROOT / "README.md", "gpu") == comparison.measured_alone(H100)
+    every = comparison.measured_alone(H100)
+    assert between(ROOT / "docs/performance.md", "gpu") == every
+    headlines = between(ROOT / "README.md", "gpu")
+    assert headlines == comparison.measured_alone(H100, comparison.HEADLINES)
+    assert len(headlines.splitlines()) == 5 + 6
+    assert set(headlines.splitlines()) <= set(every.splitlines())
     assert notes.startswith("NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, commit ")
     predicted = [line.rpartition(" | ")[0] for line in comparison.markdown(None).splitlines()[2:]]
     assert len(predicted) > 25 and all(line in notes for line in predicted)
@@ -527,13 +532,16 @@ def test_comparison_fills_both(tmp_path):
     for name in ("bench/gpu/comparison.py", "bench/table.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name, marker in (("bench/gpu/NOTES.md", "comparison"), ("README.md", "gpu")):
+    for name, marker in (("bench/gpu/NOTES.md", "comparison"), ("README.md", "gpu"),
+                         ("docs/performance.md", "gpu")):
         text = f"before\n<!-- {marker} -->\nold\n<!-- /{marker} -->\nafter\n"
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     command = [sys.executable, tmp_path / "bench/gpu/comparison.py", H100]
     subprocess.run(command, check=True, cwd=tmp_path)
     for name, text in (("bench/gpu/NOTES.md", comparison.markdown(H100)),
-                       ("README.md", comparison.measured_alone(H100))):
+                       ("docs/performance.md", comparison.measured_alone(H100)),
+                       ("README.md", comparison.measured_alone(H100, comparison.HEADLINES))):
         marked = (tmp_path / name).read_text().splitlines()
         assert marked[2:-2] == text.splitlines()
         assert (marked[0], marked[-1]) == ("before", "after")

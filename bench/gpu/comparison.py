@@ -2,11 +2,13 @@
 
     python bench/gpu/comparison.py bench/results/<device>.json
 
-puts the table into NOTES.md, and what was measured into the README. Predictions are shares of the
+puts the table into NOTES.md, and what was measured into docs/performance.md, six rows of it into the
+README. Predictions are shares of the
 copy's bandwidth that the same run measured, ratios to competitors of the same run, and counts.
 """
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -73,6 +75,14 @@ STEPS = {
         {"loss": "TD+EDM", "mode": "compile"},
         {"loss": "TD+EDM", "precision": "fp32", "style": "published"}, None, None, False),
 }
+HEADLINES = (
+    "`td_loss` 1e+08 share of a copy",
+    "`ema_update_` 1e+08 share of a copy",
+    "`heun_step` 1e+08 share of a copy",
+    "`loss path` 512x3x32x32 published-style eager, ours in a graph",
+    "`loss path` 512x3x32x32 torch.compile, both in graphs",
+    "step 256x3x32x32 TD+EDM / EDM",
+)
 DEFAULTS = {"style": "tdkern", "precision": "bf16", "mode": "eager", "batch": 256}
 
 
@@ -151,10 +161,11 @@ def markdown(file: Path | None = None) -> str:
     return f"{head}:\n\n{table(columns, lines(run), left=3)}"
 
 
-def measured_alone(file: Path) -> str:
-    """The figures that were measured, for the README."""
+def measured_alone(file: Path, only: Collection[str] | None = None) -> str:
+    """The figures that were measured; those of `only`, by op, size and figure."""
     run = json.loads(file.read_text())
-    body = [[*what, aim, value] for *what, _, aim, value in lines(run) if value]
+    body = [[*what, aim, value] for *what, _, aim, value in lines(run)
+            if value and (only is None or " ".join(what) in only)]
     head = f"{about(run)};\nfrom `bench/results/{file.name}`, where each row says its commit:"
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 
@@ -162,4 +173,6 @@ def measured_alone(file: Path) -> str:
 if __name__ == "__main__":
     source = Path(sys.argv[1])
     fill(HERE / "NOTES.md", "comparison", markdown(source))
-    fill(HERE.parents[1] / "README.md", "gpu", measured_alone(source))
+    root = HERE.parents[1]
+    fill(root / "docs/performance.md", "gpu", measured_alone(source))
+    fill(root / "README.md", "gpu", measured_alone(source, HEADLINES))
