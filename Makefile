@@ -22,6 +22,7 @@ bench: $(VENV)/.ready
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # One wheel for this Python, in dist/; torch's libraries are torch's, and left out.
 wheel: $(VENV)/.ready

@@ -49,7 +49,8 @@ def torch_package() -> Path:
         import torch
     except ImportError:
         fail(
-            "building needs torch, which is not installed here: `pip install torch`, then `pip install --no-build-isolation .`"
+            "building needs torch, which is not installed here: `pip install torch`, then `pip "
+            "install --no-build-isolation .`"
         )
     return Path(torch.__file__).parent
 
@@ -68,7 +69,8 @@ def find_nvcc() -> str | None:
     if home:
         nvcc = shutil.which("nvcc", path=str(Path(home) / "bin"))
         return nvcc or fail(
-            f"CUDA_HOME is {home!r}, which has no bin/nvcc: set it to a CUDA toolkit, unset it, {WITHOUT_CUDA}"
+            f"CUDA_HOME is {home!r}, which has no bin/nvcc: set it to a CUDA toolkit, unset it, "
+            f"{WITHOUT_CUDA}"
         )
     return shutil.which("nvcc")
 
@@ -80,12 +82,15 @@ def check_version(nvcc: str) -> None:
     found = re.search(r"release (\d+)\.(\d+)", output_of(nvcc, "--version"))
     if found is None:
         fail(
-            f"{nvcc} --version names no CUDA release: put an nvcc first on PATH, set CUDA_HOME, {WITHOUT_CUDA}"
+            f"{nvcc} --version names no CUDA release: put an nvcc first on PATH, set CUDA_HOME, "
+            f"{WITHOUT_CUDA}"
         )
     if torch.version.cuda and found[1] != torch.version.cuda.split(".")[0]:
         fail(
-            f"nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch.version.cuda}: put an nvcc {torch.version.cuda} first "
-            f"on PATH (or set CUDA_HOME or CUDACXX), install a torch for CUDA {found[1]}, {WITHOUT_CUDA}"
+            f"nvcc is CUDA {found[1]}.{found[2]}, torch was built with CUDA {torch.version.cuda}: "
+            f"put an nvcc {torch.version.cuda} first "
+            f"on PATH (or set CUDA_HOME or CUDACXX), install a torch for CUDA {found[1]}, "
+            f"{WITHOUT_CUDA}"
         )
 
 
@@ -111,11 +116,13 @@ def architectures(nvcc: str) -> str:
         if number is None:
             names = ", ".join(ARCHITECTURES)
             fail(
-                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {entry!r} is none of 8.0, 9.0a, 10.0+PTX and their like, native, {names}"
+                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {entry!r} is none of 8.0, 9.0a, 10.0+PTX "
+                f"and their like, native, {names}"
             )
         if number[1] + number[2] not in known:
             fail(
-                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {nvcc} does not build for {entry}: take it out, or set CUDA_HOME to another toolkit"
+                f"TORCH_CUDA_ARCH_LIST is {given!r}, but {nvcc} does not build for {entry}: take "
+                "it out, or set CUDA_HOME to another toolkit"
             )
     return ";".join(entries)
 
@@ -127,8 +134,8 @@ def native_architectures() -> str:
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     if not found:
         fail(
-            "TORCH_CUDA_ARCH_LIST is native, but torch sees no GPU here: name an architecture, such as 9.0, "
-            + WITHOUT_CUDA
+            "TORCH_CUDA_ARCH_LIST is native, but torch sees no GPU here: name an architecture, "
+            "such as 9.0, " + WITHOUT_CUDA
         )
     return ";".join(f"{major}.{minor}" for major, minor in sorted(found))
 
@@ -212,7 +219,8 @@ class CMakeBuild(build_ext):
         ):
             if subprocess.run(command).returncode:
                 fail(
-                    f"`{command[0]} {command[1]}` failed, see above; TDKERN_CPP=0 installs the Python part alone"
+                    f"`{command[0]} {command[1]}` failed, see above; TDKERN_CPP=0 installs the "
+                    "Python part alone"
                 )
         if "-DTDKERN_CUDA=OFF" in configure:  # what an earlier build in place had is not to be used
             (package / "lib/libtdkern_cuda.so").unlink(missing_ok=True)

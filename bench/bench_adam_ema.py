@@ -1,4 +1,7 @@
-"""A step of AdamEMA with two averages of a U-Net's parameters against torch's fused Adam with its averages behind it."""
+"""A step of AdamEMA with two averages of a U-Net's parameters against torch's fused Adam with its
+averages behind it.
+"""
+
 import pytest
 import torch
 from bench_ema_update import DECAYS, foreach
@@ -7,12 +10,26 @@ from unet import unet_elements, unet_shapes
 
 from tdkern.optim import AdamEMA
 
-FUSED, CHECKED = "Adam(fused=True) + 2 _foreach_lerp_", "the same behind GradScaler's check"  # which looks at the gradients first, as ours does
+FUSED, CHECKED = (
+    "Adam(fused=True) + 2 _foreach_lerp_",
+    "the same behind GradScaler's check",
+)  # which looks at the gradients first, as ours does
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", FUSED, CHECKED, "Adam(foreach=True) + 2 _foreach_lerp_", "negation in place", "copy"])
+@pytest.mark.parametrize(
+    "competitor",
+    [
+        "tdkern",
+        FUSED,
+        CHECKED,
+        "Adam(foreach=True) + 2 _foreach_lerp_",
+        "negation in place",
+        "copy",
+    ],
+)
 def bench_adam_ema(compare, competitor):
-    # Read the gradients; read and write the parameters, both moments and two averages. Ours reads the gradients once more, to look at them first.
+    # Read the gradients; read and write the parameters, both moments and two averages. Ours reads
+    # the gradients once more, to look at them first.
     moved = 11 * 4 * unet_elements()
 
     def make():
@@ -23,7 +40,9 @@ def bench_adam_ema(compare, competitor):
             param.grad = torch.randn_like(param)
         if competitor == "tdkern":
             return AdamEMA(params, 1e-4, averages=averages, decays=DECAYS).step
-        optimizer = torch.optim.Adam(params, 1e-4, **{"fused" if competitor in (FUSED, CHECKED) else "foreach": True})
+        optimizer = torch.optim.Adam(
+            params, 1e-4, **{"fused" if competitor in (FUSED, CHECKED) else "foreach": True}
+        )
         grads, one = [param.grad for param in params], torch.ones((), device=DEVICE)
 
         def step():
@@ -35,4 +54,11 @@ def bench_adam_ema(compare, competitor):
 
         return step
 
-    compare("adam_ema_", f"{unet_elements() / 1e6:.0f} M parameters, K=2", competitor, make, moved=moved, seconds=2.0)
+    compare(
+        "adam_ema_",
+        f"{unet_elements() / 1e6:.0f} M parameters, K=2",
+        competitor,
+        make,
+        moved=moved,
+        seconds=2.0,
+    )

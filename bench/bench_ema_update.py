@@ -1,4 +1,5 @@
 """ema_update_ of two averages of a U-Net's parameters against what it replaces."""
+
 import pytest
 import torch
 from measure import DEVICE
@@ -23,7 +24,9 @@ def foreach(averages, params):
         torch._foreach_lerp_(average, params, 1 - decay)
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", "Python loop", "torch._foreach_lerp_", "negation in place", "copy"])
+@pytest.mark.parametrize(
+    "competitor", ["tdkern", "Python loop", "torch._foreach_lerp_", "negation in place", "copy"]
+)
 def bench_ema_update(compare, competitor):
     # Read the parameters; read and write two averages.
     moved = 5 * 4 * unet_elements()
@@ -32,7 +35,17 @@ def bench_ema_update(compare, competitor):
         torch.manual_seed(0)
         params = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in unet_shapes()]
         averages = [[torch.randn(shape, device=DEVICE) for shape in unet_shapes()] for _ in DECAYS]
-        step = {"tdkern": lambda *lists: tdkern.ema_update_(*lists, DECAYS), "Python loop": python_loop, "torch._foreach_lerp_": foreach}[competitor]
+        step = {
+            "tdkern": lambda *lists: tdkern.ema_update_(*lists, DECAYS),
+            "Python loop": python_loop,
+            "torch._foreach_lerp_": foreach,
+        }[competitor]
         return lambda: step(averages, params)
 
-    compare("ema_update_", f"{unet_elements() / 1e6:.0f} M parameters, K=2", competitor, make, moved=moved)
+    compare(
+        "ema_update_",
+        f"{unet_elements() / 1e6:.0f} M parameters, K=2",
+        competitor,
+        make,
+        moved=moved,
+    )

@@ -1,8 +1,11 @@
-"""How the time grows with the number of elements: beyond the cache, an element's time must stay what it is.
+"""How the time grows with the number of elements: beyond the cache, an element's time must stay
+what it is.
 
-On the CPU, outputs of more than 32 MB are pages fresh from the system at every call (glibc maps them anew), which the copy, into memory
-that is there, does not pay for: from 10^7 elements on that is part of an op's time, though the ops ask for large pages (checks.h).
+On the CPU, outputs of more than 32 MB are pages fresh from the system at every call (glibc maps
+them anew), which the copy, into memory that is there, does not pay for: from 10^7 elements on that
+is part of an op's time, though the ops ask for large pages (checks.h).
 """
+
 import pytest
 import torch
 from measure import DEVICE, TINY
@@ -13,7 +16,13 @@ ELEMENTS = (10**3, 10**4) if TINY else (10**4, 10**5, 10**6, 10**7, 10**8)
 SAMPLE = 500 if TINY else 2000  # elements
 # What each must move for an element. adam_ema_ reads the gradients twice: it looks at all of them
 # before it changes anything.
-BYTES = {"td_loss": 6 * 4, "noise_pair": 3 * 4, "ema_update_": 5 * 4, "heun_step": 2 * (4 + 8), "adam_ema_": 10 * 4}
+BYTES = {
+    "td_loss": 6 * 4,
+    "noise_pair": 3 * 4,
+    "ema_update_": 5 * 4,
+    "heun_step": 2 * (4 + 8),
+    "adam_ema_": 10 * 4,
+}
 
 
 def td_loss(B, draw):
@@ -42,7 +51,9 @@ def heun_step(B, draw):
 
 def adam_ema_(B, draw):
     param, grad, exp_avg, exp_avg_sq, average = (draw().abs_() for _ in range(5))
-    lists = [[tensor] for tensor in (param, grad, exp_avg, exp_avg_sq, torch.ones((), device=DEVICE))]
+    lists = [
+        [tensor] for tensor in (param, grad, exp_avg, exp_avg_sq, torch.ones((), device=DEVICE))
+    ]
     return lambda: tdkern.ops.adam_ema_(*lists, [[average]], [0.999], lr=1e-4)
 
 
@@ -52,6 +63,16 @@ def adam_ema_(B, draw):
 def bench_growth(compare, op, elements, competitor):
     def make():
         random = torch.Generator(DEVICE).manual_seed(0)
-        return op(elements // SAMPLE, lambda: torch.randn(elements // SAMPLE, SAMPLE, device=DEVICE, generator=random))
+        return op(
+            elements // SAMPLE,
+            lambda: torch.randn(elements // SAMPLE, SAMPLE, device=DEVICE, generator=random),
+        )
 
-    compare(op.__name__, f"{elements:.0e}", competitor, make, moved=BYTES[op.__name__] * elements, elements=elements)
+    compare(
+        op.__name__,
+        f"{elements:.0e}",
+        competitor,
+        make,
+        moved=BYTES[op.__name__] * elements,
+        elements=elements,
+    )

@@ -1,4 +1,7 @@
-"""heun_step against what it replaces: preconditioning, step and the scaling of the next input as passes of their own. State float64, network float32."""
+"""heun_step against what it replaces: preconditioning, step and the scaling of the next input as
+passes of their own. State float64, network float32.
+"""
+
 import pytest
 import torch
 from measure import DEVICE, compiled, name, sizes
@@ -35,9 +38,16 @@ def bench_heun_step(compare, shape, part, competitor):
 
     def make():
         torch.manual_seed(0)
-        F, coef = torch.randn(shape, device=DEVICE), torch.tensor(COEF, dtype=torch.float64, device=DEVICE)
+        F, coef = (
+            torch.randn(shape, device=DEVICE),
+            torch.tensor(COEF, dtype=torch.float64, device=DEVICE),
+        )
         x, x_hat, d, noise = torch.randn(4, *shape, dtype=torch.float64, device=DEVICE)
-        given, ours = ((F, x), (F, x, coef)) if part == "euler" else ((F, x, x_hat, d, noise), (F, x, coef, x_hat, noise))
+        given, ours = (
+            ((F, x), (F, x, coef))
+            if part == "euler"
+            else ((F, x, x_hat, d, noise), (F, x, coef, x_hat, noise))
+        )
         return {
             "tdkern": lambda: tdkern.heun_step(*ours, net_dtype=torch.float32),
             "eager": lambda: plain(*given, *coef.unbind(0)),

@@ -1,4 +1,7 @@
-"""The whole loss path, from noise levels, clean data and the networks' outputs to the gradient of the output: levels, pair, loss, backward."""
+"""The whole loss path, from noise levels, clean data and the networks' outputs to the gradient of
+the output: levels, pair, loss, backward.
+"""
+
 import pytest
 import torch
 from bench_noise_pair import eager as pair
@@ -38,7 +41,11 @@ def clean_path(F: Tensor, F_p: Tensor, x0: Tensor, sigma: Tensor, one: Tensor) -
 @pytest.mark.parametrize("shape", sizes((512, 3, 32, 32)), ids=name)
 @pytest.mark.parametrize("competitor", ["tdkern", "published-style eager", "torch.compile"])
 def bench_loss_path(compare, shape, competitor):
-    loss = {"tdkern": tdkern_path, "published-style eager": published_path, "torch.compile": clean_path}[competitor]
+    loss = {
+        "tdkern": tdkern_path,
+        "published-style eager": published_path,
+        "torch.compile": clean_path,
+    }[competitor]
     loss = compiled(loss) if competitor == "torch.compile" else loss
 
     def make():

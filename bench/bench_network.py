@@ -1,9 +1,13 @@
-"""The U-Nets, forward and forward with backward, against the obvious build of the same network: float32, channels first, eager.
+"""The U-Nets, forward and forward with backward, against the obvious build of the same network:
+float32, channels first, eager.
 
-"plain" is written from the formulas with the calls that anyone would make: `group_norm`, `silu` and `conv2d`; attention as softmax(q k^T / sqrt(d)) v;
-resampling as depthwise convolutions with the filter. It has our parameters, and is checked to compute the same. Without a GPU nearly all of the time is
-in float32 convolutions that oneDNN runs at the speed of the machine's multiply-adds, for us and for it: there only attention can win, or bfloat16.
+"plain" is written from the formulas with the calls that anyone would make: `group_norm`, `silu` and
+`conv2d`; attention as softmax(q k^T / sqrt(d)) v; resampling as depthwise convolutions with the
+filter. It has our parameters, and is checked to compute the same. Without a GPU nearly all of the
+time is in float32 convolutions that oneDNN runs at the speed of the machine's multiply-adds, for us
+and for it: there only attention can win, or bfloat16.
 """
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,39 +20,76 @@ from tdkern.networks.layers import Conv2d, ResBlock
 class PlainConv2d(Conv2d):
     def _upsample(self, x):
         weight = (4 * self.resample_filter).to(x.dtype).repeat(x.shape[1], 1, 1, 1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1])
+        return F.conv_transpose2d(
+            x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1]
+        )
 
     def _downsample(self, x):
-        return F.conv2d(x, self.resample_filter.to(x.dtype).repeat(x.shape[1], 1, 1, 1), stride=2, padding=self.filter_padding, groups=x.shape[1])
+        return F.conv2d(
+            x,
+            self.resample_filter.to(x.dtype).repeat(x.shape[1], 1, 1, 1),
+            stride=2,
+            padding=self.filter_padding,
+            groups=x.shape[1],
+        )
 
 
 class PlainResBlock(ResBlock):
     def _attend(self, x):
-        q, k, v = self.qkv(x).reshape(x.shape[0] * self.heads, x.shape[1] // self.heads, 3, -1).unbind(2)  # each [B heads, C / heads, HW]
+        q, k, v = (
+            self.qkv(x).reshape(x.shape[0] * self.heads, x.shape[1] // self.heads, 3, -1).unbind(2)
+        )  # each [B heads, C / heads, HW]
         weight = (q.transpose(1, 2) @ k / k.shape[1] ** 0.5).softmax(2)  # [B heads, HW, HW]
         return (v @ weight.transpose(1, 2)).reshape(x.shape)
 
 
 def make_plain(net):
     for module in net.modules():
-        module.__class__ = {Conv2d: PlainConv2d, ResBlock: PlainResBlock}.get(type(module), type(module))
+        module.__class__ = {Conv2d: PlainConv2d, ResBlock: PlainResBlock}.get(
+            type(module), type(module)
+        )
 
 
-WIDTH, SHAPE = (8, (2, 3, 8, 8)) if TINY else (64, (8, 3, 32, 32)) if DEVICE == "cpu" else (128, (64, 3, 32, 32))
-SHARED = {"img_resolution": SHAPE[-1], "in_channels": 3, "out_channels": 3, "model_channels": WIDTH, "num_blocks": 1, "dropout": 0}
-NETWORKS = {"DDPM++": lambda: SongUNet(channel_mult=[2, 2, 2], **SHARED), "ADM": lambda: DhariwalUNet(channel_mult=[1, 2, 2], **SHARED)}
-COMPETITORS = [(network, competitor) for network in NETWORKS for competitor in ("tdkern", "tdkern, bfloat16", "plain")]
+WIDTH, SHAPE = (
+    (8, (2, 3, 8, 8))
+    if TINY
+    else (64, (8, 3, 32, 32))
+    if DEVICE == "cpu"
+    else (128, (64, 3, 32, 32))
+)
+SHARED = {
+    "img_resolution": SHAPE[-1],
+    "in_channels": 3,
+    "out_channels": 3,
+    "model_channels": WIDTH,
+    "num_blocks": 1,
+    "dropout": 0,
+}
+NETWORKS = {
+    "DDPM++": lambda: SongUNet(channel_mult=[2, 2, 2], **SHARED),
+    "ADM": lambda: DhariwalUNet(channel_mult=[1, 2, 2], **SHARED),
+}
+COMPETITORS = [
+    (network, competitor)
+    for network in NETWORKS
+    for competitor in ("tdkern", "tdkern, bfloat16", "plain")
+]
 
 
 @pytest.mark.parametrize("part", ["forward", "forward+backward"])
-@pytest.mark.parametrize("network, competitor", [*COMPETITORS, ("DDPM++", "tdkern, torch.compile")])  # which compiles for minutes
+@pytest.mark.parametrize(
+    "network, competitor", [*COMPETITORS, ("DDPM++", "tdkern, torch.compile")]
+)  # which compiles for minutes
 def bench_network(compare, network, competitor, part):
     def make():
         torch.manual_seed(0)
         net = EDMPrecond(NETWORKS[network]()).to(DEVICE)
         for parameter in net.parameters():  # newly made, the last layers are zero
             torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else None
-        x, sigma = torch.randn(SHAPE, device=DEVICE), torch.linspace(0.1, 10, SHAPE[0], device=DEVICE)
+        x, sigma = (
+            torch.randn(SHAPE, device=DEVICE),
+            torch.linspace(0.1, 10, SHAPE[0], device=DEVICE),
+        )
         expected, parameters = net(x, sigma), list(net.parameters())
         net.dtype = torch.bfloat16 if competitor == "tdkern, bfloat16" else None
         if competitor == "plain":

@@ -1,4 +1,7 @@
-"""A training step of a small U-Net, from clean images to the new weights and their average, which is the target network: without TD and with it."""
+"""A training step of a small U-Net, from clean images to the new weights and their average, which
+is the target network: without TD and with it.
+"""
+
 from dataclasses import replace
 
 import pytest
@@ -13,7 +16,13 @@ from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.networks import EDMPrecond, SongUNet
 from tdkern.optim import AdamEMA
 
-SHAPE, CHANNELS = ((2, 3, 8, 8), 8) if TINY else ((16, 3, 16, 16), 32) if DEVICE == "cpu" else ((256, 3, 32, 32), 64)
+SHAPE, CHANNELS = (
+    ((2, 3, 8, 8), 8)
+    if TINY
+    else ((16, 3, 16, 16), 32)
+    if DEVICE == "cpu"
+    else ((256, 3, 32, 32), 64)
+)
 
 
 def tdkern_step(net, target, images, loss_fn):
@@ -38,7 +47,9 @@ def other_step(net, target, images, draw, loss_fn):
         x_t, x_tp, levels, *rest = draw(images, sigma, one)
         with torch.no_grad():
             F_p = target(x_tp, levels[:, 2], raw=True)
-        loss_fn(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest).flatten(1).sum(1).mean().backward()
+        loss_fn(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest).flatten(1).sum(
+            1
+        ).mean().backward()
         optimizer.step()
         python_loop([list(target.parameters())], list(net.parameters()), [0.999])
 
@@ -49,14 +60,36 @@ WINDOW = TDEDMLoss(weight="online", td_sigma=(0.3, 5.0))
 WINDOW = replace(WINDOW, td_share=WINDOW.window_share(SHAPE[0]))
 
 
-@pytest.mark.parametrize("competitor", ["tdkern", "EDM without TD", "TD at .3<sigma<5, a share", "the same, bfloat16 target", "published-style eager",
-                                        "torch.compile"])
+@pytest.mark.parametrize(
+    "competitor",
+    [
+        "tdkern",
+        "EDM without TD",
+        "TD at .3<sigma<5, a share",
+        "the same, bfloat16 target",
+        "published-style eager",
+        "torch.compile",
+    ],
+)
 def bench_step(compare, competitor):
-    fused = {fn: compiled(fn) for fn in (clean_draw, cancelled)} if competitor == "torch.compile" else {}
+    fused = (
+        {fn: compiled(fn) for fn in (clean_draw, cancelled)}
+        if competitor == "torch.compile"
+        else {}
+    )
 
     def make():
         torch.manual_seed(0)
-        model = SongUNet(SHAPE[-1], 3, 3, model_channels=CHANNELS, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[], dropout=0.0)
+        model = SongUNet(
+            SHAPE[-1],
+            3,
+            3,
+            model_channels=CHANNELS,
+            channel_mult=[1, 2],
+            num_blocks=1,
+            attn_resolutions=[],
+            dropout=0.0,
+        )
         net = EDMPrecond(model).to(DEVICE)
         target = EMA(net).module
         target.dtype = torch.bfloat16 if competitor == "the same, bfloat16 target" else None
@@ -66,7 +99,9 @@ def bench_step(compare, competitor):
             "EDM without TD": lambda: tdkern_step(*given, EDMLoss()),
             "TD at .3<sigma<5, a share": lambda: tdkern_step(*given, WINDOW),
             "the same, bfloat16 target": lambda: tdkern_step(*given, WINDOW),
-            "published-style eager": lambda: other_step(*given, published_draw, lambda *args: eager_td_edm(*args)[:, None]),
+            "published-style eager": lambda: other_step(
+                *given, published_draw, lambda *args: eager_td_edm(*args)[:, None]
+            ),
             "torch.compile": lambda: other_step(*given, fused[clean_draw], fused[cancelled]),
         }[competitor]()
 

@@ -1,4 +1,5 @@
 """td_loss, forward and backward through autograd, against what it replaces."""
+
 import pytest
 import torch
 from measure import DEVICE, compiled, copy_of, name, sizes
@@ -9,14 +10,18 @@ import tdkern
 
 def inputs(shape):
     torch.manual_seed(0)
-    sigma = (1.2 * torch.randn(shape[0], dtype=torch.float64) - 1.2).exp().clamp(0.002, 80).to(DEVICE)
+    sigma = (
+        (1.2 * torch.randn(shape[0], dtype=torch.float64) - 1.2).exp().clamp(0.002, 80).to(DEVICE)
+    )
     coef, levels = tdkern.td_coef(sigma, weight="online")
     F, F_p, x0, x_t, x_tp = (torch.randn(shape, device=DEVICE) for _ in range(5))
     return F.requires_grad_(), F_p, x0, x_t, x_tp, coef, levels
 
 
 class CopyNode(torch.autograd.Function):
-    """The floor of any loss with a Python autograd node: the node does nothing but a plain copy of as many bytes."""
+    """The floor of any loss with a Python autograd node: the node does nothing but a plain copy of
+    as many bytes.
+    """
 
     @classmethod
     def of(cls, F, moved):
@@ -35,7 +40,17 @@ class CopyNode(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("shape", sizes((128, 3, 32, 32), (1024, 3, 32, 32)), ids=name)
-@pytest.mark.parametrize("competitor", ["tdkern", "published-style eager", "clean eager", "torch.compile", "copy as an autograd node", "copy"])
+@pytest.mark.parametrize(
+    "competitor",
+    [
+        "tdkern",
+        "published-style eager",
+        "clean eager",
+        "torch.compile",
+        "copy as an autograd node",
+        "copy",
+    ],
+)
 def bench_td_loss(compare, shape, competitor):
     fused = compiled(cancelled) if competitor == "torch.compile" else None
     # Read out, out_target, x0, x_t, x_tp; write dF.
@@ -52,7 +67,9 @@ def bench_td_loss(compare, shape, competitor):
             "torch.compile": lambda: fused(F, F_p, x0, x_t, x_tp, coef32),
             "copy as an autograd node": node,
         }[competitor]
-        upstream = torch.ones_like(forward())  # given, so that no competitor's time holds a sum over the batch
+        upstream = torch.ones_like(
+            forward()
+        )  # given, so that no competitor's time holds a sum over the batch
         return lambda: torch.autograd.grad(forward(), F, upstream)
 
     compare("td_loss", name(shape), competitor, make, moved=moved)

@@ -1,14 +1,17 @@
-"""Benchmarks: every competitor of an op in one run, medians; results as JSON beside the table that is printed.
+"""Benchmarks: every competitor of an op in one run, medians; results as JSON beside the table that
+is printed.
 
     make bench                          all; writes bench/results/<device>.json and prints the table
     pytest bench/bench_td_loss.py -k 1-thread
 
-On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On a GPU, if there is one,
-measure.py says how. A benchmark calls `compare(op, size, competitor, make, moved=bytes)`: make() makes inputs and returns the step
-on them. `moved` counts by hand, in a comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these,
-and "copy" is a competitor that copies as many, "negation in place" one that reads half as many and writes them back. TDKERN_BENCH_RESULTS
-names another folder for the results.
+On the CPU everything is measured twice: in one thread, and in as many as torch takes by default. On
+a GPU, if there is one, measure.py says how. A benchmark calls `compare(op, size, competitor, make,
+moved=bytes)`: make() makes inputs and returns the step on them. `moved` counts by hand, in a
+comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these, and
+"copy" is a competitor that copies as many, "negation in place" one that reads half as many and
+writes them back. TDKERN_BENCH_RESULTS names another folder for the results.
 """
+
 import ctypes
 import gc
 import json
@@ -33,13 +36,15 @@ ROWS = []
 
 def pytest_configure(config):
     config.option.benchmark_disable_gc = True
-    # Once so much was freed, glibc keeps smaller blocks instead of returning their pages: the state of any process that has run for a while,
-    # which otherwise comes in the middle of somebody's rounds.
+    # Once so much was freed, glibc keeps smaller blocks instead of returning their pages: the state
+    # of any process that has run for a while, which otherwise comes in the middle of somebody's
+    # rounds.
     torch.ones(31 * 2**18)
 
 
 def pytest_collection_modifyitems(items):
-    # first, since the others leave holes in the heap that outputs of 40 MB fit into, which then are not fresh pages, and those of 400 MB do not
+    # first, since the others leave holes in the heap that outputs of 40 MB fit into, which then are
+    # not fresh pages, and those of 400 MB do not
     items.sort(key=lambda item: item.path.stem != "bench_growth")
 
 
@@ -47,7 +52,10 @@ def device_name() -> str:
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     with open("/proc/cpuinfo") as lines:
-        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.processor(),
+        )
 
 
 def results_file() -> Path:
@@ -62,16 +70,36 @@ def threads(request):
 
 @pytest.fixture
 def compare(request, threads):
-    def run(op: str, size: str, competitor: str, make, *, moved: int | None, seconds: float = 1.0, elements: int | None = None, rotate: bool = True):
+    def run(
+        op: str,
+        size: str,
+        competitor: str,
+        make,
+        *,
+        moved: int | None,
+        seconds: float = 1.0,
+        elements: int | None = None,
+        rotate: bool = True,
+    ):
         """Times make()'s step: the median of 10 to 500 rounds, as many as fit in `seconds`.
 
-        elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several sets of inputs, and a graph of them.
+        elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several
+            sets of inputs, and a graph of them.
         """
-        gc.collect()  # optimizers are reference cycles: those of the benchmarks before would fill memory
+        # optimizers are reference cycles: those of the benchmarks before would fill memory
+        gc.collect()
         if DEVICE == "cpu":
-            # what they left free would make glibc return pages, and take them anew, in every round of this one
+            # what they left free would make glibc return pages, and take them anew, in every round
+            # of this one
             getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        row = {"group": Path(request.node.fspath).stem, "op": op, "size": size, "competitor": competitor, "threads": threads, "moved": moved}
+        row = {
+            "group": Path(request.node.fspath).stem,
+            "op": op,
+            "size": size,
+            "competitor": competitor,
+            "threads": threads,
+            "moved": moved,
+        }
         row |= {"elements": elements} if elements else {}
         seconds = 0.01 if TINY else seconds
         floor = {"copy": copy_of, "negation in place": negation_of}.get(competitor)
@@ -92,14 +120,24 @@ def on_cpu(benchmark, step, seconds: float) -> dict:
     step()
     once = max(time.perf_counter() - start, 1e-6)
     rounds = int(min(500, max(1 if TINY else 10, seconds / once)))
-    benchmark.pedantic(step, rounds=rounds, warmup_rounds=max(1 if TINY else 3, rounds // 10), iterations=1)
+    benchmark.pedantic(
+        step, rounds=rounds, warmup_rounds=max(1 if TINY else 3, rounds // 10), iterations=1
+    )
     stats = benchmark.stats.stats
-    return {"median_us": stats.median * 1e6, "min_us": stats.min * 1e6, "rounds": stats.rounds, "extra_bytes": peak_extra(step, "cpu")}
+    return {
+        "median_us": stats.median * 1e6,
+        "min_us": stats.min * 1e6,
+        "rounds": stats.rounds,
+        "extra_bytes": peak_extra(step, "cpu"),
+    }
 
 
 def with_ratios(rows: list[dict]) -> list[dict]:
     """The rows with GB/s, and beside tdkern's and the copy's of the same op, size and threads."""
-    found = {(row["group"], row["op"], row["size"], row["threads"], row["competitor"]): row for row in rows}
+    found = {
+        (row["group"], row["op"], row["size"], row["threads"], row["competitor"]): row
+        for row in rows
+    }
     for *key, _ in found:
         ours, copy = found.get((*key, "tdkern")), found.get((*key, "copy"))
         for row in (row for (*other, _), row in found.items() if other == key):
@@ -112,8 +150,12 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 @cache
 def commit() -> str:
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True,
-                              text=True, cwd=Path(__file__).parent)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
         return done.stdout.strip()
     except OSError:  # no git here
         return ""
@@ -126,10 +168,13 @@ def write_results() -> None:
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     kept = [row for row in kept if (row["group"], row["op"], row["threads"]) not in ran]
     facts = tdkern.info()
-    result = {"device": device_name(),
-              "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-              "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")},
-              "build": facts["build"], "rows": with_ratios(kept + ROWS)}
+    result = {
+        "device": device_name(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")},
+        "build": facts["build"],
+        "rows": with_ratios(kept + ROWS),
+    }
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".new").write_text(json.dumps(result, indent=1) + "\n")
     os.replace(path.with_suffix(".new"), path)

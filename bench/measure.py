@@ -1,7 +1,9 @@
-"""How a step is measured: its time, the memory that it takes beside its inputs and, on a GPU, its launches and host synchronisations.
+"""How a step is measured: its time, the memory that it takes beside its inputs and, on a GPU, its
+launches and host synchronisations.
 
 `TDKERN_BENCH_TINY=1` makes every size small: to see that all of it runs, not to time it.
 """
+
 import math
 import os
 import statistics
@@ -24,7 +26,9 @@ def name(shape: tuple[int, ...]) -> str:
 
 
 def compiled(fn, **options):
-    """torch.compile(fn, **options) for the number of threads there is now, whatever was compiled before."""
+    """torch.compile(fn, **options) for the number of threads there is now, whatever was compiled
+    before.
+    """
     from torch._inductor import config
 
     torch._dynamo.reset()
@@ -33,34 +37,44 @@ def compiled(fn, **options):
 
 
 def copy_of(moved: int):
-    """The floor: a step that copies, and so moves as many bytes, half of them read and half written."""
+    """The floor: a step that copies, and so moves as many bytes, half of them read and half
+    written.
+    """
     source = torch.randn(moved // 8, device=DEVICE)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def negation_of(moved: int):
-    """The floor of what works in place: a step that negates in place, and so reads as many bytes and writes them back."""
+    """The floor of what works in place: a step that negates in place, and so reads as many bytes
+    and writes them back.
+    """
     values = torch.randn(moved // 8, device=DEVICE)
     return values.neg_
 
 
 def peak_extra(step, device: str) -> int:
-    """The most bytes of tensors on the device that step() holds at any time beside what there was before, what it returns included."""
+    """The most bytes of tensors on the device that step() holds at any time beside what there was
+    before, what it returns included.
+    """
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    return sorted(_traced_peak(step) for _ in range(3))[1]  # seldom, on a machine under load, a trace lacks some of its events
+    return sorted(_traced_peak(step) for _ in range(3))[
+        1
+    ]  # seldom, on a machine under load, a trace lacks some of its events
 
 
 def _traced_peak(step) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        result = step()  # held until the trace ends, so that the trace has every allocation and no release of what came before
+        # held until the trace ends, so that the trace has every allocation and no release of what
+        # came before
+        result = step()
     del result
     held = peak = 0
     for event in sorted(trace.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
@@ -70,15 +84,17 @@ def _traced_peak(step) -> int:
     return peak
 
 
-# ---- CUDA -----------------------------------------------------------------------------------------------------------
+# ---- CUDA ---------------------------------------------------------------------------------------
 
 
 def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
     """Times make()'s steps by events; counts launches and host synchronisations of one.
 
-    Inputs: as many sets as are needed to move four times the L2, at most 64, taken in turn, each with outputs of its own. `median_us`
-    is of steps launched one by one, so where they are short it is the host's time; `graph_us` of the same in a CUDA graph's replays,
-    taken where all sets together are small and no step waits for the host.
+    Inputs: as many sets as are needed to move four times the L2, at most 64, taken in turn, each
+        with outputs of its own. `median_us`
+    is of steps launched one by one, so where they are short it is the host's time; `graph_us` of
+    the same in a CUDA graph's replays, taken where all sets together are small and no step waits
+    for the host.
     """
     cache = torch.cuda.get_device_properties().L2_cache_size
     count = min(64, max(1, math.ceil(4 * cache / moved))) if rotate else 1
@@ -95,7 +111,11 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
             held[i] = step()
 
     times = events(one_by_one, seconds)
-    row |= {"median_us": statistics.median(times) / count * 1e6, "min_us": min(times) / count * 1e6, "rounds": len(times)}
+    row |= {
+        "median_us": statistics.median(times) / count * 1e6,
+        "min_us": min(times) / count * 1e6,
+        "rounds": len(times),
+    }
     if rotate and row["syncs"] == 0 and moved < 2**28:
         try:
             row["graph_us"] = statistics.median(events(captured(steps), seconds)) / count * 1e6
@@ -105,7 +125,9 @@ def on_cuda(make, moved: int, seconds: float, rotate: bool) -> dict:
 
 
 def events(run, seconds: float) -> list[float]:
-    """Times of run() in s: as many rounds as fit in `seconds`, 3 to 200, each of as many runs as last 5 ms."""
+    """Times of run() in s: as many rounds as fit in `seconds`, 3 to 200, each of as many runs as
+    last 5 ms.
+    """
     run()
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -162,8 +184,12 @@ def launches(step) -> dict:
     with profile(activities=[ProfilerActivity.CUDA]) as trace:
         step()
         torch.cuda.synchronize()
-    # Kineto's own events: torch's, made of them, take seconds where a step has thousands of launches.
-    events = [event.name() for event in trace.profiler.kineto_results.events()
-              if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()]
+    # Kineto's own events: torch's, made of them, take seconds where a step has thousands of
+    # launches.
+    events = [
+        event.name()
+        for event in trace.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.is_user_annotation()
+    ]
     copies = [event for event in events if event.startswith(("Memcpy", "Memset"))]
     return {"launches": len(events) - len(copies), "copies": len(copies)}

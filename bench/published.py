@@ -1,8 +1,10 @@
 """What users run today: the TD loss as eager PyTorch in the style of the published training loops.
 
-Written from the paper's equations, not from anyone's code: preconditioning as separate passes, valid samples gathered by a
-boolean mask, all four posterior means formed, and the terms scattered back to their samples.
+Written from the paper's equations, not from anyone's code: preconditioning as separate passes,
+valid samples gathered by a boolean mask, all four posterior means formed, and the terms scattered
+back to their samples.
 """
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,19 @@ from tdkern.schedules import EDM
 
 
 def td_levels(sigma: Tensor, *, k_idx: float = 1.0, one_idx: float = 0.25) -> tuple[Tensor, Tensor]:
-    """The four noise levels [B, 4] of each sigma [B] on EDM's schedule, and which samples are valid."""
+    """The four noise levels [B, 4] of each sigma [B] on EDM's schedule, and which samples are
+    valid.
+    """
     schedule = EDM()
     index = schedule.index(sigma)
-    levels = torch.stack([sigma, *(schedule.sigma(index + step) for step in (one_idx, k_idx, k_idx + one_idx))], 1)
-    valid = (sigma >= schedule.sigma_min) & (sigma <= schedule.sigma_max) & (index <= schedule.steps - 1 - (k_idx + one_idx))
+    levels = torch.stack(
+        [sigma, *(schedule.sigma(index + step) for step in (one_idx, k_idx, k_idx + one_idx))], 1
+    )
+    valid = (
+        (sigma >= schedule.sigma_min)
+        & (sigma <= schedule.sigma_max)
+        & (index <= schedule.steps - 1 - (k_idx + one_idx))
+    )
     return levels, valid
 
 
@@ -22,9 +32,21 @@ def _column(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
-def eager_td_edm(F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, levels: Tensor, valid: Tensor, *,
-                 sigma_data: float = 0.5, lambda_edm: float = 0.5) -> Tensor:
-    """Per-sample TD+EDM loss [B]: online weight, Markov coupling, `levels` [B, 4] as `td_coef` returns them."""
+def eager_td_edm(
+    F: Tensor,
+    F_p: Tensor,
+    x0: Tensor,
+    x_t: Tensor,
+    x_tp: Tensor,
+    levels: Tensor,
+    valid: Tensor,
+    *,
+    sigma_data: float = 0.5,
+    lambda_edm: float = 0.5,
+) -> Tensor:
+    """Per-sample TD+EDM loss [B]: online weight, Markov coupling, `levels` [B, 4] as `td_coef`
+    returns them.
+    """
     sigma, sigma_tau, sigma_p, sigma_tau_p = (_column(level, x0) for level in levels.unbind(1))
 
     def denoise(x, F, sigma):
@@ -56,10 +78,16 @@ def eager_td_edm(F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, 
     return losses
 
 
-def cancelled(F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, coef: Tensor) -> Tensor:
-    """Per-sample [B, 2] in the cancelled form, with nothing gathered: what one would hand to torch.compile."""
+def cancelled(
+    F: Tensor, F_p: Tensor, x0: Tensor, x_t: Tensor, x_tp: Tensor, coef: Tensor
+) -> Tensor:
+    """Per-sample [B, 2] in the cancelled form, with nothing gathered: what one would hand to
+    torch.compile.
+    """
     skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (_column(c, x0) for c in coef.unbind(1))
     e = x0 - (skip * x_t + scale * F)
     e_p = x0 - (skip_p * x_tp + scale_p * F_p)
     delta = A * e - A_p * e_p
-    return torch.stack([(w_td * delta.square()).flatten(1).mean(1), (w_base * e.square()).flatten(1).mean(1)], 1)
+    return torch.stack(
+        [(w_td * delta.square()).flatten(1).mean(1), (w_base * e.square()).flatten(1).mean(1)], 1
+    )

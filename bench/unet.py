@@ -1,11 +1,14 @@
 """The parameter list of a U-Net of 50 million parameters, for the ops that work on whole lists."""
+
 import math
 
 from measure import TINY
 
 
 def unet_shapes() -> list[tuple[int, ...]]:
-    """Shapes in the order of a forward pass: widths 128 to 512, three blocks a level, attention at the second; 354 tensors."""
+    """Shapes in the order of a forward pass: widths 128 to 512, three blocks a level, attention at
+    the second; 354 tensors.
+    """
     shapes = []
 
     def conv(out: int, inp: int, kernel: int = 3) -> None:

@@ -1,4 +1,7 @@
-"""Fused kernels and a driver for training diffusion models with a temporal-difference loss (arXiv 2606.15048)."""
+"""Fused kernels and a driver for training diffusion models with a temporal-difference loss (arXiv
+2606.15048).
+"""
+
 from ._info import info
 from ._version import __version__ as __version__
 from .ops import _backends, ema_update_, heun_step, noise_pair, td_coef, td_loss

@@ -1,4 +1,5 @@
 """What this installation is and can do."""
+
 import platform
 
 import numpy
@@ -9,11 +10,13 @@ from .ops import _backends
 
 
 def info() -> dict:
-    """What this installation can do: versions, backends (and why one is missing), architectures built for, devices.
+    """What this installation can do: versions, backends (and why one is missing), architectures
+    built for, devices.
 
     Returns:
-        {"tdkern", "torch", "triton", "python": versions; "backends": {name: "" or why it is missing and how to get it};
-        "build": what the compiled part was made with and for, or None; "devices": names}. Plain values, ready for JSON.
+        {"tdkern", "torch", "triton", "python": versions; "backends": {name: "" or why it is missing
+        and how to get it}; "build": what the compiled part was made with and for, or None;
+        "devices": names}. Plain values, ready for JSON.
     """
     try:
         from . import _C
@@ -35,5 +38,6 @@ def info() -> dict:
         "python": platform.python_version(),
         "backends": dict(_backends.MISSING),
         "build": build,
-        "devices": ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": ["cpu"]
+        + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

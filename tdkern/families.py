@@ -2,6 +2,7 @@
 
 docs/add_a_family.md says how to add one.
 """
+
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 

@@ -3,6 +3,7 @@
 `tdkern train` makes its flags from them, and `check` judges values wherever they come from: the
 command line, Python or a file.
 """
+
 import dataclasses
 import math
 import types

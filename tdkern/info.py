@@ -1,4 +1,5 @@
 """`python -m tdkern.info`: what this installation is and can do, for a bug report."""
+
 from ._info import info
 
 if __name__ == "__main__":

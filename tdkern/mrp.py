@@ -36,6 +36,7 @@ Every function takes tensors that broadcast and is differentiable by PyTorch. St
 own, alpha_t times EDM's. The losses never form these means: the kappa terms cancel, so `td_loss`
 reads A and A' alone.
 """
+
 from collections.abc import Sequence
 
 from torch import Tensor

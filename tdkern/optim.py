@@ -130,7 +130,8 @@ class AdamEMA(torch.optim.Adam):
             ]
             if any(grad.layout is not torch.strided for grad in grads):
                 raise RuntimeError(
-                    "AdamEMA: Adam does not support sparse gradients, please consider SparseAdam instead"
+                    "AdamEMA: Adam does not support sparse gradients, please consider SparseAdam "
+                    "instead"
                 ) from None
             raise
         return loss
@@ -212,7 +213,8 @@ class AdamEMA(torch.optim.Adam):
         if param not in self._averages:
             if len(self.decays) > 0:
                 raise ValueError(
-                    "AdamEMA: a parameter that was added later has no averages; make a new optimizer and load this one's state_dict"
+                    "AdamEMA: a parameter that was added later has no averages; make a new "
+                    "optimizer and load this one's state_dict"
                 )
             return []
         return self._averages[param]
@@ -230,7 +232,8 @@ def _averages_by_param(
         ) from None
     if len(averages) != len(decays):
         raise ValueError(
-            f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+            f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got "
+            f"{len(decays)}"
         )
     for k, average in enumerate(averages):
         for i, avg in enumerate(average):
@@ -240,7 +243,8 @@ def _averages_by_param(
                 )
         if [avg.shape for avg in average] != [param.shape for param in every]:
             raise ValueError(
-                f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the {len(every)} parameters, in their order"
+                f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the "
+                f"{len(every)} parameters, in their order"
             )
     return {param: [average[i] for average in averages] for i, param in enumerate(every)}
 

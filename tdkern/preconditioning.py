@@ -4,6 +4,7 @@ x is EDM's state, x = x_t / alpha_t = x0 + sigma eps, and sigma = sigma_t / alph
 Preconditionings are values: a network has one, a loss has one, and where the two are equal the loss
 reads the network's raw output, so that the preconditioning is part of its one launch.
 """
+
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 

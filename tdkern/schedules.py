@@ -5,6 +5,7 @@ Beside them stands the two-moment mean between two levels.
 A diffusion path is x_t = alpha_t x0 + sigma_t eps. All functions take tensors of any shape, or
 anything `torch.as_tensor` reads, and return float64 tensors on the same device.
 """
+
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -29,10 +30,16 @@ def eta_of(coupling: str) -> float:
 
 
 def _f64(value) -> Tensor:
-    return value.double() if isinstance(value, Tensor) else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    return (
+        value.double()
+        if isinstance(value, Tensor)
+        else torch.as_tensor(value, dtype=torch.float64, device="cpu")
+    )
 
 
-def two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, *, coupling: str = "markov", eta: float | None = None) -> tuple[Tensor, Tensor]:
+def two_moment(
+    alpha_t, sigma_t, alpha_tau, sigma_tau, *, coupling: str = "markov", eta: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The coefficients (A, kappa) of the two-moment mean mu = A x0 + kappa x_t of x_tau.
 
     kappa = sqrt(sigma_tau^2 - s^2) / sigma_t,  A = alpha_tau - kappa alpha_t  (DDIM, arXiv
@@ -80,7 +87,10 @@ class EDM:
         if self.steps % 1:
             raise ValueError(f"EDM: steps must be a whole number, got {self.steps}")
         if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got "
+                f"{self.sigma_min} and {self.sigma_max}"
+            )
         if self.rho <= 0:
             raise ValueError(f"EDM: rho must be positive, got {self.rho}")
 
@@ -107,7 +117,9 @@ class EDM:
 
     def sigmas(self) -> Tensor:
         """The sampler's levels: sigma(0), ..., sigma(steps - 1), 0."""
-        return torch.cat([self.sigma(torch.arange(self.steps)), torch.zeros(1, dtype=torch.float64)])
+        return torch.cat(
+            [self.sigma(torch.arange(self.steps)), torch.zeros(1, dtype=torch.float64)]
+        )
 
 
 class Schedule(ABC):
@@ -215,9 +227,17 @@ class DDPM(VariancePreserving):
         if not (isinstance(self.T, int) and self.T >= 2):
             raise ValueError(f"DDPM: T must be a whole number, at least 2, got {self.T}")
         betas = self.beta_schedule
-        if not (betas in BETA_SCHEDULES if isinstance(betas, str) else
-                isinstance(betas, tuple) and len(betas) == self.T and all(0 < beta < 1 for beta in betas)):
-            raise ValueError(f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in (0, 1), got {betas!r}")
+        if not (
+            betas in BETA_SCHEDULES
+            if isinstance(betas, str)
+            else isinstance(betas, tuple)
+            and len(betas) == self.T
+            and all(0 < beta < 1 for beta in betas)
+        ):
+            raise ValueError(
+                f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in "
+                f"(0, 1), got {betas!r}"
+            )
 
     @property
     def t_max(self) -> float:
@@ -241,7 +261,9 @@ class DDPM(VariancePreserving):
         ln sigma_hat is linear between whole times, and held at the ends.
         """
         sigma_hat = _f64(sigma_hat)
-        return 1 + interpolated_index(torch.expm1(self._table(sigma_hat.device)[1:]).log() / 2, sigma_hat.log())
+        return 1 + interpolated_index(
+            torch.expm1(self._table(sigma_hat.device)[1:]).log() / 2, sigma_hat.log()
+        )
 
     def times(self, steps: int) -> Tensor:
         """[steps] whole times from T down to 1, evenly spread and rounded.
@@ -296,8 +318,15 @@ class iDDPM:
         u = self.u
         u = u[(u >= sigma_min) & (u <= sigma_max)]
         if not 1 <= steps <= len(u):
-            raise ValueError(f"iDDPM: steps must be from 1 to {len(u)}, the levels between {sigma_min} and {sigma_max}, got {steps}")
-        chosen = torch.linspace(0, len(u) - 1, steps, dtype=torch.float64, device=u.device).round().long()
+            raise ValueError(
+                f"iDDPM: steps must be from 1 to {len(u)}, the levels between {sigma_min} and "
+                f"{sigma_max}, got {steps}"
+            )
+        chosen = (
+            torch.linspace(0, len(u) - 1, steps, dtype=torch.float64, device=u.device)
+            .round()
+            .long()
+        )
         return torch.cat([u[chosen], u.new_zeros(1)])
 
 
@@ -317,8 +346,13 @@ class VP(VariancePreserving):
     def __post_init__(self):
         if not 0 < self.epsilon_t < 1:
             raise ValueError(f"VP: epsilon_t must be between 0 and 1, got {self.epsilon_t}")
-        if not 0 < min(self.beta_d * self.epsilon_t / 2, self.beta_d) + self.beta_min < math.inf:  # so that noise is there at epsilon_t, and rises up to 1
-            raise ValueError(f"VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got {self.beta_min} with beta_d {self.beta_d}")
+        if (
+            not 0 < min(self.beta_d * self.epsilon_t / 2, self.beta_d) + self.beta_min < math.inf
+        ):  # so that noise is there at epsilon_t, and rises up to 1
+            raise ValueError(
+                "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got "
+                f"{self.beta_min} with beta_d {self.beta_d}"
+            )
 
     @property
     def t_min(self) -> float:
@@ -332,7 +366,9 @@ class VP(VariancePreserving):
 
     def time(self, sigma_hat) -> Tensor:
         exponent = (_f64(sigma_hat) ** 2).log1p()
-        return 2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
+        return (
+            2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
+        )
 
     def times(self, steps: int, *, epsilon_s: float = 1e-3) -> Tensor:
         """[steps] times from 1 to epsilon_s, or to epsilon_t if that is more, evenly spread.
@@ -356,7 +392,10 @@ class VE(Schedule):
 
     def __post_init__(self):
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got {self.sigma_min} and {self.sigma_max}")
+            raise ValueError(
+                "VE: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got "
+                f"{self.sigma_min} and {self.sigma_max}"
+            )
 
     def alpha(self, t) -> Tensor:
         return torch.ones_like(_f64(t))
@@ -387,7 +426,10 @@ class FlowMatching(Schedule):
 
     def __post_init__(self):
         if not 0 < self.t_min < self.t_max < 1:
-            raise ValueError(f"FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got {self.t_min} and {self.t_max}")
+            raise ValueError(
+                "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got "
+                f"{self.t_min} and {self.t_max}"
+            )
 
     @property
     def t_end(self) -> float:

@@ -1,4 +1,5 @@
 """The weights of the TD term and of the base loss, by name, in plain PyTorch."""
+
 import torch
 from torch import Tensor
 

@@ -1,4 +1,5 @@
 """Denoisers in closed form, of the data of the golden samplers, and the golden numbers."""
+
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,11 @@ def gmm(golden):
     def denoiser(x, sigma):
         variance = sds**2 + sigma[:, None] ** 2  # [B, K]
         distance = x[:, None] - means  # [B, K, C, H, W]
-        log_p = weights.log() - distance.square().sum((2, 3, 4)) / (2 * variance) - means[0].numel() / 2 * variance.log()
+        log_p = (
+            weights.log()
+            - distance.square().sum((2, 3, 4)) / (2 * variance)
+            - means[0].numel() / 2 * variance.log()
+        )
         parts = means + (sds**2 / variance)[:, :, None, None, None] * distance
         return (log_p.softmax(1)[:, :, None, None, None] * parts).sum(1)
 

@@ -1,4 +1,7 @@
-"""The hard cases of td_loss, one table for the correctness, gradient, opcheck and compile tests, and the figures they are judged by."""
+"""The hard cases of td_loss, one table for the correctness, gradient, opcheck and compile tests,
+and the figures they are judged by.
+"""
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +15,16 @@ OUT, TARGET, CLEAN, COEF, X_T, X_TP = range(6)  # td_loss's arguments, which `in
 NAMES = ("out", "out_target", "x0", "x_t", "x_tp")
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (dtype of out and out_target, dtype of x0, x_t and x_tp)
-DTYPES = {"float32": (F32, F32), "float64": (F64, F64), "bfloat16": (BF16, BF16), "float16": (F16, F16),
-          "bfloat16 of float32": (BF16, F32), "float16 of float32": (F16, F32)}
+DTYPES = {
+    "float32": (F32, F32),
+    "float64": (F64, F64),
+    "bfloat16": (BF16, BF16),
+    "float16": (F16, F16),
+    "bfloat16 of float32": (BF16, F32),
+    "float16 of float32": (F16, F32),
+}
 
-# ---- where a tensor's elements lie; what lies between them is NaN ---------------------------------------------------
+# ---- where a tensor's elements lie; what lies between them is NaN -------------------------------
 
 
 def _nan(like: Tensor, *shape: int) -> Tensor:
@@ -63,12 +72,19 @@ def channels_last(t: Tensor) -> Tensor:
 
 def odd_ones(t: Tensor) -> Tensor:
     """A stride that means nothing on every dimension of size 1."""
-    return t.as_strided(t.shape, [977 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)])
+    return t.as_strided(
+        t.shape,
+        [977 if size == 1 else stride for size, stride in zip(t.shape, t.stride(), strict=True)],
+    )
 
 
-# ---- the table ------------------------------------------------------------------------------------------------------
+# ---- the table ----------------------------------------------------------------------------------
 
-VALID, INVALID, MIXED = (0.7, 0.1, 3.0, 12.0, 0.03), (90.0, 0.004, 200.0, 0.001), (0.7, 90.0, 3.0, 0.004, 0.1)
+VALID, INVALID, MIXED = (
+    (0.7, 0.1, 3.0, 12.0, 0.03),
+    (90.0, 0.004, 200.0, 0.001),
+    (0.7, 90.0, 3.0, 0.004, 0.1),
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,9 @@ class Case:
     shape: tuple[int, ...]
     base: str = "denoise"
     norm: dict = field(default_factory=dict)  # td_loss's base_norm and huber_c
-    sigma: tuple[float, ...] = MIXED  # repeated over the batch; within td_coef's schedule a sample has a TD term
+    sigma: tuple[float, ...] = (
+        MIXED  # repeated over the batch; within td_coef's schedule a sample has a TD term
+    )
     lie: dict[str, Callable] = field(default_factory=dict)  # of a tensor, or of "all"
     coef: dict = field(default_factory=dict)  # td_coef's options
     columns: dict[int, float] = field(default_factory=dict)  # columns of coef that are set
@@ -101,7 +119,9 @@ CASES = {
     "no elements": Case((3, 0, 4)),
     "no elements, huber": Case((3, 0, 4), norm=HUBER),
     "one sample": Case((1, 3, 8, 8)),
-    "one odd sample": Case((1, 107), "consistency", sigma=VALID),  # aligned, since there is no next row: packs, and a tail behind them
+    "one odd sample": Case(
+        (1, 107), "consistency", sigma=VALID
+    ),  # aligned, since there is no next row: packs, and a tail behind them
     "one element": Case((20, 1)),
     "1-D": Case((20,), "consistency"),
     "5-D": Case((2, 3, 2, 5, 3), "consistency"),
@@ -115,15 +135,23 @@ CASES = {
     "misaligned": Case((3, 3, 5, 8), lie={"all": offset}),
     "one misaligned": Case((3, 3, 4, 8), lie={"x_t": offset}),
     "slices of channels": Case((3, 3, 5, 7), "consistency", lie={"all": rows}),
-    "target of six channels": Case((3, 3, 5, 8), lie={"out_target": rows, "x_tp": rows}, sigma=VALID),
+    "target of six channels": Case(
+        (3, 3, 5, 8), lie={"out_target": rows, "x_tp": rows}, sigma=VALID
+    ),
     "gaps": Case((3, 3, 5, 7), lie={"out": gaps, "x_tp": gaps}),
     "one clean image": Case((4, 3, 4, 4), lie={"x0": one_for_all, "out_target": one_for_all}),
     "one output": Case((4, 3, 4, 4), "consistency", lie={"out": one_for_all}),
     "one value a row": Case((4, 3, 4, 4), lie={"out": one_for_row, "x0": one_for_row}),
     "batch inside": Case((4, 3, 5, 3), lie={"all": batch_inside}),
-    "batch inside of one": Case((4, 3, 5, 3), lie={"x_t": batch_inside, "out_target": batch_inside}),
+    "batch inside of one": Case(
+        (4, 3, 5, 3), lie={"x_t": batch_inside, "out_target": batch_inside}
+    ),
     "channels_last": Case((4, 3, 5, 7), lie={"all": channels_last}),
-    "channels_last of some": Case((4, 3, 5, 7), "consistency", lie={"out": channels_last, "x_t": channels_last, "x_tp": swapped}),
+    "channels_last of some": Case(
+        (4, 3, 5, 7),
+        "consistency",
+        lie={"out": channels_last, "x_t": channels_last, "x_tp": swapped},
+    ),
     "swapped": Case((4, 3, 5, 7), lie={"out": swapped}),
     "odd ones": Case((3, 1, 15, 1), lie={"all": odd_ones}),
     "odd ones of some": Case((3, 1, 15, 1), lie={"x0": odd_ones, "out_target": odd_ones}),
@@ -138,7 +166,9 @@ CASES = {
     "a silent sample, huber": Case((5, 3, 4, 4), norm=HUBER, silent=(1, 2)),
     "float32 coef": Case((3, 3, 4, 4), coef_dtype=F32),
     "x0 prediction": Case((4, 3, 4, 4), columns=X0_PREDICTION, absent=("x_t", "x_tp")),
-    "x0 prediction, consistency": Case((4, 3, 4, 4), "consistency", columns=X0_PREDICTION, absent=("x_t", "x_tp")),
+    "x0 prediction, consistency": Case(
+        (4, 3, 4, 4), "consistency", columns=X0_PREDICTION, absent=("x_t", "x_tp")
+    ),
     "no x_tp": Case((4, 3, 4, 4), "consistency", columns={2: 0.0, 3: 1.0}, absent=("x_tp",)),
 }
 SMALL = [name for name, case in CASES.items() if math.prod(case.shape) < 1000]
@@ -148,8 +178,12 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("cuda", "triton") and torch.cuda.device_count() > 0 else "cpu"
 
 
-def inputs(name: str, dtypes: str = "float32", device: str = "cpu", seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """(out, out_target, x0, coef, x_t, x_tp) of a case, in td_loss's order; `out` requires a gradient."""
+def inputs(
+    name: str, dtypes: str = "float32", device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(out, out_target, x0, coef, x_t, x_tp) of a case, in td_loss's order; `out` requires a
+    gradient.
+    """
     case = CASES[name]
     random = torch.Generator().manual_seed(seed)
     sigma = torch.tensor([case.sigma[b % len(case.sigma)] for b in range(case.shape[0])], dtype=F64)
@@ -157,14 +191,26 @@ def inputs(name: str, dtypes: str = "float32", device: str = "cpu", seed: int = 
     for column, value in case.columns.items():
         coef[:, column] = value
     coef[list(case.silent), 6:] = 0
-    out, out_target, x0, noise, noise_p = (torch.randn(case.shape, generator=random, dtype=F64) for _ in range(5))
+    out, out_target, x0, noise, noise_p = (
+        torch.randn(case.shape, generator=random, dtype=F64) for _ in range(5)
+    )
     x0 = x0 / 2
     column = (-1, *[1] * (len(case.shape) - 1))
-    tensors = {"out": out, "out_target": out_target, "x0": x0, "x_t": x0 + levels[:, 0].view(column) * noise, "x_tp": x0 + levels[:, 2].view(column) * noise_p}
+    tensors = {
+        "out": out,
+        "out_target": out_target,
+        "x0": x0,
+        "x_t": x0 + levels[:, 0].view(column) * noise,
+        "x_tp": x0 + levels[:, 2].view(column) * noise_p,
+    }
     net, data = DTYPES[dtypes]
     for key in NAMES:
         lie = case.lie.get(key, case.lie.get("all", torch.Tensor.contiguous))
-        tensors[key] = None if key in case.absent else lie(tensors[key].to(device, net if key.startswith("out") else data))
+        tensors[key] = (
+            None
+            if key in case.absent
+            else lie(tensors[key].to(device, net if key.startswith("out") else data))
+        )
     out, out_target, x0, x_t, x_tp = tensors.values()
     return out.requires_grad_(), out_target, x0, coef.to(device, case.coef_dtype), x_t, x_tp
 
@@ -178,7 +224,9 @@ def widened(args, dtype=F64):
 def with_gradient(loss_of, args, upstream=None) -> tuple[Tensor, Tensor]:
     """(loss, dF) of loss_of(*args); upstream is 1 if not given."""
     loss = loss_of(*args)
-    dF, = torch.autograd.grad(loss, args[0], torch.ones_like(loss) if upstream is None else upstream.to(loss))
+    (dF,) = torch.autograd.grad(
+        loss, args[0], torch.ones_like(loss) if upstream is None else upstream.to(loss)
+    )
     return loss.detach(), dF
 
 
@@ -187,13 +235,15 @@ def oracle(args, base: str, upstream=None, **norm) -> tuple[Tensor, Tensor]:
     return with_gradient(lambda *a: reference.td_loss(*a, base, **norm), widened(args), upstream)
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- figures ------------------------------------------------------------------------------------
 
 
 def figures(actual: Tensor, expected: Tensor) -> tuple[float, float, float]:
-    """(relative L2, 1 - cosine, bias) over rows [R, n], each row counting the same; a row that is 0 must be met exactly.
+    """(relative L2, 1 - cosine, bias) over rows [R, n], each row counting the same; a row that is 0
+    must be met exactly.
 
-    The bias is the mean error in the direction of the sign of what is expected, relative to its mean magnitude.
+    The bias is the mean error in the direction of the sign of what is expected, relative to its
+    mean magnitude.
     """
     actual, expected = (t.detach().to("cpu", F64) for t in (actual, expected))
     assert actual.shape == expected.shape and torch.isfinite(expected).all()
@@ -205,13 +255,19 @@ def figures(actual: Tensor, expected: Tensor) -> tuple[float, float, float]:
     actual, expected = actual[live] / scale[live], expected[live] / scale[live]
     error = actual - expected
     cosine = (actual * expected).sum() / (actual.norm() * expected.norm())
-    return (error.norm() / expected.norm()).item(), (1 - cosine).item(), ((error * expected.sign()).sum() / expected.abs().sum()).item()
+    return (
+        (error.norm() / expected.norm()).item(),
+        (1 - cosine).item(),
+        ((error * expected.sign()).sum() / expected.abs().sum()).item(),
+    )
 
 
 def check(actual: Tensor, expected: Tensor, plain: Tensor, truncates: bool = False) -> None:
-    """At most twice what plain PyTorch at the same precision loses, or rounding once; float64 to 1e-12.
+    """At most twice what plain PyTorch at the same precision loses, or rounding once; float64 to
+    1e-12.
 
-    truncates: the result's last conversion cuts off instead of rounding, which only Triton's interpreter does, for bfloat16.
+    truncates: the result's last conversion cuts off instead of rounding, which only Triton's
+        interpreter does, for bfloat16.
     """
     l2, cosine, bias = figures(actual, expected)
     plain_l2, _, plain_bias = figures(plain, expected)
@@ -221,7 +277,13 @@ def check(actual: Tensor, expected: Tensor, plain: Tensor, truncates: bool = Fal
     else:
         once = {F32: 2e-6}.get(actual.dtype, 2e-6 + eps / (1 if truncates else 2))
         limit = max(once, 2 * plain_l2)
-        bias_limit = limit if truncates else 2 * abs(plain_bias) + 5e-7 + 4 * limit / math.sqrt(actual.numel() + 1)
+        bias_limit = (
+            limit
+            if truncates
+            else 2 * abs(plain_bias) + 5e-7 + 4 * limit / math.sqrt(actual.numel() + 1)
+        )
     assert l2 <= limit, f"relative L2 {l2:.3g} > {limit:.3g}, plain PyTorch {plain_l2:.3g}"
     assert cosine <= limit**2 + 1e-14, f"1 - cosine {cosine:.3g} > {limit**2:.3g}"
-    assert abs(bias) <= bias_limit, f"bias {bias:.3g}, allowed {bias_limit:.3g}, plain PyTorch {plain_bias:.3g}"
+    assert abs(bias) <= bias_limit, (
+        f"bias {bias:.3g}, allowed {bias_limit:.3g}, plain PyTorch {plain_bias:.3g}"
+    )

@@ -1,4 +1,7 @@
-"""Without a GPU, Triton's kernels run in its interpreter and CUDA's as built for the host, which must be said before tdkern is imported."""
+"""Without a GPU, Triton's kernels run in its interpreter and CUDA's as built for the host, which
+must be said before tdkern is imported.
+"""
+
 import os
 from pathlib import Path
 
@@ -7,16 +10,25 @@ import torch
 
 if torch.cuda.device_count() == 0:
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    os.environ.setdefault("TDKERN_CUDA_HOST", str(Path(__file__).parents[1] / "build/host/libtdkern_host.so"))
+    os.environ.setdefault(
+        "TDKERN_CUDA_HOST", str(Path(__file__).parents[1] / "build/host/libtdkern_host.so")
+    )
 
 from tdkern.ops import _backends
 
 
 def _params(backends):
-    built = (_backends.LIB_DIR / "libtdkern_cpu.so").exists()  # then the C++ backend has to work: never skipped
+    built = (
+        _backends.LIB_DIR / "libtdkern_cpu.so"
+    ).exists()  # then the C++ backend has to work: never skipped
     for name in backends:
         missing = _backends.MISSING[name]
-        yield pytest.param(name, marks=pytest.mark.skipif(bool(missing) and not (name == "cpp" and built), reason=missing))
+        yield pytest.param(
+            name,
+            marks=pytest.mark.skipif(
+                bool(missing) and not (name == "cpp" and built), reason=missing
+            ),
+        )
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """adam_ema_ against torch.optim, the reference and, as an optimizer, torch.optim.AdamW."""
+
 import copy
 import io
 import math
@@ -15,12 +16,20 @@ from tdkern.optim import AdamEMA
 SHAPES = [(1003,), (3, 5, 7, 2), (), (0,), (40, 5), (4097,)]
 DECAYS = [0.9, 0.99, 0.5]
 AS_IT_IS = torch.Tensor.contiguous
-LIE = {"misaligned": (offset,) * 5, "channels_last": (channels_last,) * 5, "gradient channels_last": (channels_last, *(AS_IT_IS,) * 4),
-       "averages gaps": (*(AS_IT_IS,) * 4, gaps), "all gaps": (gaps,) * 5, "state swapped": (AS_IT_IS, swapped, swapped, AS_IT_IS, AS_IT_IS)}
+LIE = {
+    "misaligned": (offset,) * 5,
+    "channels_last": (channels_last,) * 5,
+    "gradient channels_last": (channels_last, *(AS_IT_IS,) * 4),
+    "averages gaps": (*(AS_IT_IS,) * 4, gaps),
+    "all gaps": (gaps,) * 5,
+    "state swapped": (AS_IT_IS, swapped, swapped, AS_IT_IS, AS_IT_IS),
+}
 
 
 def problem(dtypes="float64", device="cpu", K=2, shapes=SHAPES, lie=(AS_IT_IS,) * 5, steps=3):
-    """adam_ema_'s lists in its order: params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays."""
+    """adam_ema_'s lists in its order: params, grads, exp_avgs, exp_avg_sqs, steps, averages,
+    decays.
+    """
     random = torch.Generator().manual_seed(0)
     net, wide = DTYPES[dtypes]
 
@@ -28,7 +37,12 @@ def problem(dtypes="float64", device="cpu", K=2, shapes=SHAPES, lie=(AS_IT_IS,) 
         values = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
         return [lie((value.abs() if positive else value).to(device, dtype)) for value in values]
 
-    grads, exp_avgs, exp_avg_sqs, params = draw(lie[0], net), draw(lie[1], net), draw(lie[2], net, True), draw(lie[3], net)
+    grads, exp_avgs, exp_avg_sqs, params = (
+        draw(lie[0], net),
+        draw(lie[1], net),
+        draw(lie[2], net, True),
+        draw(lie[3], net),
+    )
     averages = [draw(lie[4], wide) for _ in range(K)]
     counts = [torch.tensor(float(steps + i), device=device) for i in range(len(shapes))]
     return [params, grads, exp_avgs, exp_avg_sqs, counts, averages, DECAYS[:K]]
@@ -39,17 +53,28 @@ def flatten(lists):
 
 
 def widened(lists):
-    double = lambda column: [tensor.double().cpu().clone(memory_format=torch.contiguous_format) for tensor in column]  # noqa: E731
-    return [*(double(column) for column in lists[:4]), [step.cpu().clone() for step in lists[4]], [double(average) for average in lists[5]], lists[6]]
+    double = lambda column: [
+        tensor.double().cpu().clone(memory_format=torch.contiguous_format) for tensor in column
+    ]
+    return [
+        *(double(column) for column in lists[:4]),
+        [step.cpu().clone() for step in lists[4]],
+        [double(average) for average in lists[5]],
+        lists[6],
+    ]
 
 
 def close(actual, expected, backend):
     """To the rounding of the parameters, which their averages see."""
     dtype = actual[0][0].dtype
     eps = torch.finfo(dtype).eps
-    ulps = 16 if backend == "triton" and dtype == torch.bfloat16 else 8  # the interpreter cuts off instead of rounding
+    ulps = (
+        16 if backend == "triton" and dtype == torch.bfloat16 else 8
+    )  # the interpreter cuts off instead of rounding
     for tensor, want in zip(flatten(actual), flatten(expected), strict=True):
-        torch.testing.assert_close(tensor.double().cpu(), want.double(), rtol=ulps * eps, atol=ulps * eps)
+        torch.testing.assert_close(
+            tensor.double().cpu(), want.double(), rtol=ulps * eps, atol=ulps * eps
+        )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -59,8 +84,20 @@ def test_equals_the_reference_in_float64(backend, dtypes, decoupled):
     expected = widened(lists)
     device = device_of(backend)
     options = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1, "decoupled": decoupled}
-    adam_ema_(*expected, **options, grad_scale=torch.tensor(4.0), clip=torch.tensor(0.75, dtype=torch.float64), backend="reference")
-    adam_ema_(*lists, **options, grad_scale=torch.tensor(4.0, device=device), clip=torch.tensor(0.75, dtype=torch.float64, device=device), backend=backend)
+    adam_ema_(
+        *expected,
+        **options,
+        grad_scale=torch.tensor(4.0),
+        clip=torch.tensor(0.75, dtype=torch.float64),
+        backend="reference",
+    )
+    adam_ema_(
+        *lists,
+        **options,
+        grad_scale=torch.tensor(4.0, device=device),
+        clip=torch.tensor(0.75, dtype=torch.float64, device=device),
+        backend=backend,
+    )
     close(lists, expected, backend)
 
 
@@ -70,7 +107,10 @@ def test_averages_see_the_parameters_as_they_are_stored(backend):
         if net != wide:
             lists = problem(dtypes, device_of(backend), K=1)
             adam_ema_(*lists[:6], [0.0], lr=0.01, backend=backend)
-            assert all(torch.equal(average, param.float()) for param, average in zip(lists[0], lists[5][0], strict=True)), dtypes
+            assert all(
+                torch.equal(average, param.float())
+                for param, average in zip(lists[0], lists[5][0], strict=True)
+            ), dtypes
 
 
 def test_decay_0_copies_whatever_the_average_held(backend):
@@ -79,7 +119,10 @@ def test_decay_0_copies_whatever_the_average_held(backend):
         for average in (average for column in lists[5] for average in column):
             average.fill_(math.nan)
         adam_ema_(*lists[:6], [0.0, 0.5], lr=0.01, backend=backend)
-        assert all(torch.equal(average, param.to(average.dtype)) for param, average in zip(lists[0], lists[5][0], strict=True)), dtypes
+        assert all(
+            torch.equal(average, param.to(average.dtype))
+            for param, average in zip(lists[0], lists[5][0], strict=True)
+        ), dtypes
         assert all(average.isnan().all() for average in lists[5][1])
 
 
@@ -103,9 +146,11 @@ def rounded_sqrt(tensor):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.4, 0.99)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
-    """Every operation rounds where torch.optim's does, in float64 and float32, and the averages are torch.lerp's.
+    """Every operation rounds where torch.optim's does, in float64 and float32, and the averages are
+    torch.lerp's.
 
-    Except for the square root: torch's, from MKL, is not correctly rounded in about 1 of 70 elements; NumPy's and ours are.
+    Except for the square root: torch's, from MKL, is not correctly rounded in about 1 of 70
+    elements; NumPy's and ours are.
     """
     monkeypatch.setattr(torch.Tensor, "sqrt", rounded_sqrt)
     for dtype in (torch.float64, torch.float32):
@@ -115,11 +160,17 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
         averages = [[param.detach().clone() for param in ours] for _ in range(2)]
         expected = copy.deepcopy(averages)
         options = {"lr": 3e-3, "betas": betas, "weight_decay": weight_decay}
-        optimizer = AdamEMA(ours, **options, decoupled=decoupled, averages=averages, decays=DECAYS[:2])
-        other = (torch.optim.AdamW if decoupled else torch.optim.Adam)(theirs, **options, foreach=False)
+        optimizer = AdamEMA(
+            ours, **options, decoupled=decoupled, averages=averages, decays=DECAYS[:2]
+        )
+        other = (torch.optim.AdamW if decoupled else torch.optim.Adam)(
+            theirs, **options, foreach=False
+        )
         for it in range(12):
             for i, (param, same) in enumerate(zip(ours, theirs, strict=True)):
-                if it % 3 > 0 or i != 1:  # a parameter without a gradient keeps its own count of steps
+                if (
+                    it % 3 > 0 or i != 1
+                ):  # a parameter without a gradient keeps its own count of steps
                     param.grad = torch.randn_like(param)
                     same.grad = param.grad.clone()
                 else:
@@ -132,8 +183,15 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
                         avg.lerp_(param.detach(), 1 - decay)
         for param, same in zip(ours, theirs, strict=True):
             assert torch.equal(param, same)
-            assert all(torch.equal(optimizer.state[param][name], other.state[same][name]) for name in ("step", "exp_avg", "exp_avg_sq"))
-        assert all(torch.equal(*pair) for got, want in zip(averages, expected, strict=True) for pair in zip(got, want, strict=True))
+            assert all(
+                torch.equal(optimizer.state[param][name], other.state[same][name])
+                for name in ("step", "exp_avg", "exp_avg_sq")
+            )
+        assert all(
+            torch.equal(*pair)
+            for got, want in zip(averages, expected, strict=True)
+            for pair in zip(got, want, strict=True)
+        )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -147,30 +205,56 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step(backend, value):
         assert found_inf(lists[1], backend=backend).item() == 1
         adam_ema_(*lists, lr=0.01, skipped=skipped, backend=backend)
         assert skipped.item() == 1
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(flatten(lists), before, strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+            for a, b in zip(flatten(lists), before, strict=True)
+        )
 
 
-@pytest.mark.parametrize("scalars", [{"clip": math.nan}, {"clip": math.inf}, {"grad_scale": 0.0}, {"found_inf": 1.0}])
+@pytest.mark.parametrize(
+    "scalars", [{"clip": math.nan}, {"clip": math.inf}, {"grad_scale": 0.0}, {"found_inf": 1.0}]
+)
 def test_scalars_that_skip_the_step(backend, scalars):
     device = device_of(backend)
     lists = problem("float64", device)
     before = copy.deepcopy(flatten(lists))
     skipped = torch.full((), 4, dtype=torch.int64, device=device)
-    adam_ema_(*lists, lr=0.01, skipped=skipped, backend=backend, **{name: torch.tensor(value, device=device) for name, value in scalars.items()})
-    assert skipped.item() == 5 and all(torch.equal(*pair) for pair in zip(flatten(lists), before, strict=True))
+    adam_ema_(
+        *lists,
+        lr=0.01,
+        skipped=skipped,
+        backend=backend,
+        **{name: torch.tensor(value, device=device) for name, value in scalars.items()},
+    )
+    assert skipped.item() == 5 and all(
+        torch.equal(*pair) for pair in zip(flatten(lists), before, strict=True)
+    )
 
 
 def test_found_inf_is_0_for_the_largest_numbers(backend):
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        largest = torch.full((3, 1001), torch.finfo(dtype).max, dtype=dtype, device=device_of(backend))
-        assert found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item() == 0
+        largest = torch.full(
+            (3, 1001), torch.finfo(dtype).max, dtype=dtype, device=device_of(backend)
+        )
+        assert (
+            found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item()
+            == 0
+        )
 
 
 def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):
-    grads = [torch.ones(3, dtype=dtype, device=device_of(backend)) for dtype in (torch.float32, torch.bfloat16, torch.float64)]
+    grads = [
+        torch.ones(3, dtype=dtype, device=device_of(backend))
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    ]
     for i, bad in enumerate((math.nan, math.inf, -math.inf)):
         assert found_inf(grads, backend=backend).item() == 0
-        assert found_inf([*grads[:i], torch.full_like(grads[i], bad), *grads[i + 1 :]], backend=backend).item() == 1
+        assert (
+            found_inf(
+                [*grads[:i], torch.full_like(grads[i], bad), *grads[i + 1 :]], backend=backend
+            ).item()
+            == 1
+        )
     assert found_inf([grads[0][:0]], backend=backend).item() == 0
 
 
@@ -181,43 +265,106 @@ def test_opcheck_and_compile(compiled_backend):
     lists = problem("float32", "cpu", 2, [(3, 5), (7,)])
     flat = [avg for average in lists[5] for avg in average]
     scalar = torch.tensor(0.5)
-    arguments = (*lists[:5], flat, torch.tensor(DECAYS[:2]), scalar, torch.tensor(0.0), None, None, torch.tensor(0), 0.9, 0.99, 1e-8, 0.1, True)
-    torch.library.opcheck(_backends.op("adam_ema_", compiled_backend), arguments, test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(_backends.op("found_inf", compiled_backend), (lists[1],), test_utils=("test_schema", "test_faketensor"))
+    arguments = (
+        *lists[:5],
+        flat,
+        torch.tensor(DECAYS[:2]),
+        scalar,
+        torch.tensor(0.0),
+        None,
+        None,
+        torch.tensor(0),
+        0.9,
+        0.99,
+        1e-8,
+        0.1,
+        True,
+    )
+    torch.library.opcheck(
+        _backends.op("adam_ema_", compiled_backend),
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    torch.library.opcheck(
+        _backends.op("found_inf", compiled_backend),
+        (lists[1],),
+        test_utils=("test_schema", "test_faketensor"),
+    )
     expected = widened(lists)
     adam_ema_(*expected, lr=0.5, backend="reference")
-    step = torch.compile(lambda *lists: adam_ema_(*lists, lr=scalar, backend=compiled_backend), fullgraph=True, backend="aot_eager")
+    step = torch.compile(
+        lambda *lists: adam_ema_(*lists, lr=scalar, backend=compiled_backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
     step(*lists[:6], torch.tensor(DECAYS[:2]))
     close(lists, expected, compiled_backend)
 
 
 def bad(**change):
-    lists = dict(zip(("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "averages", "decays"), problem("float32", "cpu", 1, [(2, 3), (4,)]), strict=True))
+    lists = dict(
+        zip(
+            ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "averages", "decays"),
+            problem("float32", "cpu", 1, [(2, 3), (4,)]),
+            strict=True,
+        )
+    )
     return {**lists, "lr": 0.1, **change}
 
 
 BAD = {
     "length": ({"grads": []}, "grads must hold 2 tensors, one for each parameter, got 0"),
     "steps length": ({"steps": []}, "steps must hold 2 tensors, one for each parameter, got 0"),
-    "average length": ({"averages": [[torch.zeros(2, 3)]]}, "averages[0] must hold 2 tensors, one for each parameter, got 1"),
-    "shape": ({"exp_avgs": [torch.zeros(2, 3), torch.zeros(5)]}, "exp_avgs[1] must have params[1]'s shape [4], got [5]"),
-    "dtype": ({"exp_avg_sqs": [torch.zeros(2, 3), torch.zeros(4).double()]},
-              "exp_avg_sqs[1] must have params[1]'s dtype, float32, float64, bfloat16 or float16, or all averages of a bfloat16 or float16 parameter float32; "
-              "got torch.float64 beside torch.float32"),
-    "step": ({"steps": [torch.zeros(()), torch.zeros((), dtype=torch.int64)]}, "steps[1] must be one float32 on cpu, got torch.int64 of shape [] on cpu"),
-    "lr": ({"lr": torch.zeros(2)}, "lr must be one float32 or float64, got torch.float32 of shape [2]"),
-    "clip": ({"clip": torch.zeros(1, dtype=torch.int32)}, "clip must be one float32 or float64, got torch.int32 of shape [1]"),
-    "skipped": ({"skipped": torch.zeros(())}, "skipped must be one int64 on cpu, got torch.float32 of shape [] on cpu"),
+    "average length": (
+        {"averages": [[torch.zeros(2, 3)]]},
+        "averages[0] must hold 2 tensors, one for each parameter, got 1",
+    ),
+    "shape": (
+        {"exp_avgs": [torch.zeros(2, 3), torch.zeros(5)]},
+        "exp_avgs[1] must have params[1]'s shape [4], got [5]",
+    ),
+    "dtype": (
+        {"exp_avg_sqs": [torch.zeros(2, 3), torch.zeros(4).double()]},
+        "exp_avg_sqs[1] must have params[1]'s dtype, float32, float64, bfloat16 or float16, or all "
+        "averages of a bfloat16 or float16 parameter float32; "
+        "got torch.float64 beside torch.float32",
+    ),
+    "step": (
+        {"steps": [torch.zeros(()), torch.zeros((), dtype=torch.int64)]},
+        "steps[1] must be one float32 on cpu, got torch.int64 of shape [] on cpu",
+    ),
+    "lr": (
+        {"lr": torch.zeros(2)},
+        "lr must be one float32 or float64, got torch.float32 of shape [2]",
+    ),
+    "clip": (
+        {"clip": torch.zeros(1, dtype=torch.int32)},
+        "clip must be one float32 or float64, got torch.int32 of shape [1]",
+    ),
+    "skipped": (
+        {"skipped": torch.zeros(())},
+        "skipped must be one int64 on cpu, got torch.float32 of shape [] on cpu",
+    ),
     "decay": ({"decays": [2.0]}, "decays must be in [0, 1], got [2.0]"),
-    "decays": ({"decays": [0.5, 0.5]}, "decays must hold one decay for each of the 1 averages, got 2"),
-    "backend": ({"backend": "fast"}, "backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"),
+    "decays": (
+        {"decays": [0.5, 0.5]},
+        "decays must hold one decay for each of the 1 averages, got 2",
+    ),
+    "backend": (
+        {"backend": "fast"},
+        "backend must be one of auto, cuda, triton, cpp, reference, got 'fast'",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_bad_arguments(what):
     change, message = BAD[what]
-    for backend in ["auto"] if "backend" in change else [name for name in ("cpp", "reference") if not _backends.MISSING[name]]:
+    for backend in (
+        ["auto"]
+        if "backend" in change
+        else [name for name in ("cpp", "reference") if not _backends.MISSING[name]]
+    ):
         arguments = bad(**{"backend": backend, **change})
         before = copy.deepcopy(arguments["params"])
         with pytest.raises(ValueError) as error:
@@ -226,16 +373,22 @@ def test_bad_arguments(what):
         assert all(torch.equal(*pair) for pair in zip(arguments["params"], before, strict=True))
     with pytest.raises(ValueError, match="found_inf: grads must hold at least one tensor"):
         found_inf([])
-    with pytest.raises(ValueError, match=r"found_inf: grads\[0\] must be float32, float64, bfloat16 or float16, got torch.int64"):
+    with pytest.raises(
+        ValueError,
+        match=r"found_inf: grads\[0\] must be float32, float64, bfloat16 or float16, got "
+        r"torch.int64",
+    ):
         found_inf([torch.zeros(2, dtype=torch.int64)])
 
 
-# ---- the optimizer -------------------------------------------------------------------------------------------------
+# ---- the optimizer ------------------------------------------------------------------------------
 
 
 def network():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    return torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+    ).double()
 
 
 def train(net, optimizer, steps, scheduler=None, seed=0):
@@ -255,12 +408,18 @@ def same(net, other):
 
 
 def groups(net):
-    return [{"params": net[0].parameters(), "lr": 0.02}, {"params": net[2].parameters(), "weight_decay": 0.3}]
+    return [
+        {"params": net[0].parameters(), "lr": 0.02},
+        {"params": net[2].parameters(), "weight_decay": 0.3},
+    ]
 
 
 def test_groups_and_schedulers():
     net, other = network(), network()
-    ours, theirs = AdamEMA(groups(net), 0.01), torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0)
+    ours, theirs = (
+        AdamEMA(groups(net), 0.01),
+        torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0),
+    )
     train(net, ours, 10, torch.optim.lr_scheduler.CosineAnnealingLR(ours, 10))
     train(other, theirs, 10, torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 10))
     same(net, other)
@@ -270,18 +429,25 @@ def test_groups_and_schedulers():
 def test_state_dict_both_ways(kind):
     net, other, third = network(), network(), network()
     decoupled = kind is torch.optim.AdamW
-    ours, theirs = AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled), kind(other.parameters(), 0.01, weight_decay=0.1)
+    ours, theirs = (
+        AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled),
+        kind(other.parameters(), 0.01, weight_decay=0.1),
+    )
     train(net, ours, 5)
     train(other, theirs, 5)
     again = AdamEMA(third.parameters(), decoupled=not decoupled)
     third.load_state_dict(other.state_dict())
-    again.load_state_dict(copy.deepcopy(theirs.state_dict()))  # theirs into ours: with it lr, weight decay and its kind
+    again.load_state_dict(
+        copy.deepcopy(theirs.state_dict())
+    )  # theirs into ours: with it lr, weight decay and its kind
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # ours into theirs
     for each, optimizer in ((net, ours), (other, theirs), (third, again)):
         train(each, optimizer, 5, seed=1)
     same(net, other)
     same(net, third)
-    with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"):
+    with pytest.raises(
+        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
+    ):
         again.load_state_dict(kind(network().parameters(), amsgrad=True).state_dict())
 
 
@@ -298,7 +464,9 @@ def test_options_that_are_not_implemented_are_refused_at_every_door(name):
     assert len(optimizer.param_groups) == 1
     state = optimizer.state_dict()
     state["param_groups"][0][name] = True
-    with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"):
+    with pytest.raises(
+        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
+    ):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0][name] is False and not optimizer.state
     optimizer.param_groups[0][name] = True
@@ -309,7 +477,9 @@ def test_options_that_are_not_implemented_are_refused_at_every_door(name):
 
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled):
-    """torch.optim.AdamW before 2.7 saved no decoupled_weight_decay; others save fewer keys still."""
+    """torch.optim.AdamW before 2.7 saved no decoupled_weight_decay; others save fewer keys
+    still.
+    """
     net, other = network(), network()
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     theirs = kind(other.parameters(), 0.01, weight_decay=0.5)
@@ -330,25 +500,42 @@ def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled):
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["a float", "a tensor"])
 def test_torch_distributed_checkpoint_leaves_the_averages_alone(lr):
     """Loading makes the state by a step with lr 0."""
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
 
     def made():
         net, average = network(), network()
-        return net, average, AdamEMA(net.parameters(), lr, averages=[average.parameters()], decays=[0.9])
+        return (
+            net,
+            average,
+            AdamEMA(net.parameters(), lr, averages=[average.parameters()], decays=[0.9]),
+        )
 
     net, average, optimizer = made()
     train(net, optimizer, 5)
     optimizer.zero_grad()
-    saved = copy.deepcopy((net.state_dict(), average.state_dict(), get_optimizer_state_dict(net, optimizer)))
+    saved = copy.deepcopy(
+        (net.state_dict(), average.state_dict(), get_optimizer_state_dict(net, optimizer))
+    )
     again, its_average, other = made()
     again.load_state_dict(saved[0])
     its_average.load_state_dict(saved[1])
     set_optimizer_state_dict(again, other, saved[2])
-    assert all(torch.equal(*pair) for pair in zip(average.parameters(), its_average.parameters(), strict=True))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(average.parameters(), its_average.parameters(), strict=True)
+    )
     for each, its in ((net, optimizer), (again, other)):
         train(each, its, 3, seed=1)
-    assert all(torch.equal(*pair) for pair in zip(net.parameters(), again.parameters(), strict=True))
-    assert all(torch.equal(*pair) for pair in zip(average.parameters(), its_average.parameters(), strict=True))
+    assert all(
+        torch.equal(*pair) for pair in zip(net.parameters(), again.parameters(), strict=True)
+    )
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(average.parameters(), its_average.parameters(), strict=True)
+    )
 
 
 def test_a_later_step_with_lr_0_moves_the_averages():
@@ -372,11 +559,17 @@ def saved(value):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__)
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__
+)
 def test_a_copy_steps_as_the_optimizer(how):
-    """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a scheduler."""
+    """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a
+    scheduler.
+    """
     net, average = network(), network()
-    optimizer = AdamEMA(net.parameters(), 0.01, averages=[average.parameters()], decays=[0.9], backend="reference")
+    optimizer = AdamEMA(
+        net.parameters(), 0.01, averages=[average.parameters()], decays=[0.9], backend="reference"
+    )
     train(net, optimizer, 2)
     for copied in (how(optimizer), how(torch.optim.lr_scheduler.StepLR(optimizer, 1)).optimizer):
         params = copied.param_groups[0]["params"]
@@ -384,7 +577,11 @@ def test_a_copy_steps_as_the_optimizer(how):
             param.grad = torch.ones_like(param)
         before = [avg.clone() for param in params for avg in copied._averages[param]]
         copied.step()
-        assert copied._step_supports_amp_scaling and copied.backend == "reference" and copied.skipped.item() == 0
+        assert (
+            copied._step_supports_amp_scaling
+            and copied.backend == "reference"
+            and copied.skipped.item() == 0
+        )
         after = [avg for param in params for avg in copied._averages[param]]
         assert len(after) == 4 and not any(map(torch.equal, before, after))
 
@@ -417,7 +614,9 @@ def test_a_bad_gradient_in_one_group_skips_all_and_is_counted_once():
 
 
 def test_grad_scaler():
-    """As torch.optim.AdamW with the same scaler, through a step that overflows; also with gradients unscaled before."""
+    """As torch.optim.AdamW with the same scaler, through a step that overflows; also with gradients
+    unscaled before.
+    """
     for unscale in (False, True):
         results = []
         for kind in (AdamEMA, torch.optim.AdamW):
@@ -426,7 +625,10 @@ def test_grad_scaler():
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
             for it in range(5):
                 optimizer.zero_grad()
-                scaler.scale(net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum() * (math.inf if it == 2 else 1)).backward()
+                scaler.scale(
+                    net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum()
+                    * (math.inf if it == 2 else 1)
+                ).backward()
                 if unscale:
                     scaler.unscale_(optimizer)
                 scaler.step(optimizer)
@@ -440,7 +642,10 @@ def test_grad_scaler():
 
 def test_clip_and_closure():
     net, other = network(), network()
-    ours, theirs = AdamEMA(net.parameters(), 0.01), torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0)
+    ours, theirs = (
+        AdamEMA(net.parameters(), 0.01),
+        torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0),
+    )
     x = torch.ones(3, 4, dtype=torch.float64)
 
     def closure():
@@ -456,22 +661,34 @@ def test_clip_and_closure():
         for param in other.parameters():
             param.grad *= 0.25
         theirs.step()
-        assert ours.step(closure, clip=torch.tensor(0.25)).item() == pytest.approx(expected.item(), rel=1e-12)
+        assert ours.step(closure, clip=torch.tensor(0.25)).item() == pytest.approx(
+            expected.item(), rel=1e-12
+        )
     same(net, other)
 
 
 def test_optimizer_refuses():
     net = network()
     params = list(net.parameters())
-    with pytest.raises(ValueError, match="AdamEMA: decays must hold one decay for each of the 1 averages, got 0"):
+    with pytest.raises(
+        ValueError, match="AdamEMA: decays must hold one decay for each of the 1 averages, got 0"
+    ):
         AdamEMA(params, averages=[params])
-    with pytest.raises(ValueError, match=r"AdamEMA: averages\[0\] must hold a tensor of the shape of each of the 4 parameters, in their order"):
+    with pytest.raises(
+        ValueError,
+        match=r"AdamEMA: averages\[0\] must hold a tensor of the shape of each of the 4 "
+        r"parameters, in their order",
+    ):
         AdamEMA(params, averages=[params[::-1]], decays=[0.9])
-    optimizer = AdamEMA(params, averages=[[param.detach().clone() for param in params]], decays=[0.9])
+    optimizer = AdamEMA(
+        params, averages=[[param.detach().clone() for param in params]], decays=[0.9]
+    )
     added = torch.zeros(2, requires_grad=True)
     optimizer.add_param_group({"params": [added]})
     added.grad = torch.ones(2)
-    with pytest.raises(ValueError, match="AdamEMA: a parameter that was added later has no averages"):
+    with pytest.raises(
+        ValueError, match="AdamEMA: a parameter that was added later has no averages"
+    ):
         optimizer.step()
 
 

@@ -1,4 +1,7 @@
-"""Denoiser: networks of every prediction as EDM denoisers, against a data distribution whose exact predictions are known."""
+"""Denoiser: networks of every prediction as EDM denoisers, against a data distribution whose exact
+predictions are known.
+"""
+
 import math
 from types import SimpleNamespace
 
@@ -40,15 +43,24 @@ class Exact(nn.Module):
 
     def forward(self, x, t, **labels):
         self.calls.append((x, t, labels))
-        alpha, sigma = (level.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for level in self.levels(t))
+        alpha, sigma = (
+            level.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype) for level in self.levels(t)
+        )
         x0 = exact(x / alpha, sigma / alpha)
         eps = (x - alpha * x0) / sigma
-        return self.weight * {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[self.prediction]
+        return (
+            self.weight
+            * {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "velocity": eps - x0}[
+                self.prediction
+            ]
+        )
 
 
 def denoiser(prediction, **kwargs):
     module = Exact(prediction, **kwargs)
-    return Denoiser(module, prediction, alphas_cumprod=None if prediction == "velocity" else SQUARES, **kwargs), module
+    return Denoiser(
+        module, prediction, alphas_cumprod=None if prediction == "velocity" else SQUARES, **kwargs
+    ), module
 
 
 PREDICTIONS = ("x0", "eps", "v", "velocity")
@@ -59,17 +71,27 @@ def test_denoises(prediction):
     net, _ = denoiser(prediction)
     net.double()
     sigma = torch.tensor([0.02, 0.1, 0.5, 1.7, 10.0, 100.0], dtype=torch.float64)
-    x = MEAN + torch.randn(6, 3, 4, 4, dtype=torch.float64) * (STD**2 + sigma**2).sqrt()[:, None, None, None]
+    x = (
+        MEAN
+        + torch.randn(6, 3, 4, 4, dtype=torch.float64)
+        * (STD**2 + sigma**2).sqrt()[:, None, None, None]
+    )
     torch.testing.assert_close(net(x, sigma), exact(x, sigma), atol=1e-9, rtol=1e-9)
     c_skip, c_out = (c[:, None, None, None] for c in net.preconditioning.skip_scale(sigma))
-    torch.testing.assert_close(c_skip * x + c_out * net(x, sigma, raw=True), exact(x, sigma), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        c_skip * x + c_out * net(x, sigma, raw=True), exact(x, sigma), atol=1e-9, rtol=1e-9
+    )
     single = net.float()(x, sigma)
     assert single.dtype == torch.float32
-    torch.testing.assert_close(single.double(), exact(x, sigma), atol=2e-2 if prediction == "eps" else 1e-3, rtol=1e-3)  # eps: x - 100 F cancels
+    torch.testing.assert_close(
+        single.double(), exact(x, sigma), atol=2e-2 if prediction == "eps" else 1e-3, rtol=1e-3
+    )  # eps: x - 100 F cancels
 
 
 def test_times_of_the_table():
-    """At the levels of the table the module is asked at its own integer times, and sees unit variance."""
+    """At the levels of the table the module is asked at its own integer times, and sees unit
+    variance.
+    """
     net, module = denoiser("eps")
     at = torch.tensor([0, 1, 499, 998, 999])
     sigma = (1 / SQUARES - 1).sqrt()[at]
@@ -109,7 +131,13 @@ def test_losses_take_it(prediction):
     images = MEAN + STD * torch.randn(64, 1, 2, 2)
     batch = TDEDMLoss().pair(images)
     loss = TDEDMLoss().evaluate(net, net, batch).loss
-    plain = TDEDMLoss().evaluate(lambda x, sigma, **_: exact(x, sigma), lambda x, sigma, **_: exact(x, sigma), batch).loss
+    plain = (
+        TDEDMLoss()
+        .evaluate(
+            lambda x, sigma, **_: exact(x, sigma), lambda x, sigma, **_: exact(x, sigma), batch
+        )
+        .loss
+    )
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=1e-3)
     EDMLoss()(net, None, images).sum().backward()
     assert module.weight.grad.isfinite() and module.weight.grad != 0
@@ -151,17 +179,35 @@ def test_labels():
 
 def test_low_precision():
     module = Diffusers("object").bfloat16()
-    D = Denoiser(module, "v", alphas_cumprod=SQUARES, dtype=torch.bfloat16)(torch.randn(2, 3, 4, 4, dtype=torch.float64), 1.0)
+    D = Denoiser(module, "v", alphas_cumprod=SQUARES, dtype=torch.bfloat16)(
+        torch.randn(2, 3, 4, 4, dtype=torch.float64), 1.0
+    )
     assert module.dtype == torch.bfloat16 and D.dtype == torch.float32
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ({"prediction": "score"}, "Denoiser: prediction must be one of x0, eps, v, velocity, got 'score'"),
-    ({"prediction": "eps"}, "Denoiser: alphas_cumprod must be given with prediction 'eps'"),
-    ({"prediction": "velocity", "alphas_cumprod": SQUARES}, "Denoiser: alphas_cumprod must be None with prediction 'velocity'"),
-    ({"alphas_cumprod": SQUARES.flip(0)}, r"Denoiser: alphas_cumprod must be \[T\] falling numbers between 0 and 1, got \[1000\] from"),
-    ({"alphas_cumprod": [0.5, 0.0]}, r"falling numbers between 0 and 1, got \[2\] from \[0.5\] to \[0.0\]"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            {"prediction": "score"},
+            "Denoiser: prediction must be one of x0, eps, v, velocity, got 'score'",
+        ),
+        ({"prediction": "eps"}, "Denoiser: alphas_cumprod must be given with prediction 'eps'"),
+        (
+            {"prediction": "velocity", "alphas_cumprod": SQUARES},
+            "Denoiser: alphas_cumprod must be None with prediction 'velocity'",
+        ),
+        (
+            {"alphas_cumprod": SQUARES.flip(0)},
+            r"Denoiser: alphas_cumprod must be \[T\] falling numbers between 0 and 1, got "
+            r"\[1000\] from",
+        ),
+        (
+            {"alphas_cumprod": [0.5, 0.0]},
+            r"falling numbers between 0 and 1, got \[2\] from \[0.5\] to \[0.0\]",
+        ),
+    ],
+)
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         Denoiser(nn.Identity(), **arguments)

@@ -1,4 +1,7 @@
-"""The family that docs/add_a_family.md adds: it trains, resumes and samples by the ordinary commands."""
+"""The family that docs/add_a_family.md adds: it trains, resumes and samples by the ordinary
+commands.
+"""
+
 import importlib.util
 import json
 import math
@@ -40,7 +43,11 @@ def module(file):
 def command(file, *args, code=0):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, file, *map(str, args)], env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, file, *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == code, done.stderr
     return done
@@ -49,18 +56,53 @@ def command(file, *args, code=0):
 def test_it_trains_resumes_and_samples(tmp_path, data, file):
     tiny = ["--cbase", 4, "--cres", 1, "--batch", 8, "--tick", 0.008, "--dump", 1, "--workers", 0]
     run = tmp_path / "run"
-    start = ["train", "--family", "trig", "--data", data, "--outdir", run, "--nosubdirs", "--k-idx", 2, "--sigma-max", 40, *tiny]
+    start = [
+        "train",
+        "--family",
+        "trig",
+        "--data",
+        data,
+        "--outdir",
+        run,
+        "--nosubdirs",
+        "--k-idx",
+        2,
+        "--sigma-max",
+        40,
+        *tiny,
+    ]
     command(file, *start, "--duration", 16e-6)
     done = command(file, "train", "--resume", run, "--duration", 24e-6)
     assert "Going on" in done.stdout and "image 16 of 24" in done.stdout
     options = json.loads((run / "training_options.json").read_text())
-    assert options["family"] == "trig" and options["loss"]["k_idx"] == 2 and options["loss"]["sigma_max"] == 40 and options["loss"]["coupling"] == "markov"
+    assert (
+        options["family"] == "trig"
+        and options["loss"]["k_idx"] == 2
+        and options["loss"]["sigma_max"] == 40
+        and options["loss"]["coupling"] == "markov"
+    )
     ticks = [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
-    assert [tick["kimg"] for tick in ticks] == [0.008, 0.016, 0.024] and all(math.isfinite(tick["loss"]) for tick in ticks)
-    command(file, "generate", "--network", run, "--outdir", tmp_path / "images", "--seeds", "0-1", "--steps", 2)
+    assert [tick["kimg"] for tick in ticks] == [0.008, 0.016, 0.024] and all(
+        math.isfinite(tick["loss"]) for tick in ticks
+    )
+    command(
+        file,
+        "generate",
+        "--network",
+        run,
+        "--outdir",
+        tmp_path / "images",
+        "--seeds",
+        "0-1",
+        "--steps",
+        2,
+    )
     assert len(list((tmp_path / "images").iterdir())) == 2
     assert "--sigma-max FLOAT" in command(file, "train", "--help").stdout
-    assert "td_sigma is for family edm, got family trig" in command(file, *start, "--td-sigma", "0.1,1", code=1).stderr
+    assert (
+        "td_sigma is for family edm, got family trig"
+        in command(file, *start, "--td-sigma", "0.1,1", code=1).stderr
+    )
 
 
 def test_its_network_takes_the_fused_path(module):

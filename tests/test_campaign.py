@@ -2,6 +2,7 @@
 it shares its time, how it reads its tools, what it makes of figures, and how it measures. Its
 stages run in test_rehearsal.py.
 """
+
 import contextlib
 import fcntl
 import json
@@ -58,7 +59,8 @@ def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch,
     assert [[result.get(key) for key in keys] for result in found.values()] == [
         [False, "no luck", 1, [{"ms": 2}], None, "abc"],
         [False, "KeyError: 'gone'", None, None, None, "abc"],
-        [True, None, None, None, 3, "abc"]]
+        [True, None, None, None, 3, "abc"],
+    ]
     assert all(result["stage_seconds"] >= 0 for result in found.values())
     said = capsys.readouterr().out
     assert "refuses   FAILED: no luck" in said and "works     ok" in said
@@ -84,6 +86,7 @@ def test_again_runs_some_and_keeps_the_others(tmp_path, monkeypatch):
 
 def test_again_with_a_stage_that_failed_before(tmp_path, monkeypatch):
     """The exit code is of the stages that ran."""
+
     def fails(at):
         raise campaign.Failed("once")
 
@@ -105,6 +108,7 @@ def left_for(monkeypatch, tmp_path, *arguments, greedy=("build",)) -> dict:
         def run(at):
             left[name] = at.ends - now[0]
             return {}
+
         return run
 
     def passing(group):  # a group's stages begin together, and its time passes once
@@ -150,8 +154,9 @@ def test_a_shorter_campaign_shares_what_it_has(tmp_path, monkeypatch):
     left = left_for(monkeypatch, tmp_path / "one", "--seconds", "180", "--again", "step")
     assert left == {"step": 180}
     some = ["bench", "step", "tests", "warm"]
-    left = left_for(monkeypatch, tmp_path / "some", "--seconds", "100", "--again", *some,
-                    greedy=some)
+    left = left_for(
+        monkeypatch, tmp_path / "some", "--seconds", "100", "--again", *some, greedy=some
+    )
     whole = sum(campaign.SHARES[name] for name in ("tests", "bench", "step"))
     assert left == {name: pytest.approx(100 * campaign.SHARES[name] / whole) for name in some}
     left = left_for(monkeypatch, tmp_path / "dry", "--dry", "--seconds", "50", greedy=())
@@ -178,6 +183,7 @@ def test_stages_side_by_side_share_their_time(tmp_path, monkeypatch):
 
 def test_a_gpu_machine_keeps_one_file(tmp_path, monkeypatch):
     """OUT/<device>.json, what bench/results takes: all but what a failure printed."""
+
     def fails(at):
         raise campaign.Failed("no", tail="long", rows=[1])
 
@@ -200,8 +206,10 @@ def test_build_says_what_is_missing(tmp_path, monkeypatch):
         with pytest.raises(campaign.Failed, match="torch sees no GPU here"):
             campaign.build(at)
     monkeypatch.setattr(campaign, "NEEDED", ("torch", "not_there"))
-    with pytest.raises(campaign.Failed, match="python3 lacks not_there: carry their wheels and "
-                                              "name the folder in TDKERN_WHEELS"):
+    with pytest.raises(
+        campaign.Failed,
+        match="python3 lacks not_there: carry their wheels and name the folder in TDKERN_WHEELS",
+    ):
         campaign.build(at)
 
 
@@ -212,8 +220,9 @@ def test_a_carried_build_spares_the_wait(tmp_path, monkeypatch, missing):
     backends = {"cuda": "", "triton": "", "cpp": "not built"} | ({missing: "no"} if missing else {})
     monkeypatch.setattr(campaign, "capability", lambda: "9.0")
     monkeypatch.setattr(campaign, "library_facts", lambda at: {"info": {"backends": backends}})
-    monkeypatch.setattr(campaign, "build_into",
-                        lambda at, folder: built.append(folder) or {"seconds": 1})
+    monkeypatch.setattr(
+        campaign, "build_into", lambda at, folder: built.append(folder) or {"seconds": 1}
+    )
     facts = campaign.build(at)
     assert facts["carried"] == (missing is None) and built == ([None] if missing else [])
     assert campaign.confirm(at) == {"seconds": 1} and built[-1] == "build/confirm"
@@ -246,8 +255,13 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
         tool, backend = command[2], command[-1]
         text = "every op ran\n========= ERROR SUMMARY: 0 errors"
         if (tool, backend) == ("racecheck", "triton"):
-            return {"rc": 86, "seconds": 1, "timed_out": False, "text": "every op ran\n"
-                    "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)"}
+            return {
+                "rc": 86,
+                "seconds": 1,
+                "timed_out": False,
+                "text": "every op ran\n"
+                "========= RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)",
+            }
         stopped = (tool, backend) == ("initcheck", "cuda")
         return {"rc": 0, "seconds": 1, "timed_out": stopped, "text": "stopped" if stopped else text}
 
@@ -258,8 +272,13 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
     assert str(failure.value) == "not clean: initcheck cuda (out of time), racecheck triton"
     checks = failure.value.facts["checks"]
     assert len(checks) == len(commands) == 8 and checks["racecheck triton"]["errors"] == 2
-    assert checks["memcheck cuda"] == {"rc": 0, "seconds": 1, "timed_out": False, "errors": 0,
-                                       "done": True}
+    assert checks["memcheck cuda"] == {
+        "rc": 0,
+        "seconds": 1,
+        "timed_out": False,
+        "errors": 0,
+        "done": True,
+    }
     assert checks["initcheck cuda"]["tail"] == "stopped" and not checks["initcheck cuda"]["done"]
     quiet = {command[2] for command in commands if "--report-api-errors" in command}
     assert quiet == {"memcheck"}
@@ -282,11 +301,13 @@ every op ran
 
 def test_ncu_is_read():
     rows = campaign.profiled(NCU)
-    assert [row["kernel"] for row in rows] == ["void forward_kernel<float, 4>(const float *, long)",
-                                               "coef_kernel"]
-    assert {key: rows[0][key] for key in ("ns", "registers", "dram_percent", "occupancy_percent")
-            } == {"ns": "763,520", "registers": "48", "dram_percent": "91.95",
-                  "occupancy_percent": None}
+    assert [row["kernel"] for row in rows] == [
+        "void forward_kernel<float, 4>(const float *, long)",
+        "coef_kernel",
+    ]
+    assert {
+        key: rows[0][key] for key in ("ns", "registers", "dram_percent", "occupancy_percent")
+    } == {"ns": "763,520", "registers": "48", "dram_percent": "91.95", "occupancy_percent": None}
     assert all(row.keys() == {"kernel", *campaign.METRICS.values()} for row in rows)
     assert campaign.profiled("") == campaign.profiled("==ERROR== no permission\n") == []
 
@@ -321,8 +342,11 @@ def test_steps_that_end_early_keep_their_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(at, "run", run)
     with pytest.raises(campaign.Failed, match=r"^1 of 2 cases failed \(out of time\)$") as failure:
         campaign.compile(at)
-    assert failure.value.facts == {"rc": -9, "tail": "hung",
-                                   "rows": [{"ms": 3}, {"failure": "RuntimeError: no"}]}
+    assert failure.value.facts == {
+        "rc": -9,
+        "tail": "hung",
+        "rows": [{"ms": 3}, {"failure": "RuntimeError: no"}],
+    }
     monkeypatch.setattr(at, "run", lambda *command: {"rc": 0, "timed_out": False, "text": ""})
     with pytest.raises(campaign.Failed, match=r"^0 of 0 cases failed$"):
         campaign.step(at)
@@ -333,16 +357,21 @@ def test_steps_cover_what_is_asked():
     cases = [case for part in ("step", "compile") for case in steps.cases(part)]
     assert len(cases) == len(set(cases))
     of_steps = [case for case in cases if isinstance(case, steps.Case)]
-    for name, values in {"loss": {"EDM", "TD+EDM", "TD+EDM window", "CT", "TD+CT"},
-                         "style": {"tdkern", "published"}, "precision": {"bf16", "tf32", "fp32"},
-                         "mode": {"eager", "graph", "compile"}, "batch": {64, 256, 512}}.items():
+    for name, values in {
+        "loss": {"EDM", "TD+EDM", "TD+EDM window", "CT", "TD+CT"},
+        "style": {"tdkern", "published"},
+        "precision": {"bf16", "tf32", "fp32"},
+        "mode": {"eager", "graph", "compile"},
+        "batch": {64, 256, 512},
+    }.items():
         assert {getattr(case, name) for case in of_steps} == values
     assert [case.mode for case in cases if isinstance(case, steps.Sampler)] == ["eager", "graph"]
     for under, over, *_ in comparison.STEPS.values():  # each ratio's cases are measured
         for wanted in (under, over):
             assert steps.Case(**{**comparison.DEFAULTS, **wanted}) in of_steps
-    assert all(value == getattr(steps.Case("EDM"), name)
-               for name, value in comparison.DEFAULTS.items())
+    assert all(
+        value == getattr(steps.Case("EDM"), name) for name, value in comparison.DEFAULTS.items()
+    )
 
 
 def test_a_command_ends_at_its_limit(tmp_path):
@@ -356,7 +385,12 @@ def test_a_command_ends_at_its_limit(tmp_path):
     assert at.run("sleep", "60")["timed_out"]  # of a stage that has nothing left
     at.ends += 100
     assert at.run("false") | {"seconds": 0} == {
-        "command": "false", "rc": 1, "seconds": 0, "timed_out": False, "text": ""}
+        "command": "false",
+        "rc": 1,
+        "seconds": 0,
+        "timed_out": False,
+        "text": "",
+    }
 
 
 def held(lock: Path) -> bool:
@@ -391,7 +425,8 @@ time.sleep(60)
 def test_pytest_is_counted(tmp_path):
     (tmp_path / "test_some.py").write_text(
         "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
-        "@pytest.mark.skip\ndef test_not(): pass\n")
+        "@pytest.mark.skip\ndef test_not(): pass\n"
+    )
     at = campaign.Campaign(tmp_path, dry=True)
     facts = at.pytest(tmp_path / "test_some.py", "-p", "no:benchmark", "-o", "addopts=")
     assert (facts["passed"], facts["skipped"], facts["rc"]) == (1, 1, 1)
@@ -412,14 +447,30 @@ def bench_first(compare):
 def bench_second(compare):
     os.kill(os.getpid(), signal.SIGKILL)
 """)
-    env = {**os.environ, "TDKERN_BENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1",
-           "TDKERN_BENCH_TINY": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider",
-               f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml", tmp_path / "bench_some.py"]
+    env = {
+        **os.environ,
+        "TDKERN_BENCH_RESULTS": str(tmp_path / "results"),
+        "OMP_NUM_THREADS": "1",
+        "TDKERN_BENCH_TINY": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={ROOT}",
+        "-c",
+        ROOT / "pyproject.toml",
+        tmp_path / "bench_some.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=env)
     assert done.returncode == -9, done.stdout + done.stderr
-    file, = (tmp_path / "results").iterdir()
-    row, = json.loads(file.read_text())["rows"]
+    (file,) = (tmp_path / "results").iterdir()
+    (row,) = json.loads(file.read_text())["rows"]
     assert (row["op"], row["competitor"], row["times_ours"]) == ("op", "tdkern", 1)
 
 
@@ -427,26 +478,49 @@ def bench_second(compare):
 
 
 def row(competitor, median, **more):
-    return {"op": "loss path", "size": "512x3x32x32", "competitor": competitor, "threads": 1,
-            "median_us": median, "times_ours": median / 10} | more
+    return {
+        "op": "loss path",
+        "size": "512x3x32x32",
+        "competitor": competitor,
+        "threads": 1,
+        "median_us": median,
+        "times_ours": median / 10,
+    } | more
 
 
 def case(loss, ms, **more):
     return {"op": "step", "loss": loss, **comparison.DEFAULTS, "ms": ms} | more
 
 
-PATH_ROWS = [row("tdkern", 10, graph_us=5, launches=5, syncs=0), row("published-style eager", 310),
-             row("torch.compile", 30, graph_us=9)]
+PATH_ROWS = [
+    row("tdkern", 10, graph_us=5, launches=5, syncs=0),
+    row("published-style eager", 310),
+    row("torch.compile", 30, graph_us=9),
+]
 
 
 def test_figures_of_benchmarks():
-    figure = {key[2]: comparison.measured(PATH_ROWS, *key)
-              for key in comparison.AIMS if key[0] == "loss path"}
-    assert figure == {"launches": 5, "host waits": 0, "published-style eager": 31,
-                      "torch.compile": 3, "published-style eager, ours in a graph": 62,
-                      "torch.compile, both in graphs": 1.8}
-    large = {"op": "td_loss", "size": "1e+08", "competitor": "tdkern", "elements": 10**8,
-             "extra_bytes": 5 * 10**8, "share_of_copy": 0.93}
+    figure = {
+        key[2]: comparison.measured(PATH_ROWS, *key)
+        for key in comparison.AIMS
+        if key[0] == "loss path"
+    }
+    assert figure == {
+        "launches": 5,
+        "host waits": 0,
+        "published-style eager": 31,
+        "torch.compile": 3,
+        "published-style eager, ours in a graph": 62,
+        "torch.compile, both in graphs": 1.8,
+    }
+    large = {
+        "op": "td_loss",
+        "size": "1e+08",
+        "competitor": "tdkern",
+        "elements": 10**8,
+        "extra_bytes": 5 * 10**8,
+        "share_of_copy": 0.93,
+    }
     measured = comparison.measured
     assert measured([large], "td_loss", "1e+08", "share of a copy") == 0.93
     assert measured([large], "td_loss", "1e+08", "extra memory in dF") == 1.25
@@ -456,11 +530,17 @@ def test_figures_of_benchmarks():
 
 
 def test_figures_of_steps():
-    rows = [case("EDM", 100), case("TD+EDM", 150), case("EDM", 50, mode="graph"),
-            case("TD+EDM", 70, mode="graph"), case("TD+EDM", 999, batch=64),
-            case("TD+EDM", 300, style="published"), case("CT", 10),
-            {"op": "sampler", "mode": "eager", "ms": 9},
-            {"op": "sampler", "mode": "graph", "ms": 4}]
+    rows = [
+        case("EDM", 100),
+        case("TD+EDM", 150),
+        case("EDM", 50, mode="graph"),
+        case("TD+EDM", 70, mode="graph"),
+        case("TD+EDM", 999, batch=64),
+        case("TD+EDM", 300, style="published"),
+        case("CT", 10),
+        {"op": "sampler", "mode": "eager", "ms": 9},
+        {"op": "sampler", "mode": "graph", "ms": 4},
+    ]
     ratio = comparison.step_ratio
     assert ratio(rows, "TD+EDM / EDM") == 1.5
     assert ratio(rows, "TD+EDM / EDM, both in graphs") == 1.4
@@ -478,24 +558,30 @@ def test_figures_of_steps():
 
 def test_comparison(tmp_path):
     """Of a run whose stages failed, what they have is used, and what they have not is empty."""
-    stages = {"bench": {"ok": False, "failure": "it broke", "rows": PATH_ROWS},
-              "step": {"ok": True, "rows": [case("EDM", 100), case("TD+EDM", 120)]},
-              "compile": {"ok": False, "failure": "KeyError: 'gone'"}}
+    stages = {
+        "bench": {"ok": False, "failure": "it broke", "rows": PATH_ROWS},
+        "step": {"ok": True, "rows": [case("EDM", 100), case("TD+EDM", 120)]},
+        "compile": {"ok": False, "failure": "KeyError: 'gone'"},
+    }
     file = tmp_path / "gpu.json"
     run = {"dry": False, "device": "GPU", "torch": "2", "commit": "abc", "stages": stages}
     file.write_text(json.dumps(run))
     text = comparison.markdown(file)
-    for line in ("GPU, torch 2, commit abc:",
-                 "| `loss path` | 512x3x32x32 | launches | 4 | 4 | 5 (missed) |",
-                 "| host waits | 0 | 0 | 0 |", "| published-style eager |  | 30.0× | 31.0× |",
-                 "| torch.compile, both in graphs |  | 2.0× | 1.8× (missed) |",
-                 "| step | 256x3x32x32 | TD+EDM / EDM | 1.30× | 1.25× | 1.20× |",
-                 "| step | 256x3x32x32 | TD+CT / CT | 1.00× |  |  |"):
+    for line in (
+        "GPU, torch 2, commit abc:",
+        "| `loss path` | 512x3x32x32 | launches | 4 | 4 | 5 (missed) |",
+        "| host waits | 0 | 0 | 0 |",
+        "| published-style eager |  | 30.0× | 31.0× |",
+        "| torch.compile, both in graphs |  | 2.0× | 1.8× (missed) |",
+        "| step | 256x3x32x32 | TD+EDM / EDM | 1.30× | 1.25× | 1.20× |",
+        "| step | 256x3x32x32 | TD+CT / CT | 1.00× |  |  |",
+    ):
         assert line in text
     short = comparison.measured_alone(file)
     assert short.splitlines()[:2] == [
         "GPU, torch 2, commit abc;",
-        "from `bench/results/gpu.json`, where each row says its commit:"]
+        "from `bench/results/gpu.json`, where each row says its commit:",
+    ]
     assert short.splitlines()[5:] == [
         "| `loss path` | 512x3x32x32 | launches | 4 | 5 (missed) |",
         "| `loss path` | 512x3x32x32 | host waits | 0 | 0 |",
@@ -503,7 +589,8 @@ def test_comparison(tmp_path):
         "| `loss path` | 512x3x32x32 | torch.compile | 2.0× | 3.0× |",
         "| `loss path` | 512x3x32x32 | published-style eager, ours in a graph | 30.0× | 62.0× |",
         "| `loss path` | 512x3x32x32 | torch.compile, both in graphs | 2.0× | 1.8× (missed) |",
-        "| step | 256x3x32x32 | TD+EDM / EDM | 1.25× | 1.20× |"]
+        "| step | 256x3x32x32 | TD+EDM / EDM | 1.25× | 1.20× |",
+    ]
     assert comparison.markdown(None).startswith("Not measured yet:")
     assert comparison.markdown(tmp_path / "not there").startswith("Not measured yet:")
 
@@ -532,32 +619,51 @@ def test_comparison_fills_both(tmp_path):
     for name in ("bench/gpu/comparison.py", "bench/table.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
-    for name, marker in (("bench/gpu/NOTES.md", "comparison"), ("README.md", "gpu"),
-                         ("docs/performance.md", "gpu")):
+    for name, marker in (
+        ("bench/gpu/NOTES.md", "comparison"),
+        ("README.md", "gpu"),
+        ("docs/performance.md", "gpu"),
+    ):
         text = f"before\n<!-- {marker} -->\nold\n<!-- /{marker} -->\nafter\n"
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     command = [sys.executable, tmp_path / "bench/gpu/comparison.py", H100]
     subprocess.run(command, check=True, cwd=tmp_path)
-    for name, text in (("bench/gpu/NOTES.md", comparison.markdown(H100)),
-                       ("docs/performance.md", comparison.measured_alone(H100)),
-                       ("README.md", comparison.measured_alone(H100, comparison.HEADLINES))):
+    for name, text in (
+        ("bench/gpu/NOTES.md", comparison.markdown(H100)),
+        ("docs/performance.md", comparison.measured_alone(H100)),
+        ("README.md", comparison.measured_alone(H100, comparison.HEADLINES)),
+    ):
         marked = (tmp_path / name).read_text().splitlines()
         assert marked[2:-2] == text.splitlines()
         assert (marked[0], marked[-1]) == ("before", "after")
 
 
 def test_tables(tmp_path):
-    rows = [row("tdkern", 10, extra_bytes=1234, share_of_copy=0.5), row("other", 25),
-            row("other", 30, threads=2), row("tdkern", 9, threads=2)]
-    growth = [{"op": "td_loss", "size": "", "competitor": "tdkern", "threads": 1,
-               "elements": 10**k, "median_us": us, "share_of_copy": 0.9}
-              for k, us in ((7, 2e4), (8, 2.2e5))]
+    rows = [
+        row("tdkern", 10, extra_bytes=1234, share_of_copy=0.5),
+        row("other", 25),
+        row("other", 30, threads=2),
+        row("tdkern", 9, threads=2),
+    ]
+    growth = [
+        {
+            "op": "td_loss",
+            "size": "",
+            "competitor": "tdkern",
+            "threads": 1,
+            "elements": 10**k,
+            "median_us": us,
+            "share_of_copy": 0.9,
+        }
+        for k, us in ((7, 2e4), (8, 2.2e5))
+    ]
     facts = {"device": "CPU", "date": "2026-11-25T", "versions": {"torch": "2"}}
     (tmp_path / "cpu.json").write_text(json.dumps(facts | {"rows": rows + growth}))
     text = table.markdown(tmp_path / "cpu.json")
-    assert ("| `loss path` | 512x3x32x32 | tdkern | 10 µs | 1.00× | 50% | 9 µs | 0.90× |  "
-            "| 1,234 B |") in text
+    assert (
+        "| `loss path` | 512x3x32x32 | tdkern | 10 µs | 1.00× | 50% | 9 µs | 0.90× |  | 1,234 B |"
+    ) in text
     assert "| `td_loss` | 1 | 2.00, 90% | 2.20, 90% | +10% |" in text
     gpu = table.competitors([row("tdkern", 10, launches=4, syncs=0, graph_us=5.25)])
     assert "| tdkern | 10 µs | 1.00× |  | 5.2 µs | 4 | 0 |  |" in gpu
@@ -590,10 +696,18 @@ def test_measuring_on_cuda(monkeypatch):
     stream = types.SimpleNamespace(wait_stream=lambda other: None)
     cuda = types.SimpleNamespace(
         get_device_properties=lambda: types.SimpleNamespace(L2_cache_size=1000),
-        synchronize=lambda: None, reset_peak_memory_stats=lambda: None,
-        memory_allocated=lambda: 100, max_memory_allocated=lambda: 164, Event=Event,
-        Stream=lambda: stream, current_stream=lambda: stream, stream=contextlib.nullcontext,
-        CUDAGraph=Graph, graph=contextlib.nullcontext, set_sync_debug_mode=lambda mode: None)
+        synchronize=lambda: None,
+        reset_peak_memory_stats=lambda: None,
+        memory_allocated=lambda: 100,
+        max_memory_allocated=lambda: 164,
+        Event=Event,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=contextlib.nullcontext,
+        CUDAGraph=Graph,
+        graph=contextlib.nullcontext,
+        set_sync_debug_mode=lambda mode: None,
+    )
     monkeypatch.setattr(measure, "torch", types.SimpleNamespace(cuda=cuda, autograd=torch.autograd))
     monkeypatch.setattr(measure, "DEVICE", "cuda")
     monkeypatch.setattr(measure, "launches", lambda step: {"launches": 4, "copies": 0})
@@ -615,16 +729,23 @@ def test_measuring_on_cuda(monkeypatch):
 
 def test_launches_are_counted(monkeypatch):
     """Kineto's events of the GPU alone: kernels, and beside them copies; no ranges, no calls."""
+
     def event(name, device="CUDA", annotation=False):
         kind = getattr(torch.autograd.DeviceType, device)
-        return types.SimpleNamespace(name=lambda: name, device_type=lambda: kind,
-                                     is_user_annotation=lambda: annotation)
+        return types.SimpleNamespace(
+            name=lambda: name, device_type=lambda: kind, is_user_annotation=lambda: annotation
+        )
 
-    events = [event("void forward_kernel<float>(...)"), event("aten::copy_", "CPU"),
-              event("Memcpy DtoD (Device -> Device)"), event("coef_kernel"),
-              event("Memset (Device)"), event("ProfilerStep#1", annotation=True),
-              event("cudaLaunchKernel", "CPU"),
-              event("void at::native::vectorized_elementwise_kernel<4>()")]
+    events = [
+        event("void forward_kernel<float>(...)"),
+        event("aten::copy_", "CPU"),
+        event("Memcpy DtoD (Device -> Device)"),
+        event("coef_kernel"),
+        event("Memset (Device)"),
+        event("ProfilerStep#1", annotation=True),
+        event("cudaLaunchKernel", "CPU"),
+        event("void at::native::vectorized_elementwise_kernel<4>()"),
+    ]
     asked, calls = [], []
 
     @contextlib.contextmanager

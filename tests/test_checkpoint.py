@@ -20,12 +20,20 @@ NETWORK = SPEC.to_json()
 
 def tensors(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return {"a.weight": torch.randn(4, 3, generator=generator), "half": torch.randn(5, generator=generator).bfloat16(), "step": torch.tensor(7.0),
-            "last": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last), "count": torch.arange(3)}
+    return {
+        "a.weight": torch.randn(4, 3, generator=generator),
+        "half": torch.randn(5, generator=generator).bfloat16(),
+        "step": torch.tensor(7.0),
+        "last": torch.randn(2, 3, 4, 4, generator=generator).to(memory_format=torch.channels_last),
+        "count": torch.arange(3),
+    }
 
 
 def same(ours, theirs):
-    return ours.keys() == theirs.keys() and all(ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name])
+        for name in ours
+    )
 
 
 @pytest.fixture
@@ -35,7 +43,13 @@ def snapshot(tmp_path):
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.2)  # newly made, the output layer is nearly zero
-    return net, write(tmp_path, SNAPSHOT, 2500096, net.state_dict(), {"step": 9, "network": NETWORK, "options": {}})
+    return net, write(
+        tmp_path,
+        SNAPSHOT,
+        2500096,
+        net.state_dict(),
+        {"step": 9, "network": NETWORK, "options": {}},
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -44,7 +58,15 @@ def test_what_is_written_is_read(tmp_path):
     assert sorted(file.name for file in path.iterdir()) == ["meta.json", "tensors.safetensors"]
     meta, loaded = read(path, STATE)
     assert same(loaded, tensors())
-    assert meta == {"format": 4, "kind": STATE, "tdkern": tdkern.__version__, "torch": torch.__version__, "nimg": 512, "step": 4, "options": {"lr": 0.001}}
+    assert meta == {
+        "format": 4,
+        "kind": STATE,
+        "tdkern": tdkern.__version__,
+        "torch": torch.__version__,
+        "nimg": 512,
+        "step": 4,
+        "options": {"lr": 0.001},
+    }
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -72,7 +94,10 @@ def test_the_newest_of_a_run_is_found(tmp_path):
     for nimg in (512, 50176, 1024):
         write(tmp_path, SNAPSHOT, nimg, tensors(), {})
     assert find(tmp_path, SNAPSHOT) == tmp_path / "network-snapshot-000050.176"
-    assert find(tmp_path / "network-snapshot-000000.512", SNAPSHOT) == tmp_path / "network-snapshot-000000.512"
+    assert (
+        find(tmp_path / "network-snapshot-000000.512", SNAPSHOT)
+        == tmp_path / "network-snapshot-000000.512"
+    )
     with pytest.raises(CheckpointError, match=r"no training-state-\* in it"):
         find(tmp_path, STATE)
 
@@ -101,14 +126,19 @@ def test_a_network_comes_back_from_its_snapshot(tmp_path, snapshot):
 
 # a run of flow matching with TD that tdkern wrote before a thing had one name everywhere
 FORMAT3 = Path(__file__).parent / "data" / "format3"
-FORMAT1 = Path(__file__).parent / "data" / "format1"  # what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
+FORMAT1 = (
+    Path(__file__).parent / "data" / "format1"
+)  # what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
 
 
-@pytest.mark.parametrize("file, written, changed", [
-    ("tensors.safetensors", b'"F32"', b'"I32"'),
-    ("meta.json", b'"precond": "flow"', b'"precond": "flox"'),
-    ("meta.json", b'"lr": 0.001', b'"lr": 0.002'),
-])
+@pytest.mark.parametrize(
+    "file, written, changed",
+    [
+        ("tensors.safetensors", b'"F32"', b'"I32"'),
+        ("meta.json", b'"precond": "flow"', b'"precond": "flox"'),
+        ("meta.json", b'"lr": 0.001', b'"lr": 0.002'),
+    ],
+)
 def test_a_change_in_format_3_is_found(tmp_path, file, written, changed):
     """Its checksums are of what was written, under the names that things had then."""
     path = tmp_path / "network-snapshot-000000.016"
@@ -125,9 +155,15 @@ def test_a_change_in_format_3_is_found(tmp_path, file, written, changed):
 
 def test_a_snapshot_of_format_1_is_read():
     net, meta = load_network(FORMAT1)
-    assert meta["format"] == 4 and meta["network"]["model_arguments"]["augment_dim"] == 0 and meta["options"]["augment"] == 0
+    assert (
+        meta["format"] == 4
+        and meta["network"]["model_arguments"]["augment_dim"] == 0
+        and meta["options"]["augment"] == 0
+    )
     assert not hasattr(net.model.map_augment, "weight")
-    stored = safetensors.torch.load_file(FORMAT1 / "network-snapshot-000000.016" / "tensors.safetensors")
+    stored = safetensors.torch.load_file(
+        FORMAT1 / "network-snapshot-000000.016" / "tensors.safetensors"
+    )
     assert same(net.state_dict(), stored)
     assert net(torch.randn(2, 3, 8, 8), 1.0, torch.eye(3)[:2]).isfinite().all()
 
@@ -135,7 +171,9 @@ def test_a_snapshot_of_format_1_is_read():
 def test_a_snapshot_of_format_2_is_read():
     path = FORMAT1.with_name("format2")
     net, meta = load_network(path)
-    stored = safetensors.torch.load_file(path / "network-snapshot-000000.016" / "tensors.safetensors")
+    stored = safetensors.torch.load_file(
+        path / "network-snapshot-000000.016" / "tensors.safetensors"
+    )
     assert meta["format"] == 4 and "checksums" not in meta and same(net.state_dict(), stored)
 
 
@@ -143,7 +181,10 @@ def _edit(path, **changes):
     """Change meta.json, and its checksums with it."""
     meta = json.loads((path / "meta.json").read_text())
     meta = {name: value for name, value in (meta | changes).items() if value is not None}
-    meta["checksums"] = {"meta.json": checkpoint._digest(meta), "tensors.safetensors": checkpoint.sha256(path / "tensors.safetensors")}
+    meta["checksums"] = {
+        "meta.json": checkpoint._digest(meta),
+        "tensors.safetensors": checkpoint.sha256(path / "tensors.safetensors"),
+    }
     (path / "meta.json").write_text(json.dumps(meta))
 
 
@@ -155,36 +196,80 @@ def _cut(path, name):
 def _change_tensor(path, name, tensor):
     file = path / "tensors.safetensors"
     loaded = safetensors.torch.load_file(file)
-    loaded = {key: value.clone() for key, value in loaded.items() if key != name} | ({} if tensor is None else {name: tensor})
+    loaded = {key: value.clone() for key, value in loaded.items() if key != name} | (
+        {} if tensor is None else {name: tensor}
+    )
     safetensors.torch.save_file(loaded, file)
     _edit(path)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda path: shutil.rmtree(path), "cannot be read .*No such file.*meta.json"),
-    (lambda path: (path / "meta.json").unlink(), "cannot be read .*No such file.*meta.json"),
-    (lambda path: (path / "tensors.safetensors").unlink(), "cannot be read .*No such file"),
-    (lambda path: _cut(path, "meta.json"), r"damaged \(JSONDecodeError"),
-    (lambda path: (_cut(path, "tensors.safetensors"), _edit(path)), r"damaged \(SafetensorError"),
-    (lambda path: ((path / "tensors.safetensors").write_bytes(b""), _edit(path)), r"damaged \(SafetensorError"),
-    (lambda path: (path / "meta.json").write_text("[]"), "meta.json does not describe a network-snapshot"),
-    (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
-    (lambda path: _edit(path, format=5, tdkern="9.0"), r"in format 5 of tdkern 9.0; tdkern .* reads up to format 4; update it"),
-    (lambda path: _edit(path, format=0), r"damaged \(KeyError: 0\)"),
-    (lambda path: _edit(path, format="new"), r"damaged \(TypeError"),
-    (lambda path: _edit(path, format=1, network=None), r"damaged \(KeyError: 'network'\)"),
-    (lambda path: _edit(path, format=None), r"damaged \(KeyError"),
-    (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
-    (lambda path: _edit(path, network=NETWORK | {"model": "os.system"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: model must be"),
-    (lambda path: _edit(path, network=NETWORK | {"depth": 3}), r"meta.json does not describe a network \(TypeError"),
-    (lambda path: _edit(path, network=NETWORK | {"label_dim": 10**9}),
-     r"meta.json does not describe a network \(ValueError: NetworkSpec: its images or classes are not its U-Net's"),
-    (lambda path: _edit(path, network=NETWORK | {"class": "no"}), r"meta.json does not describe a network \(ValueError: NetworkSpec: class must be"),
-    (lambda path: _edit(path, network=NETWORK | {"label_dim": 3, "model_arguments": NETWORK["model_arguments"] | {"label_dim": 3}}),
-     r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]"),
-    (lambda path: _change_tensor(path, "model.map_layer0.bias", None), r"does not match the network: model.map_layer0.bias must be \[16\], got nothing"),
-    (lambda path: _change_tensor(path, "model.extra", torch.zeros(2)), r"does not match the network: model.extra must be nothing, got \[2\]"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: shutil.rmtree(path), "cannot be read .*No such file.*meta.json"),
+        (lambda path: (path / "meta.json").unlink(), "cannot be read .*No such file.*meta.json"),
+        (lambda path: (path / "tensors.safetensors").unlink(), "cannot be read .*No such file"),
+        (lambda path: _cut(path, "meta.json"), r"damaged \(JSONDecodeError"),
+        (
+            lambda path: (_cut(path, "tensors.safetensors"), _edit(path)),
+            r"damaged \(SafetensorError",
+        ),
+        (
+            lambda path: ((path / "tensors.safetensors").write_bytes(b""), _edit(path)),
+            r"damaged \(SafetensorError",
+        ),
+        (
+            lambda path: (path / "meta.json").write_text("[]"),
+            "meta.json does not describe a network-snapshot",
+        ),
+        (lambda path: _edit(path, kind=STATE), "meta.json does not describe a network-snapshot"),
+        (
+            lambda path: _edit(path, format=5, tdkern="9.0"),
+            r"in format 5 of tdkern 9.0; tdkern .* reads up to format 4; update it",
+        ),
+        (lambda path: _edit(path, format=0), r"damaged \(KeyError: 0\)"),
+        (lambda path: _edit(path, format="new"), r"damaged \(TypeError"),
+        (lambda path: _edit(path, format=1, network=None), r"damaged \(KeyError: 'network'\)"),
+        (lambda path: _edit(path, format=None), r"damaged \(KeyError"),
+        (lambda path: _edit(path, network=None), "meta.json does not describe a network"),
+        (
+            lambda path: _edit(path, network=NETWORK | {"model": "os.system"}),
+            r"meta.json does not describe a network \(ValueError: NetworkSpec: model must be",
+        ),
+        (
+            lambda path: _edit(path, network=NETWORK | {"depth": 3}),
+            r"meta.json does not describe a network \(TypeError",
+        ),
+        (
+            lambda path: _edit(path, network=NETWORK | {"label_dim": 10**9}),
+            r"meta.json does not describe a network \(ValueError: NetworkSpec: its images or "
+            r"classes are not its U-Net's",
+        ),
+        (
+            lambda path: _edit(path, network=NETWORK | {"class": "no"}),
+            r"meta.json does not describe a network \(ValueError: NetworkSpec: class must be",
+        ),
+        (
+            lambda path: _edit(
+                path,
+                network=NETWORK
+                | {
+                    "label_dim": 3,
+                    "model_arguments": NETWORK["model_arguments"] | {"label_dim": 3},
+                },
+            ),
+            r"does not match the network: model.map_label.weight must be \[4, 3\], got \[4, 2\]",
+        ),
+        (
+            lambda path: _change_tensor(path, "model.map_layer0.bias", None),
+            r"does not match the network: model.map_layer0.bias must be \[16\], got nothing",
+        ),
+        (
+            lambda path: _change_tensor(path, "model.extra", torch.zeros(2)),
+            r"does not match the network: model.extra must be nothing, got \[2\]",
+        ),
+    ],
+)
 def test_a_bad_snapshot_is_refused(snapshot, damage, message):
     path = snapshot[1]
     damage(path)
@@ -198,17 +283,21 @@ def _half_a_file(tensors, file):
 
 
 def _killed(action, monkeypatch, module, name, call):
-    """Run `action` in a child that is killed at that call of module.name; returns whether it got there."""
+    """Run `action` in a child that is killed at that call of module.name; returns whether it got
+    there.
+    """
     child = os.fork()
     if child == 0:
         real, calls = getattr(module, name), iter(range(1000))
         if module is safetensors.torch:
             replacement = _half_a_file
         else:
+
             def replacement(*args, **kwargs):
                 if next(calls) == call:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return real(*args, **kwargs)
+
         monkeypatch.setattr(module, name, replacement)
         action()
         os._exit(0)
@@ -217,11 +306,15 @@ def _killed(action, monkeypatch, module, name, call):
     return status == signal.SIGKILL
 
 
-POINTS = [(os, "fsync", call) for call in range(5)] + [(os, name, 0) for name in ("replace", "rename", "open", "close")]
+POINTS = [(os, "fsync", call) for call in range(5)] + [
+    (os, name, 0) for name in ("replace", "rename", "open", "close")
+]
 POINTS += [(shutil, "copymode", 0), (safetensors.torch, "save_file", 0)]
 
 
-@pytest.mark.parametrize("module, name, call", POINTS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    "module, name, call", POINTS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_a_kill_while_writing_leaves_the_old_and_no_half(tmp_path, monkeypatch, module, name, call):
     write(tmp_path, STATE, 512, tensors(), {"step": 1})
 
@@ -239,7 +332,16 @@ def test_a_kill_while_writing_leaves_the_old_and_no_half(tmp_path, monkeypatch, 
     assert same(read(tmp_path / "training-state-000001.024", STATE)[1], tensors(seed=1))
 
 
-@pytest.mark.parametrize("module, name, call", [(os, "rename", 0), (shutil, "rmtree", 0), (os, "unlink", 0), (os, "unlink", 1), (os, "rmdir", 0)])
+@pytest.mark.parametrize(
+    "module, name, call",
+    [
+        (os, "rename", 0),
+        (shutil, "rmtree", 0),
+        (os, "unlink", 0),
+        (os, "unlink", 1),
+        (os, "rmdir", 0),
+    ],
+)
 def test_a_kill_while_removing_leaves_no_half(tmp_path, monkeypatch, module, name, call):
     path = write(tmp_path, STATE, 512, tensors(), {"step": 1})
     assert _killed(lambda: checkpoint.remove(path), monkeypatch, module, name, call)

@@ -10,7 +10,17 @@ import torch
 from tiny import data_set, pixels, png, raw_data_set
 from torch.utils.data import DataLoader
 
-from tdkern.data import DatasetError, ImageDataset, StepBatches, derive_seed, save_grid, save_image, step_indices, to_float, to_uint8
+from tdkern.data import (
+    DatasetError,
+    ImageDataset,
+    StepBatches,
+    derive_seed,
+    save_grid,
+    save_image,
+    step_indices,
+    to_float,
+    to_uint8,
+)
 from tdkern.data.files import write_atomic
 
 
@@ -32,7 +42,9 @@ def test_images_come_back_exactly_in_the_order_of_their_names(tmp_path, where, c
 
 def test_xflip_adds_every_mirror_image(tmp_path):
     images = pixels(5)
-    dataset = ImageDataset(data_set(tmp_path / "a.zip", images, [0, 1, 2, 1, 0]), use_labels=True, xflip=True)
+    dataset = ImageDataset(
+        data_set(tmp_path / "a.zip", images, [0, 1, 2, 1, 0]), use_labels=True, xflip=True
+    )
     assert len(dataset) == 10
     for i, image in enumerate(images):
         assert torch.equal(dataset[5 + i][0], torch.from_numpy(image).flip(2))
@@ -60,15 +72,25 @@ def test_max_size_keeps_the_same_images_for_a_seed(tmp_path):
     assert len(kept[0]) == 5
     assert kept[0].names == kept[1].names == sorted(kept[0].names)
     assert kept[0].names != kept[2].names
-    assert [label.argmax().item() for _, label in kept[0]] == [int(name[-6:-4]) for name in kept[0].names]
+    assert [label.argmax().item() for _, label in kept[0]] == [
+        int(name[-6:-4]) for name in kept[0].names
+    ]
     assert len(ImageDataset(path, max_size=100)) == 20
 
 
 def test_worker_processes_read_what_one_process_reads(tmp_path):
-    dataset = ImageDataset(data_set(tmp_path / "a.zip", pixels(40), list(range(40))), use_labels=True)
+    dataset = ImageDataset(
+        data_set(tmp_path / "a.zip", pixels(40), list(range(40))), use_labels=True
+    )
     dataset[0]  # the zip is open before the workers are forked
     order = StepBatches(40, 16, 0, 0, 6)
-    read = [[(images, labels) for images, labels in DataLoader(dataset, batch_sampler=order, num_workers=workers)] for workers in (0, 2)]
+    read = [
+        [
+            (images, labels)
+            for images, labels in DataLoader(dataset, batch_sampler=order, num_workers=workers)
+        ]
+        for workers in (0, 2)
+    ]
     assert len(read[0]) == len(read[1]) == 6
     for (images, labels), (images2, labels2) in zip(*read, strict=True):
         assert torch.equal(images, images2)
@@ -82,22 +104,35 @@ def test_a_data_set_in_use_can_be_sent_to_another_process(tmp_path):
 
 
 def _json(labels):
-    return {"a.png": png(pixels(1)[0]), "b.png": png(pixels(1)[0]), "dataset.json": labels if isinstance(labels, bytes) else json.dumps(labels).encode()}
+    return {
+        "a.png": png(pixels(1)[0]),
+        "b.png": png(pixels(1)[0]),
+        "dataset.json": labels if isinstance(labels, bytes) else json.dumps(labels).encode(),
+    }
 
 
-@pytest.mark.parametrize("labels, message", [
-    (b'{"labels": [["a.png", 0]', r"dataset.json must be .*JSONDecodeError"),
-    (b"\xff\xfe", r"dataset.json must be "),
-    ({"names": []}, r"dataset.json must be .*KeyError"),
-    ([1, 2], r"dataset.json must be "),
-    ({"labels": [1, 2]}, r"dataset.json must be "),
-    ({"labels": None}, r"dataset.json has no labels"),
-    ({"labels": [["a.png", 0]]}, r"dataset.json has no label for b.png"),
-    ({"labels": [["a.png", 0], ["b.png", -1]]}, r"dataset.json: labels must all be classes"),
-    ({"labels": [["a.png", 0], ["b.png", [1.0]]]}, r"dataset.json: labels must all be classes"),
-    ({"labels": [["a.png", [1.0]], ["b.png", [1.0, 2.0]]]}, r"dataset.json: labels must all be classes"),
-    ({"labels": [["a.png", "cat"], ["b.png", "dog"]]}, r"dataset.json: labels must all be classes"),
-])
+@pytest.mark.parametrize(
+    "labels, message",
+    [
+        (b'{"labels": [["a.png", 0]', r"dataset.json must be .*JSONDecodeError"),
+        (b"\xff\xfe", r"dataset.json must be "),
+        ({"names": []}, r"dataset.json must be .*KeyError"),
+        ([1, 2], r"dataset.json must be "),
+        ({"labels": [1, 2]}, r"dataset.json must be "),
+        ({"labels": None}, r"dataset.json has no labels"),
+        ({"labels": [["a.png", 0]]}, r"dataset.json has no label for b.png"),
+        ({"labels": [["a.png", 0], ["b.png", -1]]}, r"dataset.json: labels must all be classes"),
+        ({"labels": [["a.png", 0], ["b.png", [1.0]]]}, r"dataset.json: labels must all be classes"),
+        (
+            {"labels": [["a.png", [1.0]], ["b.png", [1.0, 2.0]]]},
+            r"dataset.json: labels must all be classes",
+        ),
+        (
+            {"labels": [["a.png", "cat"], ["b.png", "dog"]]},
+            r"dataset.json: labels must all be classes",
+        ),
+    ],
+)
 def test_bad_labels_are_refused(tmp_path, labels, message):
     path = raw_data_set(tmp_path / "a.zip", _json(labels))
     with pytest.raises(DatasetError, match=f"a.zip: {message}"):
@@ -116,20 +151,25 @@ def _encoded(mode, size=(8, 8), fmt="png"):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("broken, message", [
-    (b"", "b.png is not a readable image"),
-    (b"no image", "b.png is not a readable image"),
-    (png(pixels(1)[0])[:-40], "b.png is not a readable image"),
-    (_encoded("RGB", fmt="jpeg")[:200], "b.png is not a readable image"),
-    (_encoded("RGBA"), "b.png must be RGB or grey with 8 bits a channel, got Pillow mode RGBA"),
-    (_encoded("P"), "b.png must be RGB or grey"),
-    (_encoded("I;16"), "b.png must be RGB or grey"),
-    (_encoded("RGB", (8, 4)), "b.png must be square, got 8x4"),
-    (_encoded("RGB", (4, 4)), r"b.png must have a.png's shape \[3, 8, 8\], got \[3, 4, 4\]"),
-    (_encoded("L"), r"b.png must have a.png's shape \[3, 8, 8\], got \[1, 8, 8\]"),
-])
+@pytest.mark.parametrize(
+    "broken, message",
+    [
+        (b"", "b.png is not a readable image"),
+        (b"no image", "b.png is not a readable image"),
+        (png(pixels(1)[0])[:-40], "b.png is not a readable image"),
+        (_encoded("RGB", fmt="jpeg")[:200], "b.png is not a readable image"),
+        (_encoded("RGBA"), "b.png must be RGB or grey with 8 bits a channel, got Pillow mode RGBA"),
+        (_encoded("P"), "b.png must be RGB or grey"),
+        (_encoded("I;16"), "b.png must be RGB or grey"),
+        (_encoded("RGB", (8, 4)), "b.png must be square, got 8x4"),
+        (_encoded("RGB", (4, 4)), r"b.png must have a.png's shape \[3, 8, 8\], got \[3, 4, 4\]"),
+        (_encoded("L"), r"b.png must have a.png's shape \[3, 8, 8\], got \[1, 8, 8\]"),
+    ],
+)
 def test_bad_images_are_refused_by_name(tmp_path, broken, message):
-    dataset = ImageDataset(raw_data_set(tmp_path / "a.zip", {"a.png": png(pixels(1)[0]), "b.png": broken}))
+    dataset = ImageDataset(
+        raw_data_set(tmp_path / "a.zip", {"a.png": png(pixels(1)[0]), "b.png": broken})
+    )
     assert dataset[0][0].shape == (3, 8, 8)
     with pytest.raises(DatasetError, match=f"a.zip: {message}"):
         dataset[1]
@@ -162,7 +202,12 @@ def test_a_damaged_byte_in_a_zip_is_found(tmp_path):
 
 
 def test_other_files_are_not_images(tmp_path):
-    files = {"a.JPG": _encoded("RGB", fmt="jpeg"), "b.jpeg": _encoded("RGB", fmt="jpeg"), "__MACOSX/._a.JPG": b"x", "notes.txt": b"x"}
+    files = {
+        "a.JPG": _encoded("RGB", fmt="jpeg"),
+        "b.jpeg": _encoded("RGB", fmt="jpeg"),
+        "__MACOSX/._a.JPG": b"x",
+        "notes.txt": b"x",
+    }
     assert ImageDataset(raw_data_set(tmp_path / "a.zip", files)).names == ["a.JPG", "b.jpeg"]
 
 
@@ -188,14 +233,22 @@ def test_shares_of_the_processes_make_up_the_batch(world):
     shares = [list(StepBatches(30, 8, 3, 5, 9, rank, world)) for rank in range(world)]
     assert len(StepBatches(30, 8, 3, 5, 9)) == len(shares[0]) == 4
     for i, step in enumerate(range(5, 9)):
-        assert [index for share in shares for index in share[i]] == step_indices(30, 8, 3, step).tolist()
+        assert [index for share in shares for index in share[i]] == step_indices(
+            30, 8, 3, step
+        ).tolist()
 
 
 def test_derived_seeds_differ():
-    uses = [(stream, *numbers) for stream in ("order", "init", "step") for numbers in ((), (0,), (0, 0), (0, 1), (1, 0), (2**33,))]
+    uses = [
+        (stream, *numbers)
+        for stream in ("order", "init", "step")
+        for numbers in ((), (0,), (0, 0), (0, 1), (1, 0), (2**33,))
+    ]
     seeds = [derive_seed(seed, *use) for seed in (0, 1, 2**40) for use in uses]
     assert len(set(seeds)) == len(seeds)
-    assert derive_seed(7, "step", 3, 1) == 13839595843557499967  # fixed: an older run's state must go on to the same weights
+    assert (
+        derive_seed(7, "step", 3, 1) == 13839595843557499967
+    )  # fixed: an older run's state must go on to the same weights
 
 
 def test_pixels_survive_the_way_to_floats_and_back():
@@ -211,13 +264,18 @@ def test_pixels_survive_the_way_to_floats_and_back():
 def test_grid(tmp_path, channels):
     images = torch.from_numpy(pixels(5, (channels, 4, 6)))
     save_grid(tmp_path / "grid.png", images, columns=3)
-    grid = np.array(PIL.Image.open(tmp_path / "grid.png")).reshape(8, 18, channels).transpose(2, 0, 1)
+    grid = (
+        np.array(PIL.Image.open(tmp_path / "grid.png")).reshape(8, 18, channels).transpose(2, 0, 1)
+    )
     for i, image in enumerate(images):
         top, left = 4 * (i // 3), 6 * (i % 3)
-        assert np.array_equal(grid[:, top:top + 4, left:left + 6], image)
+        assert np.array_equal(grid[:, top : top + 4, left : left + 6], image)
     assert not grid[:, 4:, 12:].any()
     save_image(tmp_path / "one.png", images[0])
-    assert np.array_equal(np.array(PIL.Image.open(tmp_path / "one.png")).reshape(4, 6, channels).transpose(2, 0, 1), images[0])
+    assert np.array_equal(
+        np.array(PIL.Image.open(tmp_path / "one.png")).reshape(4, 6, channels).transpose(2, 0, 1),
+        images[0],
+    )
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -83,9 +83,7 @@ def test_a_packed_array_trains_to_the_same_bits_as_its_zip(tmp_path, short_previ
         (b"no array", "not a readable"),
         (
             b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'fortran_order': False, "
-            b"'shape': (1000000, 3, 64, 64), }"
-            + b" " * 44
-            + b"\n",
+            b"'shape': (1000000, 3, 64, 64), }" + b" " * 44 + b"\n",
             "not a readable",
         ),
         (np.array([None]), "not a readable"),

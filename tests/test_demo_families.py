@@ -1,4 +1,7 @@
-"""`tdkern demo --family`: every family trains and samples, on paired draws, and is measured against what is exact."""
+"""`tdkern demo --family`: every family trains and samples, on paired draws, and is measured against
+what is exact.
+"""
+
 import json
 from itertools import islice
 
@@ -16,14 +19,31 @@ RING = GaussianMixture.ring()
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_trains_and_samples(name, monkeypatch):
-    """The error, for CT the distance of one-step samples, falls with training, for every method, and the report has it all."""
+    """The error, for CT the distance of one-step samples, falls with training, for every method,
+    and the report has it all.
+    """
     monkeypatch.setattr(study, "CURVE", 4)
     family = FAMILIES[name]
-    result = run_study(Config(seeds=2, iterations=160 if name == "ct" else 60, lr=6e-3, width=32, points=64, compute=1.0), family)
+    result = run_study(
+        Config(
+            seeds=2,
+            iterations=160 if name == "ct" else 60,
+            lr=6e-3,
+            width=32,
+            points=64,
+            compute=1.0,
+        ),
+        family,
+    )
     assert list(result.outcomes)[:-1] == list(family.losses)
     for outcome in result.outcomes.values():
-        assert outcome.error.shape == (2, len(Levels.sigma)) and outcome.distance.shape == (2, len(family.budgets))
-        assert (outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]).all()  # EDM's start, F = 0, is close: see test_demo.py
+        assert outcome.error.shape == (2, len(Levels.sigma)) and outcome.distance.shape == (
+            2,
+            len(family.budgets),
+        )
+        assert (
+            outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]
+        ).all()  # EDM's start, F = 0, is close: see test_demo.py
     text = report(result)
     assert max(map(len, text.splitlines())) <= 120
     for words in (*result.outcomes, family.sampler_name, family.exact_name):
@@ -42,12 +62,16 @@ def test_draws_are_paired_and_their_levels_have_the_cdf(name):
     assert abs(noise.mean()) < 0.06 and abs(noise.std() - 1) < 0.05
     sigma = batches[0].levels[:, 0]
     for level in (0.1, 0.4, 4.0, 20.0):
-        assert (sigma < level).double().mean().item() == pytest.approx(family.cdf(torch.tensor(level, dtype=torch.float64)).item(), abs=0.03)
+        assert (sigma < level).double().mean().item() == pytest.approx(
+            family.cdf(torch.tensor(level, dtype=torch.float64)).item(), abs=0.03
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_exact_samples_the_data(name):
-    """With the largest budget the sampler's own error is small; its noise is the same at every call."""
+    """With the largest budget the sampler's own error is small; its noise is the same at every
+    call.
+    """
     family, samples = FAMILIES[name], study.Samples(Config(points=256), RING)
     distance, points = samples.distance(family.exact(RING), 1, family, family.budgets[-1:])
     assert distance.item() < 0.12
@@ -57,7 +81,10 @@ def test_what_is_exact_samples_the_data(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_mlp_sees_edms_range(name):
-    """Whatever the wrapper, c_noise goes from about -1.6 to 1.1 over the sampler's levels, and the input is of the size of 1."""
+    """Whatever the wrapper, c_noise goes from about -1.6 to 1.1 over the sampler's levels, and the
+    input is of the size of 1.
+    """
+
     class Record(torch.nn.Module):
         label_dim = 0
 
@@ -69,7 +96,9 @@ def test_the_mlp_sees_edms_range(name):
     sigma = family.sigmas(100)
     sigma = sigma[sigma > 0]
     family.network(mlp)((sigma**2 + 0.25).sqrt()[:, None].expand(-1, 2), sigma)
-    assert mlp.c_noise[-1].item() == pytest.approx(-1.6, abs=0.06) and mlp.c_noise[0].item() == pytest.approx(1.1, abs=0.01)
+    assert mlp.c_noise[-1].item() == pytest.approx(-1.6, abs=0.06) and mlp.c_noise[
+        0
+    ].item() == pytest.approx(1.1, abs=0.01)
     assert mlp.x.min() > 0.4 and mlp.x.max() < 1.01
 
 
@@ -81,14 +110,41 @@ def test_models_of_a_batch_get_the_same_noise():
 
 
 def test_command_of_a_family(tmp_path):
-    result = CliRunner().invoke(main, ["demo", "--family", "ddim", "--outdir", str(tmp_path), "--seeds", "2", "--iterations", "4", "--compute", "1"])
+    result = CliRunner().invoke(
+        main,
+        [
+            "demo",
+            "--family",
+            "ddim",
+            "--outdir",
+            str(tmp_path),
+            "--seeds",
+            "2",
+            "--iterations",
+            "4",
+            "--compute",
+            "1",
+        ],
+    )
     assert result.exit_code == 0, result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-ddim.json", "demo-ddim.png", "demo-ddim.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "demo-ddim.json",
+        "demo-ddim.png",
+        "demo-ddim.txt",
+    ]
     numbers = json.loads((tmp_path / "demo-ddim.json").read_bytes())
-    assert numbers["sampler"] == "DDIM" and list(numbers["methods"]) == ["DDPM", "TD", "TD, shared noise", "DDPM, 1.00x iterations"]
+    assert numbers["sampler"] == "DDIM" and list(numbers["methods"]) == [
+        "DDPM",
+        "TD",
+        "TD, shared noise",
+        "DDPM, 1.00x iterations",
+    ]
     assert "Difference from DDPM, in %" in result.output and "share of training" in result.output
 
 
 def test_default_is_edms_study():
-    assert STUDY.losses["EDM"] == FAMILIES["edm"].losses["EDM"] and STUDY.losses["TD"] == FAMILIES["edm"].losses["TD"]
+    assert (
+        STUDY.losses["EDM"] == FAMILIES["edm"].losses["EDM"]
+        and STUDY.losses["TD"] == FAMILIES["edm"].losses["TD"]
+    )
     assert len(STUDY.losses) == 4 and STUDY.budgets == FAMILIES["edm"].budgets

@@ -1,4 +1,5 @@
 """ema_update_: every backend against the reference in float64."""
+
 import copy
 import json
 import math
@@ -15,16 +16,26 @@ from tdkern.ops import _backends
 
 SHAPES = [(5, 7), (1,), (), (0,), (2, 3, 4, 5), (3, 0, 2), (8193,), (16,), (64, 3, 3, 3)]
 DECAYS = [0.999, 0.3, 0.0, 1.0, 0.75]
-LIE = {"contiguous": (torch.Tensor.contiguous, torch.Tensor.contiguous), "misaligned": (offset, offset), "one misaligned": (offset, torch.Tensor.contiguous)}
-LIE_4D = {"channels_last": (channels_last, channels_last), "swapped": (swapped, swapped), "parameter channels_last": (channels_last, torch.Tensor.contiguous),
-          "averages gaps": (torch.Tensor.contiguous, gaps), "both gaps": (gaps, gaps), "one of both": (swapped, channels_last)}
+LIE = {
+    "contiguous": (torch.Tensor.contiguous, torch.Tensor.contiguous),
+    "misaligned": (offset, offset),
+    "one misaligned": (offset, torch.Tensor.contiguous),
+}
+LIE_4D = {
+    "channels_last": (channels_last, channels_last),
+    "swapped": (swapped, swapped),
+    "parameter channels_last": (channels_last, torch.Tensor.contiguous),
+    "averages gaps": (torch.Tensor.contiguous, gaps),
+    "both gaps": (gaps, gaps),
+    "one of both": (swapped, channels_last),
+}
 
 
 def lists(dtypes, device, K=3, shapes=SHAPES, lie=(torch.Tensor.contiguous,) * 2, seed=0):
     """(averages, params): some elements of the parameters are not finite."""
     random = torch.Generator().manual_seed(seed)
     net, wide = DTYPES[dtypes]
-    draw = lambda shape: torch.randn(shape, generator=random, dtype=torch.float64)  # noqa: E731
+    draw = lambda shape: torch.randn(shape, generator=random, dtype=torch.float64)
     params = [draw(shape) for shape in shapes]
     for i, param in enumerate(params):
         if param.numel() > 4:
@@ -35,11 +46,15 @@ def lists(dtypes, device, K=3, shapes=SHAPES, lie=(torch.Tensor.contiguous,) * 2
 
 def oracle(averages, params, decays):
     """The new averages in float64, by the definition."""
+
     def new(avg, param, decay):
         avg, param = avg.detach().double().cpu(), param.detach().double().cpu()
         return torch.where(param.isfinite(), decay * avg + (1 - decay) * param, avg)
 
-    return [[new(avg, param, decay) for avg, param in zip(average, params, strict=True)] for average, decay in zip(averages, decays, strict=True)]
+    return [
+        [new(avg, param, decay) for avg, param in zip(average, params, strict=True)]
+        for average, decay in zip(averages, decays, strict=True)
+    ]
 
 
 def check(averages, expected, backend):
@@ -48,7 +63,12 @@ def check(averages, expected, backend):
             eps = torch.finfo(avg.dtype).eps
             if backend == "triton" and _backends.interpreted() and avg.dtype == torch.bfloat16:
                 eps *= 2  # the interpreter cuts off instead of rounding
-            torch.testing.assert_close(avg.double().cpu(), want, rtol=eps, atol=4 * eps if avg.dtype in (torch.float32, torch.float64) else eps / 1000)
+            torch.testing.assert_close(
+                avg.double().cpu(),
+                want,
+                rtol=eps,
+                atol=4 * eps if avg.dtype in (torch.float32, torch.float64) else eps / 1000,
+            )
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -65,9 +85,17 @@ def test_equals_the_definition(backend, dtypes, K):
 
 @pytest.mark.parametrize("lie", [*LIE, *LIE_4D])
 def test_any_layout(backend, lie):
-    """Tensors that lie alike are worked on in place, others through copies; what lies between elements stays NaN."""
+    """Tensors that lie alike are worked on in place, others through copies; what lies between
+    elements stays NaN.
+    """
     functions = {**LIE, **LIE_4D}[lie]
-    averages, params = lists("float32", device_of(backend), 2, [(2, 3, 4, 5), (3, 2, 5, 1)] if lie in LIE_4D else [(7, 9), (33,)], functions)
+    averages, params = lists(
+        "float32",
+        device_of(backend),
+        2,
+        [(2, 3, 4, 5), (3, 2, 5, 1)] if lie in LIE_4D else [(7, 9), (33,)],
+        functions,
+    )
     addresses = [avg.data_ptr() for average in averages for avg in average]
     expected = oracle(averages, params, DECAYS[:2])
     tdkern.ema_update_(averages, params, DECAYS[:2], backend=backend)
@@ -104,12 +132,18 @@ def test_decay_0_copies_whatever_the_average_held(backend, dtypes):
     """NaN, infinity, and numbers whose difference from the parameter overflows."""
     net, wide = DTYPES[dtypes]
     largest = torch.finfo(wide).max
-    held = torch.tensor([math.nan, math.inf, -math.inf, -largest, 1.0] * 9, dtype=wide, device=device_of(backend))
-    param = torch.tensor([1.0, -2.0, 0.0, torch.finfo(net).max, -0.0] * 9, dtype=net, device=device_of(backend))
+    held = torch.tensor(
+        [math.nan, math.inf, -math.inf, -largest, 1.0] * 9, dtype=wide, device=device_of(backend)
+    )
+    param = torch.tensor(
+        [1.0, -2.0, 0.0, torch.finfo(net).max, -0.0] * 9, dtype=net, device=device_of(backend)
+    )
     averages = [[held.clone(), held[:3].clone()] for _ in range(3)]
     tdkern.ema_update_(averages, [param, param[:3]], [0.0, 0.5, 0.0], backend=backend)
     for k in (0, 2):
-        assert torch.equal(averages[k][0], param.to(wide)) and torch.equal(averages[k][1], param[:3].to(wide))
+        assert torch.equal(averages[k][0], param.to(wide)) and torch.equal(
+            averages[k][1], param[:3].to(wide)
+        )
         assert averages[k][0][4].signbit().item()
 
 
@@ -125,7 +159,9 @@ def test_thousands_of_tiny_tensors_and_many_averages(backend):
 
 def test_nothing_to_do(backend):
     tdkern.ema_update_([], [], [], backend=backend if device_of(backend) == "cpu" else "auto")
-    tdkern.ema_update_([[], []], [], [0.5, 0.5], backend=backend if device_of(backend) == "cpu" else "auto")
+    tdkern.ema_update_(
+        [[], []], [], [0.5, 0.5], backend=backend if device_of(backend) == "cpu" else "auto"
+    )
     _, params = lists("float32", device_of(backend), 1)
     tdkern.ema_update_([], params, [], backend=backend)
 
@@ -153,8 +189,11 @@ def test_autograd_notices_the_write(backend):
 def test_opcheck(compiled):
     averages, params = lists("float32", device_of(compiled), 2, [(3, 5), (0,), (7,)])
     flat = [avg for average in averages for avg in average]
-    torch.library.opcheck(_backends.op("ema_update_", compiled), (flat, [param.detach() for param in params], torch.tensor([0.5, 0.9])),
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        _backends.op("ema_update_", compiled),
+        (flat, [param.detach() for param in params], torch.tensor([0.5, 0.9])),
+        test_utils=("test_schema", "test_faketensor"),
+    )
 
 
 def test_compiles(backend):
@@ -173,7 +212,12 @@ def test_compiles(backend):
 
 def run(code: str, **env) -> list:
     package = Path(tdkern.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "", "PYTHONPATH": str(package), **env})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": str(package), **env},
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -185,7 +229,12 @@ import hashlib, json, os, torch, tdkern
 torch.manual_seed(0)
 torch.set_num_threads(int(os.environ["THREADS"]))
 result = []
-for net, wide in ((torch.float32, torch.float32), (torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)):
+for net, wide in (
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+):
     params = [torch.randn(n).to(net) for n in (1, 5, 70_000, 0, 333)]
     averages = [[torch.randn(p.shape).to(wide) for p in params] for _ in range(3)]
     tdkern.ema_update_(averages, params, [0.9, 0.2, 0.999], backend="cpp")
@@ -196,7 +245,9 @@ print(json.dumps(result))
     one = run(code, THREADS="1")
     assert one == run(code, THREADS="3")
     for isa in ("base", "avx2"):
-        for (_, some), (_, best) in zip(run(code, THREADS="1", TDKERN_CPU_ISA=isa), one, strict=True):
+        for (_, some), (_, best) in zip(
+            run(code, THREADS="1", TDKERN_CPU_ISA=isa), one, strict=True
+        ):
             torch.testing.assert_close(torch.tensor(some), torch.tensor(best), rtol=1e-3, atol=1e-4)
 
 
@@ -204,21 +255,56 @@ ZEROS = [torch.zeros(2, 3), torch.zeros(4)]
 BAD = {
     "decay": (([ZEROS], ZEROS, [1.5]), "decays must be in [0, 1], got [1.5]"),
     "decay NaN": (([ZEROS], ZEROS, [math.nan]), "decays must be in [0, 1], got [nan]"),
-    "decays 2-D": (([ZEROS], ZEROS, torch.zeros(1, 1)), "decays must be float32 or float64 of shape [K], got torch.float32 of shape [1, 1]"),
-    "decays integer": (([ZEROS], ZEROS, torch.zeros(1, dtype=torch.int64)), "decays must be float32 or float64 of shape [K], got torch.int64 of shape [1]"),
-    "decays count": (([ZEROS], ZEROS, [0.5, 0.5]), "decays must hold one decay for each of the 1 averages, got 2"),
-    "averages count": (([ZEROS, ZEROS[:1]], ZEROS, [0.5, 0.5]), "averages[1] must hold 2 tensors, one for each parameter, got 1"),
-    "average shape": (([[ZEROS[0], torch.zeros(5)]], ZEROS, [0.5]), "averages[0][1] must have params[1]'s shape [4], got [5]"),
-    "average dtype": (([[ZEROS[0], torch.zeros(4).half()]], ZEROS, [0.5]),
-                      "averages[0][1] must have params[1]'s dtype, or float32 beside a bfloat16 or float16 parameter, got torch.float16 beside torch.float32"),
-    "average dtypes": (([[torch.zeros(2).half()], [torch.zeros(2)]], [torch.zeros(2).half()], [0.5, 0.5]),
-                       "averages[1][0] must have averages[0][0]'s dtype torch.float16, got torch.float32"),
-    "integers": (([[torch.zeros(2, dtype=torch.int64)]], [torch.zeros(2, dtype=torch.int64)], [0.5]),
-                 "averages[0][0] must have params[0]'s dtype, or float32 beside a bfloat16 or float16 parameter, got torch.int64 beside torch.int64"),
-    "average device": (([[torch.zeros(4, device="meta")]], [torch.zeros(4)], [0.5], "reference"), "averages[0][0] must be on cpu, got meta"),
-    "param device": (([ZEROS], [ZEROS[0], torch.zeros(4, device="meta")], [0.5], "reference"), "params[1] must be on cpu as params[0] is, got meta"),
-    "decays device": (([ZEROS], ZEROS, torch.zeros(1, device="meta"), "reference"), "decays must be on the CPU or on the parameters' device cpu, got meta"),
-    "backend": (([ZEROS], ZEROS, [0.5], "fast"), "backend must be one of auto, cuda, triton, cpp, reference, got 'fast'"),
+    "decays 2-D": (
+        ([ZEROS], ZEROS, torch.zeros(1, 1)),
+        "decays must be float32 or float64 of shape [K], got torch.float32 of shape [1, 1]",
+    ),
+    "decays integer": (
+        ([ZEROS], ZEROS, torch.zeros(1, dtype=torch.int64)),
+        "decays must be float32 or float64 of shape [K], got torch.int64 of shape [1]",
+    ),
+    "decays count": (
+        ([ZEROS], ZEROS, [0.5, 0.5]),
+        "decays must hold one decay for each of the 1 averages, got 2",
+    ),
+    "averages count": (
+        ([ZEROS, ZEROS[:1]], ZEROS, [0.5, 0.5]),
+        "averages[1] must hold 2 tensors, one for each parameter, got 1",
+    ),
+    "average shape": (
+        ([[ZEROS[0], torch.zeros(5)]], ZEROS, [0.5]),
+        "averages[0][1] must have params[1]'s shape [4], got [5]",
+    ),
+    "average dtype": (
+        ([[ZEROS[0], torch.zeros(4).half()]], ZEROS, [0.5]),
+        "averages[0][1] must have params[1]'s dtype, or float32 beside a bfloat16 or float16 "
+        "parameter, got torch.float16 beside torch.float32",
+    ),
+    "average dtypes": (
+        ([[torch.zeros(2).half()], [torch.zeros(2)]], [torch.zeros(2).half()], [0.5, 0.5]),
+        "averages[1][0] must have averages[0][0]'s dtype torch.float16, got torch.float32",
+    ),
+    "integers": (
+        ([[torch.zeros(2, dtype=torch.int64)]], [torch.zeros(2, dtype=torch.int64)], [0.5]),
+        "averages[0][0] must have params[0]'s dtype, or float32 beside a bfloat16 or float16 "
+        "parameter, got torch.int64 beside torch.int64",
+    ),
+    "average device": (
+        ([[torch.zeros(4, device="meta")]], [torch.zeros(4)], [0.5], "reference"),
+        "averages[0][0] must be on cpu, got meta",
+    ),
+    "param device": (
+        ([ZEROS], [ZEROS[0], torch.zeros(4, device="meta")], [0.5], "reference"),
+        "params[1] must be on cpu as params[0] is, got meta",
+    ),
+    "decays device": (
+        ([ZEROS], ZEROS, torch.zeros(1, device="meta"), "reference"),
+        "decays must be on the CPU or on the parameters' device cpu, got meta",
+    ),
+    "backend": (
+        ([ZEROS], ZEROS, [0.5], "fast"),
+        "backend must be one of auto, cuda, triton, cpp, reference, got 'fast'",
+    ),
 }
 
 
@@ -234,7 +320,10 @@ def test_bad_arguments(what):
 
 @pytest.mark.parametrize("shape", [(), (0,), (3,)])
 def test_triton_takes_scalars_of_the_cpu_to_a_device(shape):
-    """None of them too, as adam_ema_'s decays without averages are. No copy, which a graph's capture would refuse."""
+    """None of them too, as adam_ema_'s decays without averages are.
+
+    No copy, which a graph's capture would refuse.
+    """
     if _backends.MISSING["triton"]:
         pytest.skip(_backends.MISSING["triton"])
     from tdkern.triton.lists import on_device

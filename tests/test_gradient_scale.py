@@ -1,4 +1,7 @@
-"""The gradient is handed out as the launch wrote it: no second pass over it in the driver, the demo and README's example."""
+"""The gradient is handed out as the launch wrote it: no second pass over it in the driver, the demo
+and README's example.
+"""
+
 import math
 import re
 from pathlib import Path
@@ -18,7 +21,9 @@ from tdkern.training.distributed import this_process
 
 @pytest.fixture
 def upstreams(monkeypatch):
-    """The upstream gradient of every call of `td_loss_backward_`; samples where it is not 1 are a second pass over dF."""
+    """The upstream gradient of every call of `td_loss_backward_`; samples where it is not 1 are a
+    second pass over dF.
+    """
     seen, real = [], _backends.call
 
     def call(name, backend, args):
@@ -43,21 +48,40 @@ def test_where_upstream_is_1_nothing_of_dF_is_read_or_written(compiled, dtype):
     coef = torch.rand(3, 8, dtype=torch.float64) + 0.5
     grad = torch.full_like(images, math.nan)
     call = _backends.op("td_loss_backward_", compiled)
-    call(grad, torch.ones(3, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32), *[images] * 3, coef, images, images, False, False)
+    call(
+        grad,
+        torch.ones(3, 2, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+        *[images] * 3,
+        coef,
+        images,
+        images,
+        False,
+        False,
+    )
     assert grad.isnan().all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("changes", [{}, {"td_share": 0.5}, {"td": False}, {"family": "flow"}, {"family": "ct"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"td_share": 0.5}, {"td": False}, {"family": "flow"}, {"family": "ct"}]
+)
 def test_driver(data, upstreams, precision, changes):
-    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | {"precision": precision, "batch_gpu": 4} | changes), this_process())
+    trainer = Trainer(
+        options_of(
+            data=data, duration=1e-3, **TINY | {"precision": precision, "batch_gpu": 4} | changes
+        ),
+        this_process(),
+    )
     trainer.train_step(torch.from_numpy(pixels(8)), torch.zeros(8, 0))
     assert len(upstreams) == 2 and passes(upstreams) == 0
 
 
 @pytest.mark.parametrize("name", ["edm", "ct", "flow"])
 def test_demo(upstreams, name):
-    family, config = families.FAMILIES[name], study.Config(seeds=2, iterations=2, width=8, batch=4, compute=1.0)
+    family, config = (
+        families.FAMILIES[name],
+        study.Config(seeds=2, iterations=2, width=8, batch=4, compute=1.0),
+    )
     study.train(config, GaussianMixture.ring(), family, family.losses, 2, "")
     assert passes(upstreams) == 0
 
@@ -68,7 +92,11 @@ def test_readme(upstreams):
     (code,) = re.findall(r"```python\n(from tdkern\.ema.*?)```", text, re.DOTALL)
     net = EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1))
     names = {
-        "net": net, "images": torch.randn(4, 3, 8, 8), "labels": None, "batch_size": 4, "step": 0,
+        "net": net,
+        "images": torch.randn(4, 3, 8, 8),
+        "labels": None,
+        "batch_size": 4,
+        "step": 0,
         "optimizer": torch.optim.Adam(net.parameters()),
     }
     exec(code, names)
@@ -77,14 +105,25 @@ def test_readme(upstreams):
 
 
 def test_a_factor_behind_the_loss_is_a_second_pass(upstreams):
-    loss, net = TDEDMLoss(), EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1))
+    loss, net = (
+        TDEDMLoss(),
+        EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1)),
+    )
     (loss(net, net, torch.randn(4, 3, 8, 8)).sum() * 2).backward()
     assert passes(upstreams) == 4
 
 
 LOSSES = [
-    EDMLoss(), TDEDMLoss(), TDEDMLoss(td_sigma=(0.3, 5.0), td_share=0.5), CTLoss(20), TDCTLoss(20),
-    CTLoss(20, base_norm="huber"), TDCTLoss(20, base_norm="l1"), DDPMLoss(), FlowLoss(), TDFlowLoss(),
+    EDMLoss(),
+    TDEDMLoss(),
+    TDEDMLoss(td_sigma=(0.3, 5.0), td_share=0.5),
+    CTLoss(20),
+    TDCTLoss(20),
+    CTLoss(20, base_norm="huber"),
+    TDCTLoss(20, base_norm="l1"),
+    DDPMLoss(),
+    FlowLoss(),
+    TDFlowLoss(),
 ]
 
 
@@ -98,9 +137,14 @@ def test_it_scales_loss_terms_and_gradient(loss):
         return torch.tanh(weight * x)
 
     batch = loss.pair(torch.randn(16, 3, dtype=torch.float64))
-    plain, scaled = loss.evaluate(net, net, batch), loss.evaluate(net, net, batch, gradient_scale=6.5)
+    plain, scaled = (
+        loss.evaluate(net, net, batch),
+        loss.evaluate(net, net, batch, gradient_scale=6.5),
+    )
     for name in ("loss", "td", "base"):
-        torch.testing.assert_close(getattr(scaled, name), 6.5 * getattr(plain, name), rtol=1e-12, atol=0)
+        torch.testing.assert_close(
+            getattr(scaled, name), 6.5 * getattr(plain, name), rtol=1e-12, atol=0
+        )
     assert torch.equal(scaled.valid, plain.valid)
     (expected,) = torch.autograd.grad(6.5 * plain.loss.sum(), weight)
     (grad,) = torch.autograd.grad(scaled.loss.sum(), weight)

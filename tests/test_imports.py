@@ -1,4 +1,5 @@
 """No import turns back, and nothing reaches into another module's insides."""
+
 import ast
 from pathlib import Path
 
@@ -20,7 +21,9 @@ MODULES = _modules()
 
 
 def _imports(name, modules=None, text=None):
-    """(module, name taken from it) of every import of the package in a module, lazy ones included."""
+    """(module, name taken from it) of every import of the package in a module, lazy ones
+    included.
+    """
     modules = MODULES if modules is None else modules
     is_package = text is None and modules[name].name == "__init__.py"
     package = name if is_package else name.rpartition(".")[0]
@@ -68,18 +71,25 @@ def test_a_circle_is_found():
     assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     lazy = "def f():\n    from ..training import checkpoint\n    from ._x import _y\n"
     modules = {"tdkern.training": Path("__init__.py"), "tdkern.io.a": Path("a.py")}
-    assert list(_imports("tdkern.io.a", modules, lazy)) == [("tdkern.training", "checkpoint"), ("tdkern.io._x", "_y")]
+    assert list(_imports("tdkern.io.a", modules, lazy)) == [
+        ("tdkern.training", "checkpoint"),
+        ("tdkern.io._x", "_y"),
+    ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_ops_import_the_reference(name):
     if not name.startswith(("tdkern.ops", "tdkern.reference")):
-        assert [module for module, _ in _imports(name) if module.startswith("tdkern.reference")] == []
+        assert [
+            module for module, _ in _imports(name) if module.startswith("tdkern.reference")
+        ] == []
 
 
 def _private(name):
     """The private names that a module takes from others, which are no modules themselves."""
-    private = [(module, taken) for module, taken in _imports(name) if taken and taken.startswith("_")]
+    private = [
+        (module, taken) for module, taken in _imports(name) if taken and taken.startswith("_")
+    ]
     return [(module, taken) for module, taken in private if not taken.endswith("__")]
 
 
@@ -91,5 +101,7 @@ def test_no_private_names_of_others(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_the_cache_does_not_bring_the_backends(name):
     """A cache of tensors is a module of its own, which imports nothing of the package."""
-    assert not any(taken == "tensor_cache" for module, taken in _imports(name) if module != "tdkern._cache")
+    assert not any(
+        taken == "tensor_cache" for module, taken in _imports(name) if module != "tdkern._cache"
+    )
     assert name != "tdkern._cache" or list(_imports(name)) == []

@@ -1,4 +1,7 @@
-"""The losses against golden vectors of the published code, and against what the mathematics says of them."""
+"""The losses against golden vectors of the published code, and against what the mathematics says of
+them.
+"""
+
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +19,12 @@ DATA = Path(__file__).parent / "data"
 GOLDEN = sorted(path.stem for path in DATA.glob("td_edm_*.npz"))
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # a file that ends in w0 was published without w_td
-CASES = [(name, weight) for name in GOLDEN for weight in ("online", "pairwise", "none") if weight == "none" or not name.endswith("w0")]
+CASES = [
+    (name, weight)
+    for name in GOLDEN
+    for weight in ("online", "pairwise", "none")
+    if weight == "none" or not name.endswith("w0")
+]
 RUNS = [("reference", "cpu"), *(("auto", device) for device in DEVICES)]
 
 
@@ -61,19 +69,39 @@ class Linear(torch.nn.Module):
 
 def plain(net):
     """The same denoiser as a bare callable, which gives D only."""
-    return lambda x, sigma, class_labels=None, augment_labels=None: net(x, sigma, class_labels, augment_labels)
+    return lambda x, sigma, class_labels=None, augment_labels=None: net(
+        x, sigma, class_labels, augment_labels
+    )
 
 
 def error(ours, theirs, tolerance=1e-12):
     """The worst sample's relative L2 distance, in units of `tolerance`."""
-    ours, theirs = (tensor.detach().cpu().double().reshape(len(tensor), -1) for tensor in (ours, theirs))
-    return ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-300) / tolerance).max().item()
+    ours, theirs = (
+        tensor.detach().cpu().double().reshape(len(tensor), -1) for tensor in (ours, theirs)
+    )
+    return (
+        ((ours - theirs).norm(dim=1) / theirs.norm(dim=1).clamp(min=1e-300) / tolerance)
+        .max()
+        .item()
+    )
 
 
 def golden_loss(golden, weight, backend):
-    return TDEDMLoss(float(golden["P_mean"]), float(golden["P_std"]), float(golden["sigma_data"]), float(golden["lambda_edm"]), float(golden["sigma_min"]),
-                     float(golden["sigma_max"]), float(golden["rho"]), int(golden["steps"]), float(golden["k_idx"]), float(golden["one_idx"]),
-                     "shared" if golden["coupling_shared"] else "markov", weight, backend=backend)
+    return TDEDMLoss(
+        float(golden["P_mean"]),
+        float(golden["P_std"]),
+        float(golden["sigma_data"]),
+        float(golden["lambda_edm"]),
+        float(golden["sigma_min"]),
+        float(golden["sigma_max"]),
+        float(golden["rho"]),
+        int(golden["steps"]),
+        float(golden["k_idx"]),
+        float(golden["one_idx"]),
+        "shared" if golden["coupling_shared"] else "markov",
+        weight,
+        backend=backend,
+    )
 
 
 def golden_batch(loss, golden, device, dtype=torch.float64):
@@ -89,7 +117,9 @@ def test_pair_golden(name, backend, device):
     loss = golden_loss(golden, "online", backend)
     batch = golden_batch(loss, golden, device)
     valid = golden["td_valid"].bool()
-    skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (column.cpu() for column in batch.coef.unbind(1))
+    skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (
+        column.cpu() for column in batch.coef.unbind(1)
+    )
 
     assert error((loss.P_mean + loss.P_std * golden["z"]).exp(), golden["sigma_t"]) <= 1
     for column, key in enumerate(("sigma_t", "sigma_prev", "sigma_prime", "sigma_p_prev")):
@@ -100,7 +130,10 @@ def test_pair_golden(name, backend, device):
     assert error(A_p, golden["A_tp"], 1e-11) <= 1
     assert error(w_base, golden["w_edm"] * (loss.lambda_base + (~valid).double())) <= 1
     assert torch.equal(w_td != 0, valid)
-    for key, skip_, scale_, x, F in (("D_t", skip, scale, batch.x_t, golden["F_t"]), ("D_tp", skip_p, scale_p, batch.x_tp, golden["F_tp"])):
+    for key, skip_, scale_, x, F in (
+        ("D_t", skip, scale, batch.x_t, golden["F_t"]),
+        ("D_tp", skip_p, scale_p, batch.x_tp, golden["F_tp"]),
+    ):
         D = skip_.reshape(-1, 1, 1, 1) * x.cpu() + scale_.reshape(-1, 1, 1, 1) * F
         assert error(D, golden[key]) <= 1, key
     assert error(batch.x_t, golden["x_t"], 1e-7) <= 1  # stored as float32
@@ -181,13 +214,17 @@ def make_batch(loss, dtype=torch.float64, B=6, seed=0):
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss])
 def test_raw_and_plain_networks_agree(make, backend):
-    """F through the fused preconditioning and D from any callable: one value, one gradient; also with one of each."""
+    """F through the fused preconditioning and D from any callable: one value, one gradient; also
+    with one of each.
+    """
     loss = make(backend=backend)
     batch = make_batch(loss)
     results = []
     for wrap, wrap_target in ((0, 0), (0, 1), (1, 0), (1, 1)):
         net, target = Linear(seed=1).double(), Linear(seed=2).double()
-        terms = loss.evaluate(plain(net) if wrap else net, plain(target) if wrap_target else target, batch)
+        terms = loss.evaluate(
+            plain(net) if wrap else net, plain(target) if wrap_target else target, batch
+        )
         terms.loss.sum().backward()
         assert all(parameter.grad is None for parameter in target.parameters())
         results.append((terms.loss, terms.td, terms.base, net.conv.weight.grad, net.conv.bias.grad))
@@ -221,11 +258,21 @@ def test_a_compiled_network_runs_compiled():
     net, loss = Linear().double(), TDEDMLoss()
     batch = make_batch(loss)
     compiled = torch.compile(net, backend=backend)
-    assert error(loss.evaluate(compiled, compiled, batch).loss, loss.evaluate(net, net, batch).loss) <= 1
+    assert (
+        error(loss.evaluate(compiled, compiled, batch).loss, loss.evaluate(net, net, batch).loss)
+        <= 1
+    )
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_networks_may_answer_in_half_precision(dtypes):
     loss = TDEDMLoss()
     batch = make_batch(loss, torch.float32)
@@ -241,20 +288,29 @@ def test_what_the_networks_are_given():
     net, target = Raw(torch.zeros_like(images)), Raw(torch.zeros_like(images))
     loss = TDEDMLoss()
     torch.manual_seed(0)
-    value = loss(net, target, images, labels, augment_pipe=lambda images: (2 * images, torch.ones(4, 9)))
+    value = loss(
+        net, target, images, labels, augment_pipe=lambda images: (2 * images, torch.ones(4, 9))
+    )
     torch.manual_seed(0)
     batch = loss.pair(2 * images)
     assert value.shape == (4,)
     assert torch.equal(value, loss.evaluate(Raw(net.out), Raw(target.out), batch).loss)
     assert net.grad_enabled and not target.grad_enabled
-    for network, x, sigma in ((net, batch.x_t, batch.levels[:, 0]), (target, batch.x_tp, batch.levels[:, 2])):
+    for network, x, sigma in (
+        (net, batch.x_t, batch.levels[:, 0]),
+        (target, batch.x_tp, batch.levels[:, 2]),
+    ):
         (call,) = network.calls
-        for received, expected in zip(call, (x, sigma.float(), labels, torch.ones(4, 9)), strict=True):
+        for received, expected in zip(
+            call, (x, sigma.float(), labels, torch.ones(4, 9)), strict=True
+        ):
             assert torch.equal(received, expected)
 
 
 def test_pair_draws():
-    """Draws: ln sigma ~ N(P_mean, P_std^2), the noise of each level has its sigma, and the pair is coupled as named."""
+    """Draws: ln sigma ~ N(P_mean, P_std^2), the noise of each level has its sigma, and the pair is
+    coupled as named.
+    """
     B = 200_000
     images = torch.zeros(B, 1, dtype=torch.float64)
     torch.manual_seed(0)
@@ -264,13 +320,19 @@ def test_pair_draws():
         batch = TDEDMLoss(coupling=coupling).pair(images, index=torch.full((B,), 6.5))
         sigma, _, sigma_p, _ = batch.levels[0]
         expected = sigma_p**2 if coupling == "markov" else sigma * sigma_p
-        for product, mean in ((batch.x_t**2, sigma**2), (batch.x_tp**2, sigma_p**2), (batch.x_t * batch.x_tp, expected)):
+        for product, mean in (
+            (batch.x_t**2, sigma**2),
+            (batch.x_tp**2, sigma_p**2),
+            (batch.x_t * batch.x_tp, expected),
+        ):
             assert abs(product.mean() - mean) < 4 * product.std() / B**0.5, coupling
 
 
 @pytest.mark.parametrize("make", [EDMLoss, TDEDMLoss, partial(TDEDMLoss, coupling="shared")])
 def test_a_seed_repeats_the_pair(make):
-    """Torch's global generator is all that a pair depends on; the reference draws the same numbers."""
+    """Torch's global generator is all that a pair depends on; the reference draws the same
+    numbers.
+    """
     images = torch.randn(4, 3, 5, dtype=torch.float64)
     torch.manual_seed(3)
     first, other = make().pair(images), make().pair(images)
@@ -287,9 +349,14 @@ def test_a_seed_repeats_the_pair(make):
 def test_index_and_sigma_are_one_level():
     loss = TDEDMLoss(steps=12, k_idx=2.0)
     images, noise = torch.randn(5, 2, 2), torch.randn(2, 5, 2, 2)
-    by_index = loss.pair(images, index=torch.tensor([0, 1, 5, 8, 11]), noise=noise[0], noise_p=noise[1])
+    by_index = loss.pair(
+        images, index=torch.tensor([0, 1, 5, 8, 11]), noise=noise[0], noise_p=noise[1]
+    )
     by_sigma = loss.pair(images, sigma=by_index.levels[:, 0], noise=noise[0], noise_p=noise[1])
-    assert error(by_index.x_t, by_sigma.x_t, 1e-6) <= 1 and error(by_index.x_tp, by_sigma.x_tp, 1e-6) <= 1
+    assert (
+        error(by_index.x_t, by_sigma.x_t, 1e-6) <= 1
+        and error(by_index.x_tp, by_sigma.x_tp, 1e-6) <= 1
+    )
     torch.testing.assert_close(by_index.coef[1:], by_sigma.coef[1:])
 
 
@@ -302,7 +369,11 @@ def test_td_sigma_window():
     windowed = batch._replace(coef=window.pair(batch.x0, sigma=sigma).coef)
     inside = (sigma >= 0.3) & (sigma <= 5)
     terms, full = window.evaluate(net, target, windowed), everywhere.evaluate(net, target, batch)
-    edm = EDMLoss().evaluate(net, None, EDMLoss().pair(batch.x0, sigma=sigma)._replace(x_t=batch.x_t)).loss
+    edm = (
+        EDMLoss()
+        .evaluate(net, None, EDMLoss().pair(batch.x0, sigma=sigma)._replace(x_t=batch.x_t))
+        .loss
+    )
     assert torch.equal(terms.valid, inside) and 0 < inside.sum() < full.valid.sum()
     assert error(terms.loss[inside], full.loss[inside]) <= 1
     assert error(terms.loss[~inside], 1.5 * edm[~inside]) <= 1
@@ -311,7 +382,9 @@ def test_td_sigma_window():
 def test_pairwise_x0_weight():
     """1 / (A^2 + A'^2), at most 100, and the TD term so weighed."""
     loss = TDEDMLoss(weight="pairwise_x0", k_idx=0.3, one_idx=0.05)
-    batch = loss.pair(torch.randn(4, 3, dtype=torch.float64), sigma=torch.tensor([0.01, 0.4, 30.0, 100.0]))
+    batch = loss.pair(
+        torch.randn(4, 3, dtype=torch.float64), sigma=torch.tensor([0.01, 0.4, 30.0, 100.0])
+    )
     A, A_p, w_td = batch.coef[:, 4:7].unbind(1)
     expected = 1 / (A**2 + A_p**2)
     assert expected[0] < 100 < expected[2]
@@ -326,13 +399,23 @@ def test_pairwise_x0_weight():
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(2, 200), st.floats(0.05, 6.0), st.floats(0.01, 2.0), st.floats(0, 1))
 def test_real_index_distances(steps, k_idx, one_idx, share):
-    """t' and tau lie any real distance along the schedule, and the term is there as long as tau' is on it."""
+    """t' and tau lie any real distance along the schedule, and the term is there as long as tau' is
+    on it.
+    """
     index = share * (steps - 1)
     loss = TDEDMLoss(steps=steps, k_idx=k_idx, one_idx=one_idx)
     batch = loss.pair(torch.zeros(1, 2), index=torch.tensor([index], dtype=torch.float64))
-    level = lambda i: (80 ** (1 / 7) + min(i, steps - 1) / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7  # noqa: E731
-    torch.testing.assert_close(batch.levels[0], torch.tensor([level(index + d) for d in (0, one_idx, k_idx, k_idx + one_idx)], dtype=torch.float64),
-                               rtol=1e-9, atol=0)
+    level = lambda i: (
+        (80 ** (1 / 7) + min(i, steps - 1) / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    )
+    torch.testing.assert_close(
+        batch.levels[0],
+        torch.tensor(
+            [level(index + d) for d in (0, one_idx, k_idx, k_idx + one_idx)], dtype=torch.float64
+        ),
+        rtol=1e-9,
+        atol=0,
+    )
     assert bool(batch.coef[0, 6] != 0) == (index <= steps - 1 - (k_idx + one_idx))
 
 
@@ -360,7 +443,9 @@ def test_small_batches(make, B):
     assert value.shape == (B,)
     value.sum().backward()
     assert net.conv.weight.grad.isfinite().all()
-    terms = TDEDMLoss().evaluate(net, Linear(seed=1), TDEDMLoss().pair(images, sigma=torch.full((B,), 0.5)))
+    terms = TDEDMLoss().evaluate(
+        net, Linear(seed=1), TDEDMLoss().pair(images, sigma=torch.full((B,), 0.5))
+    )
     assert terms.valid.shape == (B,) and terms.valid.all() and terms.loss.isfinite().all()
 
 
@@ -370,20 +455,54 @@ def test_bad_arguments():
     for call, message in (
         (lambda: EDMLoss(P_std=-1.0), "EDMLoss: P_std must be a number >= 0, got -1.0"),
         (lambda: EDMLoss(sigma_data=0.0), "sigma_data must be a positive number, got 0.0"),
-        (lambda: TDEDMLoss(lambda_base=-0.5), "TDEDMLoss: lambda_base must be a number >= 0, got -0.5"),
-        (lambda: TDEDMLoss(weight="both"), "weight must be one of pairwise, pairwise_x0, online, none, got 'both'"),
+        (
+            lambda: TDEDMLoss(lambda_base=-0.5),
+            "TDEDMLoss: lambda_base must be a number >= 0, got -0.5",
+        ),
+        (
+            lambda: TDEDMLoss(weight="both"),
+            "weight must be one of pairwise, pairwise_x0, online, none, got 'both'",
+        ),
         (lambda: TDEDMLoss(coupling="none"), "coupling must be 'markov' or 'shared', got 'none'"),
-        (lambda: TDEDMLoss(td_sigma=(5.0, 0.3)), r"td_sigma must be \(lo, hi\) with lo < hi, got \(5.0, 0.3\)"),
+        (
+            lambda: TDEDMLoss(td_sigma=(5.0, 0.3)),
+            r"td_sigma must be \(lo, hi\) with lo < hi, got \(5.0, 0.3\)",
+        ),
         (lambda: TDEDMLoss(steps=1), "steps must be at least 2, got 1"),
-        (lambda: pair(images.byte()), r"TDEDMLoss: images must be \[B, ...\] of float32 or float64, got \[2, 3\] of torch.uint8"),
+        (
+            lambda: pair(images.byte()),
+            r"TDEDMLoss: images must be \[B, ...\] of float32 or float64, got \[2, 3\] of "
+            r"torch.uint8",
+        ),
         (lambda: EDMLoss().pair(torch.tensor(0.0)), r"EDMLoss: images must be \[B, ...\]"),
-        (lambda: pair(images, sigma=torch.ones(3)), r"TDEDMLoss: sigma must have shape \[2\], got \[3\]"),
-        (lambda: pair(images, index=torch.ones(2, 1)), r"TDEDMLoss: index must have shape \[2\], got \[2, 1\]"),
-        (lambda: pair(images, noise=torch.ones(2)), r"TDEDMLoss: noise must have shape \[2, 3\], got \[2\]"),
-        (lambda: pair(images, noise_p=torch.ones(2)), r"TDEDMLoss: noise_p must have shape \[2, 3\], got \[2\]"),
-        (lambda: pair(images, sigma=torch.ones(2), index=torch.ones(2)), "only one of sigma and index may be given, got both"),
-        (lambda: TDEDMLoss(coupling="shared").pair(images, noise_p=images), "noise_p must be None with shared coupling"),
-        (lambda: TDEDMLoss()(Raw(images), None, images), "TDEDMLoss: target_net must be a network, got None"),
+        (
+            lambda: pair(images, sigma=torch.ones(3)),
+            r"TDEDMLoss: sigma must have shape \[2\], got \[3\]",
+        ),
+        (
+            lambda: pair(images, index=torch.ones(2, 1)),
+            r"TDEDMLoss: index must have shape \[2\], got \[2, 1\]",
+        ),
+        (
+            lambda: pair(images, noise=torch.ones(2)),
+            r"TDEDMLoss: noise must have shape \[2, 3\], got \[2\]",
+        ),
+        (
+            lambda: pair(images, noise_p=torch.ones(2)),
+            r"TDEDMLoss: noise_p must have shape \[2, 3\], got \[2\]",
+        ),
+        (
+            lambda: pair(images, sigma=torch.ones(2), index=torch.ones(2)),
+            "only one of sigma and index may be given, got both",
+        ),
+        (
+            lambda: TDEDMLoss(coupling="shared").pair(images, noise_p=images),
+            "noise_p must be None with shared coupling",
+        ),
+        (
+            lambda: TDEDMLoss()(Raw(images), None, images),
+            "TDEDMLoss: target_net must be a network, got None",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             call()

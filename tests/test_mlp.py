@@ -1,4 +1,5 @@
 """The MLP for points, alone and batched."""
+
 import pytest
 import torch
 
@@ -16,7 +17,9 @@ def randomised(net, seed=0):
 def alone(net, model):
     """The one model of a batched MLP, as an MLP of its own."""
     single = MLP(in_channels=3, width=16, num_blocks=2)
-    single.load_state_dict({name: tensor[model : model + 1] for name, tensor in net.state_dict().items()})
+    single.load_state_dict(
+        {name: tensor[model : model + 1] for name, tensor in net.state_dict().items()}
+    )
     return single
 
 
@@ -33,7 +36,9 @@ def test_each_model_computes_what_it_would_alone():
         torch.testing.assert_close(out[part], expected, rtol=1e-5, atol=1e-6)
         (expected * weight[part]).sum().backward()
         for batched, own in zip(net.parameters(), single.parameters(), strict=True):
-            torch.testing.assert_close(batched.grad[model : model + 1], own.grad, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                batched.grad[model : model + 1], own.grad, rtol=1e-4, atol=1e-5
+            )
 
 
 def test_models_start_different_and_at_zero_output():
@@ -53,7 +58,10 @@ def test_reads_points_and_noise():
 
 def test_works_inside_the_preconditioning_in_both_precisions():
     net = EDMPrecond(randomised(MLP()))
-    x, sigma = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0.01, 0.5, 5.0, 80.0], dtype=torch.float64)
+    x, sigma = (
+        torch.randn(4, 2, dtype=torch.float64),
+        torch.tensor([0.01, 0.5, 5.0, 80.0], dtype=torch.float64),
+    )
     single = net(x.float(), sigma.float(), class_labels=None)
     double = net.double()(x, sigma)
     assert single.dtype == torch.float32 and double.dtype == torch.float64

@@ -137,7 +137,7 @@ def test_both_languages_have_the_same_rules():
     random = torch.Generator().manual_seed(0)
     refused = 0
     for _ in range(300):
-        draw = lambda high: int(torch.randint(high, (), generator=random))  # noqa: E731
+        draw = lambda high: int(torch.randint(high, (), generator=random))
         buffer = torch.zeros(40)
         views = [buffer.as_strided((2, 3), (draw(4), draw(4)), draw(20)) for _ in range(2)]
         answers = []

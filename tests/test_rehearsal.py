@@ -1,6 +1,7 @@
 """The campaign of a GPU machine (bench/gpu) rehearsed without one, through its script: every stage
 on the C++ backend, what its files import, and that the rest reports when something fails.
 """
+
 import ast
 import fcntl
 import json
@@ -38,8 +39,14 @@ def rehearse(folder: Path, *arguments, python=sys.executable, **env: str):
     for name in ("bash", "dirname", "sleep"):
         (tools / name).symlink_to(shutil.which(name))
     command = [ROOT / "bench/gpu/campaign.sh", "--dry", folder / "out", *arguments]
-    env = {**os.environ, "PYTHON": str(python), "CUDA_VISIBLE_DEVICES": "", "PATH": str(tools),
-           "PYTHONPATH": str(SITE), **env}
+    env = {
+        **os.environ,
+        "PYTHON": str(python),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": str(tools),
+        "PYTHONPATH": str(SITE),
+        **env,
+    }
     env.pop("TDKERN_COMMIT", None)
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
     assert (folder / "out/campaign.json").exists(), done.stdout + done.stderr
@@ -51,8 +58,9 @@ def rehearse(folder: Path, *arguments, python=sys.executable, **env: str):
 def dry(tmp_path_factory):
     """Every stage but the builds, under the hook that refuses what a GPU machine lacks."""
     folder = tmp_path_factory.mktemp("dry")
-    rc, run, text = rehearse(folder, "--seconds", "1500", "--again", *STAGES,
-                             TDKERN_IMPORTS=str(folder / "imports"))
+    rc, run, text = rehearse(
+        folder, "--seconds", "1500", "--again", *STAGES, TDKERN_IMPORTS=str(folder / "imports")
+    )
     assert rc == 0, text + (folder / "out/log.txt").read_text()
     return folder, run, text
 
@@ -63,7 +71,10 @@ def test_dry_run(dry):
     assert list(run["stages"]) == STAGES and all(stage["ok"] for stage in run["stages"].values())
     assert {line.split()[0] for line in text.splitlines() if "  (" in line} == set(STAGES)
     assert {path.name for path in (folder / "out").iterdir()} == {
-        "campaign.json", "comparison.md", "log.txt"}
+        "campaign.json",
+        "comparison.md",
+        "log.txt",
+    }
 
 
 def test_dry_run_proves(dry):
@@ -78,8 +89,11 @@ def test_dry_run_proves(dry):
 def test_dry_run_benchmarks(dry):
     rows = dry[1]["stages"]["bench"]["rows"]
     assert {(row["op"], row["competitor"]) for row in rows} == {
-        ("td_loss", "tdkern"), ("td_loss", "copy as an autograd node"), ("td_loss", "copy"),
-        ("loss path", "tdkern")}
+        ("td_loss", "tdkern"),
+        ("td_loss", "copy as an autograd node"),
+        ("td_loss", "copy"),
+        ("loss path", "tdkern"),
+    }
     assert all(row["median_us"] > 0 and row["extra_bytes"] >= 0 for row in rows)
     assert all(row["threads"] == 1 for row in rows)
     growth = {row["elements"] for row in rows if row["group"] == "bench_growth"}
@@ -124,31 +138,57 @@ def test_a_stage_imports_only_what_a_gpu_machine_has(dry, tmp_path):
     used, names another package in any function."""
     log = dry[0] / "imports"
     env = {**os.environ, "PYTHONPATH": f"{SITE}{os.pathsep}{ROOT}", "TDKERN_IMPORTS": str(log)}
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-p", "no:cacheprovider",
-               *campaign.OP_TESTS]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-p",
+        "no:cacheprovider",
+        *campaign.OP_TESTS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = [json.loads(line) for line in log.read_text().splitlines()]
     assert [fact for fact in facts if "refused" in fact] == []
     files = {Path(file) for fact in facts for file in fact.get("files", []) if file.endswith(".py")}
-    for needed in ("bench/conftest.py", "bench/measure.py", "bench/bench_growth.py",
-                   "bench/gpu/campaign.py", "bench/gpu/steps.py", "bench/gpu/profile_ops.py",
-                   "bench/gpu/selection.py", "bench/gpu/test_large.py", "tests/conftest.py",
-                   "tdkern/networks/unet.py", *campaign.OP_TESTS):
+    for needed in (
+        "bench/conftest.py",
+        "bench/measure.py",
+        "bench/bench_growth.py",
+        "bench/gpu/campaign.py",
+        "bench/gpu/steps.py",
+        "bench/gpu/profile_ops.py",
+        "bench/gpu/selection.py",
+        "bench/gpu/test_large.py",
+        "tests/conftest.py",
+        "tdkern/networks/unet.py",
+        *campaign.OP_TESTS,
+    ):
         assert ROOT / needed in files
-    ours = {file.stem for folder in ("bench", "bench/gpu", "tests")
-            for file in (ROOT / folder).glob("*.py")}
+    ours = {
+        file.stem
+        for folder in ("bench", "bench/gpu", "tests")
+        for file in (ROOT / folder).glob("*.py")
+    }
     allowed = site.PACKAGES | site.STANDARD | ours | {"tdkern"}
     theirs = [file for file in files if ROOT / "tdkern" not in file.parents]
     others = {file: imported(file) - allowed for file in theirs}
     assert {file: names for file, names in others.items() if names} == {}
 
 
-@pytest.mark.parametrize("code", [
-    "import click", "from click import echo", "import distutils.core", "import diffusers",
-    "import importlib; importlib.import_module('click')",
-    "import pytest; pytest.importorskip('click')",
-    "import importlib.util as util; util.find_spec('click')"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import click",
+        "from click import echo",
+        "import distutils.core",
+        "import diffusers",
+        "import importlib; importlib.import_module('click')",
+        "import pytest; pytest.importorskip('click')",
+        "import importlib.util as util; util.find_spec('click')",
+    ],
+)
 def test_the_hook_refuses(tmp_path, code):
     """Or the test above could not fail. A script is named as a stage's command names it."""
     (tmp_path / "tests/site").mkdir(parents=True)
@@ -159,8 +199,9 @@ def test_the_hook_refuses(tmp_path, code):
     script = str(tmp_path / "bench/script.py")
     for command, name in ((["-c", code], "<string>"), (["bench/script.py"], script)):
         (tmp_path / "imports").write_text("")
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env,
-                              cwd=tmp_path)
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, env=env, cwd=tmp_path
+        )
         assert done.returncode
         refused = json.loads((tmp_path / "imports").read_text().splitlines()[0])
         assert refused["to"] == name and refused["refused"] in code
@@ -202,8 +243,14 @@ def test_no_torch(tmp_path):
 
 
 def test_a_kernel_that_fails_to_launch(tmp_path):
-    rc, run, text = rehearse(tmp_path, "--again", "smoke", "sanitize", "profile",
-                             TDKERN_INJECT="launch:bench/gpu/selection.py")
+    rc, run, text = rehearse(
+        tmp_path,
+        "--again",
+        "smoke",
+        "sanitize",
+        "profile",
+        TDKERN_INJECT="launch:bench/gpu/selection.py",
+    )
     smoke, sanitize, profile = run["stages"].values()
     assert rc == 1 and profile["ok"]
     assert smoke["failure"] == "an op fails on cpp" and smoke["cpp"]["rc"] == 1
@@ -218,8 +265,15 @@ def test_a_hang(tmp_path):
     """A command deaf to its interrupt is killed with what it started, and the next stage runs."""
     lock = tmp_path / "lock"
     rc, run, text = rehearse(
-        tmp_path, "--seconds", "30", "--again", "smoke", "profile",
-        TDKERN_INJECT="hang:bench/gpu/selection.py", TDKERN_LOCK=str(lock))
+        tmp_path,
+        "--seconds",
+        "30",
+        "--again",
+        "smoke",
+        "profile",
+        TDKERN_INJECT="hang:bench/gpu/selection.py",
+        TDKERN_LOCK=str(lock),
+    )
     smoke, profile = run["stages"].values()
     assert rc == 1 and profile["ok"]
     assert smoke["failure"] == "an op fails on cpp (out of time)"
@@ -231,8 +285,9 @@ def test_a_hang(tmp_path):
 
 def test_no_memory_for_a_step(tmp_path):
     """The row of the case has its failure, and the next case runs."""
-    rc, run, text = rehearse(tmp_path, "--seconds", "40", "--again", "step",
-                             TDKERN_INJECT="memory:bench/gpu/steps.py")
+    rc, run, text = rehearse(
+        tmp_path, "--seconds", "40", "--again", "step", TDKERN_INJECT="memory:bench/gpu/steps.py"
+    )
     step = run["stages"]["step"]
     first, second = step["rows"][:2]
     assert rc == 1 and (first["loss"], second["loss"]) == ("EDM", "TD+EDM")
@@ -245,8 +300,9 @@ def test_no_memory_for_a_step(tmp_path):
 
 def test_no_memory_for_a_benchmark(tmp_path):
     """It is named among the failed, and the others have their rows."""
-    rc, run, _ = rehearse(tmp_path, "--again", "bench",
-                          TDKERN_INJECT="memory:bench/bench_td_loss.py")
+    rc, run, _ = rehearse(
+        tmp_path, "--again", "bench", TDKERN_INJECT="memory:bench/bench_td_loss.py"
+    )
     bench = run["stages"]["bench"]
     assert rc == 1 and bench["failure"] == "benchmarks failed"
     assert any(name.startswith("bench.bench_td_loss::bench_td_loss[") for name in bench["failed"])

@@ -45,7 +45,10 @@ def contents(run_dir):
         elif path.name == "meta.json":
             files[str(path.relative_to(run_dir))] = json.loads(path.read_text())
     statistics = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    files["stats.jsonl"] = [{name: line[name] for name in line if name not in ("time", "images_per_s")} for line in statistics]
+    files["stats.jsonl"] = [
+        {name: line[name] for name in line if name not in ("time", "images_per_s")}
+        for line in statistics
+    ]
     return files
 
 
@@ -60,6 +63,7 @@ class Stop(Exception):
 
 def start_and_stop(options, run_dir, monkeypatch):
     """A run that ends after the training state of its third step."""
+
     def stop(record, real=loop.Record.state):
         real(record)
         if record.trainer.step == 3:
@@ -71,17 +75,32 @@ def start_and_stop(options, run_dir, monkeypatch):
             start(options, run_dir)
 
 
-@pytest.mark.parametrize("changes", [
-    {"td": True, "cond": True, "xflip": True, "lr_decay": "cosine", "batch_gpu": 4, "augment": 0.5,
-     "td_share": 0.5, "target_precision": "bf16", "target_copy": 2},
-    {"td": False, "precision": "bf16"},
-], ids=["td", "edm"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "td": True,
+            "cond": True,
+            "xflip": True,
+            "lr_decay": "cosine",
+            "batch_gpu": 4,
+            "augment": 0.5,
+            "td_share": 0.5,
+            "target_precision": "bf16",
+            "target_copy": 2,
+        },
+        {"td": False, "precision": "bf16"},
+    ],
+    ids=["td", "edm"],
+)
 def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeypatch, changes):
     options = options_of(data=data, duration=56e-6, **TINY | changes)
     assert options.total_steps == 7
     straight = start(options, tmp_path / "straight")
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
-    assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | ({"target"} if changes["td"] else set())
+    assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | (
+        {"target"} if changes["td"] else set()
+    )
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence
@@ -90,7 +109,10 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     expected, found = contents(straight), contents(tmp_path / "resumed")
     for name in expected:
         if name.endswith("meta.json"):
-            expected[name].pop("options"), found[name].pop("options")  # of which one is the number of workers
+            (
+                expected[name].pop("options"),
+                found[name].pop("options"),
+            )  # of which one is the number of workers
     check_same(found, expected)
 
 
@@ -111,26 +133,42 @@ def test_a_state_of_an_older_format_goes_on(tmp_path, data, written):
     meta, tensors = read(stored, STATE)
     assert "checksums" not in meta
     (tmp_path / "run").mkdir()
-    trainer = Trainer(Options(**meta["options"]).resumed(data=data, duration=24e-6), this_process(), stored)
+    trainer = Trainer(
+        Options(**meta["options"]).resumed(data=data, duration=24e-6), this_process(), stored
+    )
     ours = trainer.tensors()
-    assert trainer.step == 2 and ours.keys() == tensors.keys() and all(torch.equal(ours[name], tensors[name]) for name in ours)
+    assert (
+        trainer.step == 2
+        and ours.keys() == tensors.keys()
+        and all(torch.equal(ours[name], tensors[name]) for name in ours)
+    )
     train(trainer, tmp_path / "run")
     assert read(find(tmp_path / "run", STATE), STATE)[0]["step"] == 3
 
 
 def test_a_run_keeps_its_newest_state_and_all_its_snapshots(tmp_path, data):
     run_dir = start(options_of(data=data, duration=56e-6, **TINY), tmp_path / "run")
-    assert [path.name for path in sorted(run_dir.glob("training-state-*"))] == ["training-state-000000.056"]
-    assert [path.name[-10:] for path in sorted(run_dir.glob("network-snapshot-*"))] == ["000000.024", "000000.048", "000000.056"]
+    assert [path.name for path in sorted(run_dir.glob("training-state-*"))] == [
+        "training-state-000000.056"
+    ]
+    assert [path.name[-10:] for path in sorted(run_dir.glob("network-snapshot-*"))] == [
+        "000000.024",
+        "000000.048",
+        "000000.056",
+    ]
 
 
 def _child(run_dir, options, kill):
-    """In a process of its own: start or resume a run, and be killed at the n-th of its calls of a function, if told to."""
+    """In a process of its own: start or resume a run, and be killed at the n-th of its calls of a
+    function, if told to.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     loop.preview_levels = two_steps
     sys.stderr = open(os.devnull, "w")
-    tqdm.set_lock(threading.RLock())  # its own lock between processes would be left behind by a kill
+    tqdm.set_lock(
+        threading.RLock()
+    )  # its own lock between processes would be left behind by a kill
     if kill is not None:
         name, call = kill
         calls = iter(range(10**6))
@@ -179,8 +217,17 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
     seconds = time.monotonic() - started
     expected = contents(tmp_path / "straight")
     choose = random.Random(0)
-    calls = {"fsync": 30, "replace": 8, "rename": 5, "save_file": 4, "unlink": 4, "rmdir": 2}  # about as many as three steps make
-    kills = [{"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(2)]
+    calls = {
+        "fsync": 30,
+        "replace": 8,
+        "rename": 5,
+        "save_file": 4,
+        "unlink": 4,
+        "rmdir": 2,
+    }  # about as many as three steps make
+    kills = [
+        {"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(2)
+    ]
     kills += [{"after": choose.uniform(0.1, 0.9) * seconds} for _ in range(10)]
     choose.shuffle(kills)
     run, killed = 0, 0

@@ -154,7 +154,8 @@ def tensor_parallel(rank, world):
         ):
             with pytest.raises(
                 ValueError,
-                match=rf"ema_update_: averages\[0\]\[0\] must be distributed as its parameter is, .*, got {message}",
+                match=r"ema_update_: averages\[0\]\[0\] must be distributed as its parameter is, "
+                rf".*, got {message}",
             ):
                 tdkern.ema_update_([averages], sharded[0][:1], [0.5], backend=backend)
         with pytest.raises(ValueError, match="heun_step: F must be a plain tensor, got a DTensor"):

@@ -99,7 +99,7 @@ def test_forward_mode(compiled, norm):
     gradient = torch.autograd.functional.jacobian(lambda out: loss(out).sum(), out)
     tangent = torch.ones_like(out)
     expected = (gradient * tangent).sum()
-    total = lambda out: loss(out).sum()  # noqa: E731
+    total = lambda out: loss(out).sum()
     close(torch.func.jvp(total, (out,), (tangent,))[1], expected)
     close(torch.func.linearize(total, out)[1](tangent), expected)
     close(torch.func.jacfwd(total)(out), gradient)
@@ -148,7 +148,7 @@ def test_forward_mode_of_what_has_no_gradient(backend, op, name):
 def test_transforms_of_gradients(backend):
     loss, out = td_loss_of(backend)
     plain = torch.autograd.functional.jacobian(loss, out)
-    total = lambda out: loss(out).sum()  # noqa: E731
+    total = lambda out: loss(out).sum()
     close(torch.func.grad(total)(out), plain.sum((0, 1)))
     close(torch.func.jacrev(loss)(out), plain)
     close(torch.autograd.functional.jacobian(loss, out, vectorize=True), plain)
@@ -207,7 +207,7 @@ def test_whether_values_may_be_looked_at():
         assert not _modes.can_check_values(fake) and not _modes.can_check_values(real)
     assert not _modes.can_check_values(fake)
     seen = []
-    look = lambda x: (seen.append(_modes.can_check_values(x)), x + 0)[1]  # noqa: E731
+    look = lambda x: (seen.append(_modes.can_check_values(x)), x + 0)[1]
     torch.vmap(look)(real)
     torch.func.grad(lambda x: look(x).sum())(real)
     torch.func.jvp(look, (real,), (real,))
@@ -359,7 +359,7 @@ def test_one_compilation_for_any_seed_and_offset(compiled):
 def test_one_compilation_of_a_loss_for_any_batch(loss):
     torch._dynamo.reset()
     linear = torch.nn.Linear(4, 4)
-    net = lambda x, sigma, **labels: linear(x)  # noqa: E731
+    net = lambda x, sigma, **labels: linear(x)
     traced = torch.compile(
         lambda images: loss(net, net, images), dynamic=True, fullgraph=True, backend="aot_eager"
     )

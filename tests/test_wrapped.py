@@ -1,4 +1,5 @@
 """The fused path holds, with the same numbers, for a network that torch's own wrappers hold."""
+
 import copy
 import os
 from functools import partial
@@ -161,7 +162,8 @@ def _sharded(rank, results):
         for ours, theirs in zip(terms, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
         expected.loss.sum().backward()
-        terms.loss.sum().backward()  # both processes have the same samples: their mean is each one's
+        # both processes have the same samples: their mean is each one's
+        terms.loss.sum().backward()
         for ours, theirs in zip(sharded.parameters(), net.parameters(), strict=True):
             torch.testing.assert_close(ours.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-6)
         seen = heun(sharded, torch.randn(2, 3, 8, 8), [2.0, 1.0, 0.0])

@@ -1,4 +1,5 @@
 """Small images and runs for the driver's tests."""
+
 import io
 import json
 import multiprocessing
@@ -12,12 +13,26 @@ import numpy as np
 import PIL.Image
 
 # every step is a tick, with a training state after each and a snapshot after every third
-TINY = {"arch": "ddpmpp", "cbase": 4, "cres": [1], "batch": 8, "lr_rampup_kimg": 0.024, "ema": 2e-4, "tick": 0.008, "snap": 3, "dump": 1, "workers": 0,
-        "augment": 0.0}
+TINY = {
+    "arch": "ddpmpp",
+    "cbase": 4,
+    "cres": [1],
+    "batch": 8,
+    "lr_rampup_kimg": 0.024,
+    "ema": 2e-4,
+    "tick": 0.008,
+    "snap": 3,
+    "dump": 1,
+    "workers": 0,
+    "augment": 0.0,
+}
 
-# a fresh process for every run without importing torch anew: the children are forks of a process that has only imported
+# a fresh process for every run without importing torch anew: the children are forks of a process
+# that has only imported
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"])
+children.set_forkserver_preload(
+    ["tdkern.training", "torch._dynamo", "safetensors.torch", "PIL.Image"]
+)
 
 
 def options_of(**given):
@@ -32,7 +47,9 @@ def by_flag(options):
     from tdkern.cli.options import ALIASES, SAME_FLAG
 
     options = options | options["loss"]
-    names = {alias.replace("-", "_"): name for name in ALIASES for alias in ALIASES[name]} | {flag: name for name, flag in SAME_FLAG.items()}
+    names = {alias.replace("-", "_"): name for name in ALIASES for alias in ALIASES[name]} | {
+        flag: name for name, flag in SAME_FLAG.items()
+    }
     published = {flag: options[name] for flag, name in names.items() if name in options}
     return options | published | {"loss_type": "td" if options["td"] else "edm"}
 
@@ -107,18 +124,31 @@ def flags(options):
 def _as_torchrun(rank, port, work, args):
     import torch
 
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+    )
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")
     work(rank, *args)
 
 
 def in_two_processes(work, *args):
-    """Calls work(rank, *args) in two processes, under the environment that torchrun sets; both must end well. work: of a module."""
+    """Calls work(rank, *args) in two processes, under the environment that torchrun sets; both must
+    end well. work: of a module.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ranks = [children.Process(target=_as_torchrun, args=(rank, port, work, args)) for rank in range(2)]
+    ranks = [
+        children.Process(target=_as_torchrun, args=(rank, port, work, args)) for rank in range(2)
+    ]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -135,16 +165,22 @@ def pixels(count=10, shape=(3, 8, 8), seed=0):
 def png(image):
     """A PNG file's bytes for [C, H, W] uint8."""
     file = io.BytesIO()
-    PIL.Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, format="png")
+    PIL.Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(
+        file, format="png"
+    )
     return file.getvalue()
 
 
 def data_set(path, images, labels=None):
-    """Write a zip, or a folder, in EDM's layout; `labels` is dataset.json's list, in the images' order."""
+    """Write a zip, or a folder, in EDM's layout; `labels` is dataset.json's list, in the images'
+    order.
+    """
     names = [f"{i // 4:05d}/img{i:08d}.png" for i in range(len(images))]
     files = {name: png(image) for name, image in zip(names, images, strict=True)}
     if labels is not None:
-        files["dataset.json"] = json.dumps({"labels": [[name, label] for name, label in zip(names, labels, strict=True)]}).encode()
+        files["dataset.json"] = json.dumps(
+            {"labels": [[name, label] for name, label in zip(names, labels, strict=True)]}
+        ).encode()
     return raw_data_set(path, files)
 
 

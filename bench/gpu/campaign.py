@@ -20,6 +20,7 @@ commands printed, OUT/comparison.md the figures beside the predictions (comparis
 argues them), OUT/<device>.json what bench/results keeps. --dry needs no GPU: it builds for sm_90
 into build/dry and runs the other stages on the C++ backend at tiny sizes.
 """
+
 import argparse
 import csv
 import importlib.util
@@ -43,16 +44,36 @@ from xml.etree import ElementTree
 import comparison
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("torch", "numpy", "setuptools", "cmake", "ninja", "pybind11",
-          "pytest", "pytest_benchmark", "hypothesis", "scipy")
+NEEDED = (
+    "torch",
+    "numpy",
+    "setuptools",
+    "cmake",
+    "ninja",
+    "pybind11",
+    "pytest",
+    "pytest_benchmark",
+    "hypothesis",
+    "scipy",
+)
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
 OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "norm_silu", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
 LATE = " (out of time)"
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
-SHARES = {"build": 70, "smoke": 40, "tests": 150, "sanitize": 150, "warm": 150, "bench": 110,
-          "step": 75, "compile": 40, "profile": 30, "confirm": 10}
+SHARES = {
+    "build": 70,
+    "smoke": 40,
+    "tests": 150,
+    "sanitize": 150,
+    "warm": 150,
+    "bench": 110,
+    "step": 75,
+    "compile": 40,
+    "profile": 30,
+    "confirm": 10,
+}
 SIDE_BY_SIDE = ("tests", "sanitize", "warm")
 KERNELS = "regex:(forward|backward|sum|pair|coef|heun_step|ema|adam|finite|count)_kernel"
 METRICS = {  # ncu's name: ours
@@ -93,8 +114,14 @@ class Campaign:
         if not shutil.which("nvcc") and (CUDA / "nvcc").exists():
             env["PATH"] += f":{CUDA}"
         with tempfile.TemporaryFile("w+", errors="replace") as log:
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log,
-                                       stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                list(map(str, command)),
+                cwd=ROOT,
+                env=env,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
             timed_out = False
             try:
                 process.wait(limit)
@@ -103,8 +130,12 @@ class Campaign:
                 stop(process)
             log.seek(0)
             text = log.read()
-        result = {"command": " ".join(map(str, command)), "rc": process.returncode,
-                  "seconds": round(time.monotonic() - start, 1), "timed_out": timed_out}
+        result = {
+            "command": " ".join(map(str, command)),
+            "rc": process.returncode,
+            "seconds": round(time.monotonic() - start, 1),
+            "timed_out": timed_out,
+        }
         with open(self.out / "log.txt", "a") as every:
             every.write(f"==== {result}\n{text[-1_000_000:]}\n")
         return {**result, "text": text}
@@ -113,17 +144,35 @@ class Campaign:
         """Runs pytest; returns counts, failures and what took longest."""
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            done = self.run(sys.executable, "-m", "pytest", "-p", "no:cacheprovider",
-                            f"--junitxml={report}", *arguments, limit=limit, **env)
+            done = self.run(
+                sys.executable,
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+                *arguments,
+                limit=limit,
+                **env,
+            )
             cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-        bad = {f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
-               for case in cases for part in case if part.tag in ("failure", "error")}
+        bad = {
+            f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
+            for case in cases
+            for part in case
+            if part.tag in ("failure", "error")
+        }
         skipped = sum(any(part.tag == "skipped" for part in case) for case in cases)
-        times = sorted(((float(case.get("time")), str(case.get("name"))) for case in cases),
-                       reverse=True)
+        times = sorted(
+            ((float(case.get("time")), str(case.get("name"))) for case in cases), reverse=True
+        )
         facts = {key: done[key] for key in ("rc", "seconds", "timed_out")}
-        facts |= {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad,
-                  "slowest": times[:5]}
+        facts |= {
+            "passed": len(cases) - len(bad) - skipped,
+            "skipped": skipped,
+            "failed": bad,
+            "slowest": times[:5],
+        }
         return facts if cases else {**facts, "tail": done["text"][-2000:]}
 
 
@@ -144,8 +193,10 @@ def build(at: Campaign) -> dict:
     """In place. A library that was carried here and loads spares the wait; `confirm` builds."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise Failed(f"python3 lacks {', '.join(missing)}: carry their wheels and name the folder "
-                     "in TDKERN_WHEELS")
+        raise Failed(
+            f"python3 lacks {', '.join(missing)}: carry their wheels and name the folder "
+            "in TDKERN_WHEELS"
+        )
     if not at.dry:
         capability()
         facts = library_facts(at)
@@ -166,15 +217,25 @@ def build_into(at: Campaign, folder: str | None) -> dict:
         where = ["--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/temp"]
     arch = "9.0" if at.dry else capability()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = at.run(sys.executable, "setup.py", "build_ext", *where, TDKERN_CUDA="1",
-                  TORCH_CUDA_ARCH_LIST=arch, PATH=path)
+    done = at.run(
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        *where,
+        TDKERN_CUDA="1",
+        TORCH_CUDA_ARCH_LIST=arch,
+        PATH=path,
+    )
     facts = {"seconds": done["seconds"], "architecture": arch}
     if done["rc"]:
-        raise Failed("the build failed" + LATE * done["timed_out"], **facts,
-                     tail=done["text"][-3000:])
+        raise Failed(
+            "the build failed" + LATE * done["timed_out"], **facts, tail=done["text"][-3000:]
+        )
     reports = ROOT / (f"{folder}/lib/tdkern" if folder else "tdkern") / "lib/ptxas"
-    used = {path.stem: re.findall(r"Used (\d+) registers", path.read_text())
-            for path in sorted(reports.glob("*.txt"))}
+    used = {
+        path.stem: re.findall(r"Used (\d+) registers", path.read_text())
+        for path in sorted(reports.glob("*.txt"))
+    }
     facts |= {"registers": {stem: max(map(int, counts)) for stem, counts in used.items()}}
     facts |= library_facts(at)
     if not folder and not works(facts):
@@ -197,6 +258,7 @@ def works(facts: dict) -> bool:
 
 def smoke(at: Campaign) -> dict:
     """Every op once, each backend in a process of its own."""
+
     def call(backend: str) -> dict:
         done = at.run(sys.executable, "bench/gpu/selection.py", backend, OMP_NUM_THREADS="1")
         facts = {key: done[key] for key in ("rc", "seconds", "timed_out")}
@@ -205,8 +267,9 @@ def smoke(at: Campaign) -> dict:
     backends = ["cpp"] if at.dry else ["cuda", "triton"]
     with ThreadPoolExecutor() as pool:
         facts = dict(zip(backends, pool.map(call, backends), strict=True))
-    bad = [backend + LATE * facts[backend]["timed_out"] for backend in backends
-           if facts[backend]["rc"]]
+    bad = [
+        backend + LATE * facts[backend]["timed_out"] for backend in backends if facts[backend]["rc"]
+    ]
     if bad:
         raise Failed(f"an op fails on {', '.join(bad)}", **facts)
     return facts
@@ -220,10 +283,15 @@ def tests(at: Campaign) -> dict:
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
         chosen = "(cuda or triton or norm_silu) and not ahead_of_time and not host"
-        facts = {"ops": at.pytest(*spread, *OP_TESTS, "-k", chosen, limit=at.left - 35),
-                 "large": at.pytest("bench/gpu/test_large.py")}
-    bad = [name + LATE * part["timed_out"] for name, part in facts.items()
-           if part["failed"] or part["rc"] or not part["passed"]]
+        facts = {
+            "ops": at.pytest(*spread, *OP_TESTS, "-k", chosen, limit=at.left - 35),
+            "large": at.pytest("bench/gpu/test_large.py"),
+        }
+    bad = [
+        name + LATE * part["timed_out"]
+        for name, part in facts.items()
+        if part["failed"] or part["rc"] or not part["passed"]
+    ]
     if bad:
         raise Failed(f"tests failed: {', '.join(bad)}", **facts)
     return facts
@@ -246,21 +314,35 @@ def sanitize(at: Campaign) -> dict:
             under += ["--report-api-errors", "no"]
         command = [sys.executable, "bench/gpu/selection.py", backend]
         # An allocation of its own for every tensor, so that one read past its end is found.
-        done = at.run(*([] if at.dry else under), *command, PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-                      OMP_NUM_THREADS="1")
+        done = at.run(
+            *([] if at.dry else under),
+            *command,
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            OMP_NUM_THREADS="1",
+        )
         errors = re.findall(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+)", done["text"])
-        facts = {"rc": done["rc"], "seconds": done["seconds"], "timed_out": done["timed_out"],
-                 "errors": int(errors[-1]) if errors else None,
-                 "done": "every op ran" in done["text"]}
+        facts = {
+            "rc": done["rc"],
+            "seconds": done["seconds"],
+            "timed_out": done["timed_out"],
+            "errors": int(errors[-1]) if errors else None,
+            "done": "every op ran" in done["text"],
+        }
         clean = facts["done"] and not done["rc"]
         return facts if clean else {**facts, "tail": done["text"][-3000:]}
 
     with ThreadPoolExecutor() as pool:
-        running = {f"{name} {backend}": pool.submit(check, name, backend)
-                   for backend in backends for name in tools}
+        running = {
+            f"{name} {backend}": pool.submit(check, name, backend)
+            for backend in backends
+            for name in tools
+        }
         facts = {name: each.result() for name, each in running.items()}
-    bad = [name + LATE * each["timed_out"] for name, each in facts.items()
-           if each["rc"] or not each["done"]]
+    bad = [
+        name + LATE * each["timed_out"]
+        for name, each in facts.items()
+        if each["rc"] or not each["done"]
+    ]
     if bad:
         raise Failed("not clean: " + ", ".join(bad), checks=facts)
     return {"checks": facts}
@@ -286,8 +368,17 @@ def steps(at: Campaign, part: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "rows.jsonl"
         extra, env = (["--tiny"], {"OMP_NUM_THREADS": "1"}) if at.dry else ([], {})
-        done = at.run(sys.executable, "bench/gpu/steps.py", lines, "--part", part,
-                      "--seconds", str(round(at.left - 12)), *extra, **env)
+        done = at.run(
+            sys.executable,
+            "bench/gpu/steps.py",
+            lines,
+            "--part",
+            part,
+            "--seconds",
+            str(round(at.left - 12)),
+            *extra,
+            **env,
+        )
         text = lines.read_text() if lines.exists() else ""
     rows = [json.loads(line) for line in text.splitlines()]
     facts = {"rc": done["rc"], "rows": rows}
@@ -319,8 +410,20 @@ def profile(at: Campaign) -> dict:
     tool = shutil.which("ncu") or shutil.which("ncu", path=str(CUDA))
     if not tool:
         raise Failed("ncu is not here")
-    ncu = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--print-units", "base",
-           "--kernel-name", KERNELS, "--metrics", ",".join(METRICS)]
+    ncu = [
+        tool,
+        "--clock-control",
+        "none",
+        "--csv",
+        "--page",
+        "raw",
+        "--print-units",
+        "base",
+        "--kernel-name",
+        KERNELS,
+        "--metrics",
+        ",".join(METRICS),
+    ]
     done = at.run(*ncu, *command, "cuda", str(10**8))
     return finished(done, {"seconds": done["seconds"], "kernels": profiled(done["text"])})
 
@@ -330,20 +433,25 @@ def profiled(text: str) -> list[dict]:
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = list(csv.DictReader(line for line in lines[start:] if line.startswith('"')))
-    return [{"kernel": row["Kernel Name"][:120]}
-            | {ours: row.get(name) for name, ours in METRICS.items()}
-            for row in rows[1:]]  # the first names the units
+    return [
+        {"kernel": row["Kernel Name"][:120]}
+        | {ours: row.get(name) for name, ours in METRICS.items()}
+        for row in rows[1:]
+    ]  # the first names the units
 
 
 def finished(done: dict, facts: dict) -> dict:
     if done["rc"]:
-        raise Failed("the profile failed" + LATE * done["timed_out"], **facts,
-                     tail=done["text"][-3000:])
+        raise Failed(
+            "the profile failed" + LATE * done["timed_out"], **facts, tail=done["text"][-3000:]
+        )
     return facts
 
 
-STAGES = {stage.__name__: stage for stage in
-          (build, smoke, tests, sanitize, warm, bench, step, compile, profile, confirm)}
+STAGES = {
+    stage.__name__: stage
+    for stage in (build, smoke, tests, sanitize, warm, bench, step, compile, profile, confirm)
+}
 
 
 # ---- around them ------------------------------------------------------------------------------
@@ -372,8 +480,11 @@ def commit() -> str | None:
 
 def machine() -> dict:
     """What the figures belong to."""
-    facts = {"commit": commit(), "python": sys.version.split()[0],
-             "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    facts = {
+        "commit": commit(),
+        "python": sys.version.split()[0],
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
     try:
         import torch
     except ImportError as error:  # `build` says what is missing, and every stage how it failed
@@ -382,9 +493,13 @@ def machine() -> dict:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties()
         driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= {"device": properties.name, "multiprocessors": properties.multi_processor_count,
-                  "l2_bytes": properties.L2_cache_size, "memory_bytes": properties.total_memory,
-                  "driver": driver}
+        facts |= {
+            "device": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+            "driver": driver,
+        }
     return facts
 
 
@@ -426,15 +541,28 @@ def kept(result: dict) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dry", action="store_true",
-                        help="without a GPU: the plumbing, on the C++ backend at tiny sizes")
-    parser.add_argument("--seconds", type=float, default=TOTAL,
-                        help="for all stages together, in a dry run for each")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dry",
+        action="store_true",
+        help="without a GPU: the plumbing, on the C++ backend at tiny sizes",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=TOTAL,
+        help="for all stages together, in a dry run for each",
+    )
     parser.add_argument("out", type=Path, help="a folder for the results")
-    parser.add_argument("--again", nargs="+", metavar="STAGE", choices=list(STAGES),
-                        help=f"these alone, of {', '.join(STAGES)}")
+    parser.add_argument(
+        "--again",
+        nargs="+",
+        metavar="STAGE",
+        choices=list(STAGES),
+        help=f"these alone, of {', '.join(STAGES)}",
+    )
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     at = Campaign(args.out.resolve(), args.dry)
@@ -446,7 +574,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = json.loads(file.read_text())["stages"] if file.exists() else {}
     facts = machine() | {"dry": args.dry}
     for i, group in enumerate(groups):
-        later = sum(shares[i + 1:]) * args.seconds / sum(shares)
+        later = sum(shares[i + 1 :]) * args.seconds / sum(shares)
         end = time.monotonic() + args.seconds if args.dry else ends - later
         with ThreadPoolExecutor() as pool:
             running = {name: pool.submit(run_stage, name, replace(at, ends=end)) for name in group}

@@ -2,10 +2,11 @@
 
     python bench/gpu/comparison.py bench/results/<device>.json
 
-puts the table into NOTES.md, and what was measured into docs/performance.md, six rows of it into the
-README. Predictions are shares of the
-copy's bandwidth that the same run measured, ratios to competitors of the same run, and counts.
+puts the table into NOTES.md, and what was measured into docs/performance.md, six rows of it into
+the README. Predictions are shares of the copy's bandwidth that the same run measured, ratios to
+competitors of the same run, and counts.
 """
+
 import json
 import sys
 from collections.abc import Collection
@@ -56,24 +57,55 @@ STEPS = {
     "TD+EDM / EDM": ({"loss": "EDM"}, {"loss": "TD+EDM"}, 1.3, 1.25, True),
     "windowed TD on its share / EDM": ({"loss": "EDM"}, {"loss": WINDOWED}, 1.13, 1.12, True),
     "TD+EDM / EDM, both in graphs": (
-        {"loss": "EDM", "mode": "graph"}, {"loss": "TD+EDM", "mode": "graph"}, 1.3, 1.25, True),
+        {"loss": "EDM", "mode": "graph"},
+        {"loss": "TD+EDM", "mode": "graph"},
+        1.3,
+        1.25,
+        True,
+    ),
     "windowed TD on its share / EDM, both in graphs": (
-        {"loss": "EDM", "mode": "graph"}, {"loss": WINDOWED, "mode": "graph"}, 1.13, 1.12, True),
+        {"loss": "EDM", "mode": "graph"},
+        {"loss": WINDOWED, "mode": "graph"},
+        1.13,
+        1.12,
+        True,
+    ),
     "TD+CT / CT": ({"loss": "CT"}, {"loss": "TD+CT"}, 1.0, None, True),
     "published / ours, TD+EDM, bf16": (
-        {"loss": "TD+EDM"}, {"loss": "TD+EDM", "style": "published"}, None, 1.3, False),
+        {"loss": "TD+EDM"},
+        {"loss": "TD+EDM", "style": "published"},
+        None,
+        1.3,
+        False,
+    ),
     "published / ours, TD+EDM, tf32": (
         {"loss": "TD+EDM", "precision": "tf32"},
-        {"loss": "TD+EDM", "precision": "tf32", "style": "published"}, None, 1.3, False),
+        {"loss": "TD+EDM", "precision": "tf32", "style": "published"},
+        None,
+        1.3,
+        False,
+    ),
     "published / ours, TD+EDM, fp32": (
         {"loss": "TD+EDM", "precision": "fp32"},
-        {"loss": "TD+EDM", "precision": "fp32", "style": "published"}, None, 1.3, False),
+        {"loss": "TD+EDM", "precision": "fp32", "style": "published"},
+        None,
+        1.3,
+        False,
+    ),
     "published fp32 / ours bf16 in a graph, TD+EDM": (
         {"loss": "TD+EDM", "mode": "graph"},
-        {"loss": "TD+EDM", "precision": "fp32", "style": "published"}, None, 2.5, False),
+        {"loss": "TD+EDM", "precision": "fp32", "style": "published"},
+        None,
+        2.5,
+        False,
+    ),
     "published fp32 / ours bf16 compiled, TD+EDM": (
         {"loss": "TD+EDM", "mode": "compile"},
-        {"loss": "TD+EDM", "precision": "fp32", "style": "published"}, None, None, False),
+        {"loss": "TD+EDM", "precision": "fp32", "style": "published"},
+        None,
+        None,
+        False,
+    ),
 }
 HEADLINES = (
     "`td_loss` 1e+08 share of a copy",
@@ -164,8 +196,11 @@ def markdown(file: Path | None = None) -> str:
 def measured_alone(file: Path, only: Collection[str] | None = None) -> str:
     """The figures that were measured; those of `only`, by op, size and figure."""
     run = json.loads(file.read_text())
-    body = [[*what, aim, value] for *what, _, aim, value in lines(run)
-            if value and (only is None or " ".join(what) in only)]
+    body = [
+        [*what, aim, value]
+        for *what, _, aim, value in lines(run)
+        if value and (only is None or " ".join(what) in only)
+    ]
     head = f"{about(run)};\nfrom `bench/results/{file.name}`, where each row says its commit:"
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 

@@ -1,7 +1,8 @@
 """One call of every op on float32, for a profiler.
 
-    python bench/gpu/profile_ops.py BACKEND ELEMENTS
+python bench/gpu/profile_ops.py BACKEND ELEMENTS
 """
+
 import sys
 
 import torch

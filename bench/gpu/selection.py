@@ -1,7 +1,10 @@
-"""A call of every op, for the sanitizers: python bench/gpu/selection.py BACKEND. Small, with packs and with tails; the results are checked.
+"""A call of every op, for the sanitizers: python bench/gpu/selection.py BACKEND. Small, with packs
+and with tails; the results are checked.
 
-Inputs are drawn, and the reference computed, on the CPU: a sanitizer patches every kernel that runs, and torch's are not what is looked at.
+Inputs are drawn, and the reference computed, on the CPU: a sanitizer patches every kernel that
+runs, and torch's are not what is looked at.
 """
+
 import sys
 
 import torch
@@ -15,7 +18,9 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 def both(op, *tensors):
-    """op's results on the backend and on the reference, from copies of the same tensors; close to each other."""
+    """op's results on the backend and on the reference, from copies of the same tensors; close to
+    each other.
+    """
     results = []
     for backend, device in ((BACKEND, DEVICE), ("reference", "cpu")):
         given = [tensor.to(device, copy=True) for tensor in tensors]
@@ -27,24 +32,34 @@ def both(op, *tensors):
 def td_loss(backend, F, F_p, x0, x_t, x_tp, coef):
     F.requires_grad_()
     loss = tdkern.td_loss(F, F_p, x0, coef, x_t, x_tp, base="consistency", backend=backend)
-    return loss, *torch.autograd.grad(loss, F, torch.tensor([[1.0, 1.0], [2.0, 0.5]], device=F.device, dtype=loss.dtype))
+    return loss, *torch.autograd.grad(
+        loss, F, torch.tensor([[1.0, 1.0], [2.0, 0.5]], device=F.device, dtype=loss.dtype)
+    )
 
 
 def adam(backend, *tensors):
-    params, grads, exp_avgs, exp_avg_sqs, *averages = ([tensor, tensor[:5].clone()] for tensor in tensors)
+    params, grads, exp_avgs, exp_avg_sqs, *averages = (
+        [tensor, tensor[:5].clone()] for tensor in tensors
+    )
     exp_avg_sqs = [tensor.square() for tensor in exp_avg_sqs]
     steps = [torch.ones((), device=param.device) for param in params]
-    adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, [0.9, 0.5], lr=0.01, backend=backend)
+    adam_ema_(
+        params, grads, exp_avgs, exp_avg_sqs, steps, averages, [0.9, 0.5], lr=0.01, backend=backend
+    )
     return *params, *exp_avgs, *exp_avg_sqs, *averages[0], *averages[1], *steps
 
 
 def ema(backend, param, *averages):
-    tdkern.ema_update_([[average] for average in averages], [param], [0.9, 0.5, 0.1], backend=backend)
+    tdkern.ema_update_(
+        [[average] for average in averages], [param], [0.9, 0.5, 0.1], backend=backend
+    )
     return averages
 
 
 def pair(backend, x0, one, sigma, sigma_p):
-    return tdkern.noise_pair(x0, one, sigma, one, sigma_p, seed=7, c_in=one, c_in_p=one, backend=backend)
+    return tdkern.noise_pair(
+        x0, one, sigma, one, sigma_p, seed=7, c_in=one, c_in_p=one, backend=backend
+    )
 
 
 def heun(backend, F, x, x_hat, noise, coef):

@@ -8,6 +8,7 @@ target network. "published" is the same step as the published training loops wri
 network (bench_network.py), the loss as separate passes (published.py), torch's Adam, gradients
 cleaned and averages moved one parameter at a time.
 """
+
 import argparse
 import gc
 import json
@@ -67,8 +68,12 @@ def cases(part: str) -> list[Case | Sampler]:
     main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
     main += [Case("TD+EDM", style, "tf32") for style in ("published", "tdkern")]
     main += [Case("EDM", precision=precision) for precision in ("fp32", "tf32")]
-    others = [Case(loss, mode=mode, batch=batch) for batch in (64, 512)
-              for mode in ("graph", "eager") for loss in three]
+    others = [
+        Case(loss, mode=mode, batch=batch)
+        for batch in (64, 512)
+        for mode in ("graph", "eager")
+        for loss in three
+    ]
     return main + others + [Case("TD+EDM", "published", batch=batch) for batch in (64, 512)]
 
 
@@ -96,14 +101,22 @@ def loss_of(case: Case):
     if case.loss == "TD+EDM window":
         windowed = TDEDMLoss(weight="online", td_sigma=WINDOW)
         return replace(windowed, td_share=windowed.window_share(case.batch))
-    return {"EDM": EDMLoss, "TD+EDM": lambda: TDEDMLoss(weight="online"), "CT": CTLoss,
-            "TD+CT": TDCTLoss}[case.loss]()
+    return {
+        "EDM": EDMLoss,
+        "TD+EDM": lambda: TDEDMLoss(weight="online"),
+        "CT": CTLoss,
+        "TD+CT": TDCTLoss,
+    }[case.loss]()
 
 
 def tdkern_step(case: Case, net, ema, target, images):
     averages = [average for average in (ema, target) if average is not None]
-    optimizer = AdamEMA(net.parameters(), LR, averages=[a.module.parameters() for a in averages],
-                        decays=DECAYS[:len(averages)])
+    optimizer = AdamEMA(
+        net.parameters(),
+        LR,
+        averages=[a.module.parameters() for a in averages],
+        decays=DECAYS[: len(averages)],
+    )
     loss, scale = loss_of(case), images[0].numel() / len(images)
 
     def step():

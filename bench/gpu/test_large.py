@@ -1,7 +1,9 @@
-"""Every op on more than 2^31 elements, where 32-bit indices end: what it writes at both ends and in the middle.
+"""Every op on more than 2^31 elements, where 32-bit indices end: what it writes at both ends and in
+the middle.
 
 TDKERN_LARGE is another number of elements, for a run without a GPU.
 """
+
 import os
 
 import pytest
@@ -41,22 +43,31 @@ def cut(tensors):
 
 
 def coefficients(batch: int):
-    return torch.tensor([0.3, 0.7, 0.2, 0.6, 0.5, 0.4, 0.9, 0.8], dtype=F64, device=DEVICE).repeat(batch, 1)
+    return torch.tensor([0.3, 0.7, 0.2, 0.6, 0.5, 0.4, 0.9, 0.8], dtype=F64, device=DEVICE).repeat(
+        batch, 1
+    )
 
 
 def test_td_loss_of_one_sample(backend):
     F, F_p, x0, x_t, x_tp = (draw(1, N) for _ in range(5))
     F.requires_grad_()
     loss = tdkern.td_loss(F, F_p, x0, coefficients(1), x_t, x_tp, backend=backend)
-    dF, = torch.autograd.grad(loss, F, torch.tensor([[2.0, 0.5]], device=DEVICE))
+    (dF,) = torch.autograd.grad(loss, F, torch.tensor([[2.0, 0.5]], device=DEVICE))
     sums = torch.zeros(2, dtype=F64, device=DEVICE)
     for start in range(0, N, 2**26):
         e, delta = errors(*(t.detach()[0, start : start + 2**26] for t in (F, F_p, x0, x_t, x_tp)))
         sums += torch.stack([delta.square().sum(dtype=F64), e.square().sum(dtype=F64)])
-    torch.testing.assert_close(loss[0].double(), torch.tensor([0.9, 0.8], dtype=F64, device=DEVICE) * sums / N, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss[0].double(),
+        torch.tensor([0.9, 0.8], dtype=F64, device=DEVICE) * sums / N,
+        rtol=1e-5,
+        atol=0,
+    )
     for piece, given in zip(PIECES, cut([t[0] for t in (F, F_p, x0, x_t, x_tp)]), strict=True):
         e, delta = errors(*given)
-        torch.testing.assert_close(N * dF[0, piece].float(), -2 * 0.7 * (2 * 0.9 * 0.5 * delta + 0.5 * 0.8 * e), **ROUNDING)
+        torch.testing.assert_close(
+            N * dF[0, piece].float(), -2 * 0.7 * (2 * 0.9 * 0.5 * delta + 0.5 * 0.8 * e), **ROUNDING
+        )
 
 
 def errors(F, F_p, x0, x_t, x_tp):
@@ -78,29 +89,46 @@ def test_td_loss_of_many_samples(backend):
 
     loss, dF = results(*tensors, coef)
     for b in (0, batch // 2, batch - 1):
-        alone = results(*(tensor.detach()[b : b + 1].clone() for tensor in tensors), coef[b : b + 1])
+        alone = results(
+            *(tensor.detach()[b : b + 1].clone() for tensor in tensors), coef[b : b + 1]
+        )
         assert torch.equal(loss[b : b + 1], alone[0]) and torch.equal(dF[b : b + 1], alone[1])
 
 
-@pytest.mark.parametrize("shape", [(1, N), (1, N // 4 * 4), (N // 1000 + 1, 1000)], ids=["one sample", "one sample of whole packs", "many samples"])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, N), (1, N // 4 * 4), (N // 1000 + 1, 1000)],
+    ids=["one sample", "one sample of whole packs", "many samples"],
+)
 def test_noise_pair(backend, shape):
     x0, one = draw(*shape), torch.ones((), dtype=F64, device=DEVICE).expand(shape[0])
-    x_t, x_tp = (t.flatten() for t in tdkern.noise_pair(x0, 0.6 * one, 2 * one, 0.8 * one, one, seed=2**40 + 5, backend=backend))
+    x_t, x_tp = (
+        t.flatten()
+        for t in tdkern.noise_pair(
+            x0, 0.6 * one, 2 * one, 0.8 * one, one, seed=2**40 + 5, backend=backend
+        )
+    )
     x0 = x0.flatten()
     for piece in PIECES:
         i = torch.arange(piece.start, min(piece.stop, x0.numel()), device=DEVICE)
         n1, n2 = (normals(i // shape[1], i % shape[1], 2**40 + 5, stream) for stream in (0, 1))
         near = 0.8 * x0[piece].double() + n1
         torch.testing.assert_close(x_tp[piece].double(), near, **ROUNDING)
-        torch.testing.assert_close(x_t[piece].double(), 0.75 * near + (4 - 0.75**2) ** 0.5 * n2, **ROUNDING)
+        torch.testing.assert_close(
+            x_t[piece].double(), 0.75 * near + (4 - 0.75**2) ** 0.5 * n2, **ROUNDING
+        )
 
 
 def normals(sample, element, seed, stream):
     """Element by element what `reference.philox.normals` draws."""
     zero = torch.zeros_like(sample)
     counter = torch.stack([element // 4, sample, zero, zero + stream], 1)
-    w0, w1, w2, w3 = philox.philox4x32(counter, torch.tensor([seed & philox.WORD, seed >> 32], device=DEVICE)).unbind(1)
-    return torch.stack([*philox.box_muller(w0, w1), *philox.box_muller(w2, w3)], 1).gather(1, element[:, None] % 4)[:, 0]
+    w0, w1, w2, w3 = philox.philox4x32(
+        counter, torch.tensor([seed & philox.WORD, seed >> 32], device=DEVICE)
+    ).unbind(1)
+    return torch.stack([*philox.box_muller(w0, w1), *philox.box_muller(w2, w3)], 1).gather(
+        1, element[:, None] % 4
+    )[:, 0]
 
 
 def test_heun_step(backend):
@@ -126,11 +154,16 @@ def test_adam_ema(backend):
     pieces = cut([*tensors, average])
 
     def step(tensors, average, count):
-        adam_ema_(*([tensor] for tensor in tensors), count, [[average]], [0.9], lr=0.01, backend=backend)
+        adam_ema_(
+            *([tensor] for tensor in tensors), count, [[average]], [0.9], lr=0.01, backend=backend
+        )
 
     step(tensors, average, count)
     for piece, (*parts, expected) in zip(PIECES, pieces, strict=True):
         step(parts, expected, [torch.tensor(3.0, device=DEVICE)])
-        assert all(torch.equal(tensor[piece], part) for tensor, part in zip((*tensors, average), (*parts, expected), strict=True))
+        assert all(
+            torch.equal(tensor[piece], part)
+            for tensor, part in zip((*tensors, average), (*parts, expected), strict=True)
+        )
     tensors[1][-1] = torch.inf
     assert found_inf(tensors[1:2], backend=backend).item() == 1

@@ -4,8 +4,9 @@
 
 Each part starts runs of twelve steps, ends them in its way at random moments, half of them in the
 middle of writing, goes on with what is left, and compares what comes of it with a run in one go.
-The parts: edm, ct, ddpm (each with 0 and 2 readers), processes (two), signals, torchrun, power. For the
-last a file system in a file is cut off: it needs root and a loop device, and is left out without.
+The parts: edm, ct, ddpm (each with 0 and 2 readers), processes (two), signals, torchrun, power. For
+the last a file system in a file is cut off: it needs root and a loop device, and is left out
+without.
 """
 
 import argparse

@@ -1,4 +1,5 @@
 """The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert` and `demo`."""
+
 import importlib
 import sys
 
@@ -28,7 +29,9 @@ else:
             except ModuleNotFoundError as error:
                 if error.name not in EXTRAS:
                     raise
-                raise click.ClickException(f"{error.name} is not installed; run: pip install 'tdkern[train]'") from error
+                raise click.ClickException(
+                    f"{error.name} is not installed; run: pip install 'tdkern[train]'"
+                ) from error
 
         def main(self, *args, **kwargs):
             open_standard_streams()
@@ -43,6 +46,8 @@ else:
         """--target_ema_tau is --target-ema-tau, and td-weight's pairwise-x0 is pairwise_x0."""
         return token.replace("_", "-")
 
-    @click.group(cls=Commands, context_settings={"token_normalize_func": hyphens, "max_content_width": 120})
+    @click.group(
+        cls=Commands, context_settings={"token_normalize_func": hyphens, "max_content_width": 120}
+    )
     def main():
         """Train diffusion models with a temporal-difference loss, and sample from them."""

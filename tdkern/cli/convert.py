@@ -1,4 +1,5 @@
 """`tdkern convert`."""
+
 import click
 
 from ..data.files import one_line
@@ -10,7 +11,11 @@ from ..training import load_network
 @click.command()
 @click.argument("src")
 @click.argument("dst")
-@click.option("--diffusers", is_flag=True, help="Write the averaged U-Net of SRC as a folder DST that diffusers' UNet2DModel reads.")
+@click.option(
+    "--diffusers",
+    is_flag=True,
+    help="Write the averaged U-Net of SRC as a folder DST that diffusers' UNet2DModel reads.",
+)
 def convert(src, dst, diffusers):
     """Write a network that another program saved as one file, without running it.
 

@@ -1,4 +1,5 @@
 """`tdkern generate`."""
+
 import os
 from inspect import signature
 from pathlib import Path
@@ -19,33 +20,121 @@ from .types import Numbers, Real, boolean, on_command_line
 
 
 @click.command()
-@click.option("--network", required=True, metavar="DIR", help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.")
+@click.option(
+    "--network",
+    required=True,
+    metavar="DIR",
+    help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.",
+)
 @click.option("--outdir", metavar="DIR", help="Where the images go, one PNG for each seed.")
-@click.option("--seeds", type=Numbers(int), default="0-63", show_default=True, metavar="LIST", help="One image for each seed, such as 1,2,5-10.")
+@click.option(
+    "--seeds",
+    type=Numbers(int),
+    default="0-63",
+    show_default=True,
+    metavar="LIST",
+    help="One image for each seed, such as 1,2,5-10.",
+)
 @click.option("--subdirs", is_flag=True, help="A subdirectory for every 1000 seeds.")
-@click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]")
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once.")
-@click.option("--sampler", type=click.Choice(list(SAMPLERS)),
-              help="onestep and multistep are for consistency models, whose default is onestep, or "
-                   "multistep with --steps. [default: heun; ablation with --solver, --disc, "
-                   "--schedule or --scaling]")
-@click.option("--steps", type=click.IntRange(min=1), default=18, show_default=True, help="Sampling steps.")
-@click.option("--sigma_min", type=Real(), help="Lowest noise level. [default: 0.002, or that of --disc]")
-@click.option("--sigma_max", type=Real(), help="Highest noise level. [default: 80, or that of --disc]")
+@click.option(
+    "--class", "class_idx", type=click.IntRange(min=0), help="Class of all images. [default: drawn]"
+)
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at once."
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(list(SAMPLERS)),
+    help="onestep and multistep are for consistency models, whose default is onestep, or "
+    "multistep with --steps. [default: heun; ablation with --solver, --disc, "
+    "--schedule or --scaling]",
+)
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=18, show_default=True, help="Sampling steps."
+)
+@click.option(
+    "--sigma_min", type=Real(), help="Lowest noise level. [default: 0.002, or that of --disc]"
+)
+@click.option(
+    "--sigma_max", type=Real(), help="Highest noise level. [default: 80, or that of --disc]"
+)
 @click.option("--rho", type=Real(), default=7.0, show_default=True, help="Exponent of the steps.")
-@click.option("--S_churn", "S_churn", type=Real(), default=0.0, show_default=True, help="Strength of added noise.")
-@click.option("--S_min", "S_min", type=Real(), default=0.0, show_default=True, help="Lowest noise level with added noise.")
-@click.option("--S_max", "S_max", type=Real(infinite=True), default=float("inf"), show_default=True, help="Highest noise level with added noise.")
-@click.option("--S_noise", "S_noise", type=Real(), default=1.0, show_default=True, help="Inflation of the added noise.")
-@click.option("--solver", type=click.Choice(SOLVERS), help="EDM's ablations: the solver. [default: heun]")
-@click.option("--disc", type=click.Choice(list(RANGES)), help="EDM's ablations: how the steps are placed. [default: edm]")
-@click.option("--schedule", type=click.Choice(list(SCHEDULES)), help="EDM's ablations: sigma(t). [default: linear]")
-@click.option("--scaling", type=click.Choice(SCALINGS), help="EDM's ablations: s(t). [default: none]")
-@click.option("--eta", type=Real(), default=0.0, show_default=True, help="Share of new noise in a step of ddim.")
-@click.option("--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc.")
+@click.option(
+    "--S_churn",
+    "S_churn",
+    type=Real(),
+    default=0.0,
+    show_default=True,
+    help="Strength of added noise.",
+)
+@click.option(
+    "--S_min",
+    "S_min",
+    type=Real(),
+    default=0.0,
+    show_default=True,
+    help="Lowest noise level with added noise.",
+)
+@click.option(
+    "--S_max",
+    "S_max",
+    type=Real(infinite=True),
+    default=float("inf"),
+    show_default=True,
+    help="Highest noise level with added noise.",
+)
+@click.option(
+    "--S_noise",
+    "S_noise",
+    type=Real(),
+    default=1.0,
+    show_default=True,
+    help="Inflation of the added noise.",
+)
+@click.option(
+    "--solver", type=click.Choice(SOLVERS), help="EDM's ablations: the solver. [default: heun]"
+)
+@click.option(
+    "--disc",
+    type=click.Choice(list(RANGES)),
+    help="EDM's ablations: how the steps are placed. [default: edm]",
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(list(SCHEDULES)),
+    help="EDM's ablations: sigma(t). [default: linear]",
+)
+@click.option(
+    "--scaling", type=click.Choice(SCALINGS), help="EDM's ablations: s(t). [default: none]"
+)
+@click.option(
+    "--eta",
+    type=Real(),
+    default=0.0,
+    show_default=True,
+    help="Share of new noise in a step of ddim.",
+)
+@click.option(
+    "--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc."
+)
 @boolean("--clip_denoised", "Clamp what onestep and multistep denoise to the images' range.")
 @click.option("--grid", metavar="FILE.png", help="Also write all images into one file.")
-def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, sigma_min, sigma_max, rho, grid, disc, **options):
+def generate(
+    network,
+    outdir,
+    seeds,
+    subdirs,
+    class_idx,
+    batch,
+    sampler,
+    steps,
+    sigma_min,
+    sigma_max,
+    rho,
+    grid,
+    disc,
+    **options,
+):
     """Draw images from a trained network, by default with EDM's second-order sampler.
 
     An image depends on its seed, not on the others. Start with torchrun to use several GPUs.
@@ -67,9 +156,13 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
     least = SAMPLERS[sampler].least_steps
     if steps < least:
         raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
-    sigmas, follow = sampling_levels(net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+    sigmas, follow = sampling_levels(
+        net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
+    )
     options |= follow | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx} | choice(meta)
-    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][process.rank :: process.world]
+    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][
+        process.rank :: process.world
+    ]
     paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
     _prepare(paths, grid)
     images = []
@@ -84,14 +177,20 @@ def generate(network, outdir, seeds, subdirs, class_idx, batch, sampler, steps, 
         save_grid(grid, images, columns=round(len(images) ** 0.5))
     if process.world > 1:
         count = sum(map(len, batches))
-        click.echo(f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images", err=True)
+        click.echo(
+            f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images",
+            err=True,
+        )
 
 
 def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:
     """Where each seed's image goes; none without an outdir."""
     if not outdir:
         return {}
-    return {seed: Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "", f"{seed:06d}.png") for seed in seeds}
+    return {
+        seed: Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "", f"{seed:06d}.png")
+        for seed in seeds
+    }
 
 
 def _prepare(paths: dict[int, Path], grid: str | None) -> None:
@@ -108,7 +207,9 @@ def _prepare(paths: dict[int, Path], grid: str | None) -> None:
         remove_leftovers(folder, names.__contains__)
     for path in (*paths.values(), *([Path(grid)] if grid else ())):
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder; give the name of a file, such as {path}/grid.png")
+            raise IsADirectoryError(
+                f"{path} is a folder; give the name of a file, such as {path}/grid.png"
+            )
 
 
 def _options(sampler: str, disc: str | None, values: dict) -> dict:

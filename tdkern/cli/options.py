@@ -1,4 +1,5 @@
 """The flags of `tdkern train`, made from the fields of `Options` and of the families' losses."""
+
 import dataclasses
 import typing
 from collections import defaultdict

@@ -1,4 +1,5 @@
 """`tdkern train`."""
+
 import json
 import os
 import re
@@ -65,7 +66,8 @@ def train(outdir, preset, config, resume, desc, nosubdirs, dry_run, **values):
         if process.rank == 0:
             if not resume:
                 run_dir = _make_run_dir(Path(outdir), None if nosubdirs else _name(trainer, desc))
-            place = f"{one_line(run_dir)}, image {trainer.nimg} of {options.total_steps * options.batch}"
+            last = options.total_steps * options.batch
+            place = f"{one_line(run_dir)}, image {trainer.nimg} of {last}"
             click.echo(f"{'Going on' if resume else 'Training'} in {place}")
         _run(trainer, run_dir if process.rank == 0 else None)
 
@@ -117,7 +119,9 @@ def _run(trainer: Trainer, run_dir: Path | None) -> None:
     except Exception as error:
         if run_dir is None:
             raise
-        raise click.ClickException(f"{sentence(error)}; {one_line(checkpoint.way_on(run_dir))}") from error
+        raise click.ClickException(
+            f"{sentence(error)}; {one_line(checkpoint.way_on(run_dir))}"
+        ) from error
 
 
 def _absolute(options: dict) -> dict:
@@ -150,9 +154,7 @@ def _new_options(preset: str | None, config: str | None, given: dict) -> Options
 
 
 def _unknown(source, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{source}: does not hold options of this version of tdkern ({error})"
-    )
+    return CheckpointError(f"{source}: does not hold options of this version of tdkern ({error})")
 
 
 def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
@@ -182,8 +184,16 @@ def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
 
 def _name(trainer: Trainer, desc: str | None) -> str:
     options = trainer.options
-    parts = [trainer.dataset.name, "cond" if options.cond else "uncond", options.arch, options.family, "td" if options.td else "edm",
-             f"gpus{options.gpus}", f"batch{options.batch}", options.precision]
+    parts = [
+        trainer.dataset.name,
+        "cond" if options.cond else "uncond",
+        options.arch,
+        options.family,
+        "td" if options.td else "edm",
+        f"gpus{options.gpus}",
+        f"batch{options.batch}",
+        options.precision,
+    ]
     return "-".join(parts + [desc] if desc else parts)
 
 
@@ -204,9 +214,15 @@ def _make_run_dir(outdir: Path, name: str | None) -> Path:
 
 def _numbered(outdir: Path, name: str) -> Path:
     if "/" in name or "\0" in name:
-        raise click.ClickException(f"--desc and the data's name must be part of a folder's name, got {one_line(name)}")
+        raise click.ClickException(
+            f"--desc and the data's name must be part of a folder's name, got {one_line(name)}"
+        )
     while True:
-        numbers = [int(match[0]) for path in outdir.iterdir() if (match := re.match(r"\d+(?=-)", path.name))]
+        numbers = [
+            int(match[0])
+            for path in outdir.iterdir()
+            if (match := re.match(r"\d+(?=-)", path.name))
+        ]
         run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
         try:
             run_dir.mkdir()
@@ -216,10 +232,22 @@ def _numbered(outdir: Path, name: str) -> Path:
 
 
 def _check_free(outdir: Path) -> None:
-    """Refuse a directory that holds a run, or other things' files of the names that a run writes."""
+    """Refuse a directory that holds a run, or other things' files of the names that a run
+    writes.
+    """
     if (outdir / "training_options.json").exists():
-        raise click.ClickException(f"{outdir}: holds a run; go on with it by --resume, or give another --outdir")
+        raise click.ClickException(
+            f"{outdir}: holds a run; go on with it by --resume, or give another --outdir"
+        )
     for path in outdir.iterdir():
-        ours = path.name in checkpoint.RECORDS or checkpoint.NAME.fullmatch(path.name) or checkpoint.GRID.fullmatch(path.name)
+        ours = (
+            path.name in checkpoint.RECORDS
+            or checkpoint.NAME.fullmatch(path.name)
+            or checkpoint.GRID.fullmatch(path.name)
+        )
         if ours:
-            raise click.ClickException(one_line(f"{outdir}: holds {path.name}, which a run would write; give another --outdir"))
+            raise click.ClickException(
+                one_line(
+                    f"{outdir}: holds {path.name}, which a run would write; give another --outdir"
+                )
+            )

@@ -1,4 +1,5 @@
 """Kinds of command-line values."""
+
 import math
 
 import click
@@ -35,7 +36,11 @@ class Numbers(click.ParamType):
         try:
             for part in value.split(","):
                 first, dash, last = part.partition("-")
-                many = range(int(first), int(last) + 1) if dash and self.number is int else [self.number(part)]
+                many = (
+                    range(int(first), int(last) + 1)
+                    if dash and self.number is int
+                    else [self.number(part)]
+                )
                 if len(numbers) + len(many) > MOST:
                     self.fail(f"{value!r} has more than {MOST:,} numbers", param, ctx)
                 numbers += many
@@ -57,7 +62,16 @@ def boolean_option(*names: str, help: str):
 
 def boolean(name: str, help: str):
     """A switch as EDM's: `--xflip`, `--xflip=1` or `--xflip False`."""
-    return click.option(name, type=bool, is_flag=False, flag_value=True, default=False, show_default=True, metavar="[BOOL]", help=help)
+    return click.option(
+        name,
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        default=False,
+        show_default=True,
+        metavar="[BOOL]",
+        help=help,
+    )
 
 
 def on_command_line(name: str) -> bool:

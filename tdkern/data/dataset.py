@@ -1,4 +1,5 @@
 """EDM's image data sets: a folder or zip of PNG and JPEG files and dataset.json; or packed."""
+
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +70,10 @@ class ImageDataset(torch.utils.data.Dataset):
         self.names = sorted(filter(is_image, listing.sizes))
         if not self.names:
             others = f" beside {self.left_out}" if self.left_out else ""
-            raise DatasetError(f"{self.path}: no {', '.join(EXTENSIONS)} file in it{others}; "
-                               "give the folder or zip that holds the images")
+            raise DatasetError(
+                f"{self.path}: no {', '.join(EXTENSIONS)} file in it{others}; "
+                "give the folder or zip that holds the images"
+            )
         if max_size is not None:
             if max_size < 1:
                 raise DatasetError(f"ImageDataset: max_size must be at least 1, got {max_size}")

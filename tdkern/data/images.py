@@ -1,4 +1,5 @@
 """Images between pixels and numbers: uint8 0..255 on disk, float -1..1 in training."""
+
 import io
 from pathlib import Path
 
@@ -46,4 +47,9 @@ def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
     rows = -(-n // columns)
     grid = images.new_zeros(rows * columns, c, h, w)
     grid[:n] = images
-    save_image(path, grid.reshape(rows, columns, c, h, w).permute(2, 0, 3, 1, 4).reshape(c, rows * h, columns * w))
+    save_image(
+        path,
+        grid.reshape(rows, columns, c, h, w)
+        .permute(2, 0, 3, 1, 4)
+        .reshape(c, rows * h, columns * w),
+    )

@@ -1,4 +1,7 @@
-"""The order of images and every other random choice, each a pure function of the seed and where it is used: resuming needs no generator's state."""
+"""The order of images and every other random choice, each a pure function of the seed and where it
+is used: resuming needs no generator's state.
+"""
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,18 +19,28 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
     Args:
         seed: the run's seed, >= 0.
         stream: a name in STREAMS.
-        numbers: what tells this use from the stream's others, each >= 0, e.g. the training step and the rank.
+        numbers: what tells this use from the stream's others, each >= 0, e.g. the training step and
+            the rank.
     """
-    return int(np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *numbers)).generate_state(1, np.uint64)[0])
+    return int(
+        np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *numbers)).generate_state(
+            1, np.uint64
+        )[0]
+    )
 
 
-@tensor_cache(maxsize=2)  # a step touches two epochs at most, unless its batch is larger than the data set
+@tensor_cache(
+    maxsize=2
+)  # a step touches two epochs at most, unless its batch is larger than the data set
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch)))
+    return torch.randperm(
+        size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
+    )
 
 
 def step_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
-    """The image indices [batch] of training step `step`: consecutive places in the sequence of every epoch's own permutation.
+    """The image indices [batch] of training step `step`: consecutive places in the sequence of
+    every epoch's own permutation.
 
     Args:
         size: images in the data set, > 0.
@@ -45,10 +58,26 @@ def step_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
 
 
 class StepBatches:
-    """A batch sampler for `DataLoader`: the indices of steps first_step .. last_step - 1, of them this rank's share."""
+    """A batch sampler for `DataLoader`: the indices of steps first_step .. last_step - 1, of them
+    this rank's share.
+    """
 
-    def __init__(self, size: int, batch: int, seed: int, first_step: int, last_step: int, rank: int = 0, world: int = 1):
-        self.size, self.batch, self.seed, self.steps = size, batch, seed, range(first_step, last_step)
+    def __init__(
+        self,
+        size: int,
+        batch: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.size, self.batch, self.seed, self.steps = (
+            size,
+            batch,
+            seed,
+            range(first_step, last_step),
+        )
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
     def __len__(self) -> int:

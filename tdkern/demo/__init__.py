@@ -1,7 +1,19 @@
 """`tdkern demo`: a family with and without TD on a problem whose exact denoiser is known."""
+
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
 from .report import conclusion, report, to_json
 from .study import Config, Study, run_study
 
-__all__ = ["FAMILIES", "STUDY", "Config", "Family", "Study", "conclusion", "draw_picture", "report", "run_study", "to_json"]
+__all__ = [
+    "FAMILIES",
+    "STUDY",
+    "Config",
+    "Family",
+    "Study",
+    "conclusion",
+    "draw_picture",
+    "report",
+    "run_study",
+    "to_json",
+]

@@ -1,4 +1,5 @@
 """What a study needs to know of a family: losses, network, noise levels and sampler."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +14,13 @@ from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
-BANDS = ((0.02, 0.2, 6), (0.2, 0.4, 2), (0.4, 4.0, 6), (4.0, 12.0, 3), (12.0, 40.0, 3))  # noise levels from, to, and how many are measured
+BANDS = (
+    (0.02, 0.2, 6),
+    (0.2, 0.4, 2),
+    (0.4, 4.0, 6),
+    (4.0, 12.0, 3),
+    (12.0, 40.0, 3),
+)  # noise levels from, to, and how many are measured
 
 
 class Levels:
@@ -22,7 +29,10 @@ class Levels:
     They are the middles, in log sigma, of the cells that make up BANDS.
     """
 
-    edges = torch.tensor([lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]], dtype=torch.float64)
+    edges = torch.tensor(
+        [lo * (hi / lo) ** (i / n) for lo, hi, n in BANDS for i in range(n)] + [BANDS[-1][1]],
+        dtype=torch.float64,
+    )
     sigma = (edges[1:] * edges[:-1]).sqrt()
     band = torch.repeat_interleave(torch.arange(len(BANDS)), torch.tensor([n for *_, n in BANDS]))
 
@@ -48,14 +58,18 @@ class Family:
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
     # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
     network: Callable[[nn.Module], nn.Module]
-    draw: Callable[[int, torch.Generator], dict[str, Tensor]]  # n noise levels, as a keyword of `loss.pair`
+    draw: Callable[
+        [int, torch.Generator], dict[str, Tensor]
+    ]  # n noise levels, as a keyword of `loss.pair`
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
     sampler_name: str
     sigmas: Callable[[int], Tensor]  # the sampler's levels for so many steps
     budgets: tuple[int, ...]  # sampling steps
     config: dict = field(default_factory=dict)  # what it needs otherwise than `study.Config` has it
-    exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise  # what a perfect network gives
+    exact: Callable[[GaussianMixture], Callable] = lambda mixture: (
+        mixture.denoise
+    )  # what a perfect network gives
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
     # over training: the distance of samples with the smallest budget instead of the error
@@ -76,12 +90,26 @@ class Timed(nn.Module):
 
     label_dim = 0
 
-    def __init__(self, mlp: nn.Module, lo: float, hi: float, c_in: Callable[[Tensor], Tensor] = torch.ones_like):
+    def __init__(
+        self,
+        mlp: nn.Module,
+        lo: float,
+        hi: float,
+        c_in: Callable[[Tensor], Tensor] = torch.ones_like,
+    ):
         super().__init__()
         self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
 
-    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
-        return self.mlp(self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6)
+    def forward(
+        self,
+        x: Tensor,
+        c_noise: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        return self.mlp(
+            self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6
+        )
 
 
 def _losses(family: str, baseline: str, **td) -> dict[str, Loss]:

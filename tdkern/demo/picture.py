@@ -1,4 +1,5 @@
 """The demo's numbers as a picture."""
+
 import io
 
 import torch
@@ -30,7 +31,9 @@ def draw_picture(study: Study) -> bytes:
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    bottom.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11)
+    bottom.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=11
+    )
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.getvalue()
@@ -52,16 +55,41 @@ def _samples(study: Study, figure) -> None:
     grid = torch.cartesian_prod(ticks, ticks)
     density = study.mixture.log_prob(grid, 0.0).unflatten(0, (141, 141)).T.exp()
     mass = density.flatten().sort(descending=True).values
-    levels = [mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)]
-    figure.suptitle(f"{study.config.seeds} paired seeds, {study.config.iterations} iterations of batch {study.config.batch}.  "
-                    f"Samples of the first seed after {study.family.budgets[-1]} steps; the lines hold 50, 90 and 99 % of the data", fontsize=12)
-    panels = [(study.family.exact_name.removeprefix("the "), study.exact_samples, study.exact_distance[-1])]
-    panels += [(name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()]
+    levels = [
+        mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)
+    ]
+    figure.suptitle(
+        f"{study.config.seeds} paired seeds, {study.config.iterations} iterations of batch "
+        f"{study.config.batch}.  "
+        f"Samples of the first seed after {study.family.budgets[-1]} steps; the lines hold 50, 90 "
+        "and 99 % of the data",
+        fontsize=12,
+    )
+    panels = [
+        (
+            study.family.exact_name.removeprefix("the "),
+            study.exact_samples,
+            study.exact_distance[-1],
+        )
+    ]
+    panels += [
+        (name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()
+    ]
     colors = [EXACT] + [color for color, _ in STYLES]
-    for axis, (name, samples, distance), color in zip(figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=False):
+    for axis, (name, samples, distance), color in zip(
+        figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=False
+    ):
         axis.scatter(*samples.T.numpy(), s=1.5, color=color, alpha=0.45, linewidths=0)
-        axis.contour(ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7)
-        axis.set(title=f"{name}\nsliced W2 {distance:.3f}", aspect="equal", xlim=(-1.5, 1.3), ylim=(-1.5, 1.3), xlabel="$x_1$")
+        axis.contour(
+            ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7
+        )
+        axis.set(
+            title=f"{name}\nsliced W2 {distance:.3f}",
+            aspect="equal",
+            xlim=(-1.5, 1.3),
+            ylim=(-1.5, 1.3),
+            xlabel="$x_1$",
+        )
         axis.label_outer()
     figure.axes[0].set_ylabel("$x_2$")
 
@@ -71,9 +99,16 @@ def _error(study: Study, axis) -> None:
     for name, outcome, style in _lines(study):
         mean, error = _spread(outcome.error)
         axis.plot(sigma, mean, label=name, **style)
-        axis.fill_between(sigma, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
-    axis.set(xscale="log", yscale="log", xlabel=r"noise level $\sigma$", ylabel="excess EDM loss",
-             title=f"Denoiser error\nmean ± standard error, {study.config.seeds} seeds")
+        axis.fill_between(
+            sigma, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0
+        )
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel=r"noise level $\sigma$",
+        ylabel="excess EDM loss",
+        title=f"Denoiser error\nmean ± standard error, {study.config.seeds} seeds",
+    )
 
 
 def _difference(study: Study, axis) -> None:
@@ -86,23 +121,47 @@ def _difference(study: Study, axis) -> None:
         differences = Difference.of(levels.by_band(outcome.error), baseline)
         x = [place + 0.19 * (i - 2.5) for place in places]
         percent, error = [d.percent for d in differences], [d.error for d in differences]
-        axis.errorbar(x, percent, [CLEAR * e for e in error], fmt="none", ecolor=style["color"], elinewidth=1)
-        axis.errorbar(x, percent, error, fmt=style["marker"], color=style["color"], markersize=6, elinewidth=3)
+        axis.errorbar(
+            x, percent, [CLEAR * e for e in error], fmt="none", ecolor=style["color"], elinewidth=1
+        )
+        axis.errorbar(
+            x, percent, error, fmt=style["marker"], color=style["color"], markersize=6, elinewidth=3
+        )
     axis.axhline(0, color=STYLES[0][0], linewidth=1)
-    axis.set(xticks=list(places), xticklabels=[*BAND_NAMES, "all"], xlabel=r"noise level $\sigma$", ylabel=f"% of {name}'s error",
-             title=f"Paired difference from {name}\nbars: 1 and {CLEAR} standard errors")
+    axis.set(
+        xticks=list(places),
+        xticklabels=[*BAND_NAMES, "all"],
+        xlabel=r"noise level $\sigma$",
+        ylabel=f"% of {name}'s error",
+        title=f"Paired difference from {name}\nbars: 1 and {CLEAR} standard errors",
+    )
 
 
 def _distance(study: Study, axis) -> None:
     budgets = study.family.budgets
     axis.axhline(1, color=EXACT, linestyle="--", linewidth=2)
     exact = study.family.exact_name.removeprefix("the ")
-    axis.annotate(exact, (1, 1), (-4, -13), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=EXACT)
+    axis.annotate(
+        exact,
+        (1, 1),
+        (-4, -13),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        color=EXACT,
+    )
     for i, (_, outcome, style) in enumerate(_lines(study)):
         mean, error = _spread(outcome.distance / study.exact_distance)
-        axis.errorbar([place + 0.07 * (i - 2) for place in range(len(budgets))], mean, error, **style)
-    axis.set(xticks=range(len(budgets)), xticklabels=budgets, xlabel=f"steps of {study.family.sampler_name}",
-             ylabel=f"sliced W2 / sliced W2 of {study.family.exact_name}", title="Distance of samples from the data\nmean ± standard error")
+        axis.errorbar(
+            [place + 0.07 * (i - 2) for place in range(len(budgets))], mean, error, **style
+        )
+    axis.set(
+        xticks=range(len(budgets)),
+        xticklabels=budgets,
+        xlabel=f"steps of {study.family.sampler_name}",
+        ylabel=f"sliced W2 / sliced W2 of {study.family.exact_name}",
+        title="Distance of samples from the data\nmean ± standard error",
+    )
 
 
 def _training(study: Study, axis) -> None:
@@ -112,6 +171,11 @@ def _training(study: Study, axis) -> None:
         cost = torch.tensor(outcome.curve_steps).numpy() * (outcome.step_ms / first.step_ms) / 1000
         axis.errorbar(cost, mean, error, **style)
     samples = study.family.follow_samples
-    axis.set(yscale="log", xlabel=f"training time, in 1,000 steps of {baseline}",
-             title=f"{'Samples' if samples else 'Error'} over training\nmean ± standard error",
-             ylabel=f"sliced W2, {study.family.budgets[0]} step" if samples else "excess EDM loss, all noise levels")
+    axis.set(
+        yscale="log",
+        xlabel=f"training time, in 1,000 steps of {baseline}",
+        title=f"{'Samples' if samples else 'Error'} over training\nmean ± standard error",
+        ylabel=f"sliced W2, {study.family.budgets[0]} step"
+        if samples
+        else "excess EDM loss, all noise levels",
+    )

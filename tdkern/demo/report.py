@@ -1,4 +1,5 @@
 """The demo's numbers as tables, as one sentence and as JSON."""
+
 import textwrap
 from dataclasses import asdict
 from typing import NamedTuple
@@ -26,7 +27,15 @@ class Difference(NamedTuple):
     def of(cls, values: Tensor, baseline: Tensor) -> list["Difference"]:
         """One a column of [seeds, columns], the rows of both being paired."""
         gap = 100 * (values - baseline) / baseline.mean(0)
-        return [cls(*numbers) for numbers in zip(gap.mean(0).tolist(), (gap.std(0) / len(gap) ** 0.5).tolist(), (gap < 0).sum(0).tolist(), strict=True)]
+        return [
+            cls(*numbers)
+            for numbers in zip(
+                gap.mean(0).tolist(),
+                (gap.std(0) / len(gap) ** 0.5).tolist(),
+                (gap < 0).sum(0).tolist(),
+                strict=True,
+            )
+        ]
 
     def __str__(self) -> str:
         digits = 1 if abs(self.percent) < 9.95 and self.error < 9.95 else 0
@@ -149,7 +158,9 @@ def conclusion(study: Study) -> str:
     levels, budgets = study.family.levels, study.family.budgets
     clauses = []
     for title, other in (("equal steps", baseline), (f"equal compute ({longer})", longer)):
-        errors = Difference.of(*(levels.by_band(study.outcomes[name].error) for name in ("TD", other)))
+        errors = Difference.of(
+            *(levels.by_band(study.outcomes[name].error) for name in ("TD", other))
+        )
         distances = Difference.of(*(study.outcomes[name].distance for name in ("TD", other)))
         levels_by_name = [*(f"sigma {name}" for name in BAND_NAMES), "all sigma together"]
         steps_by_name = ["1 step" if steps == 1 else f"{steps} steps" for steps in budgets]
@@ -157,7 +168,10 @@ def conclusion(study: Study) -> str:
             f"at {title} its denoiser error is {_verdict(errors, levels_by_name)}, "
             f"its sample distance {_verdict(distances, steps_by_name)}"
         )
-    return f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} standard errors: {'; '.join(clauses)}."
+    return (
+        f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} "
+        f"standard errors: {'; '.join(clauses)}."
+    )
 
 
 def to_json(study: Study) -> dict:
@@ -170,13 +184,21 @@ def to_json(study: Study) -> dict:
         "torch": torch.__version__,
         "config": asdict(study.config),
         "compute": study.compute,
-        "levels": {"sigma": Levels.sigma.tolist(), "band": [BAND_NAMES[i] for i in Levels.band], "share_of_training": study.family.levels.share.tolist()},
+        "levels": {
+            "sigma": Levels.sigma.tolist(),
+            "band": [BAND_NAMES[i] for i in Levels.band],
+            "share_of_training": study.family.levels.share.tolist(),
+        },
         "sampler": study.family.sampler_name,
         "steps": study.family.budgets,
         "exact_denoiser_distance": study.exact_distance.tolist(),
         "independent_draws_distance": study.random_distance,
         "methods": {
-            name: {key: value.tolist() if isinstance(value, Tensor) else value for key, value in vars(outcome).items() if key != "samples"}
+            name: {
+                key: value.tolist() if isinstance(value, Tensor) else value
+                for key, value in vars(outcome).items()
+                if key != "samples"
+            }
             for name, outcome in study.outcomes.items()
         },
         "conclusion": conclusion(study),
@@ -193,10 +215,18 @@ def _verdict(differences: list[Difference], places: list[str]) -> str:
     Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different
     elsewhere".
     """
-    clear = [(place, difference) for place, difference in zip(places, differences, strict=True) if difference.clear]
+    clear = [
+        (place, difference)
+        for place, difference in zip(places, differences, strict=True)
+        if difference.clear
+    ]
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
-        found = [f"{place} ({difference.percent:+.0f} %)" for place, difference in clear if difference.percent * sign > 0]
+        found = [
+            f"{place} ({difference.percent:+.0f} %)"
+            for place, difference in clear
+            if difference.percent * sign > 0
+        ]
         if found:
             parts.append(f"{word} at {', '.join(found)}")
     if len(clear) < len(places):

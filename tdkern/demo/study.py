@@ -2,6 +2,7 @@
 
 Errors are measured against the exact denoiser.
 """
+
 import copy
 import math
 import time
@@ -34,7 +35,8 @@ class Config:
     seeds: int = 8
     iterations: int = 4000
     seed: int = 0
-    # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD step
+    # iterations of the baseline at equal compute, as a multiple; None: the measured cost of a TD
+    # step
     compute: float | None = None
     batch: int = 16  # of each seed
     width: int = 64
@@ -87,7 +89,9 @@ class Draw(NamedTuple):
 
     def pair(self, loss: Loss) -> TDBatch:
         """The loss's noisy pair."""
-        return loss.pair(self.images, **self.level, **(self.path if _on_a_path(loss) else self.noise))
+        return loss.pair(
+            self.images, **self.level, **(self.path if _on_a_path(loss) else self.noise)
+        )
 
 
 def _on_a_path(loss: Loss) -> bool:
@@ -112,7 +116,12 @@ class Run:
     """One method in training: all seeds as one batched network, its averages and its optimizer."""
 
     def __init__(self, config: Config, loss: Loss, net: torch.nn.Module, iterations: int):
-        self.config, self.loss, self.net, self.iterations = config, loss, copy.deepcopy(net), iterations
+        self.config, self.loss, self.net, self.iterations = (
+            config,
+            loss,
+            copy.deepcopy(net),
+            iterations,
+        )
         self.ema, self.target = EMA(net), EMA(net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
         self.seconds, self.curve_steps, self.curve = [], [], []
@@ -132,7 +141,14 @@ class Run:
         terms = self.loss.evaluate(self.net, self.target.module, batch, gradient_scale=scale)
         terms.loss.sum().backward()
         self.optimizer.step()
-        self.ema.update(self.net, edm_decay(config.batch, config.ema_halflife * self.iterations * config.batch, (step + 1) * config.batch))
+        self.ema.update(
+            self.net,
+            edm_decay(
+                config.batch,
+                config.ema_halflife * self.iterations * config.batch,
+                (step + 1) * config.batch,
+            ),
+        )
         if batch.x_tp is not None:
             self.target.update(self.net, target_decay(config.target_ema_tau, step))
         self.seconds.append(time.thread_time() - started)
@@ -144,7 +160,14 @@ class Run:
             self.curve.append(follow(self.ema.module))
 
 
-def train(config: Config, mixture: GaussianMixture, family: Family, losses: dict[str, Loss], iterations: int, desc: str) -> dict[str, Run]:
+def train(
+    config: Config,
+    mixture: GaussianMixture,
+    family: Family,
+    losses: dict[str, Loss],
+    iterations: int,
+    desc: str,
+) -> dict[str, Run]:
     """Train methods in turns, step by step, so that a busy machine slows them alike."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -154,10 +177,14 @@ def train(config: Config, mixture: GaussianMixture, family: Family, losses: dict
     def follow(net: torch.nn.Module) -> Tensor:
         if family.follow_samples:
             return data.distance(net, config.seeds, family, family.budgets[:1])[0][:, 0]
-        return levels.overall(denoiser_error(net, mixture, levels.sigma, num_models=config.seeds, n=128))
+        return levels.overall(
+            denoiser_error(net, mixture, levels.sigma, num_models=config.seeds, n=128)
+        )
 
     runs = {name: Run(config, loss, net, iterations) for name, loss in losses.items()}
-    for step, draw in enumerate(tqdm(islice(draws(config, mixture, family), iterations), desc, iterations, unit="it")):
+    for step, draw in enumerate(
+        tqdm(islice(draws(config, mixture, family), iterations), desc, iterations, unit="it")
+    ):
         for run in runs.values():
             run.step(draw, step)
             run.measure(step + 1, follow)
@@ -182,7 +209,9 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
         FloatingPointError: a seed diverged.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the matrices are so small that a second thread would only be waited for
+    torch.set_num_threads(
+        1
+    )  # the matrices are so small that a second thread would only be waited for
     try:
         return _run_study(replace(config, **family.config), family)
     finally:
@@ -192,11 +221,28 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
 def _run_study(config: Config, family: Family) -> Study:
     mixture, losses = GaussianMixture.ring(), family.losses
     baseline = next(iter(losses))
-    runs = train(config, mixture, family, losses, config.iterations, f"{len(losses)} methods x {config.seeds} seeds")
-    step_ms = {name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item() for name, run in runs.items()}
+    runs = train(
+        config,
+        mixture,
+        family,
+        losses,
+        config.iterations,
+        f"{len(losses)} methods x {config.seeds} seeds",
+    )
+    step_ms = {
+        name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item()
+        for name, run in runs.items()
+    }
     compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
     name = f"{baseline}, {compute:.2f}x iterations"
-    runs |= train(config, mixture, family, {name: losses[baseline]}, round(compute * config.iterations), f"{baseline} at equal compute")
+    runs |= train(
+        config,
+        mixture,
+        family,
+        {name: losses[baseline]},
+        round(compute * config.iterations),
+        f"{baseline} at equal compute",
+    )
     step_ms[name] = step_ms[baseline]
 
     data, exact = Samples(config, mixture), family.exact(mixture)
@@ -204,30 +250,58 @@ def _run_study(config: Config, family: Family) -> Study:
     outcomes = {}
     for name, run in tqdm(runs.items(), "sampling", unit="method"):
         distance, samples = data.distance(run.ema.module, config.seeds, family, family.budgets)
-        error = denoiser_error(run.ema.module, mixture, Levels.sigma, num_models=config.seeds, exact=exact)
+        error = denoiser_error(
+            run.ema.module, mixture, Levels.sigma, num_models=config.seeds, exact=exact
+        )
         if not (error.isfinite().all() and distance.isfinite().all()):
             raise FloatingPointError(f"run_study: a seed of {name} diverged")
-        outcomes[name] = Outcome(run.iterations, step_ms[name], run.curve_steps, torch.stack(run.curve), error, distance, samples)
-    random = sliced_w2(mixture.sample(config.points, torch.Generator().manual_seed(config.seed)), data.reference)
-    return Study(family, config, mixture, compute, outcomes, exact_distance[0], exact_samples, random.item())
+        outcomes[name] = Outcome(
+            run.iterations,
+            step_ms[name],
+            run.curve_steps,
+            torch.stack(run.curve),
+            error,
+            distance,
+            samples,
+        )
+    random = sliced_w2(
+        mixture.sample(config.points, torch.Generator().manual_seed(config.seed)), data.reference
+    )
+    return Study(
+        family, config, mixture, compute, outcomes, exact_distance[0], exact_samples, random.item()
+    )
 
 
 class Samples:
     """The latents that samplers start from, and the data that samples are compared with."""
 
     def __init__(self, config: Config, mixture: GaussianMixture):
-        self.seed, self.latents, self.reference = config.seed, normal_points(config.points, 2, seed=config.seed + 1000), mixture.points(config.points)
+        self.seed, self.latents, self.reference = (
+            config.seed,
+            normal_points(config.points, 2, seed=config.seed + 1000),
+            mixture.points(config.points),
+        )
 
-    def distance(self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    def distance(
+        self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
         """Sliced W2 [num_models, len(budgets)] of samples, and the first model's last ones.
 
         Latents and noise are the same for every model and call.
         """
         distances = []
         for steps in budgets:
-            sigmas, generator, noise = family.sigmas(steps), torch.Generator().manual_seed(self.seed), {}
+            sigmas, generator, noise = (
+                family.sigmas(steps),
+                torch.Generator().manual_seed(self.seed),
+                {},
+            )
             if "randn_like" in signature(family.sampler).parameters:
-                noise["randn_like"] = lambda x, generator=generator: torch.randn(self.latents.shape, generator=generator, dtype=x.dtype).repeat(num_models, 1)
-            samples = family.sampler(denoiser, sigmas[0] * self.latents.repeat(num_models, 1), sigmas, **noise).unflatten(0, (num_models, -1))
+                noise["randn_like"] = lambda x, generator=generator: torch.randn(
+                    self.latents.shape, generator=generator, dtype=x.dtype
+                ).repeat(num_models, 1)
+            samples = family.sampler(
+                denoiser, sigmas[0] * self.latents.repeat(num_models, 1), sigmas, **noise
+            ).unflatten(0, (num_models, -1))
             distances.append(sliced_w2(samples, self.reference))
         return torch.stack(distances, 1), samples[0]

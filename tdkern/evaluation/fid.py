@@ -1,4 +1,7 @@
-"""Frechet inception distance: how far the statistics of two sets of images lie apart, in the features of an Inception network."""
+"""Frechet inception distance: how far the statistics of two sets of images lie apart, in the
+features of an Inception network.
+"""
+
 import io
 import lzma
 import math
@@ -26,8 +29,20 @@ MAX_DETECTOR = 1 << 28  # bytes of Inception's weights, which have 95 million
 PATIENCE = 10  # seconds for a server to answer, and before its rate counts
 LEAST_RATE = 20_000  # bytes a second
 # what comes of an .npz file that is none, or damaged
-WRONG_ARRAY = (ValueError, LookupError, TypeError, SyntaxError, MemoryError, RecursionError, RuntimeError,
-               NotImplementedError, tokenize.TokenError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+WRONG_ARRAY = (
+    ValueError,
+    LookupError,
+    TypeError,
+    SyntaxError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    NotImplementedError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
 class Statistics(NamedTuple):
@@ -38,13 +53,16 @@ class Statistics(NamedTuple):
 
 
 class Inception:
-    """The Inception-v3 of the original FID (arXiv 1706.08500), as torch-fidelity has it: images to the 2048 features after its pooling.
+    """The Inception-v3 of the original FID (arXiv 1706.08500), as torch-fidelity has it: images to
+    the 2048 features after its pooling.
 
-    Called with images [B, 3, H, W] uint8, which it resizes to 299 x 299 as TensorFlow 1 did, it gives [B, 2048] float32.
-    Nothing in the weights' file is executed. No gradient. Deterministic on a CPU.
+    Called with images [B, 3, H, W] uint8, which it resizes to 299 x 299 as TensorFlow 1 did, it
+    gives [B, 2048] float32. Nothing in the weights' file is executed. No gradient. Deterministic on
+    a CPU.
 
     Args:
-        weights: torch-fidelity's file of weights; None takes torch.hub's copy of it, which is downloaded where there is none.
+        weights: torch-fidelity's file of weights; None takes torch.hub's copy of it, which is
+            downloaded where there is none.
         device: where it computes.
 
     Raises:
@@ -56,20 +74,44 @@ class Inception:
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision is built for another torch
-            raise ImportError(f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip install 'tdkern[evaluation]'") from error
+            from torch_fidelity.feature_extractor_inceptionv3 import (
+                URL_INCEPTION_V3,
+                FeatureExtractorInceptionV3,
+            )
+        except (
+            ImportError,
+            RuntimeError,
+        ) as error:  # RuntimeError: torchvision is built for another torch
+            raise ImportError(
+                f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip "
+                "install 'tdkern[evaluation]'"
+            ) from error
         path = _fetched(URL_INCEPTION_V3) if weights is None else Path(weights)
         try:
             check_file(path, MAX_DETECTOR)
-            # torch-fidelity unpickles whatever a file holds, so it gets what is left of the file when only tensors are read
+            # torch-fidelity unpickles whatever a file holds, so it gets what is left of the file
+            # when only tensors are read
             tensors = io.BytesIO()
             torch.save(torch.load(path, map_location="cpu", weights_only=True), tensors)
             tensors.seek(0)
-            self.module = FeatureExtractorInceptionV3("inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=tensors).to(device)
-        except (OSError, EOFError, RuntimeError, ValueError, TypeError, AttributeError, KeyError, pickle.UnpicklingError) as error:
+            self.module = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [str(self.dim)], feature_extractor_weights_path=tensors
+            ).to(device)
+        except (
+            OSError,
+            EOFError,
+            RuntimeError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            KeyError,
+            pickle.UnpicklingError,
+        ) as error:
             reason = f"{error}".partition("\n")[0]
-            raise ValueError(f"{path}: does not hold Inception's weights ({reason}); fetch {URL_INCEPTION_V3} and give it as --detector") from error
+            raise ValueError(
+                f"{path}: does not hold Inception's weights ({reason}); fetch {URL_INCEPTION_V3} "
+                "and give it as --detector"
+            ) from error
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.module(images)[0]
@@ -81,25 +123,36 @@ def _fetched(url: str) -> Path:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False)
+            torch.hub.download_url_to_file(
+                url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=False
+            )
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"{path}: cannot be downloaded ({error}); fetch {url} elsewhere and give it as --detector") from error
+            raise ValueError(
+                f"{path}: cannot be downloaded ({error}); fetch {url} elsewhere and give it as "
+                "--detector"
+            ) from error
     return path
 
 
 @torch.no_grad()
-def feature_statistics(batches: Iterable[Tensor], detector, device: torch.device | str = "cpu") -> Statistics:
-    """Mean and covariance of the features of images, those of every process together where processes are joined.
+def feature_statistics(
+    batches: Iterable[Tensor], detector, device: torch.device | str = "cpu"
+) -> Statistics:
+    """Mean and covariance of the features of images, those of every process together where
+    processes are joined.
 
     mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64; every process gets both.
 
     Args:
-        batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the detector as RGB.
-        detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as `Inception`.
+        batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the
+            detector as RGB.
+        detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as
+            `Inception`.
         device: the detector's.
 
     Returns:
-        Statistics, deterministic if the detector is; of the number of processes they depend by float64's rounding.
+        Statistics, deterministic if the detector is; of the number of processes they depend by
+        float64's rounding.
 
     Raises:
         ValueError: there are fewer than two images.
@@ -123,12 +176,13 @@ def feature_statistics(batches: Iterable[Tensor], detector, device: torch.device
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Squared Frechet distance of two Gaussians, FID where they are Inception's (arXiv 1706.08500, eq. 6).
+    """Squared Frechet distance of two Gaussians, FID where they are Inception's (arXiv 1706.08500,
+    eq. 6).
 
     |mu_a - mu_b|^2 + tr sigma_a + tr sigma_b - 2 tr (sigma_a sigma_b)^(1/2)
 
-    The last trace is the sum of the singular values of sigma_a^(1/2) sigma_b^(1/2), with the roots from eigendecompositions,
-    which holds for singular covariances too. Deterministic.
+    The last trace is the sum of the singular values of sigma_a^(1/2) sigma_b^(1/2), with the roots
+    from eigendecompositions, which holds for singular covariances too. Deterministic.
 
     Args:
         a, b: of as many features.
@@ -137,9 +191,13 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
         ValueError: they are not.
     """
     if a.mu.shape != b.mu.shape:
-        raise ValueError(f"frechet_distance: b must have {len(a.mu)} features as a has, got {len(b.mu)}")
+        raise ValueError(
+            f"frechet_distance: b must have {len(a.mu)} features as a has, got {len(b.mu)}"
+        )
     cross = np.linalg.svd(_root(a.sigma).T @ _root(b.sigma), compute_uv=False)
-    return float(np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross.sum())
+    return float(
+        np.square(a.mu - b.mu).sum() + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross.sum()
+    )
 
 
 def _root(sigma: np.ndarray) -> np.ndarray:
@@ -149,7 +207,8 @@ def _root(sigma: np.ndarray) -> np.ndarray:
 
 
 def read_statistics(source: str | Path) -> Statistics:
-    """Statistics from an .npz with `mu` and `sigma`, such as EDM's reference files; nothing in it is executed.
+    """Statistics from an .npz with `mu` and `sigma`, such as EDM's reference files; nothing in it
+    is executed.
 
     Args:
         source: a file, or its address, http:// or https://.
@@ -165,21 +224,38 @@ def read_statistics(source: str | Path) -> Statistics:
         with zipfile.ZipFile(io.BytesIO(data)) as arrays:
             mu, sigma = (_array(arrays, name) for name in ("mu", "sigma"))
     except (OSError, HTTPException, EOFError, *WRONG_ARRAY) as error:
-        raise ValueError(f"{source}: not an .npz file of mu and sigma ({one_line(error)[:200]}); make one with tdkern fid ref") from error
-    if mu.ndim != 1 or sigma.shape != mu.shape * 2 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{source}: mu must be [d] and sigma [d, d], both finite, got {list(mu.shape)} and {list(sigma.shape)}; "
-                         "make one with tdkern fid ref")
+        raise ValueError(
+            f"{source}: not an .npz file of mu and sigma ({one_line(error)[:200]}); make one with "
+            "tdkern fid ref"
+        ) from error
+    if (
+        mu.ndim != 1
+        or sigma.shape != mu.shape * 2
+        or not (np.isfinite(mu).all() and np.isfinite(sigma).all())
+    ):
+        raise ValueError(
+            f"{source}: mu must be [d] and sigma [d, d], both finite, got {list(mu.shape)} and "
+            f"{list(sigma.shape)}; "
+            "make one with tdkern fid ref"
+        )
     return Statistics(mu, sigma)
 
 
 def _array(arrays: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array of an .npz file, as float64; what its header asks for must be there before memory is taken."""
+    """One array of an .npz file, as float64; what its header asks for must be there before memory
+    is taken.
+    """
     info = arrays.getinfo(f"{name}.npy")
     if info.file_size > MAX_ARRAY:
-        raise ValueError(f"{name} has {info.file_size:,} bytes, more than the {MAX_ARRAY:,} allowed")
+        raise ValueError(
+            f"{name} has {info.file_size:,} bytes, more than the {MAX_ARRAY:,} allowed"
+        )
     file = io.BytesIO(arrays.read(info))
     version = np.lib.format.read_magic(file)
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    read_header = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
     shape, fortran, dtype = read_header[version](file)
     if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
         raise ValueError(f"{name} does not hold the numbers that its header says")
@@ -198,12 +274,16 @@ def _download(url: str) -> bytes:
             if size > MAX_STATISTICS:
                 raise OSError(f"more than the {MAX_STATISTICS:,} bytes allowed")
             if seconds > PATIENCE and size < LEAST_RATE * seconds:
-                raise OSError(f"slower than {LEAST_RATE:,} bytes a second; fetch it and give the file")
+                raise OSError(
+                    f"slower than {LEAST_RATE:,} bytes a second; fetch it and give the file"
+                )
     return b"".join(parts)
 
 
 def write_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files reads it."""
+    """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files
+    reads it.
+    """
     file = io.BytesIO()
     np.savez(file, **statistics._asdict())
     write_atomic(path, file.getvalue())

@@ -1,4 +1,5 @@
 """Data whose denoiser is known, Gaussian mixtures, and how far a network is from them."""
+
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ def normal_points(n: int, d: int, seed: int = 0) -> Tensor:
 
     Their averages vary far less than random points'.
     """
-    uniform = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(n, dtype=torch.float64)
+    uniform = torch.quasirandom.SobolEngine(d, scramble=True, seed=seed).draw(
+        n, dtype=torch.float64
+    )
     return math.sqrt(2) * torch.erfinv((2 * uniform - 1).clamp(-1 + 1e-12, 1 - 1e-12))
 
 
@@ -46,7 +49,9 @@ class GaussianMixture:
         """
         weights = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
         stds = torch.tensor([0.10, 0.15, 0.20, 0.25], dtype=torch.float64)
-        means = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64)
+        means = torch.tensor(
+            [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]], dtype=torch.float64
+        )
         means = means - weights @ means
         scale = sigma_data / cls(weights, means, stds).sigma_data
         return cls(weights, scale * means, scale * stds)
@@ -74,12 +79,16 @@ class GaussianMixture:
         x, variance = x.double(), self._variance(sigma)
         posterior = self._joint(x, variance).softmax(1)
         shrink = self.stds**2 / variance  # [B, K]
-        return (posterior * (1 - shrink)) @ self.means + (posterior * shrink).sum(1, keepdim=True) * x
+        return (posterior * (1 - shrink)) @ self.means + (posterior * shrink).sum(
+            1, keepdim=True
+        ) * x
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n, d] float64 independent draws; `generator` None is torch's global one."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        return self.means[k] + self.stds[k, None] * torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return self.means[k] + self.stds[k, None] * torch.randn(
+            n, self.means.shape[1], generator=generator, dtype=torch.float64
+        )
 
     def points(self, n: int) -> Tensor:
         """[n, d] float64 points that cover the mixture evenly, the reference for `sliced_w2`.
@@ -97,11 +106,23 @@ class GaussianMixture:
     def _joint(self, x: Tensor, variance: Tensor) -> Tensor:
         """[B, K]: ln w_k N(x; m_k, variance_k I)."""
         distance = (x[:, None] - self.means).square().sum(2)
-        return self.weights.log() - distance / (2 * variance) - x.shape[1] / 2 * (2 * math.pi * variance).log()
+        return (
+            self.weights.log()
+            - distance / (2 * variance)
+            - x.shape[1] / 2 * (2 * math.pi * variance).log()
+        )
 
 
 @torch.no_grad()
-def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_models: int = 1, n: int = 1024, exact=None) -> Tensor:
+def denoiser_error(
+    denoiser,
+    mixture: GaussianMixture,
+    sigmas: Tensor,
+    *,
+    num_models: int = 1,
+    n: int = 1024,
+    exact=None,
+) -> Tensor:
     """What EDM's loss could still lose at each noise level.
 
     It is the denoiser's loss less the exact denoiser's.
@@ -131,7 +152,12 @@ def denoiser_error(denoiser, mixture: GaussianMixture, sigmas: Tensor, *, num_mo
         x = (x0 + sigma * noise).float()
         D = denoiser(x.repeat(num_models, 1), torch.full((num_models * n,), sigma))
         weight = 1 / sigma**2 + 1 / mixture.sigma_data**2
-        errors.append(weight * (D.unflatten(0, (num_models, n)) - exact(x, x.new_full((n,), sigma))).square().mean((1, 2)))
+        errors.append(
+            weight
+            * (D.unflatten(0, (num_models, n)) - exact(x, x.new_full((n,), sigma)))
+            .square()
+            .mean((1, 2))
+        )
     return torch.stack(errors, 1)
 
 
@@ -152,8 +178,13 @@ def sliced_w2(x: Tensor, y: Tensor, *, projections: int = 64) -> Tensor:
         ValueError: the two do not have as many points, of as many coordinates.
     """
     if x.shape[-2:] != y.shape[-2:]:
-        raise ValueError(f"sliced_w2: y must have shape [..., {x.shape[-2]}, {x.shape[-1]}] as x has, got {list(y.shape)}")
-    u = torch.randn(x.shape[-1], projections, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        raise ValueError(
+            f"sliced_w2: y must have shape [..., {x.shape[-2]}, {x.shape[-1]}] as x has, got "
+            f"{list(y.shape)}"
+        )
+    u = torch.randn(
+        x.shape[-1], projections, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     u = u / u.norm(dim=0)
     gap = (x.double() @ u).sort(-2).values - (y.double() @ u).sort(-2).values
     return gap.square().mean((-2, -1)).sqrt()

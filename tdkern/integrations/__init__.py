@@ -1,4 +1,5 @@
 """Networks that other programs saved, and what other programs read."""
+
 from .convert import convert, load_converted
 from .diffusers import export_diffusers
 from .pickles import PickleError, PickleFile

@@ -1,4 +1,5 @@
 """Networks of EDM, and state dicts of any, from others' files to `model.safetensors`."""
+
 import json
 from pathlib import Path
 
@@ -55,7 +56,9 @@ def convert(src: str | Path, dst: str | Path) -> str:
     if dst.suffix != ".safetensors":
         raise ValueError(f"convert: DST must end in .safetensors, got {dst}")
     if dst.exists():
-        raise ValueError(f"convert: DST must not be there yet, got {dst}; remove it or give another name")
+        raise ValueError(
+            f"convert: DST must not be there yet, got {dst}; remove it or give another name"
+        )
     tensors, meta, done, left = _diffusers(src) if src.is_dir() else _pickled(src)
     if not tensors:
         raise CheckpointError(f"{src}: no tensors in it; give a file that holds a network")
@@ -64,10 +67,15 @@ def convert(src: str | Path, dst: str | Path) -> str:
         build(network, tensors, src)
     meta = {"format": FORMAT, "network": None, "source": src.name, **meta}
     write_atomic(dst, safetensors.torch.save(tensors, {"format": "pt", "tdkern": json.dumps(meta)}))
-    return f"{dst}: {done}: {len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: {left}"
+    return (
+        f"{dst}: {done}: {len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} "
+        f"numbers; left out: {left}"
+    )
 
 
-def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
+def load_converted(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[torch.nn.Module, dict]:
     """The network in a file of `convert`, ready to sample from.
 
     Args:
@@ -95,9 +103,15 @@ def load_converted(path: str | Path, device: torch.device | str = "cpu") -> tupl
             f"{path}: not a file of tdkern convert ({brief(error)}); tdkern convert makes one"
         ) from error
     if version != FORMAT:
-        raise CheckpointError(f"{path}: in format {version}; this tdkern reads format {FORMAT}; update it, or convert the network again")
+        raise CheckpointError(
+            f"{path}: in format {version}; this tdkern reads format {FORMAT}; update it, or "
+            "convert the network again"
+        )
     if not network:
-        raise CheckpointError(f"{path}: holds tensors, and no network that tdkern has; give a file that tdkern convert made of an EDM network")
+        raise CheckpointError(
+            f"{path}: holds tensors, and no network that tdkern has; give a file that tdkern "
+            "convert made of an EDM network"
+        )
     net = build(network, tensors, Path(path)).to(device)
     if next(net.parameters()).is_cuda:
         net.dtype = PRECISIONS[network["precision"]]
@@ -130,7 +144,12 @@ def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     networks = [key for key, entry in value.items() if "_modules" in _state(entry)]
     if not networks:
         tensors, others = _flatten(file, value)
-        return tensors, {}, f"the tensors of {src.name} under their own names", f"{others} entries that are no tensors"
+        return (
+            tensors,
+            {},
+            f"the tensors of {src.name} under their own names",
+            f"{others} entries that are no tensors",
+        )
     key = next((key for key in ("ema", "net") if key in networks), networks[0])
     net = value[key]
     model = _part(file, _state(net), "_modules").get("model")
@@ -145,12 +164,22 @@ def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
 
 def _listed(names: list) -> str:
     """The first of some names, which may be a file's."""
-    return ", ".join([ascii(str(name)[:50])[1:-1] for name in names[:10]] + ["..."] * (len(names) > 10)) or "nothing"
+    return (
+        ", ".join(
+            [ascii(str(name)[:50])[1:-1] for name in names[:10]] + ["..."] * (len(names) > 10)
+        )
+        or "nothing"
+    )
 
 
 def _record(value) -> dict:
     """What EDM's persistence, or a ModuleDict, says of an object."""
-    if type(value) is Call and value.name == RECORD and len(value.args) == 1 and type(value.args[0]) is dict:
+    if (
+        type(value) is Call
+        and value.name == RECORD
+        and len(value.args) == 1
+        and type(value.args[0]) is dict
+    ):
         return value.args[0]
     if type(value) is Call and value.name == MODULE_DICT:
         return {"class_name": "ModuleDict", "state": value.state}
@@ -210,9 +239,15 @@ def _module_tensors(file: PickleFile, root) -> dict[str, Tensor]:
             tensors = _part(file, state, part)
             found.enter(tensors, prefix)
             for name, value in tensors.items():
-                if value is not None and not (part == "_buffers" and type(transient) is set and name in transient):
+                if value is not None and not (
+                    part == "_buffers" and type(transient) is set and name in transient
+                ):
                     found.add(f"{prefix}{name}", value)
-        todo += [(f"{prefix}{name}.", child) for name, child in reversed(_part(file, state, "_modules").items()) if child is not None]
+        todo += [
+            (f"{prefix}{name}.", child)
+            for name, child in reversed(_part(file, state, "_modules").items())
+            if child is not None
+        ]
     return found.tensors
 
 
@@ -243,9 +278,14 @@ def _describe(file: PickleFile, net, model) -> dict | None:
         return {str(name): file.plain(entries[name]) for name in names if name in entries}
 
     state, arguments = _state(net), _part(file, _state(model), "_init_kwargs")
-    return {"class": _class_name(net), "arguments": plain(state, SETTINGS[_class_name(net)]),
-            "model": _class_name(model), "model_arguments": plain(arguments, arguments),
-            "precision": "fp16" if state.get("use_fp16") else "fp32", **plain(state, ("img_resolution", "img_channels", "label_dim"))}
+    return {
+        "class": _class_name(net),
+        "arguments": plain(state, SETTINGS[_class_name(net)]),
+        "model": _class_name(model),
+        "model_arguments": plain(arguments, arguments),
+        "precision": "fp16" if state.get("use_fp16") else "fp32",
+        **plain(state, ("img_resolution", "img_channels", "label_dim")),
+    }
 
 
 def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
@@ -259,7 +299,14 @@ def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
         name = str(config["_class_name"])[:100]
         check_header(weights)
         tensors = safetensors.torch.load_file(weights)
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        safetensors.SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(
             f"{src}: no diffusers folder with config.json and {weights.name} ({brief(error)}); "
             "save it by diffusers' save_pretrained, or give a file"

@@ -1,4 +1,5 @@
 """Networks as folders that diffusers reads."""
+
 import json
 import os
 import shutil
@@ -41,19 +42,35 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
 
     dst = Path(dst)
     if dst.exists():
-        raise ValueError(f"convert: DST must not be there yet, got {dst}; remove it or give another name")
+        raise ValueError(
+            f"convert: DST must not be there yet, got {dst}; remove it or give another name"
+        )
     if reason := _no_counterpart(net.model):
-        raise ValueError(f"{name}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern generate` samples from it")
+        raise ValueError(
+            f"{name}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern "
+            "generate` samples from it"
+        )
     config, tensors, unfinished = _config(net.model), _tensors(net.model), beside(dst)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     write_atomic(unfinished / "config.json", json.dumps(config, indent=2).encode())
-    write_atomic(unfinished / "diffusion_pytorch_model.safetensors", safetensors.torch.save(tensors, {"format": "pt"}))
+    write_atomic(
+        unfinished / "diffusion_pytorch_model.safetensors",
+        safetensors.torch.save(tensors, {"format": "pt"}),
+    )
     os.rename(unfinished, dst)
     sync_directory(dst.parent)
-    left = "the augmentation labels' layer, which sampling does without" if net.model.map_augment is not None else "nothing"
-    return (f"{dst}: the {type(net.model).__name__} of {name} as a UNet2DModel, to be called with c_in x and c_noise of {type(net).__name__}: "
-            f"{len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: {left}")
+    left = (
+        "the augmentation labels' layer, which sampling does without"
+        if net.model.map_augment is not None
+        else "nothing"
+    )
+    return (
+        f"{dst}: the {type(net.model).__name__} of {name} as a UNet2DModel, to be called with c_in "
+        f"x and c_noise of {type(net).__name__}: "
+        f"{len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: "
+        f"{left}"
+    )
 
 
 def _widths(model: DhariwalUNet) -> list[int]:
@@ -63,27 +80,53 @@ def _widths(model: DhariwalUNet) -> list[int]:
 def _no_counterpart(model: torch.nn.Module) -> str:
     """Why no UNet2DModel computes what a network does; empty if one does."""
     if not isinstance(model, DhariwalUNet):
-        return "it scales its residual sums by sqrt(1/2), and its decoder has attention in the last block of a level alone, which a UNet2DModel cannot"
+        return (
+            "it scales its residual sums by sqrt(1/2), and its decoder has attention in the last "
+            "block of a level alone, which a UNet2DModel cannot"
+        )
     widths, embedding = _widths(model), model.map_layer0.in_features
     if widths[0] != embedding:
-        return f"its noise embedding has {embedding} channels and its first level {widths[0]}, which are one number in a UNet2DModel"
+        return (
+            f"its noise embedding has {embedding} channels and its first level {widths[0]}, which "
+            "are one number in a UNet2DModel"
+        )
     for width in widths:
         if width < 128 or width % 64:
-            return f"a level has {width} channels, and only multiples of 64 from 128 up make its 32 groups and attention heads of 64"
+            return (
+                f"a level has {width} channels, and only multiples of 64 from 128 up make its 32 "
+                "groups and attention heads of 64"
+            )
     return ""
 
 
 def _config(model: DhariwalUNet) -> dict:
     attends = [model.enc[f"{level}_block0"].heads > 0 for level in model.levels]
     return {
-        "_class_name": "UNet2DModel", "sample_size": model.img_resolution, "in_channels": model.in_channels, "out_channels": model.out_channels,
-        "block_out_channels": _widths(model), "layers_per_block": model.num_blocks,
-        "down_block_types": ["AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends],
-        "up_block_types": ["AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends)],
-        "downsample_type": "resnet", "upsample_type": "resnet", "resnet_time_scale_shift": "scale_shift", "attention_head_dim": 64,
-        "norm_num_groups": 32, "attn_norm_num_groups": 32, "norm_eps": model.out_norm.eps, "act_fn": "silu",
+        "_class_name": "UNet2DModel",
+        "sample_size": model.img_resolution,
+        "in_channels": model.in_channels,
+        "out_channels": model.out_channels,
+        "block_out_channels": _widths(model),
+        "layers_per_block": model.num_blocks,
+        "down_block_types": [
+            "AttnDownBlock2D" if attend else "ResnetDownsampleBlock2D" for attend in attends
+        ],
+        "up_block_types": [
+            "AttnUpBlock2D" if attend else "ResnetUpsampleBlock2D" for attend in reversed(attends)
+        ],
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+        "attention_head_dim": 64,
+        "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
+        "norm_eps": model.out_norm.eps,
+        "act_fn": "silu",
         "dropout": model.dec[f"{model.levels[0]}_block0"].style.dropout,
-        "time_embedding_type": "positional", "time_embedding_dim": len(model.map_layer0.bias), "flip_sin_to_cos": True, "freq_shift": 0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": len(model.map_layer0.bias),
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
         "num_class_embeds": model.label_dim or None,
     }
 
@@ -93,7 +136,9 @@ def _tensors(model: DhariwalUNet) -> dict[str, Tensor]:
 
     In diffusers a level ends with its resampling, in EDM the next begins with it.
     """
-    tensors = _layer(model.map_layer0, "time_embedding.linear_1") | _layer(model.map_layer1, "time_embedding.linear_2")
+    tensors = _layer(model.map_layer0, "time_embedding.linear_1") | _layer(
+        model.map_layer1, "time_embedding.linear_2"
+    )
     if model.map_label is not None:
         tensors["class_embedding.weight"] = model.map_label.weight.T
     tensors |= _layer(model.enc[f"{model.levels[0]}_conv"], "conv_in")
@@ -119,15 +164,25 @@ def _layer(layer: torch.nn.Module, name: str) -> dict[str, Tensor]:
 
 def _block(block: ResBlock, place: str, kind: str, number: int) -> dict[str, Tensor]:
     name = f"{place}.{kind}.{number}"
-    tensors = _layer(block.norm0, f"{name}.norm1") | _layer(block.conv0, f"{name}.conv1") | _layer(block.affine, f"{name}.time_emb_proj")
+    tensors = (
+        _layer(block.norm0, f"{name}.norm1")
+        | _layer(block.conv0, f"{name}.conv1")
+        | _layer(block.affine, f"{name}.time_emb_proj")
+    )
     tensors |= _layer(block.norm1, f"{name}.norm2") | _layer(block.conv1, f"{name}.conv2")
     if block.skip is not None and block.skip.weight is not None:
         tensors |= _layer(block.skip, f"{name}.conv_shortcut")
     if block.heads:
         name = f"{place}.attentions.{number}"
         tensors |= _layer(block.norm2, f"{name}.group_norm")
-        weight, bias = (p.unflatten(0, (block.heads, -1, 3)).movedim(2, 0).flatten(1, 2) for p in (block.qkv.weight.flatten(1), block.qkv.bias))
+        weight, bias = (
+            p.unflatten(0, (block.heads, -1, 3)).movedim(2, 0).flatten(1, 2)
+            for p in (block.qkv.weight.flatten(1), block.qkv.bias)
+        )
         for i, part in enumerate("qkv"):
             tensors |= {f"{name}.to_{part}.weight": weight[i], f"{name}.to_{part}.bias": bias[i]}
-        tensors |= {f"{name}.to_out.0.weight": block.proj.weight.flatten(1), f"{name}.to_out.0.bias": block.proj.bias}
+        tensors |= {
+            f"{name}.to_out.0.weight": block.proj.weight.flatten(1),
+            f"{name}.to_out.0.bias": block.proj.bias,
+        }
     return tensors

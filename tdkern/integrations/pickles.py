@@ -7,6 +7,7 @@ build plain values and containers; a call of a global becomes a `Call`, which sa
 been called. The globals that saved networks name are a fixed list; any other, and any other
 operation, is refused.
 """
+
 import io
 import mmap
 import os
@@ -30,19 +31,63 @@ MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
 
 RECORD = "torch_utils.persistence._reconstruct_persistent_obj"
 MODULE_DICT = "torch.nn.modules.container.ModuleDict"
-TENSOR, PARAMETER, STORAGE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "torch.storage._load_from_bytes"
+TENSOR, PARAMETER, STORAGE = (
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.storage._load_from_bytes",
+)
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 SETS = ("builtins.set", "__builtin__.set")
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.ndarray")
-DTYPES = {f"torch.{name}Storage": dtype for name, dtype in {
-    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16, "Long": torch.int64, "Int": torch.int32,
-    "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8, "Bool": torch.bool}.items()}
-GLOBALS = {RECORD, MODULE_DICT, TENSOR, PARAMETER, STORAGE, *DICTS, *SETS, *SCALARS, *ARRAYS, *DTYPES, "numpy.dtype", "_codecs.encode"}
+ARRAYS = (
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.ndarray",
+)
+DTYPES = {
+    f"torch.{name}Storage": dtype
+    for name, dtype in {
+        "Double": torch.float64,
+        "Float": torch.float32,
+        "Half": torch.float16,
+        "BFloat16": torch.bfloat16,
+        "Long": torch.int64,
+        "Int": torch.int32,
+        "Short": torch.int16,
+        "Char": torch.int8,
+        "Byte": torch.uint8,
+        "Bool": torch.bool,
+    }.items()
+}
+GLOBALS = {
+    RECORD,
+    MODULE_DICT,
+    TENSOR,
+    PARAMETER,
+    STORAGE,
+    *DICTS,
+    *SETS,
+    *SCALARS,
+    *ARRAYS,
+    *DTYPES,
+    "numpy.dtype",
+    "_codecs.encode",
+}
 
 VALUES = {
-    "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
-    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "LONG1",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINUNICODE",
+    "BINUNICODE8",
+    "BINBYTES",
+    "SHORT_BINBYTES",
+    "BINBYTES8",
+    "BINSTRING",
+    "SHORT_BINSTRING",
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 EMPTY = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
@@ -82,7 +127,11 @@ class Storage:
     @cached_property
     def elements(self) -> Tensor:
         """All of it, [numel]."""
-        return torch.frombuffer(bytearray(self.read()), dtype=self.dtype, count=self.numel) if self.numel else torch.empty(0, dtype=self.dtype)
+        return (
+            torch.frombuffer(bytearray(self.read()), dtype=self.dtype, count=self.numel)
+            if self.numel
+            else torch.empty(0, dtype=self.dtype)
+        )
 
 
 class Refused(Exception):
@@ -109,7 +158,13 @@ class _Budget:
 class _Machine:
     """Runs one pickle after another of a stream."""
 
-    def __init__(self, stream, names: set[str], budget: _Budget, storage: Callable[[tuple], Storage] | None = None):
+    def __init__(
+        self,
+        stream,
+        names: set[str],
+        budget: _Budget,
+        storage: Callable[[tuple], Storage] | None = None,
+    ):
         self.stream, self.names, self.budget, self.storage = stream, names, budget, storage
 
     def run(self):
@@ -159,7 +214,9 @@ class _Machine:
             stack.append(self._call(function.name, args))
         elif name == "BUILD":
             state = stack.pop()
-            if type(stack[-1]) is not dict:  # what an OrderedDict has beside its items is not wanted
+            if (
+                type(stack[-1]) is not dict
+            ):  # what an OrderedDict has beside its items is not wanted
                 _is(stack[-1], Call).state = state
         elif name == "BINPERSID" and self.storage:
             stack.append(self.storage(_is(stack.pop(), tuple)))
@@ -196,7 +253,9 @@ class _Machine:
 
 def _is(value, kind: type):
     if type(value) is not kind:
-        raise Refused(f"it is damaged (a {kind.__name__} should be where a {type(value).__name__} is)")
+        raise Refused(
+            f"it is damaged (a {kind.__name__} should be where a {type(value).__name__} is)"
+        )
     return value
 
 
@@ -274,7 +333,9 @@ class PickleFile:
             if self.value == MAGIC:
                 self.value = _after_magic(stream, GLOBALS, self.budget)
         except OSError as error:
-            raise PickleError(f"{self.path}: cannot be read ({error}); give another file") from error
+            raise PickleError(
+                f"{self.path}: cannot be read ({error}); give another file"
+            ) from error
         except Exception as error:  # whatever a hostile file leads to
             raise self.refuse(error) from error
 
@@ -282,7 +343,9 @@ class PickleFile:
         """The error that names this file."""
         if not isinstance(why, (str, Refused)):
             why = f"it is damaged ({brief(why)})"
-        return PickleError(f"{self.path}: refused: {why}; nothing in it was executed; give another file")
+        return PickleError(
+            f"{self.path}: refused: {why}; nothing in it was executed; give another file"
+        )
 
     def _zip(self):
         """The value in torch.save's second format: an uncompressed zip of data.pkl and the
@@ -290,7 +353,10 @@ class PickleFile:
         """
         archive = zipfile.ZipFile(self.path)
         names = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-        if any(info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in names.values()):
+        if any(
+            info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size
+            for info in names.values()
+        ):
             raise Refused("it is a zip that torch.save did not write")
 
         def read(name: str) -> bytes:
@@ -318,14 +384,22 @@ class PickleFile:
             if value.name == PARAMETER:
                 value = _is(value.args[0], Call)
             storage, offset, size, stride = value.args[:4]
-            if value.name != TENSOR or len(_is(size, tuple)) > 8 or prod(_is(n, int) for n in size) > _is(storage, Storage).numel:
+            if (
+                value.name != TENSOR
+                or len(_is(size, tuple)) > 8
+                or prod(_is(n, int) for n in size) > _is(storage, Storage).numel
+            ):
                 raise Refused("it is damaged (a tensor is larger than its storage)")
-            return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(memory_format=torch.contiguous_format)
+            return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(
+                memory_format=torch.contiguous_format
+            )
         except Exception as error:
             raise self.refuse(error) from error
 
     def array(self, value: Call) -> np.ndarray:
-        """A NumPy array of bytes, such as CIFAR's images, in memory of its own; raises PickleError."""
+        """A NumPy array of bytes, such as CIFAR's images, in memory of its own; raises
+        PickleError.
+        """
         try:
             if type(value) is not Call or value.name not in ARRAYS:
                 raise Refused("it is damaged (something should be an array)")

@@ -2,6 +2,7 @@
 
 A family is one file beside `base`.
 """
+
 from . import curricula
 from .base import Loss, TDBatch, TDTerms
 from .ct import CTLoss, TDCTLoss
@@ -11,5 +12,21 @@ from .flow import FlowLoss, TDFlowLoss
 from .ve import TDVELoss, VELoss
 from .vp import TDVPLoss, VPLoss
 
-__all__ = ["CTLoss", "DDPMLoss", "EDMLoss", "FlowLoss", "Loss", "TDBatch", "TDCTLoss", "TDDDPMLoss", "TDEDMLoss", "TDFlowLoss", "TDTerms", "TDVELoss",
-           "TDVPLoss", "VELoss", "VPLoss", "curricula"]
+__all__ = [
+    "CTLoss",
+    "DDPMLoss",
+    "EDMLoss",
+    "FlowLoss",
+    "Loss",
+    "TDBatch",
+    "TDCTLoss",
+    "TDDDPMLoss",
+    "TDEDMLoss",
+    "TDFlowLoss",
+    "TDTerms",
+    "TDVELoss",
+    "TDVPLoss",
+    "VELoss",
+    "VPLoss",
+    "curricula",
+]

@@ -2,6 +2,7 @@
 
 The evaluation is the same for every family, prediction and coupling.
 """
+
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -265,9 +266,13 @@ class Loss(ABC):
         several models each runs on as many.
         """
         valid = coef[:, W_TD] != 0
-        order = torch.where(valid, sigma, -1.0).unflatten(0, (num_models, -1)).argsort(descending=True, stable=True)  # topk may break ties anyhow
+        order = (
+            torch.where(valid, sigma, -1.0)
+            .unflatten(0, (num_models, -1))
+            .argsort(descending=True, stable=True)
+        )  # topk may break ties anyhow
         first = torch.arange(num_models, device=sigma.device)[:, None] * order.shape[1]
-        chosen = (order[:, :math.ceil(self.td_share * order.shape[1])] + first).flatten()
+        chosen = (order[:, : math.ceil(self.td_share * order.shape[1])] + first).flatten()
         dropped = valid.index_fill(0, chosen, False)
         coef[:, W_TD].masked_fill_(dropped, 0.0)
         coef[:, W_BASE] += torch.where(dropped, coef[:, SCALE] ** -2, 0.0)
@@ -303,7 +308,10 @@ class Loss(ABC):
 
     def _check_share(self) -> None:
         if not 0 < self.td_share <= 1:
-            raise ValueError(f"{type(self).__name__}: td_share must be above 0 and at most 1, got {self.td_share}")
+            raise ValueError(
+                f"{type(self).__name__}: td_share must be above 0 and at most 1, got "
+                f"{self.td_share}"
+            )
 
     def fits(self, net) -> bool:
         """Whether a network takes the fused path, wrapped or not: its preconditioning is the
@@ -313,13 +321,27 @@ class Loss(ABC):
 
     def _check_images(self, images: Tensor) -> None:
         if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:
-            raise ValueError(f"{type(self).__name__}: images must be [B, ...] of float32 or float64, got {list(images.shape)} of {images.dtype}")
+            raise ValueError(
+                f"{type(self).__name__}: images must be [B, ...] of float32 or float64, got "
+                f"{list(images.shape)} of {images.dtype}"
+            )
 
     def _check_shape(self, name: str, tensor: Tensor, shape: torch.Size) -> None:
         if tensor.shape != shape:
-            raise ValueError(f"{type(self).__name__}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            raise ValueError(
+                f"{type(self).__name__}: {name} must have shape {list(shape)}, got "
+                f"{list(tensor.shape)}"
+            )
 
-    def _noisy_pair(self, x0: Tensor, sigma: Tensor, sigma_p: Tensor, coupling: str, noise: Tensor | None, noise_p: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _noisy_pair(
+        self,
+        x0: Tensor,
+        sigma: Tensor,
+        sigma_p: Tensor,
+        coupling: str,
+        noise: Tensor | None,
+        noise_p: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """(x_t, x_t') in EDM's state.
 
         They lie on one Markov path with `noise_p` up to x_t' and `noise` from there, or share one
@@ -330,12 +352,19 @@ class Loss(ABC):
         """
         shared = coupling == "shared"
         if shared and noise_p is not None:
-            raise ValueError(f"{type(self).__name__}: noise_p must be None with shared coupling, where noise serves both levels")
+            raise ValueError(
+                f"{type(self).__name__}: noise_p must be None with shared coupling, where noise "
+                "serves both levels"
+            )
         if noise is None and noise_p is None:
             one, seed = torch.ones_like(sigma), torch.randint(2**63 - 1, (1,), device=x0.device)
-            return noise_pair(x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend)
+            return noise_pair(
+                x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend
+            )
         noise = self._noise("noise", noise, x0)
-        x_tp = x0 + per_sample(sigma_p, x0) * (noise if shared else self._noise("noise_p", noise_p, x0))
+        x_tp = x0 + per_sample(sigma_p, x0) * (
+            noise if shared else self._noise("noise_p", noise_p, x0)
+        )
         if shared:
             return x0 + per_sample(sigma, x0) * noise, x_tp
         return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp

@@ -1,4 +1,5 @@
 """Consistency training, alone and with a temporal-difference term."""
+
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -139,7 +140,9 @@ class CTLoss(Loss):
     def prepare(self, image_shape: tuple[int, ...]) -> None:
         if self.base_norm == "lpips":
             if image_shape[0] != 3:
-                raise ValueError(f"base_norm lpips needs images of 3 channels, got {image_shape[0]}")
+                raise ValueError(
+                    f"base_norm lpips needs images of 3 channels, got {image_shape[0]}"
+                )
             lpips()
 
     def at(self, step: int) -> "CTLoss":

@@ -4,6 +4,7 @@ They are frozen objects, called with the step from 0 as `curriculum(step) -> num
 
 A fixed number is an int. The target's decay that goes with them is `ema.consistency_decay`.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -11,7 +12,10 @@ from dataclasses import dataclass
 def _check(curriculum, least: dict) -> None:
     for name, value in least.items():
         if not getattr(curriculum, name) >= value:
-            raise ValueError(f"{type(curriculum).__name__}: {name} must be at least {value}, got {getattr(curriculum, name)}")
+            raise ValueError(
+                f"{type(curriculum).__name__}: {name} must be at least {value}, got "
+                f"{getattr(curriculum, name)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,13 @@ class Progressive:
 
     def __call__(self, step: int) -> int:
         s0, s1 = self.start_scales, self.end_scales
-        return max(math.ceil(math.sqrt(step / self.total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1), 1) + 1
+        return (
+            max(
+                math.ceil(math.sqrt(step / self.total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1),
+                1,
+            )
+            + 1
+        )
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,9 @@ class Exponential:
 
     def __call__(self, step: int) -> int:
         doublings = step // math.floor(self.total_steps / self._lengths)
-        return min(self.start_scales << min(doublings, math.ceil(self._lengths)), self.end_scales) + 1
+        return (
+            min(self.start_scales << min(doublings, math.ceil(self._lengths)), self.end_scales) + 1
+        )
 
 
 @dataclass(frozen=True)
@@ -89,5 +101,7 @@ class Halving:
         scales = max(self.start_scales >> step // self.steps, 2)
         if scales > 2:
             return scales
-        halvings = max(step - self.steps * (math.log2(self.start_scales) - 1), 0) // (2 * self.steps)
+        halvings = max(step - self.steps * (math.log2(self.start_scales) - 1), 0) // (
+            2 * self.steps
+        )
         return 2 if halvings < 1 else 1

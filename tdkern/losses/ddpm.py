@@ -1,4 +1,5 @@
 """DDPM's and DDIM's loss over discrete times, alone and with a temporal-difference term, TD(k)."""
+
 from dataclasses import dataclass, field
 
 import torch
@@ -91,9 +92,7 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
             )
         if self.terminal not in TERMINALS:
             known = ", ".join(TERMINALS)
-            raise ValueError(
-                f"TDDDPMLoss: terminal must be one of {known}, got {self.terminal!r}"
-            )
+            raise ValueError(f"TDDDPMLoss: terminal must be one of {known}, got {self.terminal!r}")
 
     @property
     def distances(self) -> tuple[float, float]:

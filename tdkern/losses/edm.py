@@ -1,4 +1,5 @@
 """EDM's denoising loss, alone and with a temporal-difference term over its index space."""
+
 import math
 from dataclasses import dataclass
 

@@ -1,4 +1,5 @@
 """Flow matching's loss, alone and with a temporal-difference term in continuous time."""
+
 from dataclasses import dataclass
 
 from ..schedules import FlowMatching

@@ -2,6 +2,7 @@
 
 Each adds its schedule and its prediction.
 """
+
 import math
 from abc import abstractmethod
 from dataclasses import dataclass

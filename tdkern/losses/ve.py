@@ -1,4 +1,5 @@
 """The VE SDE's denoising loss, alone and with a temporal-difference term in continuous time."""
+
 from dataclasses import dataclass
 
 from ..schedules import VE

@@ -1,4 +1,5 @@
 """Any network that predicts x0, eps, v or a flow's velocity, as a denoiser in EDM's convention."""
+
 import torch
 from torch import Tensor, nn
 
@@ -15,10 +16,16 @@ class _Called(nn.Module):
         super().__init__()
         self.module, self.num_models = module, getattr(module, "num_models", 1)
 
-    def forward(self, x: Tensor, t: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
         if augment_labels is not None:
             raise ValueError("Denoiser: augment_labels must be None, as the module takes none")
-        labels = {} if class_labels is None or class_labels.shape[1] == 0 else {"class_labels": class_labels.argmax(1)}
+        labels = (
+            {}
+            if class_labels is None or class_labels.shape[1] == 0
+            else {"class_labels": class_labels.argmax(1)}
+        )
         out = self.module(x, t, **labels)
         return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
 
@@ -60,21 +67,41 @@ class Denoiser(Preconditioned):
     PREDICTIONS = ("x0", "eps", "v", "velocity")
     learned_variance = True
 
-    def __init__(self, module: nn.Module, prediction: str = "eps", *, alphas_cumprod=None, time_scale: float = 1.0, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        module: nn.Module,
+        prediction: str = "eps",
+        *,
+        alphas_cumprod=None,
+        time_scale: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(module if isinstance(module, UNet) else _Called(module), dtype=dtype)
         if prediction not in self.PREDICTIONS:
-            raise ValueError(f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got {prediction!r}")
+            raise ValueError(
+                f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got "
+                f"{prediction!r}"
+            )
         if (alphas_cumprod is None) != (prediction == "velocity"):
             needed = "None" if prediction == "velocity" else "given"
-            raise ValueError(f"Denoiser: alphas_cumprod must be {needed} with prediction {prediction!r}")
+            raise ValueError(
+                f"Denoiser: alphas_cumprod must be {needed} with prediction {prediction!r}"
+            )
         self.prediction, self.time_scale = prediction, time_scale
         self.preconditioning = PREDICTIONS[prediction]
         self.sigma_min, self.sigma_max = 0.0, float("inf")
         if alphas_cumprod is not None:
             squares = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
-            if squares.ndim != 1 or len(squares) < 2 or not (0 < squares[-1] and squares[0] < 1 and (squares.diff() < 0).all()):
-                raise ValueError(f"Denoiser: alphas_cumprod must be [T] falling numbers between 0 and 1, got {list(squares.shape)} from "
-                                 f"{squares.flatten()[:1].tolist()} to {squares.flatten()[-1:].tolist()}")
+            if (
+                squares.ndim != 1
+                or len(squares) < 2
+                or not (0 < squares[-1] and squares[0] < 1 and (squares.diff() < 0).all())
+            ):
+                raise ValueError(
+                    "Denoiser: alphas_cumprod must be [T] falling numbers between 0 and 1, got "
+                    f"{list(squares.shape)} from "
+                    f"{squares.flatten()[:1].tolist()} to {squares.flatten()[-1:].tolist()}"
+                )
             log_sigmas = (1 / squares - 1).log() / 2
             self.register_buffer("log_sigmas", log_sigmas, persistent=False)
             self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
@@ -82,4 +109,6 @@ class Denoiser(Preconditioned):
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         if self.prediction == "velocity":
             return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
-        return (1 + sigma**2).rsqrt(), self.time_scale * interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
+        return (1 + sigma**2).rsqrt(), self.time_scale * interpolated_index(
+            self.log_sigmas.to(sigma.dtype), sigma.log()
+        )

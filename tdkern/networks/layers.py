@@ -3,6 +3,7 @@
 Weights stay in their own dtype and are cast to the activation's, so that one network runs in any
 precision.
 """
+
 from dataclasses import dataclass
 from math import prod
 
@@ -40,18 +41,24 @@ class Init:
     gain: float = 1.0
     bias_gain: float = 0.0
 
-    def parameters(self, shape: tuple[int, ...], bias: bool) -> tuple[nn.Parameter, nn.Parameter | None]:
+    def parameters(
+        self, shape: tuple[int, ...], bias: bool
+    ) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Weight and bias of a layer whose weight has `shape` [out, in, *kernel].
 
         Both have the layer's fans, which count the kernel.
         """
         fan_out, fan_in = (channels * prod(shape[2:]) for channels in shape[:2])
         draw = {
-            "xavier_uniform": lambda size: (6 / (fan_in + fan_out)) ** 0.5 * (2 * torch.rand(size) - 1),
+            "xavier_uniform": lambda size: (
+                (6 / (fan_in + fan_out)) ** 0.5 * (2 * torch.rand(size) - 1)
+            ),
             "kaiming_uniform": lambda size: (3 / fan_in) ** 0.5 * (2 * torch.rand(size) - 1),
             "kaiming_normal": lambda size: (1 / fan_in) ** 0.5 * torch.randn(size),
         }[self.mode]
-        return nn.Parameter(self.gain * draw(shape)), nn.Parameter(self.bias_gain * draw(shape[:1])) if bias else None
+        return nn.Parameter(self.gain * draw(shape)), nn.Parameter(
+            self.bias_gain * draw(shape[:1])
+        ) if bias else None
 
 
 class Linear(nn.Module):
@@ -63,7 +70,9 @@ class Linear(nn.Module):
         self.weight, self.bias = init.parameters((out_features, in_features), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class Conv2d(nn.Module):
@@ -73,19 +82,43 @@ class Conv2d(nn.Module):
     and pads once for both.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, init: Init | None = None, *, up: bool = False, down: bool = False,
-                 resample_filter=(1, 1), fused: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        init: Init | None = None,
+        *,
+        up: bool = False,
+        down: bool = False,
+        resample_filter=(1, 1),
+        fused: bool = False,
+    ):
         super().__init__()
-        self.weight, self.bias = init.parameters((out_channels, in_channels, kernel, kernel), True) if kernel else (None, None)
-        self.up, self.filter_first, self.filter_last = up, down and not (fused and kernel), down and fused and kernel > 0
+        self.weight, self.bias = (
+            init.parameters((out_channels, in_channels, kernel, kernel), True)
+            if kernel
+            else (None, None)
+        )
+        self.up, self.filter_first, self.filter_last = (
+            up,
+            down and not (fused and kernel),
+            down and fused and kernel > 0,
+        )
         self.box = list(resample_filter) == [1, 1]
         self.padding, self.filter_padding = kernel // 2, (len(resample_filter) - 1) // 2
         if self.filter_last:
             self.padding, self.filter_padding = self.padding + self.filter_padding, 0
         elif fused and kernel:
-            self.padding, self.filter_padding = max(self.padding - self.filter_padding, 0), max(self.filter_padding - self.padding, 0)
+            self.padding, self.filter_padding = (
+                max(self.padding - self.filter_padding, 0),
+                max(self.filter_padding - self.padding, 0),
+            )
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
-        self.register_buffer("resample_filter", (taps.outer(taps) / taps.sum() ** 2)[None, None] if up or down else None)
+        self.register_buffer(
+            "resample_filter",
+            (taps.outer(taps) / taps.sum() ** 2)[None, None] if up or down else None,
+        )
 
     def forward(self, x: Tensor, *, with_bias: bool = True) -> Tensor:
         if self.up:
@@ -103,7 +136,9 @@ class Conv2d(nn.Module):
         if self.box:  # the filter [1, 1] repeats pixels
             return F.interpolate(x, scale_factor=2, mode="nearest")
         weight = (4 * self.resample_filter).to(x.dtype).expand(x.shape[1], -1, -1, -1)
-        return F.conv_transpose2d(x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1])
+        return F.conv_transpose2d(
+            x, weight, stride=2, padding=self.filter_padding, groups=x.shape[1]
+        )
 
     def _downsample(self, x: Tensor) -> Tensor:
         if self.box:  # and averages them
@@ -115,21 +150,27 @@ class Conv2d(nn.Module):
 class GroupNorm(nn.Module):
     """Normalisation over groups of at least four channels, at most 32 groups.
 
-    In the activation's dtype: torch sums a half-precision one in float32, and a copy of it in float32
-    would be most of what a step of a network in bfloat16 moves on a GPU.
+    In the activation's dtype: torch sums a half-precision one in float32, and a copy of it in
+    float32 would be most of what a step of a network in bfloat16 moves on a GPU.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
-    def silu(self, x: Tensor, add: Tensor | None = None, modulation: Tensor | None = None) -> Tensor:
-        """silu(norm(x + add)); (scale, shift) = modulation: silu(norm(x + add) (1 + scale) + shift).
+    def silu(
+        self, x: Tensor, add: Tensor | None = None, modulation: Tensor | None = None
+    ) -> Tensor:
+        """silu(norm(x + add)); (scale, shift) = modulation: silu(norm(x + add) (1 + scale) +
+        shift).
 
         x: [B, C, H, W]; add: [B, C], modulation: [B, 2 C], both in x's dtype.
         """
@@ -157,7 +198,9 @@ class PositionalEmbedding(nn.Module):
         self.half, self.endpoint = channels // 2, endpoint
 
     def forward(self, x: Tensor) -> Tensor:
-        exponents = torch.arange(self.half, device=x.device, dtype=x.dtype) / (self.half - self.endpoint)
+        exponents = torch.arange(self.half, device=x.device, dtype=x.dtype) / (
+            self.half - self.endpoint
+        )
         angles = x.outer(10000**-exponents)
         return torch.cat([angles.cos(), angles.sin()], 1)
 
@@ -186,7 +229,9 @@ class BlockStyle:
     init: Init
     init_zero: Init  # of the layers that end a branch: conv1 and proj
     init_attn: Init
-    scale_shift: bool  # the embedding scales and shifts the second normalisation, or is added before it
+    scale_shift: (
+        bool  # the embedding scales and shifts the second normalisation, or is added before it
+    )
     skip_scale: float
     eps: float
     project_skip: bool  # a 1x1 kernel on a skip that resamples, even where channels stay
@@ -202,7 +247,16 @@ class ResBlock(nn.Module):
     returns [B, out_channels, H', W'], in x's dtype.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, style: BlockStyle, *, up: bool = False, down: bool = False, heads: int = 0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        style: BlockStyle,
+        *,
+        up: bool = False,
+        down: bool = False,
+        heads: int = 0,
+    ):
         super().__init__()
         self.style, self.heads, self.out_channels = style, heads, out_channels
         resample = {"up": up, "down": down, "resample_filter": style.resample_filter}
@@ -242,7 +296,12 @@ class ResBlock(nn.Module):
         # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few,
         # are put in the order q/k/v, head, channel, so that q, k and v come out contiguous, as the
         # fast attention kernels want them.
-        weight, bias = (p.to(x.dtype).unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2) for p in (self.qkv.weight.flatten(1), self.qkv.bias))
+        weight, bias = (
+            p.to(x.dtype).unflatten(0, (self.heads, -1, 3)).movedim(2, 0).flatten(0, 2)
+            for p in (self.qkv.weight.flatten(1), self.qkv.bias)
+        )
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
-        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, heads, HW, C / heads]
+        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # each [B, heads, HW, C / heads]
         return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)

@@ -1,9 +1,15 @@
 """An MLP for points, any number of which train side by side as one."""
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FREQUENCIES = (0.5, 1.0, 1.5, 2.0)  # of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
+FREQUENCIES = (
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+)  # of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
 
 
 class ModelLinear(nn.Module):
@@ -14,7 +20,9 @@ class ModelLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, num_models: int, *, zero: bool = False):
         super().__init__()
-        weight = (3 / in_features) ** 0.5 * (2 * torch.rand(num_models, in_features, out_features) - 1)
+        weight = (3 / in_features) ** 0.5 * (
+            2 * torch.rand(num_models, in_features, out_features) - 1
+        )
         self.weight = nn.Parameter(torch.zeros_like(weight) if zero else weight)
         self.bias = nn.Parameter(torch.zeros(num_models, 1, out_features))
 
@@ -43,17 +51,28 @@ class MLP(nn.Module):
 
     label_dim = 0
 
-    def __init__(self, in_channels: int = 2, width: int = 64, num_blocks: int = 2, num_models: int = 1):
+    def __init__(
+        self, in_channels: int = 2, width: int = 64, num_blocks: int = 2, num_models: int = 1
+    ):
         super().__init__()
         self.num_models = num_models
         emb = 2 * len(FREQUENCIES)
         self.input = ModelLinear(in_channels + emb, width, num_models)
         self.blocks = nn.ModuleList(
-            nn.ModuleList([ModelLinear(width + emb, width, num_models), ModelLinear(width, width, num_models)]) for _ in range(num_blocks)
+            nn.ModuleList(
+                [ModelLinear(width + emb, width, num_models), ModelLinear(width, width, num_models)]
+            )
+            for _ in range(num_blocks)
         )
         self.output = ModelLinear(width, in_channels, num_models, zero=True)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """F of each point.
 
         Args:
@@ -71,8 +90,12 @@ class MLP(nn.Module):
         Gradients to x, noise_labels and the parameters. Deterministic.
         """
         if x.ndim != 2 or len(x) % self.num_models:
-            raise ValueError(f"MLP: x must have shape [{self.num_models} * B, channels], got {list(x.shape)}")
-        angles = noise_labels.to(x.dtype)[:, None] * torch.tensor(FREQUENCIES, dtype=x.dtype, device=x.device)
+            raise ValueError(
+                f"MLP: x must have shape [{self.num_models} * B, channels], got {list(x.shape)}"
+            )
+        angles = noise_labels.to(x.dtype)[:, None] * torch.tensor(
+            FREQUENCIES, dtype=x.dtype, device=x.device
+        )
         emb = torch.cat([angles.cos(), angles.sin()], 1).unflatten(0, (self.num_models, -1))
         h = self.input(torch.cat([x.unflatten(0, (self.num_models, -1)), emb], 2))
         for first, second in self.blocks:

@@ -2,6 +2,7 @@
 
 (EDM, arXiv 2206.00364, eq. 7 and table 1.)
 """
+
 from math import inf
 
 import torch

@@ -1,4 +1,5 @@
 """The architectures of EDM's experiments by name."""
+
 from collections.abc import Sequence
 from typing import NamedTuple
 

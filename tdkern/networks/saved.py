@@ -1,4 +1,5 @@
 """Networks as they are stored: what a file says of one, and what it takes to make it again."""
+
 import inspect
 import math
 import os

@@ -2,6 +2,7 @@
 
 They have the constructor arguments and parameter names of EDM's checkpoints.
 """
+
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import half
-from .layers import BlockStyle, Conv2d, FourierEmbedding, GroupNorm, Init, Linear, PositionalEmbedding, ResBlock
+from .layers import (
+    BlockStyle,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    ResBlock,
+)
 
 
 class UNet(nn.Module):
@@ -23,9 +33,21 @@ class UNet(nn.Module):
 
     checkpointing = False
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int, augment_dim: int, label_dropout: float):
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int,
+        augment_dim: int,
+        label_dropout: float,
+    ):
         super().__init__()
-        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
+        self.img_resolution, self.in_channels, self.out_channels = (
+            img_resolution,
+            in_channels,
+            out_channels,
+        )
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
 
     def _build(
@@ -138,14 +160,19 @@ class UNet(nn.Module):
         """
         shape = None if class_labels is None else list(class_labels.shape)
         if shape != [emb.shape[0], self.label_dim]:
-            raise ValueError(f"{type(self).__name__}: class_labels must have shape {[emb.shape[0], self.label_dim]}, got {shape}")
+            raise ValueError(
+                f"{type(self).__name__}: class_labels must have shape "
+                f"{[emb.shape[0], self.label_dim]}, got {shape}"
+            )
         class_labels = class_labels.to(emb.dtype)
         if self.training and self.label_dropout:
             class_labels = class_labels * (torch.rand_like(emb[:, :1]) >= self.label_dropout)
         return class_labels
 
     def _block(self, block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
-        return checkpoint(block, x, emb, use_reentrant=False) if self.checkpointing else block(x, emb)
+        return (
+            checkpoint(block, x, emb, use_reentrant=False) if self.checkpointing else block(x, emb)
+        )
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The output of every layer of the encoder, for the decoder to take from the end."""
@@ -208,10 +235,26 @@ class SongUNet(UNet):
             dropout is not in [0, 1].
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 128,
-                 channel_mult: Sequence[int] = (1, 2, 2, 2), channel_mult_emb: int = 4, num_blocks: int = 4, attn_resolutions: Sequence[int] = (16,),
-                 dropout: float = 0.10, label_dropout: float = 0, embedding_type: str = "positional", channel_mult_noise: int = 1,
-                 encoder_type: str = "standard", decoder_type: str = "standard", resample_filter: Sequence[float] = (1, 1)):
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (1, 2, 2, 2),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
+        embedding_type: str = "positional",
+        channel_mult_noise: int = 1,
+        encoder_type: str = "standard",
+        decoder_type: str = "standard",
+        resample_filter: Sequence[float] = (1, 1),
+    ):
         kinds = {
             "embedding_type": (embedding_type, ("positional", "fourier")),
             "encoder_type": (encoder_type, ("standard", "skip", "residual")),
@@ -240,9 +283,16 @@ class SongUNet(UNet):
         )
         self._build_embedding(embedding_type == "fourier", noise_channels, style)
         widths = [model_channels * mult for mult in channel_mult]
-        one_head = lambda channels: 1  # noqa: E731
+        one_head = lambda channels: 1
         self._build(
-            model_channels, widths, num_blocks, attn_resolutions, style, one_head, False, encoder_type
+            model_channels,
+            widths,
+            num_blocks,
+            attn_resolutions,
+            style,
+            one_head,
+            False,
+            encoder_type,
         )
         self._build_outputs(widths, style)
 
@@ -261,7 +311,9 @@ class SongUNet(UNet):
         self.map_layer1 = Linear(style.emb_channels, style.emb_channels, style.init)
 
     def _build_outputs(self, widths: Sequence[int], style: BlockStyle) -> None:
-        """Add the layers of the decoder that give the image: at full resolution, or at each level."""
+        """Add the layers of the decoder that give the image: at full resolution, or at each
+        level.
+        """
         each_level, channels = self.decoder_type == "skip", self.out_channels
         for level, width in reversed(list(zip(self.levels, widths, strict=True))):
             if level == self.levels[0] or each_level:
@@ -272,7 +324,13 @@ class SongUNet(UNet):
                 self.dec[f"{level}_aux_norm"] = GroupNorm(width, style.eps)
                 self.dec[f"{level}_aux_conv"] = Conv2d(width, channels, 3, style.init_zero)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """The raw output F [B, out_channels, H, W] in x's dtype.
 
         It is computed from the scaled image x [B, in_channels, H, W] and c_noise [B].
@@ -294,7 +352,9 @@ class SongUNet(UNet):
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
         aux = None
-        for level, h in zip(reversed(self.levels), self._decode(self._encode(x, emb), emb), strict=True):
+        for level, h in zip(
+            reversed(self.levels), self._decode(self._encode(x, emb), emb), strict=True
+        ):
             if level == self.levels[0] or self.decoder_type == "skip":
                 out = self.dec[f"{level}_aux_conv"](self.dec[f"{level}_aux_norm"].silu(h))
                 aux = out if aux is None else self.dec[f"{level}_aux_up"](aux) + out
@@ -310,26 +370,73 @@ class DhariwalUNet(UNet):
     layers with fewer.
     """
 
-    def __init__(self, img_resolution: int, in_channels: int, out_channels: int, label_dim: int = 0, augment_dim: int = 0, model_channels: int = 192,
-                 channel_mult: Sequence[int] = (1, 2, 3, 4), channel_mult_emb: int = 4, num_blocks: int = 3, attn_resolutions: Sequence[int] = (32, 16, 8),
-                 dropout: float = 0.10, label_dropout: float = 0):
-        super().__init__(img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout)
-        init, init_zero = Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5), Init("kaiming_uniform", 0)
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 192,
+        channel_mult: Sequence[int] = (1, 2, 3, 4),
+        channel_mult_emb: int = 4,
+        num_blocks: int = 3,
+        attn_resolutions: Sequence[int] = (32, 16, 8),
+        dropout: float = 0.10,
+        label_dropout: float = 0,
+    ):
+        super().__init__(
+            img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout
+        )
+        init, init_zero = (
+            Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5),
+            Init("kaiming_uniform", 0),
+        )
         emb_channels = model_channels * channel_mult_emb
-        style = BlockStyle(emb_channels, dropout, init, init_zero, init_attn=init, scale_shift=True, skip_scale=1, eps=1e-5, project_skip=False)
+        style = BlockStyle(
+            emb_channels,
+            dropout,
+            init,
+            init_zero,
+            init_attn=init,
+            scale_shift=True,
+            skip_scale=1,
+            eps=1e-5,
+            project_skip=False,
+        )
 
         self.map_noise = PositionalEmbedding(model_channels)
-        self.map_augment = Linear(augment_dim, model_channels, init_zero, bias=False) if augment_dim else None
+        self.map_augment = (
+            Linear(augment_dim, model_channels, init_zero, bias=False) if augment_dim else None
+        )
         self.map_layer0 = Linear(model_channels, emb_channels, init)
         self.map_layer1 = Linear(emb_channels, emb_channels, init)
-        self.map_label = Linear(label_dim, emb_channels, Init("kaiming_normal", label_dim**0.5), bias=False) if label_dim else None
+        self.map_label = (
+            Linear(label_dim, emb_channels, Init("kaiming_normal", label_dim**0.5), bias=False)
+            if label_dim
+            else None
+        )
 
         widths = [model_channels * mult for mult in channel_mult]
-        self._build(widths[0], widths, num_blocks, attn_resolutions, style, lambda channels: channels // 64, True)
+        self._build(
+            widths[0],
+            widths,
+            num_blocks,
+            attn_resolutions,
+            style,
+            lambda channels: channels // 64,
+            True,
+        )
         self.out_norm = GroupNorm(widths[0])
         self.out_conv = Conv2d(widths[0], out_channels, 3, init_zero)
 
-    def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """As SongUNet's."""
         emb = self.map_noise(noise_labels)
         if self.map_augment is not None and augment_labels is not None:

@@ -42,7 +42,10 @@ REFUSED = (AttributeError, IndexError, RuntimeError, TypeError)
 def _missing_cpp() -> str:
     path = LIB_DIR / "libtdkern_cpu.so"
     if not path.exists():
-        return f"{path.name} was not built; run `pip install --no-build-isolation .` where g++ and torch are installed"
+        return (
+            f"{path.name} was not built; run `pip install --no-build-isolation .` where g++ and "
+            "torch are installed"
+        )
     return _load(path)
 
 
@@ -59,7 +62,10 @@ def _missing_cuda() -> str:
         return "torch sees no CUDA device; check `nvidia-smi` and CUDA_VISIBLE_DEVICES"
     path = LIB_DIR / "libtdkern_cuda.so"
     if not path.exists():
-        return f"{path.name} was not built; put nvcc on PATH and run `TDKERN_CUDA=1 pip install --no-build-isolation .`"
+        return (
+            f"{path.name} was not built; put nvcc on PATH and run `TDKERN_CUDA=1 pip install "
+            "--no-build-isolation .`"
+        )
     return _load(path)
 
 
@@ -68,7 +74,10 @@ def _missing_triton() -> str:
         return "the triton package is not installed; run `pip install triton`"
     if interpreted() or torch.cuda.device_count() > 0:
         return ""
-    return "Triton needs a GPU; set TRITON_INTERPRET=1 before Python starts to run its kernels in the interpreter"
+    return (
+        "Triton needs a GPU; set TRITON_INTERPRET=1 before Python starts to run its kernels in the "
+        "interpreter"
+    )
 
 
 def _load(path: Path) -> str:
@@ -76,7 +85,10 @@ def _load(path: Path) -> str:
     would take one argument for another."""
     carried = _carried_digest(path)
     if carried is not None and carried != digest():
-        return f"{path.name} does not load (it was built from another version of tdkern than this Python part); {BUILD_AGAIN}"
+        return (
+            f"{path.name} does not load (it was built from another version of tdkern than this "
+            f"Python part); {BUILD_AGAIN}"
+        )
     try:
         ctypes.CDLL(str(path))
     except OSError as error:

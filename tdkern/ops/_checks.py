@@ -31,7 +31,8 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be a dense tensor, got one of layout {value.layout}")
     if is_distributed(value):
         raise ValueError(
-            f"{op}: {name} must be a plain tensor, got a DTensor: give its to_local() or full_tensor(), or backend='reference'"
+            f"{op}: {name} must be a plain tensor, got a DTensor: give its to_local() or "
+            "full_tensor(), or backend='reference'"
         )
 
 
@@ -177,6 +178,7 @@ def refuse_overlap(
             if not _may_meet(other, span):
                 first, second = (span, other) if span.written else (other, span)
                 raise ValueError(
-                    f"{op}: {first.name} is written and overlaps {second.name}: clone() one of them first"
+                    f"{op}: {first.name} is written and overlaps {second.name}: clone() one of "
+                    "them first"
                 )
         open_spans.append(span)

@@ -32,7 +32,8 @@ def local_rows(
     for name, column in (written | read).items():
         if len(column) != len(params):
             raise ValueError(
-                f"{op}: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}"
+                f"{op}: {name} must hold {len(params)} tensors, one for each parameter, got "
+                f"{len(column)}"
             )
     local = [[_own(op, f"params[{i}]", param, param) for i, param in enumerate(params)]]
     local += [
@@ -56,11 +57,13 @@ def _own(op: str, name: str, tensor: Tensor, param: Tensor) -> Tensor:
         return tensor
     if not is_distributed(tensor) or not is_distributed(param) or _layout(tensor) != _layout(param):
         raise ValueError(
-            f"{op}: {name} must be distributed as its parameter is, {_words(param)}, got {_words(tensor)}"
+            f"{op}: {name} must be distributed as its parameter is, {_words(param)}, got "
+            f"{_words(tensor)}"
         )
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
-            f"{op}: {name} must be sharded or replicated, got {_words(tensor)}: redistribute() it first"
+            f"{op}: {name} must be sharded or replicated, got {_words(tensor)}: redistribute() it "
+            "first"
         )
     return tensor.to_local()
 

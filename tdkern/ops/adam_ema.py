@@ -267,7 +267,8 @@ def _check_grads(grads: Sequence[Tensor]) -> None:
             raise ValueError(f"found_inf: grads[{i}] must be {FLOAT_NAMES}, got {grad.dtype}")
         if grad.device != grads[0].device:
             raise ValueError(
-                f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got {grad.device}"
+                f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got "
+                f"{grad.device}"
             )
 
 
@@ -285,11 +286,13 @@ def _check(
     _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
     if decays.ndim != 1 or decays.dtype not in WIDE:
         raise ValueError(
-            f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}"
+            f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of "
+            f"shape {list(decays.shape)}"
         )
     if len(averages) != len(decays):
         raise ValueError(
-            f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+            f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got "
+            f"{len(decays)}"
         )
     device = params[0].device if params else decays.device
     if device.type == "cuda" and len(averages) > 16:
@@ -299,7 +302,8 @@ def _check(
     for name, column in {**columns, "steps": steps}.items():
         if len(column) != len(params):
             raise ValueError(
-                f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got {len(column)}"
+                f"adam_ema_: {name} must hold {len(params)} tensors, one for each parameter, got "
+                f"{len(column)}"
             )
         check_tensors("adam_ema_", name, column)
     _check_rows(columns, steps, device)
@@ -317,20 +321,24 @@ def _check_rows(
             tensor = column[i]
             if tensor.shape != param.shape:
                 raise ValueError(
-                    f"adam_ema_: {name}[{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(tensor.shape)}"
+                    f"adam_ema_: {name}[{i}] must have params[{i}]'s shape {list(param.shape)}, "
+                    f"got {list(tensor.shape)}"
                 )
             if tensor.device != device:
                 raise ValueError(f"adam_ema_: {name}[{i}] must be on {device}, got {tensor.device}")
             dtype = columns["averages[0]"][i].dtype if name.startswith("averages") else param.dtype
             if tensor.dtype != dtype or (param.dtype, dtype) not in STORAGE_PAIRS:
                 raise ValueError(
-                    f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, {FLOAT_NAMES}, or all averages of a "
-                    f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside {param.dtype}"
+                    f"adam_ema_: {name}[{i}] must have params[{i}]'s dtype, {FLOAT_NAMES}, or all "
+                    "averages of a "
+                    f"bfloat16 or float16 parameter float32; got {tensor.dtype} beside "
+                    f"{param.dtype}"
                 )
         step = steps[i]
         if step.numel() != 1 or step.dtype != torch.float32 or step.device != device:
             raise ValueError(
-                f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape {list(step.shape)} on {step.device}"
+                f"adam_ema_: steps[{i}] must be one float32 on {device}, got {step.dtype} of shape "
+                f"{list(step.shape)} on {step.device}"
             )
 
 
@@ -345,7 +353,8 @@ def _check_scalars(
         check_tensor("adam_ema_", name, scalar)
         if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in WIDE):
             raise ValueError(
-                f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape {list(scalar.shape)}"
+                f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape "
+                f"{list(scalar.shape)}"
             )
         if scalar.device != device and (name == "found_inf" or scalar.device.type != "cpu"):
             raise ValueError(f"adam_ema_: {name} must be on {device}, got {scalar.device}")
@@ -354,7 +363,8 @@ def _check_scalars(
     check_tensor("adam_ema_", "skipped", skipped)
     if skipped.numel() != 1 or skipped.dtype != torch.int64 or skipped.device != device:
         raise ValueError(
-            f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape {list(skipped.shape)} on {skipped.device}"
+            f"adam_ema_: skipped must be one int64 on {device}, got {skipped.dtype} of shape "
+            f"{list(skipped.shape)} on {skipped.device}"
         )
 
 

@@ -102,7 +102,8 @@ def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
     else:
         if not isinstance(decays, list | tuple):
             raise ValueError(
-                f"{op}: decays must be a list or tuple of K numbers, or a tensor [K], got {kind_of(decays)}"
+                f"{op}: decays must be a list or tuple of K numbers, or a tensor [K], got "
+                f"{kind_of(decays)}"
             )
         values = [*decays]
     try:
@@ -128,7 +129,8 @@ def _check_lists(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor])
     for k, average in enumerate(averages):
         if not isinstance(average, list | tuple):
             raise ValueError(
-                f"ema_update_: averages[{k}] must be a list or tuple of tensors, got {kind_of(average)}"
+                f"ema_update_: averages[{k}] must be a list or tuple of tensors, got "
+                f"{kind_of(average)}"
             )
 
 
@@ -139,16 +141,19 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
         check_tensors("ema_update_", f"averages[{k}]", average)
     if decays.ndim != 1 or decays.dtype not in WIDE:
         raise ValueError(
-            f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of shape {list(decays.shape)}"
+            f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of "
+            f"shape {list(decays.shape)}"
         )
     if len(averages) != len(decays):
         raise ValueError(
-            f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, got {len(decays)}"
+            f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, "
+            f"got {len(decays)}"
         )
     device = params[0].device if params else decays.device
     if decays.device not in (device, torch.device("cpu")):
         raise ValueError(
-            f"ema_update_: decays must be on the CPU or on the parameters' device {device}, got {decays.device}"
+            f"ema_update_: decays must be on the CPU or on the parameters' device {device}, got "
+            f"{decays.device}"
         )
     for i, param in enumerate(params):
         if param.device != device:
@@ -158,12 +163,14 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
     for k, average in enumerate(averages):
         if len(average) != len(params):
             raise ValueError(
-                f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each parameter, got {len(average)}"
+                f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each "
+                f"parameter, got {len(average)}"
             )
         for i, (avg, param) in enumerate(zip(average, params, strict=True)):
             if avg.shape != param.shape:
                 raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape {list(param.shape)}, got {list(avg.shape)}"
+                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape "
+                    f"{list(param.shape)}, got {list(avg.shape)}"
                 )
             if avg.device != device:
                 raise ValueError(
@@ -171,12 +178,14 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
                 )
             if (param.dtype, avg.dtype) not in STORAGE_PAIRS:
                 raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 beside a bfloat16 or float16 parameter, "
+                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 "
+                    "beside a bfloat16 or float16 parameter, "
                     f"got {avg.dtype} beside {param.dtype}"
                 )
             if avg.dtype != averages[0][i].dtype:
                 raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype {averages[0][i].dtype}, got {avg.dtype}"
+                    f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype "
+                    f"{averages[0][i].dtype}, got {avg.dtype}"
                 )
     refuse_overlap(
         "ema_update_",

@@ -178,7 +178,8 @@ def _check(
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     if (net_dtype, x0.dtype) not in STORAGE_PAIRS:
         raise ValueError(
-            f"noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 x0, got {net_dtype} beside {x0.dtype}"
+            "noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 "
+            f"x0, got {net_dtype} beside {x0.dtype}"
         )
     if (c_in is None) != (c_in_p is None):
         raise ValueError("noise_pair: c_in and c_in_p must be given together, got one of them")

@@ -163,7 +163,8 @@ def _check(
         raise ValueError("td_loss: out must have shape [B, ...], got []")
     if (out.dtype, x0.dtype) not in STORAGE_PAIRS:
         raise ValueError(
-            f"td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got {x0.dtype} beside {out.dtype}"
+            "td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got "
+            f"{x0.dtype} beside {out.dtype}"
         )
     for name, tensor, dtype in (
         ("out_target", out_target, out.dtype),

@@ -1,9 +1,19 @@
-"""One step of EDM's sampler in the paper's own form, in plain PyTorch: the oracle that every kernel is tested against."""
+"""One step of EDM's sampler in the paper's own form, in plain PyTorch: the oracle that every kernel
+is tested against.
+"""
+
 import torch
 from torch import Tensor
 
 
-def heun_step(F: Tensor, x: Tensor, coef: Tensor, x_hat: Tensor | None, noise: Tensor | None, net_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+def heun_step(
+    F: Tensor,
+    x: Tensor,
+    coef: Tensor,
+    x_hat: Tensor | None,
+    noise: Tensor | None,
+    net_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
     """Arithmetic in x's dtype; see `ops/heun_step.py` for the columns of coef."""
     sigma, skip, scale, h, churn, c_in = coef.unbind(0)  # 0-dim: they do not promote x
     denoised = skip * x + scale * F.to(x.dtype)

@@ -22,6 +22,7 @@ one that DistributedDataParallel, torch.compile or `fully_shard` wraps. The resu
 rounding. A callback, which is shown what that launch does not make, takes the plain path, and so
 does every other callable.
 """
+
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,4 +1,5 @@
 """EDM's generalised sampler, to compare what a solver, a schedule and a scaling bring."""
+
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -19,7 +20,10 @@ def _vp(sigma_min: float, sigma_max: float, epsilon_s: float = 1e-3) -> VP:
     try:
         return VP(beta_d, high - beta_d / 2, epsilon_s)
     except ValueError as error:
-        raise ValueError(f"ablation: no VP path rises from sigma({epsilon_s:g}) = {sigma_min} to sigma(1) = {sigma_max}; take a lower sigma_min") from error
+        raise ValueError(
+            f"ablation: no VP path rises from sigma({epsilon_s:g}) = {sigma_min} to sigma(1) = "
+            f"{sigma_max}; take a lower sigma_min"
+        ) from error
 
 
 class SigmaOfTime(NamedTuple):
@@ -62,7 +66,13 @@ RANGES = {
 }
 
 
-def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = None, sigma_max: float | None = None, rho: float = 7.0) -> Tensor:
+def ablation_sigmas(
+    discretization: str,
+    steps: int,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+) -> Tensor:
     """The levels of one of EDM's discretizations: [steps + 1] float64, falling to 0.
 
     (arXiv 2206.00364, table 1.)
@@ -79,7 +89,10 @@ def ablation_sigmas(discretization: str, steps: int, sigma_min: float | None = N
         ValueError: no such discretization, or the range or the steps are not to be had.
     """
     if discretization not in RANGES:
-        raise ValueError(f"ablation_sigmas: discretization must be one of {', '.join(RANGES)}, got {discretization!r}")
+        raise ValueError(
+            f"ablation_sigmas: discretization must be one of {', '.join(RANGES)}, got "
+            f"{discretization!r}"
+        )
     lo, hi = RANGES[discretization]
     lo, hi = lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max
     edm = EDM(steps, lo, hi, rho)  # checks them all
@@ -97,9 +110,25 @@ SOLVERS = ("euler", "heun")
 
 
 @torch.no_grad()
-def ablation(denoiser, x: Tensor, sigmas, *, solver: str = "heun", schedule: str = "linear", scaling: str = "none", alpha: float = 1.0,
-             sigma_min: float | None = None, sigma_max: float | None = None, S_churn: float = 0.0, S_min: float = 0.0, S_max: float = math.inf,
-             S_noise: float = 1.0, generator=None, randn_like=None, callback=None) -> Tensor:
+def ablation(
+    denoiser,
+    x: Tensor,
+    sigmas,
+    *,
+    solver: str = "heun",
+    schedule: str = "linear",
+    scaling: str = "none",
+    alpha: float = 1.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    generator=None,
+    randn_like=None,
+    callback=None,
+) -> Tensor:
     """EDM's generalised sampler (arXiv 2206.00364, eq. 4, algorithms 1 to 3, table 1).
 
     It solves dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma).

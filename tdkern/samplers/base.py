@@ -4,6 +4,7 @@ A sampler of the probability-flow ODE is a list of `Step`s. `run` takes them in 
 the same result to rounding: plainly, as they are written here, or with `heun_step`, which makes the
 network's next input in the launch that moves the state.
 """
+
 import math
 from functools import partial
 from itertools import pairwise

@@ -1,4 +1,5 @@
 """Consistency models' samplers: one call, or a few with fresh noise between them."""
+
 import math
 from itertools import pairwise
 
@@ -9,7 +10,17 @@ from .base import checked_levels, denoise, unit_noise
 
 
 @torch.no_grad()
-def multistep(denoiser, x: Tensor, sigmas, *, sigma_min: float = 0.002, clip_denoised: bool = False, generator=None, randn_like=None, callback=None) -> Tensor:
+def multistep(
+    denoiser,
+    x: Tensor,
+    sigmas,
+    *,
+    sigma_min: float = 0.002,
+    clip_denoised: bool = False,
+    generator=None,
+    randn_like=None,
+    callback=None,
+) -> Tensor:
     """Consistency models' multistep sampling (arXiv 2303.01469, algorithm 1).
 
     x <- D(x, sigma_i) + sqrt(max(sigma_{i+1}, sigma_min)^2 - sigma_min^2) noise. The last level,
@@ -37,7 +48,9 @@ def multistep(denoiser, x: Tensor, sigmas, *, sigma_min: float = 0.002, clip_den
     levels = checked_levels("multistep", sigmas)
     if not sigma_min >= 0:
         raise ValueError(f"multistep: sigma_min must be at least 0, got {sigma_min}")
-    return _sample(denoiser, x, levels, sigma_min, clip_denoised, unit_noise(generator, randn_like), callback)
+    return _sample(
+        denoiser, x, levels, sigma_min, clip_denoised, unit_noise(generator, randn_like), callback
+    )
 
 
 @torch.no_grad()
@@ -48,10 +61,14 @@ def onestep(denoiser, x: Tensor, sigmas, *, clip_denoised: bool = False, callbac
 
     Only sigmas[0] is used. Deterministic.
     """
-    return _sample(denoiser, x, [checked_levels("onestep", sigmas)[0], 0.0], 0.0, clip_denoised, None, callback)
+    return _sample(
+        denoiser, x, [checked_levels("onestep", sigmas)[0], 0.0], 0.0, clip_denoised, None, callback
+    )
 
 
-def _sample(denoiser, x: Tensor, levels: list[float], sigma_min: float, clip_denoised: bool, draw, callback) -> Tensor:
+def _sample(
+    denoiser, x: Tensor, levels: list[float], sigma_min: float, clip_denoised: bool, draw, callback
+) -> Tensor:
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = denoise(denoiser, x, sigma)
         if clip_denoised:

@@ -1,4 +1,5 @@
 """DDIM at any eta; eta = 1 is DDPM's ancestral sampler."""
+
 import math
 from itertools import pairwise
 

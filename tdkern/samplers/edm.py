@@ -1,4 +1,5 @@
 """EDM's samplers of the probability-flow ODE, with churn: Heun's and Euler's method."""
+
 import math
 from itertools import pairwise
 
@@ -18,9 +19,7 @@ def raised_levels(
     if not S_churn >= 0:
         raise ValueError(f"{sampler}: S_churn must be a number >= 0, got {S_churn}")
     gamma = min(S_churn / (len(levels) - 1), math.sqrt(2) - 1)
-    return [
-        sigma * (1 + gamma) if S_min <= sigma <= S_max else sigma for sigma in levels[:-1]
-    ]
+    return [sigma * (1 + gamma) if S_min <= sigma <= S_max else sigma for sigma in levels[:-1]]
 
 
 def edm_steps(

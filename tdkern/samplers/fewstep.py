@@ -9,6 +9,7 @@ With lambda = -ln sigma the ODE in D is linear but for D(lambda), and over a ste
 is exact. A solver puts the polynomial through known values of D in the place of D (arXiv
 2211.01095, 2302.04867).
 """
+
 import math
 from itertools import pairwise
 
@@ -70,7 +71,9 @@ def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tens
     return _sample("unipc", denoiser, x, sigmas, order, True, callback)
 
 
-def _sample(sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool, callback) -> Tensor:
+def _sample(
+    sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool, callback
+) -> Tensor:
     levels = checked_levels(sampler, sigmas)
     lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in levels]
     known = []  # (lambda, D), the newest first
@@ -81,7 +84,7 @@ def _sample(sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool
             callback({"step": step, "x": x, "sigma": levels[step], "denoised": denoised})
         if correct and known:
             x = _advance(begin, lam, [*known[:values], (lam, denoised)])
-        known = [(lam, denoised), *known[:order - 1]]
+        known = [(lam, denoised), *known[: order - 1]]
         values = min(len(known), order if levels[-1] > 0 else len(levels) - 1 - step)
         begin = x
         x = _advance(begin, lam_next, known[:values])
@@ -106,7 +109,9 @@ def _advance(x: Tensor, lam_next: float, known: list[tuple[float, Tensor]]) -> T
     if len(nodes) == 1:
         weights = [moments[0] / 2 / nodes[0]]
     else:
-        weights = np.linalg.solve(np.vander(nodes, len(nodes) + 1, increasing=True).T[1:], moments[1:]).tolist()
+        weights = np.linalg.solve(
+            np.vander(nodes, len(nodes) + 1, increasing=True).T[1:], moments[1:]
+        ).tolist()
     x = math.exp(-h) * x + moments[0] * denoised
     for weight, (_, other) in zip(weights, others, strict=True):
         x = x + weight * (other - denoised)

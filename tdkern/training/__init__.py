@@ -1,4 +1,5 @@
 """Training with and without the temporal-difference term: options, loop, checkpoints."""
+
 from .checkpoint import CheckpointError, load_network
 from .loop import Trainer, train
 from .options import Options

@@ -1,6 +1,7 @@
 """Checkpoints on disk: what is saved is whole or not there, and reading one executes nothing.
 
-A run directory holds two kinds, each a directory named by its kimg, as EDM numbers them, to the image:
+A run directory holds two kinds, each a directory named by its kimg, as EDM numbers them, to the
+image:
 
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
     training-state-002500.096/     what training needs to go on to the same weights, bit for bit
@@ -10,6 +11,7 @@ format and a checksum of the tensors' file and of itself. Only a directory of ex
 taken for a checkpoint, in the order of the numbers. `formats` has what makes an older format
 today's.
 """
+
 import hashlib
 import json
 import os
@@ -64,7 +66,9 @@ def images_of(path: Path, form: re.Pattern = NAME) -> int | None:
 
 def checkpoints(run_dir: Path, kind: str) -> list[Path]:
     """A run's checkpoints of a kind, the oldest first."""
-    found = [path for path in run_dir.glob(f"{kind}-*") if images_of(path) is not None and path.is_dir()]
+    found = [
+        path for path in run_dir.glob(f"{kind}-*") if images_of(path) is not None and path.is_dir()
+    ]
     return sorted(found, key=images_of)
 
 
@@ -95,7 +99,14 @@ def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta:
     path = run_dir / f"{kind}-{kimg(nimg)}"
     if path.is_dir():
         return path
-    meta = {"format": FORMAT, "kind": kind, "tdkern": __version__, "torch": torch.__version__, "nimg": nimg, **meta}
+    meta = {
+        "format": FORMAT,
+        "kind": kind,
+        "tdkern": __version__,
+        "torch": torch.__version__,
+        "nimg": nimg,
+        **meta,
+    }
     unfinished = beside(path)
     try:
         unfinished.mkdir()
@@ -129,7 +140,9 @@ def _digest(meta: dict) -> str:
     repeated = ("format", "kind", "tdkern", "torch", "nimg", "step", "checksums")
     said = {name: value for name, value in meta.items() if name not in repeated}
     if type(said.get("options")) is dict:
-        said["options"] = {name: value for name, value in said["options"].items() if name not in FREE}
+        said["options"] = {
+            name: value for name, value in said["options"].items() if name not in FREE
+        }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -140,11 +153,14 @@ def remove(path: Path) -> None:
     shutil.rmtree(unfinished)
 
 
-def keep_newest(run_dir: Path, kind: str, count: int = 1, kept: Callable[[int], bool] | None = None) -> None:
+def keep_newest(
+    run_dir: Path, kind: str, count: int = 1, kept: Callable[[int], bool] | None = None
+) -> None:
     """Remove a run's checkpoints of a kind but the newest, and nothing else.
 
     Args:
-        run_dir: the run's directory. All its checkpoints are whole, so nothing is lost at any moment.
+        run_dir: the run's directory. All its checkpoints are whole, so nothing is lost at any
+            moment.
         kind: SNAPSHOT or STATE.
         count: so many stay.
         kept: of the images trained on, whether an older one stays too.
@@ -163,7 +179,9 @@ def set_aside(run_dir: Path, nimg: int) -> list[str]:
         The new names.
     """
     found = [path for path in run_dir.iterdir() if (images_of(path) or 0) > nimg and path.is_dir()]
-    found += [path for path in run_dir.iterdir() if (images_of(path, GRID) or 0) > nimg and path.is_file()]
+    found += [
+        path for path in run_dir.iterdir() if (images_of(path, GRID) or 0) > nimg and path.is_file()
+    ]
     names = []
     for path in sorted(found):
         aside = path.with_name(ASIDE + path.name)
@@ -224,7 +242,11 @@ def way_on(run_dir: Path) -> str:
 
 def _instead(path: Path, kind: str) -> str:
     """What to use in place of a checkpoint that cannot be: the next older one that is whole."""
-    older = [other for other in checkpoints(path.parent, kind) if images_of(other) < (images_of(path) or 0)]
+    older = [
+        other
+        for other in checkpoints(path.parent, kind)
+        if images_of(other) < (images_of(path) or 0)
+    ]
     whole = next((other for other in reversed(older) if _is_whole(other, kind)), None)
     return f"give another {kind}" + (f": {whole} is whole" if whole else ", here is no older one")
 
@@ -244,15 +266,20 @@ def _reading(path: Path, kind: str):
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); {_instead(path, kind)}") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); {_instead(path, kind)}"
+        ) from error
     except (*DAMAGE, SafetensorError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path}: damaged ({type(error).__name__}: {error}); {_instead(path, kind)}") from error
+        raise CheckpointError(
+            f"{path}: damaged ({type(error).__name__}: {error}); {_instead(path, kind)}"
+        ) from error
 
 
 def read_meta(path: Path, kind: str) -> dict:
-    """A checkpoint's meta.json in today's format, once its files have been compared with its checksums.
+    """A checkpoint's meta.json in today's format, once its files have been compared with its
+    checksums.
 
     Raises:
         CheckpointError: it is damaged, of a later format, or not of this kind.
@@ -265,10 +292,14 @@ def _meta(path: Path, kind: str) -> dict:
     """What `read_meta` returns; raises whatever comes of a damaged file."""
     meta = json.loads(read_file(path / META, MAX_META))
     if not isinstance(meta, dict) or meta.get("kind") != kind:
-        raise CheckpointError(f"{path}: meta.json does not describe a {kind}; give one that tdkern saved")
+        raise CheckpointError(
+            f"{path}: meta.json does not describe a {kind}; give one that tdkern saved"
+        )
     if meta["format"] > FORMAT:
-        raise CheckpointError(f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; "
-                              f"tdkern {__version__} reads up to format {FORMAT}; update it")
+        raise CheckpointError(
+            f"{path}: in format {meta['format']} of tdkern {meta['tdkern']}; "
+            f"tdkern {__version__} reads up to format {FORMAT}; update it"
+        )
     if type(meta["format"]) is not int:
         raise TypeError(f"its format is {meta['format']!r}")
     _compare_checksums(path, meta)
@@ -290,7 +321,9 @@ def _compare_checksums(path: Path, meta: dict) -> None:
 
 
 def read(path: Path, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """A checkpoint's (meta, tensors), on the CPU; raises CheckpointError as `read_meta`, and where the tensors are damaged."""
+    """A checkpoint's (meta, tensors), on the CPU; raises CheckpointError as `read_meta`, and where
+    the tensors are damaged.
+    """
     from safetensors.torch import load_file
 
     meta = read_meta(path, kind)
@@ -317,16 +350,19 @@ def read_options(path: Path) -> dict:
         ) from error
 
 
-def load_network(path: str | Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, dict]:
+def load_network(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[torch.nn.Module, dict]:
     """The EMA network of a network snapshot, ready to sample from, and the snapshot's meta.
 
     Args:
-        path: a network-snapshot directory, a run directory, whose newest is taken, or a file of `tdkern convert`.
+        path: a network-snapshot directory, a run directory, whose newest is taken, or a file of
+            `tdkern convert`.
         device: where the network goes.
 
     Returns:
-        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients; meta["network"] has
-        img_resolution, img_channels and label_dim.
+        (net, meta): net(x, sigma, class_labels=None) -> D in evaluation mode without gradients;
+        meta["network"] has img_resolution, img_channels and label_dim.
 
     Raises:
         CheckpointError: there is none, or it cannot be used.

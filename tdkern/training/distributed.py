@@ -1,4 +1,5 @@
 """The processes of a run: those that torchrun started, or this one alone."""
+
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,8 +23,15 @@ def this_process() -> Process:
 
     Without it they are (0, 1, device).
     """
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    return Process(rank, world, torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"))
+    rank, world, local = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    return Process(
+        rank,
+        world,
+        torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"),
+    )
 
 
 @contextmanager
@@ -49,7 +57,9 @@ def sum_(tensors: Iterable[Tensor]) -> None:
     tensors = list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, total in zip(
+        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
+    ):
         tensor.copy_(total.view_as(tensor))
 
 

@@ -3,6 +3,7 @@
 A change of what is written gets a new number, a function in `NEXT_FORMAT`, and an example of the
 old format in tests/data.
 """
+
 from dataclasses import asdict
 
 from ..families import FAMILIES

@@ -3,6 +3,7 @@
 Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same
 bits.
 """
+
 import json
 import math
 import signal
@@ -17,7 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import AugmentPipe, ImageDataset, StepBatches, derive_seed, save_grid, step_indices, to_float
+from ..data import (
+    AugmentPipe,
+    ImageDataset,
+    StepBatches,
+    derive_seed,
+    save_grid,
+    step_indices,
+    to_float,
+)
 from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
 from ..ema import EMA, consistency_decay, copy_decay, edm_decay
 from ..ema import target_decay as ramped_decay
@@ -48,12 +57,16 @@ def make_augment_pipe(options: Options) -> AugmentPipe | None:
 
     (arXiv 2206.00364, appendix F.2.)
     """
-    return AugmentPipe(p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1) if options.augment else None
+    return (
+        AugmentPipe(
+            p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
+        )
+        if options.augment
+        else None
+    )
 
 
-def target_decay(
-    options: Options, loss: Loss, step: int, updates: int | Tensor
-) -> float | Tensor:
+def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor) -> float | Tensor:
     """Decay of the target network in a step.
 
     Args:
@@ -116,12 +129,21 @@ class Trainer:
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.has_target else None
         if self.target and options.target_precision:
-            self.target.module.dtype = PRECISIONS[options.target_precision]  # of its activations: the average itself stays float32
+            self.target.module.dtype = PRECISIONS[
+                options.target_precision
+            ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.optimizer = AdamEMA(self.net.parameters(), lr=options.lr, betas=(0.9, 0.999), eps=1e-8,
-                                 decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
-                                 averages=[average.module.parameters() for average in self.averages])
-        self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)  # of TDTerms, over the samples since image `counted`
+        self.optimizer = AdamEMA(
+            self.net.parameters(),
+            lr=options.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
+            averages=[average.module.parameters() for average in self.averages],
+        )
+        self.sums = torch.zeros(
+            4, dtype=torch.float64, device=process.device
+        )  # of TDTerms, over the samples since image `counted`
         self.counted = 0
         self.whole = True  # whether all parts are of the same step
         self.idle = 0  # ticks in a row without a step that was taken
@@ -169,7 +191,9 @@ class Trainer:
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = self.loss.at(self.step)
         size = options.batch_gpu
-        sums = torch.zeros_like(self.sums)  # a step that fails halfway has no part in the statistics
+        sums = torch.zeros_like(
+            self.sums
+        )  # a step that fails halfway has no part in the statistics
         for part in zip(images.split(size), labels.split(size), strict=True):
             sums += self._backward(loss, *part)
         if self.process.world > 1:
@@ -236,12 +260,22 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training goes on from, beside the step."""
-        moments = {f"{key}.{name}": self.optimizer.state[param][key] for name, param in self.net.named_parameters() for key in ADAM}
+        moments = {
+            f"{key}.{name}": self.optimizer.state[param][key]
+            for name, param in self.net.named_parameters()
+            for key in ADAM
+        }
         return self._modules_tensors() | moments
 
     def _modules_tensors(self) -> dict[str, Tensor]:
-        modules = {"net": self.net, "ema": self.ema.module} | ({"target": self.target.module} if self.target else {})
-        return {f"{prefix}.{name}": tensor for prefix, module in modules.items() for name, tensor in module.state_dict().items()}
+        modules = {"net": self.net, "ema": self.ema.module} | (
+            {"target": self.target.module} if self.target else {}
+        )
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
 
     def not_finite(self) -> list[str]:
         """The names of the tensors that are not finite; waits for the device."""
@@ -272,7 +306,10 @@ class Trainer:
         if "statistics" in meta:  # of a tick that was not over
             self._restore_statistics(meta["statistics"], path)
         if meta.get("data", self.data) != self.data:
-            self.warnings.append(f"{self.options.data}: these are not the images and labels that the run was trained on so far")
+            self.warnings.append(
+                f"{self.options.data}: these are not the images and labels that the run was "
+                "trained on so far"
+            )
 
     def _restore_statistics(self, saved: dict, path: Path) -> None:
         try:
@@ -283,7 +320,9 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{path}: damaged statistics ({error})") from error
 
     def unfinished_statistics(self) -> dict:
-        """Of the samples since image `counted`, for `_restore` to go on from; asks all processes."""
+        """Of the samples since image `counted`, for `_restore` to go on from; asks all
+        processes.
+        """
         sums = [torch.zeros_like(self.sums) for _ in range(self.process.world)]
         if self.process.world > 1:
             dist.all_gather(sums, self.sums)
@@ -295,7 +334,9 @@ class Trainer:
 
 def crossed(trainer: Trainer, ticks: int) -> bool:
     """Whether the last step went past a multiple of so many ticks: the same in a resumed run."""
-    return trainer.step == trainer.options.total_steps or passed(trainer.options, trainer.nimg, ticks)
+    return trainer.step == trainer.options.total_steps or passed(
+        trainer.options, trainer.nimg, ticks
+    )
 
 
 def passed(options: Options, nimg: int, ticks: int) -> bool:
@@ -380,8 +421,11 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
         bar.set_postfix({name: f"{value:.4g}" for name, value in statistics.items()}, refresh=False)
         record.tick(statistics)
         if trainer.idle:
-            record.warn(f"no step was taken since image {trainer.nimg - options.batch * int(statistics['skipped'])}: "
-                        "all had gradients that are not finite")
+            record.warn(
+                "no step was taken since image "
+                f"{trainer.nimg - options.batch * int(statistics['skipped'])}: "
+                "all had gradients that are not finite"
+            )
     if trainer.idle >= IDLE_TICKS:
         raise Diverged(_diagnosis(trainer, statistics, record))
     # A state of the first such tick has the weights of before it; later ones would only replace it.
@@ -399,12 +443,20 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
 def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record | None") -> str:
     """Why no step is taken any more."""
     bad = trainer.not_finite()
-    what = f"{bad[0]} and {len(bad) - 1} more tensors are not finite" if bad else "the weights are finite"
+    what = (
+        f"{bad[0]} and {len(bad) - 1} more tensors are not finite"
+        if bad
+        else "the weights are finite"
+    )
     lr = learning_rate(trainer.options, trainer.nimg)
     way = f"; {checkpoint.way_on(record.run_dir)}" if record else ""
-    return (f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the loss is "
-            f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision {trainer.options.precision}; "
-            f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}")
+    return (
+        f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the "
+        "loss is "
+        f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision "
+        f"{trainer.options.precision}; "
+        f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}"
+    )
 
 
 def _stop(trainer: Trainer, record: "Record | None", request: StopRequest, signum: int) -> None:
@@ -432,9 +484,13 @@ class Record:
         for warning in trainer.warnings:
             self.warn(warning)
         if aside:
-            self.warn(f"later than image {trainer.nimg}, so set aside in {run_dir}: {', '.join(aside)}")
+            self.warn(
+                f"later than image {trainer.nimg}, so set aside in {run_dir}: {', '.join(aside)}"
+            )
         self._keep_newest()  # a kill may have come between writing one and removing its elder
-        self.side = 8 if trainer.process.device.type == "cuda" else 4  # a grid of 64 would hold a CPU for minutes
+        self.side = (
+            8 if trainer.process.device.type == "cuda" else 4
+        )  # a grid of 64 would hold a CPU for minutes
         chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
         images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
         self.labels = torch.stack(labels)
@@ -449,13 +505,26 @@ class Record:
         trainer, now = self.trainer, time.monotonic()
         seconds, images = now - self.time, trainer.nimg - self.nimg
         self.time, self.nimg = now, trainer.nimg
-        statistics = {name: value if math.isfinite(value) else None for name, value in statistics.items()}  # JSON knows no NaN
-        line = {"kimg": trainer.nimg / 1000, **statistics, "lr": learning_rate(trainer.options, trainer.nimg),
-                "images_per_s": images / seconds, "time": time.time()}
+        statistics = {
+            name: value if math.isfinite(value) else None for name, value in statistics.items()
+        }  # JSON knows no NaN
+        line = {
+            "kimg": trainer.nimg / 1000,
+            **statistics,
+            "lr": learning_rate(trainer.options, trainer.nimg),
+            "images_per_s": images / seconds,
+            "time": time.time(),
+        }
         if trainer.process.device.type == "cuda":
             line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
         append_line(self.run_dir / "stats.jsonl", json.dumps(line))
-        self.log("  ".join(f"{name} {'none' if value is None else format(value, '.5g')}" for name, value in line.items() if name != "time"))
+        self.log(
+            "  ".join(
+                f"{name} {'none' if value is None else format(value, '.5g')}"
+                for name, value in line.items()
+                if name != "time"
+            )
+        )
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
@@ -489,9 +558,20 @@ class Record:
             choice = {"labels": self.labels}
         parts = []
         for seeds in torch.arange(self.side**2).split(self.trainer.options.batch_gpu):
-            given = {name: value[seeds] if name == "labels" else value for name, value in choice.items()}
+            given = {
+                name: value[seeds] if name == "labels" else value for name, value in choice.items()
+            }
             sampler = SAMPLERS[default_sampler(net)].sample
-            parts.append(sample(net, self.trainer.network, seeds.tolist(), preview_levels(net), sampler=sampler, **given))
+            parts.append(
+                sample(
+                    net,
+                    self.trainer.network,
+                    seeds.tolist(),
+                    preview_levels(net),
+                    sampler=sampler,
+                    **given,
+                )
+            )
         return torch.cat(parts)
 
     def state(self, statistics: dict | None = None) -> None:
@@ -503,7 +583,10 @@ class Record:
         meta = self._meta() | {"data": trainer.data}
         if statistics and statistics["counted"] < trainer.nimg:
             meta["statistics"] = statistics
-        for name in ("stats.jsonl", "log.txt"):  # what was recorded up to here survives a power cut too
+        for name in (
+            "stats.jsonl",
+            "log.txt",
+        ):  # what was recorded up to here survives a power cut too
             if (self.run_dir / name).exists():
                 sync_file(self.run_dir / name)
         checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), meta)

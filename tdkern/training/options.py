@@ -1,4 +1,5 @@
 """What a training run is made of: saved with it, and read back when it goes on."""
+
 import dataclasses
 import inspect
 from dataclasses import dataclass, field

@@ -1,4 +1,5 @@
 """Images from a network, each a function of its own seed."""
+
 from functools import partial
 from inspect import signature
 
@@ -15,8 +16,16 @@ class NotFinite(ValueError):
     """Images that are not finite numbers, which would be saved as black ones."""
 
 
-def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str = "edm", sigma_min: float | None = None,
-                    sigma_max: float | None = None, rho: float = 7.0) -> tuple[Tensor, dict]:
+def sampling_levels(
+    net: torch.nn.Module,
+    sampler: str,
+    steps: int,
+    *,
+    disc: str = "edm",
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    rho: float = 7.0,
+) -> tuple[Tensor, dict]:
     """The noise levels of so many steps of a sampler, all of which the network knows.
 
     With them come those of the sampler's options that follow from them.
@@ -26,7 +35,10 @@ def sampling_levels(net: torch.nn.Module, sampler: str, steps: int, *, disc: str
 
     disc, sigma_min, sigma_max, rho: as for `samplers.ablation_sigmas`. Raises its ValueError.
     """
-    lo, hi = (default if given is None else given for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True))
+    lo, hi = (
+        default if given is None else given
+        for given, default in zip((sigma_min, sigma_max), RANGES[disc], strict=True)
+    )
     lo, hi = max(lo, net.sigma_min), min(hi, net.sigma_max)
     kind = SAMPLERS[sampler]
     count = steps + 1 if kind.ends_at_sigma_min else steps
@@ -74,7 +86,8 @@ def sample(
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
         class_idx: the class of all images; None draws one an image. For class-conditional networks.
-        classes: those that the network was trained on; None for all, [] if its labels are no classes.
+        classes: those that the network was trained on; None for all, [] if its labels are no
+            classes.
         labels: [B, label_dim], in place of drawn classes.
         **options: the sampler's own, such as S_churn or eta.
 
@@ -86,7 +99,9 @@ def sample(
         NotFinite: an image is not finite; the message names the sampler's step.
     """
     if not all(0 <= seed < 2**64 for seed in seeds):
-        raise ValueError(f"sample: a seed must be in 0 .. 2^64 - 1, got {min(seeds)} to {max(seeds)}")
+        raise ValueError(
+            f"sample: a seed must be in 0 .. 2^64 - 1, got {min(seeds)} to {max(seeds)}"
+        )
     _check_class(network["label_dim"], class_idx, classes, labels)
 
     def run(wrap) -> Tensor:
@@ -96,7 +111,9 @@ def sample(
         given = labels
         if network["label_dim"] and labels is None:
             given = draws.labels(network["label_dim"], class_idx, classes)
-        noise = {"randn_like": draws.normal} if "randn_like" in signature(sampler).parameters else {}
+        noise = (
+            {"randn_like": draws.normal} if "randn_like" in signature(sampler).parameters else {}
+        )
         given = None if given is None else given.to(x.device)
         return sampler(wrap(partial(net, class_labels=given)), x, sigmas, **noise, **options)
 
@@ -119,13 +136,17 @@ class Draws:
     def normal(self, like: Tensor) -> Tensor:
         """Unit noise of a tensor's shape and dtype."""
         shape, dtype = like.shape[1:], like.dtype
-        noise = [torch.randn(shape, generator=generator, dtype=dtype) for generator in self.generators]
+        noise = [
+            torch.randn(shape, generator=generator, dtype=dtype) for generator in self.generators
+        ]
         return torch.stack(noise).to(self.device)
 
     def labels(self, label_dim: int, class_idx: int | None, classes: list[int] | None) -> Tensor:
         """One-hot labels [B, label_dim] of a class, or of one drawn from `classes`, or from all."""
         count = len(classes) if classes and class_idx is None else label_dim
-        drawn = [int(torch.randint(count, (), generator=generator)) for generator in self.generators]
+        drawn = [
+            int(torch.randint(count, (), generator=generator)) for generator in self.generators
+        ]
         if class_idx is not None:
             drawn = [class_idx] * len(drawn)
         elif classes:
@@ -133,19 +154,32 @@ class Draws:
         return torch.zeros(len(drawn), label_dim).scatter_(1, torch.tensor(drawn)[:, None], 1)
 
 
-def _check_class(label_dim: int, class_idx: int | None, classes: list[int] | None, labels: Tensor | None) -> None:
+def _check_class(
+    label_dim: int, class_idx: int | None, classes: list[int] | None, labels: Tensor | None
+) -> None:
     """Raises ValueError for a class, or none, where the network wants something else."""
     if class_idx is not None and not label_dim:
-        raise ValueError(f"sample: class is for class-conditional networks, and this one has no classes, got {class_idx}")
+        raise ValueError(
+            "sample: class is for class-conditional networks, and this one has no classes, got "
+            f"{class_idx}"
+        )
     if classes == [] and label_dim and labels is None:
-        raise ValueError("sample: the network's labels are vectors and no classes, so none can be drawn; "
-                         "give labels to tdkern.training.sample")
+        raise ValueError(
+            "sample: the network's labels are vectors and no classes, so none can be drawn; "
+            "give labels to tdkern.training.sample"
+        )
     if class_idx is None:
         return
     if not 0 <= class_idx < label_dim:
-        raise ValueError(f"sample: class must be one of the network's {label_dim} classes, counted from 0, got {class_idx}")
+        raise ValueError(
+            f"sample: class must be one of the network's {label_dim} classes, counted from 0, got "
+            f"{class_idx}"
+        )
     if classes and class_idx not in classes:
-        raise ValueError(f"sample: class {class_idx} had no image in training; classes with images are {_listed(classes)}")
+        raise ValueError(
+            f"sample: class {class_idx} had no image in training; classes with images are "
+            f"{_listed(classes)}"
+        )
 
 
 def _listed(numbers: list[int]) -> str:
@@ -170,7 +204,12 @@ class Watched:
         steps = max(len(sigmas) - 1, 1)
         level = next((level for level, finite in self.calls if not finite), None)
         if level is None:
-            return f"sample: the network's images are not finite after the sampler's step {steps} of {steps}"
+            return (
+                f"sample: the network's images are not finite after the sampler's step {steps} of "
+                f"{steps}"
+            )
         step = int((sigmas[:steps].double().cpu() >= level * (1 - 1e-6)).sum())
-        return (f"sample: the network's images are not finite from the sampler's step {max(step, 1)} "
-                f"of {steps} on, at noise level {level:.4g}")
+        return (
+            f"sample: the network's images are not finite from the sampler's step {max(step, 1)} "
+            f"of {steps} on, at noise level {level:.4g}"
+        )

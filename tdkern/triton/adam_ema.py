@@ -1,4 +1,7 @@
-"""adam_ema_ in Triton: a launch a parameter, for its step and its averages. Whether it is skipped is read on the device."""
+"""adam_ema_ in Triton: a launch a parameter, for its step and its averages. Whether it is skipped
+is read on the device.
+"""
+
 import math
 
 import torch
@@ -13,7 +16,9 @@ from .lists import flat, on_device
 
 # s: AdamStep of adam_math.h, in float64.
 @triton.jit
-def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr):
+def adam_kernel(
+    grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr
+):
     T: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     grad_factor, shrink, weight_decay = tl.load(s).to(T), tl.load(s + 1).to(T), tl.load(s + 2).to(T)
     weight1, beta2, weight2 = tl.load(s + 3).to(T), tl.load(s + 4).to(T), tl.load(s + 5).to(T)
@@ -21,7 +26,10 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, 
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n * (1 - tl.load(skip))
     g, p = tl.load(grad + i, inside, other=0.0).to(T), tl.load(param + i, inside, other=0.0).to(T)
-    m, v = tl.load(exp_avg + i, inside, other=0.0).to(T), tl.load(exp_avg_sq + i, inside, other=0.0).to(T)
+    m, v = (
+        tl.load(exp_avg + i, inside, other=0.0).to(T),
+        tl.load(exp_avg_sq + i, inside, other=0.0).to(T),
+    )
     g = g * grad_factor
     g = tl.where(weight_decay != 0, g + weight_decay * p, g)
     m = m + weight1 * (g - m)
@@ -36,29 +44,63 @@ def adam_kernel(grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, 
 
 
 def found_inf(grads):
-    """torch's own, which looks at a list in few launches: an element that is not finite makes its tensor's largest so."""
+    """torch's own, which looks at a list in few launches: an element that is not finite makes its
+    tensor's largest so.
+    """
     some = [grad for grad in grads if grad.numel() > 0]
     if not some:
         return grads[0].new_zeros((), dtype=torch.float32)
     return (~torch.stack(torch._foreach_norm(some, math.inf)).isfinite()).any().float()
 
 
-def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr, found_inf, grad_scale, clip, skipped, beta1, beta2, eps, weight_decay,
-              decoupled):
+def adam_ema_(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    averages,
+    decays,
+    lr,
+    found_inf,
+    grad_scale,
+    clip,
+    skipped,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled,
+):
     if not params:
         return
     device = params[0].device
-    lr, clip, grad_scale = (None if scalar is None else on_device(scalar.reshape(()), device) for scalar in (lr, clip, grad_scale))
+    lr, clip, grad_scale = (
+        None if scalar is None else on_device(scalar.reshape(()), device)
+        for scalar in (lr, clip, grad_scale)
+    )
     decays, one = on_device(decays, device), torch.ones_like(lr)
     factor = (one if clip is None else clip) / (one if grad_scale is None else grad_scale)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped += skip.view_as(skipped)
     counted = (~skip).float()
-    torch._foreach_add_(steps, [counted.view_as(count) for count in steps])  # of one tensor it would wait for its value
+    torch._foreach_add_(
+        steps, [counted.view_as(count) for count in steps]
+    )  # of one tensor it would wait for its value
     step = torch.stack([count.reshape(()) for count in steps]).double()
     shrink = 1 - lr * weight_decay if decoupled else 1.0
-    values = (factor, shrink, 0.0 if decoupled else weight_decay, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step).sqrt(), eps, lr / (1 - beta1**step))
+    values = (
+        factor,
+        shrink,
+        0.0 if decoupled else weight_decay,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step).sqrt(),
+        eps,
+        lr / (1 - beta1**step),
+    )
     constants = step.new_empty(len(params), len(values))
     for column, value in zip(constants.unbind(1), values, strict=True):
         column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
@@ -68,9 +110,26 @@ def adam_ema_(params, grads, exp_avgs, exp_avg_sqs, steps, averages, decays, lr,
             n = tensors[0].numel()
             if n == 0:
                 continue
-            with flat([*tensors, *averages[i :: len(params)]]) as (grad, exp_avg, exp_avg_sq, param, *row):
+            with flat([*tensors, *averages[i :: len(params)]]) as (
+                grad,
+                exp_avg,
+                exp_avg_sq,
+                param,
+                *row,
+            ):
                 block = block_of(param)
-                adam_kernel[(triton.cdiv(n, block),)](grad, exp_avg, exp_avg_sq, param, tuple(row) or None, decays, constants[i], flag, n, block)
+                adam_kernel[(triton.cdiv(n, block),)](
+                    grad,
+                    exp_avg,
+                    exp_avg_sq,
+                    param,
+                    tuple(row) or None,
+                    decays,
+                    constants[i],
+                    flag,
+                    n,
+                    block,
+                )
 
 
 _backends.library.impl("found_inf.triton", found_inf, _backends.triton_key())

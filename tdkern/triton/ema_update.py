@@ -1,4 +1,5 @@
 """ema_update_ in Triton: a launch a parameter, a program a block of it with all its averages."""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +11,8 @@ from .lists import flat, on_device
 BLOCK = 2048  # elements a program; float64 has half as many, which registers hold
 
 
-# lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not finite, the average as it is (ema_math.h).
+# lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not
+# finite, the average as it is (ema_math.h).
 @triton.jit
 def ema_element(avg, param, weight):
     change = param - avg
@@ -48,7 +50,9 @@ def ema_update_(averages, params, decays):
             if param.numel() > 0:
                 with flat([param, *averages[i :: len(params)]]) as (param, *row):
                     block = block_of(param)
-                    ema_kernel[(triton.cdiv(param.numel(), block),)](param, tuple(row), decays, param.numel(), block)
+                    ema_kernel[(triton.cdiv(param.numel(), block),)](
+                        param, tuple(row), decays, param.numel(), block
+                    )
 
 
 _backends.library.impl("ema_update_.triton", ema_update_, _backends.triton_key())

@@ -1,4 +1,5 @@
 """heun_step in Triton: one pass over flat arrays."""
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +8,10 @@ from torch import Tensor
 from ..ops import _backends
 
 BLOCK = 512  # elements a program: four a thread
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fusion in words: Triton 3.10 turns its default off
+OPTIONS = {
+    "num_warps": 4,
+    "enable_fp_fusion": True,
+}  # fusion in words: Triton 3.10 turns its default off
 
 
 @triton.jit
@@ -35,7 +39,10 @@ def heun_step_kernel(F, x, coef, x_hat, noise, x_next, net_input, n, BLOCK: tl.c
 
 def _laid_as(tensor: Tensor | None, layout: Tensor) -> Tensor | None:
     """`tensor` if it lies in memory as the dense `layout` does; else a copy that does."""
-    if tensor is None or all(size <= 1 or a == b for size, a, b in zip(layout.shape, tensor.stride(), layout.stride(), strict=True)):
+    if tensor is None or all(
+        size <= 1 or a == b
+        for size, a, b in zip(layout.shape, tensor.stride(), layout.stride(), strict=True)
+    ):
         return tensor
     return torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
 
@@ -47,7 +54,9 @@ def heun_step(F, x, coef, x_hat, noise, net_dtype):
         F, x, x_hat, noise = (_laid_as(tensor, x_next) for tensor in (F, x, x_hat, noise))
         grid, to = (triton.cdiv(x.numel(), BLOCK),), None if net_dtype is None else net_input
         with torch.cuda.device_of(x):
-            heun_step_kernel[grid](F, x, coef.contiguous(), x_hat, noise, x_next, to, x.numel(), BLOCK, **OPTIONS)
+            heun_step_kernel[grid](
+                F, x, coef.contiguous(), x_hat, noise, x_next, to, x.numel(), BLOCK, **OPTIONS
+            )
     return x_next, net_input
 
 

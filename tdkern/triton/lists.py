@@ -1,9 +1,12 @@
-"""Lists of tensors, a launch for each tensor and those that belong to it: their pointers in the kernel's arguments stay in a CUDA graph.
+"""Lists of tensors, a launch for each tensor and those that belong to it: their pointers in the
+kernel's arguments stay in a CUDA graph.
 
-Not a launch for the whole list: its table of pointers and counts would have to be on the device, since as arguments every count would be a
-specialisation to compile. A copy from the host's memory waits for the host, or in a graph reads that memory at each replay, when torch may
-have given it to another tensor.
+Not a launch for the whole list: its table of pointers and counts would have to be on the device,
+since as arguments every count would be a specialisation to compile. A copy from the host's memory
+waits for the host, or in a graph reads that memory at each replay, when torch may have given it to
+another tensor.
 """
+
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +14,11 @@ from torch import Tensor
 
 
 def on_device(values: Tensor, device: torch.device) -> Tensor:
-    """The values in float64 on the device. Those on the CPU go in kernel arguments: a graph's capture refuses a copy of memory that is not pinned."""
+    """The values in float64 on the device.
+
+    Those on the CPU go in kernel arguments: a graph's capture refuses a copy of memory that is not
+    pinned.
+    """
     if values.device == device:
         return values.double().contiguous()
     there = torch.empty(values.shape, dtype=torch.float64, device=device)
@@ -23,13 +30,19 @@ def on_device(values: Tensor, device: torch.device) -> Tensor:
 def _alike(a: Tensor, b: Tensor) -> bool:
     if a.is_contiguous() and b.is_contiguous():
         return True
-    same = all(size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
-    return same and torch.empty_like(a).stride() == a.stride()  # dense, or empty_like would have other strides
+    same = all(
+        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+    return (
+        same and torch.empty_like(a).stride() == a.stride()
+    )  # dense, or empty_like would have other strides
 
 
 @contextmanager
 def flat(tensors: list[Tensor]):
-    """The tensors, of equal shape, as flat memory: themselves if they lie alike, else contiguous copies; all but the first are written back."""
+    """The tensors, of equal shape, as flat memory: themselves if they lie alike, else contiguous
+    copies; all but the first are written back.
+    """
     if all(_alike(tensors[0], tensor) for tensor in tensors):
         yield tensors
         return

@@ -1,4 +1,7 @@
-"""noise_pair in Triton: a program a block of a sample's elements, a lane a Philox call. The formulas are those of csrc/include/noise_math.h."""
+"""noise_pair in Triton: a program a block of a sample's elements, a lane a Philox call. The
+formulas are those of csrc/include/noise_math.h.
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,12 +13,15 @@ BLOCK = 512  # elements a program: four a thread, which float64 too holds in reg
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-# Two words to two normals. float32: the header's polynomials; float64: Taylor's, nested, of an angle of at most pi/4.
+# Two words to two normals. float32: the header's polynomials; float64: Taylor's, nested, of an
+# angle of at most pi/4.
 @triton.jit
 def _box_muller(a, b, T: tl.constexpr):
     if T == tl.float64:
         minus_2_ln_u = -2 * tl.log((a.to(T) + 0.5) * 2.3283064365386963e-10)
-        angle = (b << 2).to(tl.int32, bitcast=True).to(T) * (0.78539816339744831 * 4.656612873077393e-10)
+        angle = (b << 2).to(tl.int32, bitcast=True).to(T) * (
+            0.78539816339744831 * 4.656612873077393e-10
+        )
         z = angle * angle
         sine, cosine = tl.full(z.shape, 1, T), tl.full(z.shape, 1, T)
         for i in tl.static_range(9):
@@ -61,11 +67,41 @@ def _normals(seed, block, sample, offset_low, offset_high, T: tl.constexpr, BLOC
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
 
 
-# Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are read in place of seed and offset unless None.
+# Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are
+# read in place of seed and offset unless None.
 @triton.jit(do_not_specialize=["seed", "offset"])
-def pair_kernel(x0, x_t, x_tp, in_t, in_tp, x0_row, out_row, alpha, sigma, alpha_p, sigma_p, c_in, c_in_p, alpha_step, sigma_step, alpha_p_step, sigma_p_step,
-                c_in_step, c_in_p_step, seed, seed_at, offset, offset_at, n, plane, step, chunks,
-                SHARED: tl.constexpr, FLAT: tl.constexpr, BLOCK: tl.constexpr):
+def pair_kernel(
+    x0,
+    x_t,
+    x_tp,
+    in_t,
+    in_tp,
+    x0_row,
+    out_row,
+    alpha,
+    sigma,
+    alpha_p,
+    sigma_p,
+    c_in,
+    c_in_p,
+    alpha_step,
+    sigma_step,
+    alpha_p_step,
+    sigma_p_step,
+    c_in_step,
+    c_in_p_step,
+    seed,
+    seed_at,
+    offset,
+    offset_at,
+    n,
+    plane,
+    step,
+    chunks,
+    SHARED: tl.constexpr,
+    FLAT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * BLOCK
@@ -100,11 +136,33 @@ def pair_kernel(x0, x_t, x_tp, in_t, in_tp, x0_row, out_row, alpha, sigma, alpha
     tl.store(x_t + at, clean_t.to(x_t.dtype.element_ty), inside)
     tl.store(x_tp + at, clean_p.to(x_tp.dtype.element_ty), inside)
     if in_t is not None:
-        tl.store(in_t + at, (tl.load(c_in + b * c_in_step).to(T) * clean_t).to(in_t.dtype.element_ty), inside)
-        tl.store(in_tp + at, (tl.load(c_in_p + b * c_in_p_step).to(T) * clean_p).to(in_tp.dtype.element_ty), inside)
+        tl.store(
+            in_t + at,
+            (tl.load(c_in + b * c_in_step).to(T) * clean_t).to(in_t.dtype.element_ty),
+            inside,
+        )
+        tl.store(
+            in_tp + at,
+            (tl.load(c_in_p + b * c_in_p_step).to(T) * clean_p).to(in_tp.dtype.element_ty),
+            inside,
+        )
 
 
-def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net_dtype):
+def noise_pair(
+    x0,
+    alpha,
+    sigma,
+    alpha_p,
+    sigma_p,
+    shared,
+    seed,
+    seed_at,
+    offset,
+    offset_at,
+    c_in,
+    c_in_p,
+    net_dtype,
+):
     x_t, x_tp = (output_like(x0, x0.dtype) for _ in range(2))
     in_t, in_tp = (None, None) if c_in is None else (output_like(x0, net_dtype) for _ in range(2))
     if x0.numel() > 0:
@@ -116,8 +174,28 @@ def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset
         chunks = triton.cdiv(n, BLOCK)
         with torch.cuda.device_of(x0):
             pair_kernel[(len(x0) * chunks,)](
-                x0, x_t, x_tp, in_t, in_tp, x0.stride(0), n, *columns, *(None if column is None else column.stride(0) for column in columns),
-                seed, seed_at, offset, offset_at, n, n // step, step, chunks, shared, step == 1, BLOCK, **OPTIONS)
+                x0,
+                x_t,
+                x_tp,
+                in_t,
+                in_tp,
+                x0.stride(0),
+                n,
+                *columns,
+                *(None if column is None else column.stride(0) for column in columns),
+                seed,
+                seed_at,
+                offset,
+                offset_at,
+                n,
+                n // step,
+                step,
+                chunks,
+                shared,
+                step == 1,
+                BLOCK,
+                **OPTIONS,
+            )
     if in_t is None:
         in_t, in_tp = (x_t.new_empty(0, dtype=net_dtype) for _ in range(2))
     return x_t, x_tp, in_t, in_tp

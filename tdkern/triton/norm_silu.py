@@ -2,6 +2,7 @@
 and one for the result. What a target network and a sampler run between two convolutions: PyTorch
 brings the image into channels first for it and back, in nine passes over memory.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -13,8 +14,17 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
-def _tile(x, add, image, first_row, first_column, pixels, channels,
-          ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(
+    x,
+    add,
+    image,
+    first_row,
+    first_column,
+    pixels,
+    channels,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """x + add of a tile in float32, 0 outside; where its elements lie, and which are there."""
     row = first_row + tl.arange(0, ROWS)[:, None]
     column = first_column + tl.arange(0, COLUMNS)[None, :]
@@ -29,12 +39,23 @@ def _tile(x, add, image, first_row, first_column, pixels, channels,
 
 # Of each channel in each tile: the mean, and the sum of squares about it.
 @triton.jit
-def sums_kernel(x, add, means, squares, pixels, channels, tiles, blocks,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def sums_kernel(
+    x,
+    add,
+    means,
+    squares,
+    pixels,
+    channels,
+    tiles,
+    blocks,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
-    values, _, inside = _tile(x, add, image, tile * ROWS, block * COLUMNS, pixels, channels,
-                              ROWS, COLUMNS)
+    values, _, inside = _tile(
+        x, add, image, tile * ROWS, block * COLUMNS, pixels, channels, ROWS, COLUMNS
+    )
     count = tl.minimum(pixels - tile * ROWS, ROWS).to(tl.float32)
     mean = tl.sum(values, 0) / count
     away = tl.where(inside, values - mean[None, :], 0.0)
@@ -46,8 +67,20 @@ def sums_kernel(x, add, means, squares, pixels, channels, tiles, blocks,
 
 # Of each group: the mean, and 1 / sqrt(variance + eps).
 @triton.jit
-def groups_kernel(means, squares, mean_of, inverse_of, pixels, channels, tiles, groups, eps,
-                  TILES: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr):
+def groups_kernel(
+    means,
+    squares,
+    mean_of,
+    inverse_of,
+    pixels,
+    channels,
+    tiles,
+    groups,
+    eps,
+    TILES: tl.constexpr,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     size = channels // groups
@@ -73,12 +106,28 @@ def groups_kernel(means, squares, mean_of, inverse_of, pixels, channels, tiles, 
 
 
 @triton.jit
-def result_kernel(x, add, y, mean_of, inverse_of, weight, bias, weight_row, pixels, channels, tiles,
-                  blocks, groups, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def result_kernel(
+    x,
+    add,
+    y,
+    mean_of,
+    inverse_of,
+    weight,
+    bias,
+    weight_row,
+    pixels,
+    channels,
+    tiles,
+    blocks,
+    groups,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
-    values, at, inside = _tile(x, add, image, tile * ROWS, block * COLUMNS, pixels, channels,
-                               ROWS, COLUMNS)
+    values, at, inside = _tile(
+        x, add, image, tile * ROWS, block * COLUMNS, pixels, channels, ROWS, COLUMNS
+    )
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     there = column < channels
     group = image * groups + column // (channels // groups)
@@ -91,8 +140,9 @@ def result_kernel(x, add, y, mean_of, inverse_of, weight, bias, weight_row, pixe
     tl.store(y + at, result.to(y.dtype.element_ty), inside)
 
 
-def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float,
-                    add: Tensor | None = None) -> Tensor:
+def group_norm_silu(
+    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None
+) -> Tensor:
     """silu(group_norm(x + add)), in float32 from x's dtype to x's dtype.
 
     Args:
@@ -118,12 +168,41 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
     size = triton.next_power_of_2(channels // groups)
     tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))
     with torch.cuda.device_of(x):
-        sums_kernel[grid](x, add, means, squares, pixels, channels, tiles, blocks,
-                          ROWS, COLUMNS, **OPTIONS)
-        groups_kernel[(batch * groups,)](means, squares, mean_of, inverse_of, pixels, channels,
-                                         tiles, groups, eps, tiles_at_once, size, ROWS,
-                                         num_warps=1, enable_fp_fusion=True)
-        result_kernel[grid](x, add, y, mean_of, inverse_of, weight, bias,
-                            channels if weight.ndim == 2 else 0, pixels, channels, tiles, blocks,
-                            groups, ROWS, COLUMNS, **OPTIONS)
+        sums_kernel[grid](
+            x, add, means, squares, pixels, channels, tiles, blocks, ROWS, COLUMNS, **OPTIONS
+        )
+        groups_kernel[(batch * groups,)](
+            means,
+            squares,
+            mean_of,
+            inverse_of,
+            pixels,
+            channels,
+            tiles,
+            groups,
+            eps,
+            tiles_at_once,
+            size,
+            ROWS,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+        result_kernel[grid](
+            x,
+            add,
+            y,
+            mean_of,
+            inverse_of,
+            weight,
+            bias,
+            channels if weight.ndim == 2 else 0,
+            pixels,
+            channels,
+            tiles,
+            blocks,
+            groups,
+            ROWS,
+            COLUMNS,
+            **OPTIONS,
+        )
     return y

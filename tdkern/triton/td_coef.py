@@ -1,4 +1,5 @@
 """td_coef in Triton: float64 throughout, a lane a sample."""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +11,11 @@ BLOCK = 128
 
 
 @triton.jit
-def _f64(value):  # a Python float, which every scalar is in the interpreter, is float32 to min, max and where before Triton 3.9
+def _f64(
+    value,
+    # a Python float, which every scalar is in the interpreter, is float32 to min, max and where
+    # before Triton 3.9
+):
     return tl.full([], value, tl.float64)
 
 
@@ -19,13 +24,15 @@ def _pow(x, y):  # x >= 0, y > 0
     return tl.exp(y * tl.log(x))
 
 
-# sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho): EDM's schedule.
+# sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho): EDM's
+# schedule.
 @triton.jit
 def _sigma(index, intervals, a, b, rho):
     return _pow(tl.minimum(tl.maximum(a + index / intervals * (b - a), _f64(b)), _f64(a)), rho)
 
 
-# Of the two-moment mean with alpha = 1: A = 1 - kappa, kappa = r sqrt(1 - eta^2 + (eta r)^2), r = sigma_tau / sigma_t.
+# Of the two-moment mean with alpha = 1: A = 1 - kappa, kappa = r sqrt(1 - eta^2 + (eta r)^2), r =
+# sigma_tau / sigma_t.
 @triton.jit
 def _A(sigma, sigma_tau, eta):
     r = sigma_tau / sigma
@@ -36,7 +43,9 @@ def _A(sigma, sigma_tau, eta):
 @triton.jit
 def _preconditioning(sigma, sigma_data, sigma_min, PRECOND: tl.constexpr):
     shifted = sigma - sigma_min if PRECOND == "ct" else sigma
-    return sigma_data * sigma_data / (shifted * shifted + sigma_data * sigma_data), shifted * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+    return sigma_data * sigma_data / (
+        shifted * shifted + sigma_data * sigma_data
+    ), shifted * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
 
 
 @triton.jit
@@ -69,10 +78,31 @@ def _td_weighting(A, A_p, scale, scale_p, WEIGHT: tl.constexpr):
 
 # The scalars' types are given, since Triton would pass a Python float as float32.
 @triton.jit
-def coef_kernel(noise, coef, levels, batch, intervals: tl.float64, sigma_min: tl.float64, sigma_max: tl.float64, a: tl.float64, b: tl.float64, rho: tl.float64,
-                inverse_rho: tl.float64, sigma_data: tl.float64, k_idx: tl.float64, one_idx: tl.float64, lambda_base: tl.float64, eta: tl.float64,
-                td_lo: tl.float64, td_hi: tl.float64,
-                FROM_INDEX: tl.constexpr, PRECOND: tl.constexpr, BASE_WEIGHT: tl.constexpr, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def coef_kernel(
+    noise,
+    coef,
+    levels,
+    batch,
+    intervals: tl.float64,
+    sigma_min: tl.float64,
+    sigma_max: tl.float64,
+    a: tl.float64,
+    b: tl.float64,
+    rho: tl.float64,
+    inverse_rho: tl.float64,
+    sigma_data: tl.float64,
+    k_idx: tl.float64,
+    one_idx: tl.float64,
+    lambda_base: tl.float64,
+    eta: tl.float64,
+    td_lo: tl.float64,
+    td_hi: tl.float64,
+    FROM_INDEX: tl.constexpr,
+    PRECOND: tl.constexpr,
+    BASE_WEIGHT: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch
     sample = tl.load(noise + i, inside, other=1.0)
@@ -80,17 +110,27 @@ def coef_kernel(noise, coef, levels, batch, intervals: tl.float64, sigma_min: tl
         index, sigma = sample, _sigma(sample, intervals, a, b, rho)
         in_range = index >= 0
     else:
-        index, sigma = tl.minimum(tl.maximum((_pow(sample, inverse_rho) - a) / (b - a), 0), 1) * intervals, sample
+        index, sigma = (
+            tl.minimum(tl.maximum((_pow(sample, inverse_rho) - a) / (b - a), 0), 1) * intervals,
+            sample,
+        )
         in_range = (sigma >= sigma_min) & (sigma <= sigma_max)
-    valid = in_range & (index <= intervals - (k_idx + one_idx)) & (sigma >= td_lo) & (sigma <= td_hi)
-    sigma_tau, sigma_p = _sigma(index + one_idx, intervals, a, b, rho), _sigma(index + k_idx, intervals, a, b, rho)
+    valid = (
+        in_range & (index <= intervals - (k_idx + one_idx)) & (sigma >= td_lo) & (sigma <= td_hi)
+    )
+    sigma_tau, sigma_p = (
+        _sigma(index + one_idx, intervals, a, b, rho),
+        _sigma(index + k_idx, intervals, a, b, rho),
+    )
     sigma_tau_p = _sigma(index + (k_idx + one_idx), intervals, a, b, rho)
 
     A, A_p = _A(sigma, sigma_tau, eta), _A(sigma_p, sigma_tau_p, eta)
     skip, scale = _preconditioning(sigma, sigma_data, sigma_min, PRECOND)
     skip_p, scale_p = _preconditioning(sigma_p, sigma_data, sigma_min, PRECOND)
     w_td = tl.where(valid, _td_weighting(A, A_p, scale, scale_p, WEIGHT), 0)
-    w_base = _base_weighting(sigma, sigma_data, BASE_WEIGHT) * tl.where(valid, _f64(lambda_base), 1 + _f64(lambda_base))
+    w_base = _base_weighting(sigma, sigma_data, BASE_WEIGHT) * tl.where(
+        valid, _f64(lambda_base), 1 + _f64(lambda_base)
+    )
 
     coef += 8 * i
     tl.store(coef, skip, inside)
@@ -108,15 +148,55 @@ def coef_kernel(noise, coef, levels, batch, intervals: tl.float64, sigma_min: tl
     tl.store(levels + 3, sigma_tau_p, inside)
 
 
-def td_coef(noise, from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, eta, weight, td_lo, td_hi):
+def td_coef(
+    noise,
+    from_index,
+    steps,
+    sigma_min,
+    sigma_max,
+    rho,
+    sigma_data,
+    k_idx,
+    one_idx,
+    lambda_base,
+    precond,
+    base_weight,
+    eta,
+    weight,
+    td_lo,
+    td_hi,
+):
     batch = len(noise)
     noise, coef, levels = noise.contiguous(), noise.new_empty(batch, 8), noise.new_empty(batch, 4)
     a, b = EDM(steps, sigma_min, sigma_max, rho)._ends
     if batch > 0:
         with torch.cuda.device_of(noise):
             coef_kernel[(triton.cdiv(batch, BLOCK),)](
-                noise, coef, levels, batch, steps - 1.0, sigma_min, sigma_max, a, b, rho, 1 / rho, sigma_data, k_idx, one_idx, lambda_base, eta, td_lo, td_hi,
-                from_index, precond, base_weight, weight, BLOCK, enable_fp_fusion=True)
+                noise,
+                coef,
+                levels,
+                batch,
+                steps - 1.0,
+                sigma_min,
+                sigma_max,
+                a,
+                b,
+                rho,
+                1 / rho,
+                sigma_data,
+                k_idx,
+                one_idx,
+                lambda_base,
+                eta,
+                td_lo,
+                td_hi,
+                from_index,
+                precond,
+                base_weight,
+                weight,
+                BLOCK,
+                enable_fp_fusion=True,
+            )
     return coef, levels
 
 

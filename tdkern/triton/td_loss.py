@@ -1,4 +1,7 @@
-"""td_loss in Triton: a program a chunk of a sample; where a sample is several chunks, a second small kernel adds their sums in order."""
+"""td_loss in Triton: a program a chunk of a sample; where a sample is several chunks, a second
+small kernel adds their sums in order.
+"""
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +13,10 @@ from ..ops.td_loss import gradient_like
 CHUNK = 8192  # most elements a program; this and the two blocks set the order of summation
 BLOCK = 2048  # elements in registers at a time
 SUM_BLOCK = 1024
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # fusion in words: Triton 3.10 turns its default off
+OPTIONS = {
+    "num_warps": 8,
+    "enable_fp_fusion": True,
+}  # fusion in words: Triton 3.10 turns its default off
 
 
 @triton.jit
@@ -21,16 +27,48 @@ def _load(pointer, i, end, T: tl.constexpr):
 # Where a product feeds a sum it is an fma by name: which products the compiler would fuse by itself
 # depends on the code around them, such as whether dF is written, and so would the bits.
 #
-# One chunk of sample b, from element `begin`: its sums of delta^2 and of base^2 or |base|; writes dF for the upstream gradient g_td, g_base. A term
-# that is off adds exactly 0, whatever its error is, and what only terms that are off need is not read.
+# One chunk of sample b, from element `begin`: its sums of delta^2 and of base^2 or |base|; writes
+# dF for the upstream gradient g_td, g_base. A term that is off adds exactly 0, whatever its error
+# is, and what only terms that are off need is not read.
 @triton.jit
-def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
-           T: tl.constexpr, CONSISTENCY: tl.constexpr, L1: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    skip, scale, skip_p, scale_p = tl.load(coef).to(T), tl.load(coef + 1).to(T), tl.load(coef + 2).to(T), tl.load(coef + 3).to(T)
-    A, A_p, w_td, w_base = tl.load(coef + 4).to(T), tl.load(coef + 5).to(T), tl.load(coef + 6), tl.load(coef + 7)
+def _chunk(
+    F,
+    F_p,
+    x0,
+    x_t,
+    x_tp,
+    dF,
+    coef,
+    g_td,
+    g_base,
+    n,
+    inverse_n,
+    begin,
+    T: tl.constexpr,
+    CONSISTENCY: tl.constexpr,
+    L1: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    skip, scale, skip_p, scale_p = (
+        tl.load(coef).to(T),
+        tl.load(coef + 1).to(T),
+        tl.load(coef + 2).to(T),
+        tl.load(coef + 3).to(T),
+    )
+    A, A_p, w_td, w_base = (
+        tl.load(coef + 4).to(T),
+        tl.load(coef + 5).to(T),
+        tl.load(coef + 6),
+        tl.load(coef + 7),
+    )
     has_td, has_base = (w_td != 0) & (g_td != 0), (w_base != 0) & (g_base != 0)
     rest = n - begin
-    td_end, base_end, end = tl.where(has_td, rest, 0), tl.where(has_base, rest, 0), tl.where(has_td | has_base, rest, 0)
+    td_end, base_end, end = (
+        tl.where(has_td, rest, 0),
+        tl.where(has_base, rest, 0),
+        tl.where(has_td | has_base, rest, 0),
+    )
     target_end = end if CONSISTENCY else td_end
     unit = -2 * tl.load(coef + 1) * inverse_n
     grad_td = tl.where(has_td, unit * w_td * g_td * tl.load(coef + 4), 0).to(T)
@@ -51,10 +89,14 @@ def _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin,
         delta = tl.where(i < td_end, tl.fma(A, e, -(A_p * e_p)), 0)
         base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
         sum_td = tl.fma(delta, delta, sum_td)
-        slope = tl.where(base > 0, 1, tl.where(base < 0, -1, base)) if L1 else base  # sign(base), which is 0 at 0 and NaN at NaN
+        slope = (
+            tl.where(base > 0, 1, tl.where(base < 0, -1, base)) if L1 else base
+        )  # sign(base), which is 0 at 0 and NaN at NaN
         sum_base = tl.fma(slope, base, sum_base)
         if dF is not None:
-            tl.store(dF + i, tl.fma(grad_td, delta, grad_base * slope).to(dF.dtype.element_ty), i < rest)
+            tl.store(
+                dF + i, tl.fma(grad_td, delta, grad_base * slope).to(dF.dtype.element_ty), i < rest
+            )
     return tl.sum(sum_td), tl.sum(sum_base)
 
 
@@ -64,11 +106,35 @@ def _store_loss(loss, coef, b, inverse_n, td, base):
     tl.store(loss + 2 * b + 1, tl.load(coef + 7) * base * inverse_n)
 
 
-# Forward, where upstream is None: writes dF unless it is None, and the sums, or at once the loss where a sample is one chunk (sums is None).
-# Backward: dF holds the gradient for an upstream gradient of 1; corrects the samples whose upstream gradient is another.
+# Forward, where upstream is None: writes dF unless it is None, and the sums, or at once the loss
+# where a sample is one chunk (sums is None). Backward: dF holds the gradient for an upstream
+# gradient of 1; corrects the samples whose upstream gradient is another.
 @triton.jit
-def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_tp_row, dF_row, coef, upstream, sums, loss, n, inverse_n: tl.float64, chunks,
-                 CONSISTENCY: tl.constexpr, L1: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+def chunk_kernel(
+    F,
+    F_p,
+    x0,
+    x_t,
+    x_tp,
+    dF,
+    F_row,
+    F_p_row,
+    x0_row,
+    x_t_row,
+    x_tp_row,
+    dF_row,
+    coef,
+    upstream,
+    sums,
+    loss,
+    n,
+    inverse_n: tl.float64,
+    chunks,
+    CONSISTENCY: tl.constexpr,
+    L1: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * CHUNK
@@ -84,7 +150,25 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
     coef += 8 * b
 
     if upstream is None:
-        td, base = _chunk(F, F_p, x0, x_t, x_tp, dF, coef, tl.full([], 1, T), tl.full([], 1, T), n, inverse_n, begin, T, CONSISTENCY, L1, CHUNK, BLOCK)
+        td, base = _chunk(
+            F,
+            F_p,
+            x0,
+            x_t,
+            x_tp,
+            dF,
+            coef,
+            tl.full([], 1, T),
+            tl.full([], 1, T),
+            n,
+            inverse_n,
+            begin,
+            T,
+            CONSISTENCY,
+            L1,
+            CHUNK,
+            BLOCK,
+        )
         if sums is not None:
             tl.store(sums + 2 * task, td)
             tl.store(sums + 2 * task + 1, base)
@@ -92,18 +176,40 @@ def chunk_kernel(F, F_p, x0, x_t, x_tp, dF, F_row, F_p_row, x0_row, x_t_row, x_t
             _store_loss(loss, coef, b, inverse_n, td, base)
     else:
         g_td, g_base = tl.load(upstream + 2 * b), tl.load(upstream + 2 * b + 1)
-        can_scale: tl.constexpr = dF.dtype.element_ty == T  # half precision is computed anew: before a loss scale, dF may have underflowed
+        can_scale: tl.constexpr = (
+            dF.dtype.element_ty == T
+        )  # half precision is computed anew: before a loss scale, dF may have underflowed
         if (g_td != 1) | (g_base != 1):
             if can_scale & (g_td == g_base) & (g_td != 0):
                 for start in range(0, CHUNK, BLOCK):
                     i = start + tl.arange(0, BLOCK)
                     tl.store(dF + i, g_td * tl.load(dF + i, i < n - begin), i < n - begin)
             else:
-                _chunk(F, F_p, x0, x_t, x_tp, dF, coef, g_td, g_base, n, inverse_n, begin, T, CONSISTENCY, L1, CHUNK, BLOCK)
+                _chunk(
+                    F,
+                    F_p,
+                    x0,
+                    x_t,
+                    x_tp,
+                    dF,
+                    coef,
+                    g_td,
+                    g_base,
+                    n,
+                    inverse_n,
+                    begin,
+                    T,
+                    CONSISTENCY,
+                    L1,
+                    CHUNK,
+                    BLOCK,
+                )
 
 
 @triton.jit
-def sum_kernel(sums, coef, loss, inverse_n: tl.float64, chunks, SPAN: tl.constexpr, SUM_BLOCK: tl.constexpr):
+def sum_kernel(
+    sums, coef, loss, inverse_n: tl.float64, chunks, SPAN: tl.constexpr, SUM_BLOCK: tl.constexpr
+):
     b = tl.program_id(0).to(tl.int64)
     sums += 2 * b * chunks
     td, base = tl.zeros([SUM_BLOCK], tl.float64), tl.zeros([SUM_BLOCK], tl.float64)
@@ -115,33 +221,72 @@ def sum_kernel(sums, coef, loss, inverse_n: tl.float64, chunks, SPAN: tl.constex
 
 
 def _rows(tensor: Tensor | None, layout: Tensor) -> tuple[Tensor | None, int]:
-    """A tensor whose samples lie as `layout`'s do, copied only if they do not, and the distance from one to the next."""
+    """A tensor whose samples lie as `layout`'s do, copied only if they do not, and the distance
+    from one to the next.
+    """
     if tensor is None:
         return None, 0
-    if any(size > 1 and a != b for size, a, b in zip(layout.shape[1:], tensor.stride()[1:], layout.stride()[1:], strict=True)):
+    if any(
+        size > 1 and a != b
+        for size, a, b in zip(
+            layout.shape[1:], tensor.stride()[1:], layout.stride()[1:], strict=True
+        )
+    ):
         tensor = torch.empty_like(layout, dtype=tensor.dtype).copy_(tensor)
     return tensor, tensor.stride(0)
 
 
 def _whole(length: int, block: int) -> int:
-    """A length in whole blocks: loops have constant bounds, which Triton's interpreter needs before 3.9 under NumPy 2.4."""
+    """A length in whole blocks: loops have constant bounds, which Triton's interpreter needs before
+    3.9 under NumPy 2.4.
+    """
     return triton.cdiv(length, block) * block
 
 
-def _launch(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout, upstream, loss) -> None:
+def _launch(
+    out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad, layout, upstream, loss
+) -> None:
     batch, n = len(out), out[0].numel()
     chunks, chunk = triton.cdiv(n, CHUNK), min(CHUNK, _whole(n, BLOCK))
     coef = coef.double().contiguous()
-    tensors, rows = zip(*(_rows(tensor, layout) for tensor in (out, out_target, x0, x_t, x_tp, grad)), strict=True)
+    tensors, rows = zip(
+        *(_rows(tensor, layout) for tensor in (out, out_target, x0, x_t, x_tp, grad)), strict=True
+    )
     sums = loss.new_empty(batch * chunks, 2) if loss is not None and chunks > 1 else None
     with torch.cuda.device_of(out):
-        chunk_kernel[(batch * chunks,)](*tensors, *rows, coef, upstream, sums, loss, n, 1 / n, chunks, consistency, l1, chunk, BLOCK, **OPTIONS)
+        chunk_kernel[(batch * chunks,)](
+            *tensors,
+            *rows,
+            coef,
+            upstream,
+            sums,
+            loss,
+            n,
+            1 / n,
+            chunks,
+            consistency,
+            l1,
+            chunk,
+            BLOCK,
+            **OPTIONS,
+        )
         if sums is not None:
-            sum_kernel[(batch,)](sums, coef, loss, 1 / n, chunks, _whole(chunks, SUM_BLOCK), SUM_BLOCK, enable_fp_fusion=True)
+            sum_kernel[(batch,)](
+                sums,
+                coef,
+                loss,
+                1 / n,
+                chunks,
+                _whole(chunks, SUM_BLOCK),
+                SUM_BLOCK,
+                enable_fp_fusion=True,
+            )
 
 
 def td_loss(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
-    loss = out.new_empty(len(out), 2, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32)
+    loss = out.new_empty(
+        len(out), 2, dtype=torch.float64 if x0.dtype == torch.float64 else torch.float32
+    )
     layout = gradient_like(out)
     grad = layout if want_grad else None
     if out.numel() > 0:

@@ -4,6 +4,7 @@ TDKERN_IMPORTS: a file to which each process writes, in lines of JSON, which of 
     files it loaded, and what they asked for that a GPU machine does not have, which is refused.
 TDKERN_INJECT: FAILURE:SCRIPT, one of the functions below, for the process that runs the script.
 """
+
 import atexit
 import json
 import os
@@ -12,9 +13,26 @@ from importlib.machinery import PathFinder
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 # What a GPU machine has; the standard library less what Python 3.12 no longer has.
-PACKAGES = {"torch", "torchvision", "triton", "numpy", "scipy", "hypothesis", "pytest",
-            "pytest_benchmark", "xdist", "tqdm", "safetensors", "PIL", "matplotlib", "tensorboard",
-            "cmake", "ninja", "pybind11", "setuptools"}
+PACKAGES = {
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "scipy",
+    "hypothesis",
+    "pytest",
+    "pytest_benchmark",
+    "xdist",
+    "tqdm",
+    "safetensors",
+    "PIL",
+    "matplotlib",
+    "tensorboard",
+    "cmake",
+    "ninja",
+    "pybind11",
+    "setuptools",
+}
 STANDARD = sys.stdlib_module_names - {"asynchat", "asyncore", "distutils", "imp", "smtpd"}
 GO_BETWEENS = ("<frozen", os.path.join("importlib", ""), os.path.join("_pytest", "outcomes.py"))
 
