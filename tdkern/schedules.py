@@ -29,7 +29,8 @@ def eta_of(coupling: str) -> float:
     return ETA[coupling]
 
 
-def _f64(value) -> Tensor:
+def as_float64(value) -> Tensor:
+    """A tensor in float64; numbers come on the CPU, whatever torch's default device is."""
     return (
         value.double()
         if isinstance(value, Tensor)
@@ -62,7 +63,9 @@ def two_moment(
     eta = eta_of(coupling) if eta is None else eta
     if not 0 <= eta <= 1:
         raise ValueError(f"two_moment: eta must be in [0, 1], got {eta}")
-    alpha_t, sigma_t, alpha_tau, sigma_tau = map(_f64, (alpha_t, sigma_t, alpha_tau, sigma_tau))
+    alpha_t, sigma_t, alpha_tau, sigma_tau = map(
+        as_float64, (alpha_t, sigma_t, alpha_tau, sigma_tau)
+    )
     r = sigma_tau / sigma_t
     kappa = r * torch.sqrt(1 - eta**2 + (eta * r * alpha_t / alpha_tau) ** 2)
     return alpha_tau - kappa * alpha_t, kappa
@@ -100,7 +103,7 @@ class EDM:
 
     def alpha(self, index) -> Tensor:
         """Signal level at an index: 1."""
-        return torch.ones_like(_f64(index))
+        return torch.ones_like(as_float64(index))
 
     def sigma(self, index) -> Tensor:
         """Noise level at a real index.
@@ -108,12 +111,12 @@ class EDM:
         It is held at sigma_max below index 0 and at sigma_min above steps - 1.
         """
         a, b = self._ends
-        return (a + _f64(index) / (self.steps - 1) * (b - a)).clamp(b, a) ** self.rho
+        return (a + as_float64(index) / (self.steps - 1) * (b - a)).clamp(b, a) ** self.rho
 
     def index(self, sigma) -> Tensor:
         """The real index of a noise level: 0 from sigma_max up, steps - 1 from sigma_min down."""
         a, b = self._ends
-        return ((_f64(sigma) ** (1 / self.rho) - a) / (b - a)).clamp(0, 1) * (self.steps - 1)
+        return ((as_float64(sigma) ** (1 / self.rho) - a) / (b - a)).clamp(0, 1) * (self.steps - 1)
 
     def sigmas(self) -> Tensor:
         """The sampler's levels: sigma(0), ..., sigma(steps - 1), 0."""
@@ -195,7 +198,7 @@ def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.
     elif beta_schedule == "linear":
         beta = (1e-4 + (t[1:] - 1) / (T - 1) * (0.02 - 1e-4)) * (1000 / T)
     else:
-        beta = _f64(beta_schedule)
+        beta = as_float64(beta_schedule)
     return torch.cat([t[:1], -torch.log1p(-beta.clamp(max=beta_max)).cumsum(0)]).to(device)
 
 
@@ -260,7 +263,7 @@ class DDPM(VariancePreserving):
 
         ln sigma_hat is linear between whole times, and held at the ends.
         """
-        sigma_hat = _f64(sigma_hat)
+        sigma_hat = as_float64(sigma_hat)
         return 1 + interpolated_index(
             torch.expm1(self._table(sigma_hat.device)[1:]).log() / 2, sigma_hat.log()
         )
@@ -361,11 +364,11 @@ class VP(VariancePreserving):
     t_end = t_min
 
     def decay(self, t) -> Tensor:
-        t = _f64(t)
+        t = as_float64(t)
         return t * (self.beta_d * t / 2 + self.beta_min)
 
     def time(self, sigma_hat) -> Tensor:
-        exponent = (_f64(sigma_hat) ** 2).log1p()
+        exponent = (as_float64(sigma_hat) ** 2).log1p()
         return (
             2 * exponent / ((self.beta_min**2 + 2 * self.beta_d * exponent).sqrt() + self.beta_min)
         )
@@ -398,13 +401,15 @@ class VE(Schedule):
             )
 
     def alpha(self, t) -> Tensor:
-        return torch.ones_like(_f64(t))
+        return torch.ones_like(as_float64(t))
 
     def sigma(self, t) -> Tensor:
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** _f64(t)
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** as_float64(t)
 
     def time(self, sigma_hat) -> Tensor:
-        return (_f64(sigma_hat) / self.sigma_min).log() / math.log(self.sigma_max / self.sigma_min)
+        return (as_float64(sigma_hat) / self.sigma_min).log() / math.log(
+            self.sigma_max / self.sigma_min
+        )
 
     def times(self, steps: int) -> Tensor:
         """[steps] times from 1 to 0, evenly spread: a geometric sequence of levels."""
@@ -436,13 +441,13 @@ class FlowMatching(Schedule):
         return self.t_min
 
     def alpha(self, t) -> Tensor:
-        return 1 - _f64(t)
+        return 1 - as_float64(t)
 
     def sigma(self, t) -> Tensor:
-        return _f64(t)
+        return as_float64(t)
 
     def time(self, sigma_hat) -> Tensor:
-        sigma_hat = _f64(sigma_hat)
+        sigma_hat = as_float64(sigma_hat)
         return sigma_hat / (1 + sigma_hat)
 
     def times(self, steps: int) -> Tensor:

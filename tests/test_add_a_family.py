@@ -15,6 +15,8 @@ import pytest
 import torch
 from families import Raw, continuous, draws, textbook
 
+from tdkern.training import Options
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "add_a_family.md").read_text()
 
@@ -111,6 +113,10 @@ def test_its_network_takes_the_fused_path(module):
     loss = module.TDTrigLoss()
     net = FAMILIES["trig"].network(loss, "ddpmpp", 8, 3, 0, cbase=4, cres=[1]).build()
     assert loss.fits(net) and type(net) is module.TrigPrecond and net.time_scale == 600
+    low = FAMILIES["trig"].network(module.TDTrigLoss(sigma_max=40.0), "ddpmpp", 8, 3, 0, cbase=4)
+    assert low.build().sigma_max == 40  # which is where `generate` begins
+    with pytest.raises(ValueError, match="sigma_max must be positive"):
+        Options(data="", family="trig", loss={"sigma_max": -3.0})
     t = torch.linspace(loss.schedule.t_min, loss.schedule.t_max, 9, dtype=torch.float64)
     torch.testing.assert_close(loss.schedule.time(loss.schedule.sigma_hat(t)), t)
     torch.testing.assert_close(net.input_scaling(loss.schedule.sigma_hat(t))[1], 600 * t)

@@ -17,7 +17,7 @@ from torch import nn
 
 from tdkern import samplers
 from tdkern.ema import consistency_decay
-from tdkern.families import FAMILIES, default_sampler
+from tdkern.families import FAMILIES, default_sampler, families_with
 from tdkern.losses import (
     CTLoss,
     DDPMLoss,
@@ -466,7 +466,10 @@ def test_an_option_that_does_nothing_is_refused(family):
         ),
         ({"base_norm": "no"}, "base_norm must be one of l2, l1, huber, lpips, got 'no'"),
         ({"lognormal": [0.0, 0.0]}, r"lognormal must be \(P_mean, P_std\) with P_std > 0"),
-        ({"td_share": 0.5}, "td_share is for family edm, ddpm, iddpm, vp, ve, flow, got family ct"),
+        (
+            {"td_share": 0.5},
+            f"td_share is for family {', '.join(families_with('td_share'))}, got family ct",
+        ),
         ({"family": "ddpm", "k": 1.5}, "k must be a whole number from 1 to T - 1 = 999, got 1.5"),
         (
             {"family": "ddpm", "k": 10, "T": 10},
