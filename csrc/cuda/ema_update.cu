@@ -7,7 +7,7 @@ namespace tdkern {
 namespace {
 
 template <typename N, typename D>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 3 : 4) ema_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ Decays decays) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<D, float> ? 4 : kBlocks) ema_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ Decays decays) {
   const TableChunk chunk = table_chunk(table);
   ema_chunk<N, D>(chunk.row, chunk, decays, table.columns - 1);
 }
