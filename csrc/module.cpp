@@ -1,4 +1,5 @@
-// The part without torch: what this build is, and td_math.h over NumPy arrays, so that a test compares the formulas themselves.
+// The part without torch: what this build is, and td_math.h over NumPy arrays, so that a test
+// compares the formulas themselves.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -24,27 +25,42 @@ py::dict build() {
   return facts;
 }
 
-double two_moment_A(double alpha_t, double sigma_t, double alpha_tau, double sigma_tau, double eta) {
+double two_moment_A(
+    double alpha_t, double sigma_t, double alpha_tau, double sigma_tau, double eta) {
   double A, kappa;
   two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, eta, &A, &kappa);
   return A;
 }
 
-double two_moment_kappa(double alpha_t, double sigma_t, double alpha_tau, double sigma_tau, double eta) {
+double two_moment_kappa(
+    double alpha_t, double sigma_t, double alpha_tau, double sigma_tau, double eta) {
   double A, kappa;
   two_moment(alpha_t, sigma_t, alpha_tau, sigma_tau, eta, &A, &kappa);
   return kappa;
 }
 
-// One sample: (delta^2 mean, base^2 or |base| mean, dF), unweighted sums over n elements with coef's eight numbers.
-std::tuple<double, double, Doubles> td_sample(Doubles coef, Doubles F, Doubles F_p, Doubles x0, Doubles x_t, Doubles x_tp, bool consistency, bool l1) {
+// One sample: (delta^2 mean, base^2 or |base| mean, dF), unweighted sums over n elements with
+// coef's eight numbers.
+std::tuple<double, double, Doubles> td_sample(Doubles coef,
+                                              Doubles F,
+                                              Doubles F_p,
+                                              Doubles x0,
+                                              Doubles x_t,
+                                              Doubles x_tp,
+                                              bool consistency,
+                                              bool l1) {
   const py::ssize_t n = F.size();
-  if (coef.size() != 8) throw py::value_error("td_sample: coef must have 8 numbers, got " + std::to_string(coef.size()));
+  if (coef.size() != 8)
+    throw py::value_error("td_sample: coef must have 8 numbers, got " +
+                          std::to_string(coef.size()));
   for (const Doubles* array : {&F_p, &x0, &x_t, &x_tp})
     if (array->size() != n) throw py::value_error("td_sample: every array must have F's size");
-  const Sample<double> sample = make_sample<double>(l1 ? Norm::l1 : Norm::l2, coef.data(), n, 1, 1, true, true);
-  const auto element = consistency ? (l1 ? td_element<true, Norm::l1, true, double, double> : td_element<true, Norm::l2, true, double, double>)
-                                   : (l1 ? td_element<true, Norm::l1, false, double, double> : td_element<true, Norm::l2, false, double, double>);
+  const Sample<double> sample =
+      make_sample<double>(l1 ? Norm::l1 : Norm::l2, coef.data(), n, 1, 1, true, true);
+  const auto element = consistency ? (l1 ? td_element<true, Norm::l1, true, double, double>
+                                         : td_element<true, Norm::l2, true, double, double>)
+                                   : (l1 ? td_element<true, Norm::l1, false, double, double>
+                                         : td_element<true, Norm::l2, false, double, double>);
   Doubles dF(n);
   double td = 0, base = 0;
   for (py::ssize_t i = 0; i < n; ++i) {
@@ -59,8 +75,12 @@ std::tuple<double, double, Doubles> td_sample(Doubles coef, Doubles F, Doubles F
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build facts of tdkern and csrc/include/td_math.h over NumPy arrays; no torch.";
   m.def("build", &build, "What this build was made with and for.");
-  m.def("two_moment_A", py::vectorize(two_moment_A), py::arg("alpha_t"), py::arg("sigma_t"), py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
-  m.def("two_moment_kappa", py::vectorize(two_moment_kappa), py::arg("alpha_t"), py::arg("sigma_t"), py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
-  m.def("td_sample", &td_sample, "mean(delta^2), mean(base^2) or mean(|base|), and dF of one sample.", py::arg("coef"), py::arg("F"), py::arg("F_p"), py::arg("x0"), py::arg("x_t"),
-        py::arg("x_tp"), py::arg("consistency"), py::arg("l1"));
+  m.def("two_moment_A", py::vectorize(two_moment_A), py::arg("alpha_t"), py::arg("sigma_t"),
+        py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
+  m.def("two_moment_kappa", py::vectorize(two_moment_kappa), py::arg("alpha_t"), py::arg("sigma_t"),
+        py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));
+  m.def("td_sample", &td_sample,
+        "mean(delta^2), mean(base^2) or mean(|base|), and dF of one sample.", py::arg("coef"),
+        py::arg("F"), py::arg("F_p"), py::arg("x0"), py::arg("x_t"), py::arg("x_tp"),
+        py::arg("consistency"), py::arg("l1"));
 }

@@ -1,4 +1,5 @@
-// adam_ema_ on the CPU: chunks of all tensors over the threads; a chunk's averages follow its step while the parameter is in the cache.
+// adam_ema_ on the CPU: chunks of all tensors over the threads; a chunk's averages follow its step
+// while the parameter is in the cache.
 #include <atomic>
 
 #include "adam_ema.h"
@@ -9,7 +10,10 @@
 namespace tdkern {
 
 using Finite = bool (*)(const void* data, int64_t begin, int64_t n);
-using AdamChunk = void (*)(void* const* row, const AdamStep<double>& step, int64_t begin, int64_t n);
+using AdamChunk = void (*)(void* const* row,
+                           const AdamStep<double>& step,
+                           int64_t begin,
+                           int64_t n);
 
 namespace TDKERN_ISA {
 
@@ -17,11 +21,13 @@ template <typename N>
 bool finite(const void* data, int64_t begin, int64_t n) {
   using T = std::conditional_t<std::is_same_v<N, double>, double, float>;
   const N* grad = static_cast<const N*>(data) + begin;
-  Vec<T> zero[4] = {};  // NaN where an element is not finite; four, so that an addition need not wait for the one before
+  Vec<T> zero[4] = {};  // NaN where an element is not finite; four, so that an addition need not
+                        // wait for the one before
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
     for (int j = 0; j < 4; ++j) zero[j] += T(0) * load<T>(grad + i + j * kLanes<T>);
-  for (; i < n; i += kLanes<T>) zero[0] += T(0) * load<T>(grad + i, std::min<int64_t>(kLanes<T>, n - i));
+  for (; i < n; i += kLanes<T>)
+    zero[0] += T(0) * load<T>(grad + i, std::min<int64_t>(kLanes<T>, n - i));
   return sum((zero[0] + zero[1]) + (zero[2] + zero[3])) == 0;
 }
 
@@ -30,21 +36,25 @@ void adam_chunk(void* const* row, const AdamStep<double>& wide, int64_t begin, i
   using T = std::conditional_t<std::is_same_v<N, double>, double, float>;
   const AdamStep<T> s = narrow_step<T>(wide);
   const N* grad = static_cast<const N*>(row[0]) + begin;
-  N *exp_avg = static_cast<N*>(row[1]) + begin, *exp_avg_sq = static_cast<N*>(row[2]) + begin, *param = static_cast<N*>(row[3]) + begin;
-  const auto step = [&](int64_t i, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
-    Vec<T> p = load<T>(param + i, count...), m = load<T>(exp_avg + i, count...), v = load<T>(exp_avg_sq + i, count...);
-    adam_element(s, load<T>(grad + i, count...), p, m, v);
-    store<T>(exp_avg + i, m, count...);
-    store<T>(exp_avg_sq + i, v, count...);
-    store<T>(param + i, p, count...);
-  };
+  N *exp_avg = static_cast<N*>(row[1]) + begin, *exp_avg_sq = static_cast<N*>(row[2]) + begin,
+    *param = static_cast<N*>(row[3]) + begin;
+  const auto step =
+      [&](int64_t i, auto... count)
+          __attribute__((always_inline)) {  // count: where fewer than a vector is left
+            Vec<T> p = load<T>(param + i, count...), m = load<T>(exp_avg + i, count...),
+                   v = load<T>(exp_avg_sq + i, count...);
+            adam_element(s, load<T>(grad + i, count...), p, m, v);
+            store<T>(exp_avg + i, m, count...);
+            store<T>(exp_avg_sq + i, v, count...);
+            store<T>(param + i, p, count...);
+          };
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
   if (i < n) step(i, n - i);
 }
 
-#define TDKERN_ADAM(N)                                           \
-  template bool finite<N>(const void*, int64_t, int64_t);        \
+#define TDKERN_ADAM(N)                                    \
+  template bool finite<N>(const void*, int64_t, int64_t); \
   template void adam_chunk<N>(void* const*, const AdamStep<double>&, int64_t, int64_t);
 TDKERN_ADAM(float)
 TDKERN_ADAM(double)
@@ -55,12 +65,16 @@ TDKERN_ADAM(Half)
 
 #if defined(TDKERN_LAUNCHER)
 namespace avx2 {
-template <typename N> bool finite(const void*, int64_t, int64_t);
-template <typename N> void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
+template <typename N>
+bool finite(const void*, int64_t, int64_t);
+template <typename N>
+void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
 }  // namespace avx2
 namespace avx512 {
-template <typename N> bool finite(const void*, int64_t, int64_t);
-template <typename N> void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
+template <typename N>
+bool finite(const void*, int64_t, int64_t);
+template <typename N>
+void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
 }  // namespace avx512
 
 namespace {
@@ -72,8 +86,9 @@ Tensor found_inf(std::vector<Tensor> grads) {
   for (const Tensor& grad : grads) {
     const Tensor* row[] = {&grad};
     lists.add("found_inf", row);
-    by_storage<BFloat16, Half>("found_inf", grad.scalar_type(), grad.scalar_type(),
-                                    [&](auto storage, auto) { check.push_back(TDKERN_PICK(finite<decltype(storage)>)); });
+    by_storage<BFloat16, Half>(
+        "found_inf", grad.scalar_type(), grad.scalar_type(),
+        [&](auto storage, auto) { check.push_back(TDKERN_PICK(finite<decltype(storage)>)); });
   }
   std::atomic<bool> all{true};
   each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) {
@@ -84,14 +99,30 @@ Tensor found_inf(std::vector<Tensor> grads) {
   return found;
 }
 
-void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
-               std::vector<Tensor> averages, Tensor decays, Tensor lr, Tensor found_inf, std::optional<Tensor> grad_scale, std::optional<Tensor> clip,
-               std::optional<Tensor> skipped, double beta1, double beta2, double eps, double weight_decay, bool decoupled) {
+void adam_ema_(std::vector<Tensor> params,
+               std::vector<Tensor> grads,
+               std::vector<Tensor> exp_avgs,
+               std::vector<Tensor> exp_avg_sqs,
+               std::vector<Tensor> steps,
+               std::vector<Tensor> averages,
+               Tensor decays,
+               Tensor lr,
+               Tensor found_inf,
+               std::optional<Tensor> grad_scale,
+               std::optional<Tensor> clip,
+               std::optional<Tensor> skipped,
+               double beta1,
+               double beta2,
+               double eps,
+               double weight_decay,
+               bool decoupled) {
   const Tensor wide = list_decays("adam_ema_", decays);
   const int64_t K = wide.size(0);
   TensorLists lists = adam_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages, K);
-  for (const auto& scalar : {std::optional(wide), std::optional(lr), std::optional(found_inf), grad_scale, clip, skipped})
-    STD_TORCH_CHECK(!scalar || scalar->is_cpu(), "adam_ema_: a scalar must be on the CPU or on the parameters' device");
+  for (const auto& scalar : {std::optional(wide), std::optional(lr), std::optional(found_inf),
+                             grad_scale, clip, skipped})
+    STD_TORCH_CHECK(!scalar || scalar->is_cpu(),
+                    "adam_ema_: a scalar must be on the CPU or on the parameters' device");
   int64_t* count = skipped ? counter(*skipped) : nullptr;
   const double factor = number("clip", clip).value() / number("grad_scale", grad_scale).value();
   if (number("found_inf", found_inf).value() != 0 || !std::isfinite(factor)) {
@@ -100,12 +131,16 @@ void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vecto
   }
   std::vector<AdamChunk> compute;
   for (const auto& row : lists.rows)
-    by_storage<BFloat16, Half>("adam_ema_", row.first, row.last, [&](auto param, auto) { compute.push_back(TDKERN_PICK(adam_chunk<decltype(param)>)); });
+    by_storage<BFloat16, Half>("adam_ema_", row.first, row.last, [&](auto param, auto) {
+      compute.push_back(TDKERN_PICK(adam_chunk<decltype(param)>));
+    });
   const std::vector<EmaChunk> average = ema_chunks("adam_ema_", lists);
   const AdamOptions options = {beta1, beta2, eps, weight_decay, decoupled};
   const double rate = number("lr", lr).value();
   std::vector<AdamStep<double>> constants;  // nothing can fail from here on: the steps count
-  for (size_t i = 0; i < params.size(); ++i) constants.push_back(make_adam_step(options, rate, factor, ++*static_cast<float*>(lists.row(i)[lists.columns])));
+  for (size_t i = 0; i < params.size(); ++i)
+    constants.push_back(
+        make_adam_step(options, rate, factor, ++*static_cast<float*>(lists.row(i)[lists.columns])));
   const auto* values = static_cast<const double*>(wide.data_ptr());
   each_list_chunk(lists, [&](size_t i, int64_t begin, int64_t count) {
     compute[i](lists.row(i), constants[i], begin, count);

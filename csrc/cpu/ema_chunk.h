@@ -7,7 +7,7 @@
 namespace tdkern {
 
 // row[0]: the parameter; row[1 + k]: its average k. Defined in ema_update.cpp.
-#define TDKERN_EMA_CHUNK \
+#define TDKERN_EMA_CHUNK            \
   template <typename N, typename D> \
   void ema_chunk(void* const* row, const double* decays, int64_t K, int64_t begin, int64_t n);
 namespace base {

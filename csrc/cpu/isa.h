@@ -1,6 +1,7 @@
-// Every file here is compiled once for each instruction set, its kernels in a namespace of that name (TDKERN_ISA), and the
-// fastest that this processor runs is picked when the library loads. Only the first pass (TDKERN_LAUNCHER) has the launchers.
-// Kernels call nothing but always-inlined functions, so that no code of a higher set can end up in a lower one.
+// Every file here is compiled once for each instruction set, its kernels in a namespace of that
+// name (TDKERN_ISA), and the fastest that this processor runs is picked when the library loads.
+// Only the first pass (TDKERN_LAUNCHER) has the launchers. Kernels call nothing but always-inlined
+// functions, so that no code of a higher set can end up in a lower one.
 #pragma once
 
 #include <cstdlib>
@@ -15,9 +16,12 @@ enum class Isa : int { base, avx2, avx512 };
 inline Isa detect_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const char* most = std::getenv("TDKERN_CPU_ISA");  // base, avx2 or avx512: no higher than this; for tests
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const char* most =
+      std::getenv("TDKERN_CPU_ISA");  // base, avx2 or avx512: no higher than this; for tests
   if (avx512 && avx2 && (most == nullptr || std::strcmp(most, "avx512") == 0)) return Isa::avx512;
   if (avx2 && (most == nullptr || std::strcmp(most, "base") != 0)) return Isa::avx2;
 #endif
@@ -33,7 +37,10 @@ inline Isa isa() {
 
 // TDKERN_PICK(kernel<...>): the pointer to the chosen set's.
 #if defined(__x86_64__)
-#define TDKERN_PICK(...) (tdkern::isa() == tdkern::Isa::avx512 ? avx512::__VA_ARGS__ : tdkern::isa() == tdkern::Isa::avx2 ? avx2::__VA_ARGS__ : base::__VA_ARGS__)
+#define TDKERN_PICK(...)                                      \
+  (tdkern::isa() == tdkern::Isa::avx512 ? avx512::__VA_ARGS__ \
+   : tdkern::isa() == tdkern::Isa::avx2 ? avx2::__VA_ARGS__   \
+                                        : base::__VA_ARGS__)
 #else
 #define TDKERN_PICK(...) base::__VA_ARGS__
 #endif

@@ -1,7 +1,9 @@
-// noise_pair on the CPU. Normals are drawn a tile at a time into the nearest cache, a Philox call a lane, and then the pair is made from them.
-// CMakeLists.txt compiles this file without contraction, so that a product and a sum are one fma only where that is written, and every
-// instruction set gives the same bits: what has no such instruction calls the C library's.
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers, GCC bug 105593
+// noise_pair on the CPU. Normals are drawn a tile at a time into the nearest cache, a Philox call a
+// lane, and then the pair is made from them. CMakeLists.txt compiles this file without contraction,
+// so that a product and a sum are one fma only where that is written, and every instruction set
+// gives the same bits: what has no such instruction calls the C library's.
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC 12's own AVX-512 headers, GCC bug 105593
 #include <cmath>
 
 #include "noise_pair.h"
@@ -9,8 +11,8 @@
 
 namespace tdkern {
 
-constexpr int kCalls = 16;          // of Philox, a tile
-constexpr int kTile = 4 * kCalls;   // elements
+constexpr int kCalls = 16;         // of Philox, a tile
+constexpr int kTile = 4 * kCalls;  // elements
 
 namespace TDKERN_ISA {
 
@@ -35,7 +37,9 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
   static TDKERN_INLINE F to_float(I value) { return __builtin_convertvector(value, F); }
   static TDKERN_INLINE F select(I mask, F a, F b) { return mask ? a : b; }
   template <typename To, typename From>
-  static TDKERN_INLINE To bits(From from) { return reinterpret_cast<To>(from); }
+  static TDKERN_INLINE To bits(From from) {
+    return reinterpret_cast<To>(from);
+  }
 #if defined(__x86_64__)
   static TDKERN_INLINE W multiply(W word, uint32_t factor) {
     auto all = TDKERN_MM(set1_epi32)(static_cast<int>(factor));
@@ -43,7 +47,9 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
   }
   static TDKERN_INLINE F sqrt(F value) { return TDKERN_MM(sqrt_ps)(value); }
 #else
-  static TDKERN_INLINE W multiply(W word, uint32_t factor) { return (word & 0xffffffff) * static_cast<uint64_t>(factor); }
+  static TDKERN_INLINE W multiply(W word, uint32_t factor) {
+    return (word & 0xffffffff) * static_cast<uint64_t>(factor);
+  }
   static TDKERN_INLINE F sqrt(F value) {
     for (int l = 0; l < kWidth; ++l) value[l] = std::sqrt(value[l]);
     return value;
@@ -59,26 +65,39 @@ struct Lanes {  // the operations of Lane (noise_math.h) on a register
 #endif
 };
 
-// The call of a tile that each lane makes: of kWidth calls at a time, lane 4 g + j makes call kWidth / 4 j + g, which is what `transpose` wants.
-constexpr int call_of(int lane) { return lane / kWidth * kWidth + kWidth / 4 * (lane % 4) + lane % kWidth / 4; }
+// The call of a tile that each lane makes: of kWidth calls at a time, lane 4 g + j makes call
+// kWidth / 4 j + g, which is what `transpose` wants.
+constexpr int call_of(int lane) {
+  return lane / kWidth * kWidth + kWidth / 4 * (lane % 4) + lane % kWidth / 4;
+}
 
-// The words of kWidth calls, word w of all of them in words[w]. block, sample: the first two words of each lane's counter.
-// A product takes 64 bits, so the even lanes go first and then the odd ones.
-TDKERN_INLINE void philox_calls(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, Lanes::U (&words)[4]) {
+// The words of kWidth calls, word w of all of them in words[w]. block, sample: the first two words
+// of each lane's counter. A product takes 64 bits, so the even lanes go first and then the odd
+// ones.
+TDKERN_INLINE void philox_calls(const uint32_t* block,
+                                const uint32_t* sample,
+                                uint64_t offset,
+                                uint32_t stream,
+                                uint64_t key,
+                                Lanes::U (&words)[4]) {
   Lanes::W blocks, samples;
   memcpy(&blocks, block, sizeof(blocks));
   memcpy(&samples, sample, sizeof(samples));
-  const Lanes::W low = Lanes::W{} + (offset & 0xffffffff), high = Lanes::W{} + (offset >> 32 << 1 | stream);
+  const Lanes::W low = Lanes::W{} + (offset & 0xffffffff),
+                 high = Lanes::W{} + (offset >> 32 << 1 | stream);
   Lanes::W c[2][4] = {{blocks, samples, low, high}, {blocks >> 32, samples >> 32, low, high}};
   philox<Lanes>(c, philox_keys(key));
-  for (int w = 0; w < 4; ++w) words[w] = Lanes::bits<Lanes::U>((c[0][w] & 0xffffffff) | (c[1][w] << 32));
+  for (int w = 0; w < 4; ++w)
+    words[w] = Lanes::bits<Lanes::U>((c[0][w] & 0xffffffff) | (c[1][w] << 32));
 }
 
 // The four normals of each call behind one another.
 TDKERN_INLINE void transpose(const Lanes::F (&n)[4], float* to) {
 #if defined(__x86_64__)
-  const auto low = [](auto a, auto b) __attribute__((always_inline)) { return TDKERN_MM(unpacklo_ps)(a, b); };
-  const auto high = [](auto a, auto b) __attribute__((always_inline)) { return TDKERN_MM(unpackhi_ps)(a, b); };
+  const auto low = [](auto a, auto b)
+                       __attribute__((always_inline)) { return TDKERN_MM(unpacklo_ps)(a, b); };
+  const auto high = [](auto a, auto b)
+                        __attribute__((always_inline)) { return TDKERN_MM(unpackhi_ps)(a, b); };
   const auto a = TDKERN_MM(castps_pd)(low(n[0], n[1])), b = TDKERN_MM(castps_pd)(low(n[2], n[3]));
   const auto c = TDKERN_MM(castps_pd)(high(n[0], n[1])), d = TDKERN_MM(castps_pd)(high(n[2], n[3]));
   TDKERN_MM(store_pd)(reinterpret_cast<double*>(to), TDKERN_MM(unpacklo_pd)(a, b));
@@ -91,7 +110,12 @@ TDKERN_INLINE void transpose(const Lanes::F (&n)[4], float* to) {
 #endif
 }
 
-TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, float* to) {
+TDKERN_INLINE void draw(const uint32_t* block,
+                        const uint32_t* sample,
+                        uint64_t offset,
+                        uint32_t stream,
+                        uint64_t key,
+                        float* to) {
   for (int first = 0; first < kCalls; first += kWidth) {
     Lanes::U words[4];
     philox_calls(block + first, sample + first, offset, stream, key, words);
@@ -101,7 +125,12 @@ TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t 
     transpose(n, to + 4 * first);
   }
 }
-TDKERN_INLINE void draw(const uint32_t* block, const uint32_t* sample, uint64_t offset, uint32_t stream, uint64_t key, double* to) {
+TDKERN_INLINE void draw(const uint32_t* block,
+                        const uint32_t* sample,
+                        uint64_t offset,
+                        uint32_t stream,
+                        uint64_t key,
+                        double* to) {
   for (int first = 0; first < kCalls; first += kWidth) {
     Lanes::U words[4];
     philox_calls(block + first, sample + first, offset, stream, key, words);
@@ -129,7 +158,9 @@ struct Tile {
 template <bool kShared, bool kStreamed, typename N, typename D>
 TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64_t end) {
   using T = typename PairRows<N, D>::T;
-  const auto at = [&](const auto& rows) { return rows.data ? rows.data + b * rows.stride : nullptr; };
+  const auto at = [&](const auto& rows) {
+    return rows.data ? rows.data + b * rows.stride : nullptr;
+  };
   const D* x0 = at(in.x0);
   D *x_t = at(in.x_t), *x_tp = at(in.x_tp);
   N *in_t = at(in.in_t), *in_tp = at(in.in_tp);
@@ -138,25 +169,29 @@ TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64
   Tile<T> tile;
   for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = static_cast<uint32_t>(b);
   for (int64_t k = begin; k < end; k += kTile) {
-    for (int lane = 0; lane < kCalls; ++lane) tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
+    for (int lane = 0; lane < kCalls; ++lane)
+      tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
     tile.draw_both(offset, key, kShared);
-    const auto step = [&](int64_t v, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
-      Vec<T> t, t_p;
-      pair_element(s, kShared, load<T>(x0 + k + v, count...), load<T>(tile.n1 + v), load<T>(tile.n2 + v), t, t_p);
-      const auto put = [&](auto* to, Vec<T> value) __attribute__((always_inline)) {
-        if constexpr (kStreamed && sizeof...(count) == 0) {
-          stream<T>(to + k + v, value);
-        } else {
-          store<T>(to + k + v, value, count...);
-        }
-      };
-      put(x_t, t);
-      put(x_tp, t_p);
-      if (in_t) {
-        put(in_t, s.c_in * t);
-        put(in_tp, s.c_in_p * t_p);
-      }
-    };
+    const auto step =
+        [&](int64_t v, auto... count)
+            __attribute__((always_inline)) {  // count: where fewer than a vector is left
+              Vec<T> t, t_p;
+              pair_element(s, kShared, load<T>(x0 + k + v, count...), load<T>(tile.n1 + v),
+                           load<T>(tile.n2 + v), t, t_p);
+              const auto put = [&](auto* to, Vec<T> value) __attribute__((always_inline)) {
+                if constexpr (kStreamed && sizeof...(count) == 0) {
+                  stream<T>(to + k + v, value);
+                } else {
+                  store<T>(to + k + v, value, count...);
+                }
+              };
+              put(x_t, t);
+              put(x_tp, t_p);
+              if (in_t) {
+                put(in_t, s.c_in * t);
+                put(in_tp, s.c_in_p * t_p);
+              }
+            };
     const int64_t left = std::min<int64_t>(kTile, end - k);
     int64_t v = 0;
     for (; v + kLanes<T> <= left; v += kLanes<T>) step(v);
@@ -167,7 +202,8 @@ TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64
 // Elements [begin, end) of sample b, begin a multiple of kTile, in a contiguous layout.
 template <typename N, typename D>
 void pair_row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64_t end, bool streamed) {
-  if (in.shared) return streamed ? row<true, true>(in, b, begin, end) : row<true, false>(in, b, begin, end);
+  if (in.shared)
+    return streamed ? row<true, true>(in, b, begin, end) : row<true, false>(in, b, begin, end);
   return streamed ? row<false, true>(in, b, begin, end) : row<false, false>(in, b, begin, end);
 }
 
@@ -183,13 +219,15 @@ template <typename S, typename T>
 TDKERN_INLINE S narrow_one(T value) {
   if constexpr (std::is_same_v<S, BFloat16>) {
     const uint32_t bits = __builtin_bit_cast(uint32_t, value);
-    return {static_cast<uint16_t>(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : 0x7fc0)};
+    return {static_cast<uint16_t>(value == value ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16
+                                                 : 0x7fc0)};
   } else {
     return static_cast<S>(value);
   }
 }
 
-// The Philox calls [begin, end), `calls` a sample, for any layout and for samples that are smaller than a tile.
+// The Philox calls [begin, end), `calls` a sample, for any layout and for samples that are smaller
+// than a tile.
 template <typename N, typename D>
 void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t calls) {
   using T = typename PairRows<N, D>::T;
@@ -211,7 +249,8 @@ void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t ca
       for (int w = 0; w < 4 && k + w < in.n; ++w) {
         const int64_t at = inner * in.step + outer;
         T t, t_p;
-        pair_element(s, in.shared, widen_one<T>(in.x0.data[b * in.x0.stride + at]), tile.n1[4 * call + w], tile.n2[4 * call + w], t, t_p);
+        pair_element(s, in.shared, widen_one<T>(in.x0.data[b * in.x0.stride + at]),
+                     tile.n1[4 * call + w], tile.n2[4 * call + w], t, t_p);
         in.x_t.data[b * in.x_t.stride + at] = narrow_one<D>(t);
         in.x_tp.data[b * in.x_tp.stride + at] = narrow_one<D>(t_p);
         if (in.in_t.data) {
@@ -224,7 +263,7 @@ void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t ca
   }
 }
 
-#define TDKERN_PAIR(N, D)                                                             \
+#define TDKERN_PAIR(N, D)                                                               \
   template void pair_row<N, D>(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool); \
   template void pair_calls<N, D>(const PairRows<N, D>&, int64_t, int64_t, int64_t);
 TDKERN_PAIR(float, float)
@@ -238,49 +277,74 @@ TDKERN_PAIR(Half, float)
 
 #if defined(TDKERN_LAUNCHER)
 namespace avx2 {
-template <typename N, typename D> void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
-template <typename N, typename D> void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
+template <typename N, typename D>
+void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
+template <typename N, typename D>
+void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
 }  // namespace avx2
 namespace avx512 {
-template <typename N, typename D> void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
-template <typename N, typename D> void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
+template <typename N, typename D>
+void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
+template <typename N, typename D>
+void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
 }  // namespace avx512
 
 namespace {
 
-constexpr int64_t kChunk = 8192;          // elements a task
-constexpr int64_t kGrain = 16384;         // elements worth a thread
-constexpr int64_t kStream = 1024 * 1024;  // bytes of an output that no core's own cache would keep anyway
+constexpr int64_t kChunk = 8192;   // elements a task
+constexpr int64_t kGrain = 16384;  // elements worth a thread
+constexpr int64_t kStream =
+    1024 * 1024;  // bytes of an output that no core's own cache would keep anyway
 
 template <typename N, typename D>
 void each_row(const PairRows<N, D>& in) {
   const auto kernel = TDKERN_PICK(pair_row<N, D>);
-  const auto aligned = [](const auto& rows, int64_t bytes) { return reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && rows.stride * bytes % 64 == 0; };
-  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(D)) >= kStream && aligned(in.x_t, sizeof(D)) && aligned(in.x_tp, sizeof(D)) &&
+  const auto aligned = [](const auto& rows, int64_t bytes) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && rows.stride * bytes % 64 == 0;
+  };
+  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(D)) >= kStream &&
+                        aligned(in.x_t, sizeof(D)) && aligned(in.x_tp, sizeof(D)) &&
                         aligned(in.in_t, sizeof(N)) && aligned(in.in_tp, sizeof(N));
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, in.batch * chunks, std::max<int64_t>(1, kGrain / std::min(in.n, kChunk)), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t from = task % chunks * kChunk;
-      kernel(in, task / chunks, from, std::min(in.n, from + kChunk), streamed);
-    }
-    fence();
-  });
+  torch::stable::parallel_for(
+      0, in.batch * chunks, std::max<int64_t>(1, kGrain / std::min(in.n, kChunk)),
+      [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t from = task % chunks * kChunk;
+          kernel(in, task / chunks, from, std::min(in.n, from + kChunk), streamed);
+        }
+        fence();
+      });
 }
 
 template <typename N, typename D>
 void each_call(const PairRows<N, D>& in) {
   const auto kernel = TDKERN_PICK(pair_calls<N, D>);
   const int64_t calls = (in.n + 3) / 4;
-  torch::stable::parallel_for(0, in.batch * calls, kGrain / 4, [&](int64_t begin, int64_t end) { kernel(in, begin, end, calls); });
+  torch::stable::parallel_for(0, in.batch * calls, kGrain / 4,
+                              [&](int64_t begin, int64_t end) { kernel(in, begin, end, calls); });
 }
 
-PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,
-                       int64_t offset, std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
-  return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net, [](const auto& view) {
-    if (view.step == 1 && view.n >= kTile) return each_row(view);
-    each_call(view);
-  });
+PairTensors noise_pair(Tensor x0,
+                       Tensor alpha,
+                       Tensor sigma,
+                       Tensor alpha_p,
+                       Tensor sigma_p,
+                       bool shared,
+                       int64_t seed,
+                       std::optional<Tensor> seed_at,
+                       int64_t offset,
+                       std::optional<Tensor> offset_at,
+                       std::optional<Tensor> c_in,
+                       std::optional<Tensor> c_in_p,
+                       ScalarType net) {
+  return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at,
+                                         offset, offset_at, c_in, c_in_p, net,
+                                         [](const auto& view) {
+                                           if (view.step == 1 && view.n >= kTile)
+                                             return each_row(view);
+                                           each_call(view);
+                                         });
 }
 
 }  // namespace
@@ -289,5 +353,7 @@ PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Te
 }  // namespace tdkern
 
 #if defined(TDKERN_LAUNCHER)
-STABLE_TORCH_LIBRARY_IMPL(tdkern, CPU, m) { m.impl("noise_pair.cpp", TORCH_BOX(&tdkern::noise_pair)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, CPU, m) {
+  m.impl("noise_pair.cpp", TORCH_BOX(&tdkern::noise_pair));
+}
 #endif

@@ -8,14 +8,31 @@
 namespace tdkern {
 namespace {
 
-std::tuple<Tensor, Tensor> td_coef(Tensor noise, bool from_index, int64_t steps, double sigma_min, double sigma_max, double rho, double sigma_data, double k_idx,
-                                   double one_idx, double lambda_base, std::string precond, std::string base_weight, double eta, std::string weight, double td_lo,
+std::tuple<Tensor, Tensor> td_coef(Tensor noise,
+                                   bool from_index,
+                                   int64_t steps,
+                                   double sigma_min,
+                                   double sigma_max,
+                                   double rho,
+                                   double sigma_data,
+                                   double k_idx,
+                                   double one_idx,
+                                   double lambda_base,
+                                   std::string precond,
+                                   std::string base_weight,
+                                   double eta,
+                                   std::string weight,
+                                   double td_lo,
                                    double td_hi) {
-  const CoefOptions options = coef_options(from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, precond, base_weight, eta, weight, td_lo, td_hi);
+  const CoefOptions options =
+      coef_options(from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx,
+                   lambda_base, precond, base_weight, eta, weight, td_lo, td_hi);
   const auto [from, coef, levels] = td_coef_tensors(noise);
   const double* noises = static_cast<const double*>(from.data_ptr());
-  double *to_coef = static_cast<double*>(coef.data_ptr()), *to_levels = static_cast<double*>(levels.data_ptr());
-  for (int64_t b = 0; b < noise.size(0); ++b) td_coef_sample(options, noises[b], to_coef + 8 * b, to_levels + 4 * b);
+  double *to_coef = static_cast<double*>(coef.data_ptr()),
+         *to_levels = static_cast<double*>(levels.data_ptr());
+  for (int64_t b = 0; b < noise.size(0); ++b)
+    td_coef_sample(options, noises[b], to_coef + 8 * b, to_levels + 4 * b);
   return {coef, levels};
 }
 

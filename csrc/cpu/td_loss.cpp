@@ -1,5 +1,5 @@
-// td_loss on the CPU: one pass over the samples, in chunks of a fixed size so that the order of summation, and with it
-// every bit of the result, is the same for any number of threads.
+// td_loss on the CPU: one pass over the samples, in chunks of a fixed size so that the order of
+// summation, and with it every bit of the result, is the same for any number of threads.
 #include <memory>
 #include <string>
 #include <tuple>
@@ -33,14 +33,17 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
   using T = typename Chunk<N, D>::T;
   const Chunk<N, D> c = chunk;
   Vec<T> sum_td = {}, sum_base = {};
-  const auto step = [&](int64_t i, auto... count) __attribute__((always_inline)) {  // count: where fewer than a vector is left
+  const auto step = [&](int64_t i, auto... count) __attribute__((
+                        always_inline)) {  // count: where fewer than a vector is left
     Vec<T> F_p = {}, x_tp = {};
     if constexpr (TD || CONSISTENCY) {
       F_p = load<T>(c.F_p + i, count...);
       x_tp = load<T>(c.x_tp + i, count...);
     }
-    const Vec<T> F = load<T>(c.F + i, count...), x0 = load<T>(c.x0 + i, count...), x_t = load<T>(c.x_t + i, count...);
-    const Vec<T> dF = td_element<TD, BASE, CONSISTENCY>(c.sample, F, F_p, x0, x_t, x_tp, sum_td, sum_base);
+    const Vec<T> F = load<T>(c.F + i, count...), x0 = load<T>(c.x0 + i, count...),
+                 x_t = load<T>(c.x_t + i, count...);
+    const Vec<T> dF =
+        td_element<TD, BASE, CONSISTENCY>(c.sample, F, F_p, x0, x_t, x_tp, sum_td, sum_base);
     if constexpr (kStore == Store::streamed && sizeof...(count) == 0) {
       stream<T>(c.dF + i, dF);
     } else if constexpr (kStore != Store::none) {
@@ -56,9 +59,11 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
 
 template <Norm NORM, Store kStore, typename N, typename D>
 TDKERN_INLINE void terms(Chunk<N, D>& c) {
-  if (c.td && c.base) return c.consistency ? loop<true, NORM, true, kStore>(c) : loop<true, NORM, false, kStore>(c);
+  if (c.td && c.base)
+    return c.consistency ? loop<true, NORM, true, kStore>(c) : loop<true, NORM, false, kStore>(c);
   if (c.td) return loop<true, Norm::none, false, kStore>(c);
-  if (c.base) return c.consistency ? loop<false, NORM, true, kStore>(c) : loop<false, NORM, false, kStore>(c);
+  if (c.base)
+    return c.consistency ? loop<false, NORM, true, kStore>(c) : loop<false, NORM, false, kStore>(c);
   if (kStore != Store::none) memset(c.dF, 0, c.n * sizeof(N));
 }
 
@@ -89,12 +94,16 @@ template void scale<double>(double*, int64_t, double);
 
 #if defined(TDKERN_LAUNCHER)
 namespace avx2 {
-template <Norm, typename N, typename D> void run(Chunk<N, D>&);
-template <typename T> void scale(T*, int64_t, T);
+template <Norm, typename N, typename D>
+void run(Chunk<N, D>&);
+template <typename T>
+void scale(T*, int64_t, T);
 }  // namespace avx2
 namespace avx512 {
-template <Norm, typename N, typename D> void run(Chunk<N, D>&);
-template <typename T> void scale(T*, int64_t, T);
+template <Norm, typename N, typename D>
+void run(Chunk<N, D>&);
+template <typename T>
+void scale(T*, int64_t, T);
 }  // namespace avx512
 
 namespace {
@@ -109,12 +118,25 @@ Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, Norm norm, int64_t b, int64_t
   using T = typename Chunk<N, D>::T;
   const auto at = [&](const auto& rows) { return rows.data + b * rows.stride + begin; };
   const double* coef = in.coef + 8 * b;
-  const double g_td = in.upstream ? in.upstream[2 * b] : 1, g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
+  const double g_td = in.upstream ? in.upstream[2 * b] : 1,
+               g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
   N* dF = in.dF.data ? at(in.dF) : nullptr;
-  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(N)) >= kStream && reinterpret_cast<uintptr_t>(dF) % 64 == 0;
-  return {at(in.F), at(in.F_p), at(in.x0), at(in.x_t), at(in.x_tp), dF, std::min(in.n - begin, kChunk),
-          make_sample<T>(norm, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp), coef[6] != 0 && g_td != 0, coef[7] != 0 && g_base != 0, in.consistency,
-          dF == nullptr ? Store::none : streamed ? Store::streamed : Store::cached};
+  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(N)) >= kStream &&
+                        reinterpret_cast<uintptr_t>(dF) % 64 == 0;
+  return {at(in.F),
+          at(in.F_p),
+          at(in.x0),
+          at(in.x_t),
+          at(in.x_tp),
+          dF,
+          std::min(in.n - begin, kChunk),
+          make_sample<T>(norm, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp),
+          coef[6] != 0 && g_td != 0,
+          coef[7] != 0 && g_base != 0,
+          in.consistency,
+          dF == nullptr ? Store::none
+          : streamed    ? Store::streamed
+                        : Store::cached};
 }
 
 int64_t chunks_per_sample(int64_t n) { return (n + kChunk - 1) / kChunk; }
@@ -130,59 +152,85 @@ void each_chunk(int64_t batch, int64_t n, const Fn& fn) {  // fn(sample, chunk)
   });
 }
 
-std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp, bool consistency,
-                                   bool l1, bool want_grad) {
+std::tuple<Tensor, Tensor> td_loss(Tensor out,
+                                   Tensor out_target,
+                                   Tensor x0,
+                                   Tensor coef,
+                                   std::optional<Tensor> x_t,
+                                   std::optional<Tensor> x_tp,
+                                   bool consistency,
+                                   bool l1,
+                                   bool want_grad) {
   const Tensor layout = empty_rows_like(out);
   const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
-  const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  const TdLossInputs in =
+      td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
+  const Tensor loss = torch::stable::new_empty(
+      out, {in.batch, 2},
+      x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   const int64_t chunks = chunks_per_sample(in.n);
   const auto sums = std::make_unique<double[]>(2 * in.batch * chunks);
-  by_storage<BFloat16, Half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
-    using N = decltype(net);
-    using D = decltype(data);
-    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
-    const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>) : TDKERN_PICK(run<Norm::l2, N, D>);
-    each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
-      Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
-      compute(chunk);
-      sums[2 * (b * chunks + c)] = chunk.sum_td;
-      sums[2 * (b * chunks + c) + 1] = chunk.sum_base;
-    });
-    auto* to = rows<typename Chunk<N, D>::T>(loss).data;
-    for (int64_t b = 0; b < in.batch; ++b) {
-      for (int64_t term = 0; term < 2; ++term) {
-        double sum = 0;
-        for (int64_t c = 0; c < chunks; ++c) sum += sums[2 * (b * chunks + c) + term];
-        const double weight = view.coef[8 * b + 6 + term];
-        to[2 * b + term] = weight == 0 || in.n == 0 ? 0 : weight * sum / static_cast<double>(in.n);
-      }
-    }
-  });
+  by_storage<BFloat16, Half>(
+      "td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+        using N = decltype(net);
+        using D = decltype(data);
+        const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
+        const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>)
+                                                 : TDKERN_PICK(run<Norm::l2, N, D>);
+        each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
+          Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
+          compute(chunk);
+          sums[2 * (b * chunks + c)] = chunk.sum_td;
+          sums[2 * (b * chunks + c) + 1] = chunk.sum_base;
+        });
+        auto* to = rows<typename Chunk<N, D>::T>(loss).data;
+        for (int64_t b = 0; b < in.batch; ++b) {
+          for (int64_t term = 0; term < 2; ++term) {
+            double sum = 0;
+            for (int64_t c = 0; c < chunks; ++c) sum += sums[2 * (b * chunks + c) + term];
+            const double weight = view.coef[8 * b + 6 + term];
+            to[2 * b + term] =
+                weight == 0 || in.n == 0 ? 0 : weight * sum / static_cast<double>(in.n);
+          }
+        }
+      });
   return {loss, grad};
 }
 
-// dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient is another.
-void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
-                       bool consistency, bool l1) {
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
+// dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient
+// is another.
+void td_loss_backward_(Tensor grad,
+                       Tensor upstream,
+                       Tensor out,
+                       Tensor out_target,
+                       Tensor x0,
+                       Tensor coef,
+                       std::optional<Tensor> x_t,
+                       std::optional<Tensor> x_tp,
+                       bool consistency,
+                       bool l1) {
+  const TdLossInputs in =
+      td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_backward(grad, upstream, in);
-  by_storage<BFloat16, Half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
-    using N = decltype(net);
-    using D = decltype(data);
-    using T = typename Chunk<N, D>::T;
-    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
-    const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>) : TDKERN_PICK(run<Norm::l2, N, D>);
-    each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
-      const T g_td = view.upstream[2 * b], g_base = view.upstream[2 * b + 1];
-      if (g_td == 1 && g_base == 1) return;
-      Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
-      if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
-        if (g_td == g_base && g_td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g_td);
-      }
-      compute(chunk);
-    });
-  });
+  by_storage<BFloat16, Half>(
+      "td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+        using N = decltype(net);
+        using D = decltype(data);
+        using T = typename Chunk<N, D>::T;
+        const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
+        const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>)
+                                                 : TDKERN_PICK(run<Norm::l2, N, D>);
+        each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
+          const T g_td = view.upstream[2 * b], g_base = view.upstream[2 * b + 1];
+          if (g_td == 1 && g_base == 1) return;
+          Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
+          if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss
+                                                 // scale, dF may have underflowed
+            if (g_td == g_base && g_td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g_td);
+          }
+          compute(chunk);
+        });
+      });
 }
 
 }  // namespace

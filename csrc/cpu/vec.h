@@ -1,4 +1,5 @@
-// 64-byte vectors over any storage type, in the compiler's own vector extension: one source for every instruction set.
+// 64-byte vectors over any storage type, in the compiler's own vector extension: one source for
+// every instruction set.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,8 @@ constexpr int kLanes = 64 / sizeof(T);
 template <typename T, int lanes>
 struct VecOf {
   typedef T type __attribute__((vector_size(sizeof(T) * lanes)));
-  typedef T unaligned __attribute__((vector_size(sizeof(T) * lanes), aligned(alignof(T)), may_alias));
+  typedef T unaligned
+      __attribute__((vector_size(sizeof(T) * lanes), aligned(alignof(T)), may_alias));
 };
 template <typename T>
 using Vec = typename VecOf<T, kLanes<T>>::type;
@@ -32,7 +34,8 @@ using Vec = typename VecOf<T, kLanes<T>>::type;
 // How S lies in a register before it is converted.
 template <typename S>
 using Raw = std::conditional_t<std::is_same_v<S, BFloat16>, uint16_t, S>;
-// As many floats as T has lanes: half precision goes through them to and from float64 too, as in torch.
+// As many floats as T has lanes: half precision goes through them to and from float64 too, as in
+// torch.
 template <typename T>
 using Floats = typename VecOf<float, kLanes<T>>::type;
 
@@ -55,9 +58,11 @@ TDKERN_INLINE typename VecOf<Raw<S>, kLanes<T>>::type narrow(Vec<T> value) {
     const auto single = __builtin_convertvector(value, Floats<T>);
     const auto bits = reinterpret_cast<Bits>(single);
     const Bits nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // ties to even
-    return __builtin_convertvector(single == single ? nearest : Bits{} + 0x7fc0, typename VecOf<uint16_t, kLanes<T>>::type);
+    return __builtin_convertvector(single == single ? nearest : Bits{} + 0x7fc0,
+                                   typename VecOf<uint16_t, kLanes<T>>::type);
   } else if constexpr (sizeof(S) < 4) {
-    return __builtin_convertvector(__builtin_convertvector(value, Floats<T>), typename VecOf<S, kLanes<T>>::type);
+    return __builtin_convertvector(__builtin_convertvector(value, Floats<T>),
+                                   typename VecOf<S, kLanes<T>>::type);
   } else {
     return __builtin_convertvector(value, typename VecOf<S, kLanes<T>>::type);
   }
@@ -79,15 +84,19 @@ template <typename T, typename S>
 TDKERN_INLINE void store(S* to, Vec<T> value) {
   *reinterpret_cast<typename VecOf<Raw<S>, kLanes<T>>::unaligned*>(to) = narrow<T, S>(value);
 }
-// Past the caches, where the set has a store for it: a line that is wholly written need not be read first. `to` is 64-byte aligned.
+// Past the caches, where the set has a store for it: a line that is wholly written need not be read
+// first. `to` is 64-byte aligned.
 template <typename T, typename S>
 TDKERN_INLINE void stream(S* to, Vec<T> value) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == sizeof(T)) return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(narrow<T, S>(value)));
+  if constexpr (sizeof(S) == sizeof(T))
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to),
+                               reinterpret_cast<__m512i>(narrow<T, S>(value)));
 #endif
   store<T>(to, value);
 }
-TDKERN_INLINE void fence() {  // after a thread's streams, before another reads: once, since it waits for all of them
+TDKERN_INLINE void
+fence() {  // after a thread's streams, before another reads: once, since it waits for all of them
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
@@ -98,15 +107,19 @@ TDKERN_INLINE void store(S* to, Vec<T> value, int64_t count) {
   memcpy(to, &raw, count * sizeof(S));
 }
 
-// The sum of the lanes in float64, as a tree: a chain of scalar adds between two samples would hold up the loads behind it.
+// The sum of the lanes in float64, as a tree: a chain of scalar adds between two samples would hold
+// up the loads behind it.
 TDKERN_INLINE double sum(Vec<double> v) {
   using Half4 = typename VecOf<double, 4>::type;
-  const Half4 four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Half4 four =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 TDKERN_INLINE double sum(Vec<float> v) {
-  return sum(__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>) +
-             __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15), Vec<double>));
+  return sum(
+      __builtin_convertvector(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), Vec<double>) +
+      __builtin_convertvector(__builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15),
+                              Vec<double>));
 }
 
 }  // namespace tdkern

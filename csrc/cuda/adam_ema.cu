@@ -1,5 +1,6 @@
-// adam_ema_ on CUDA: one block per chunk of a parameter, piece by piece its step and then its averages; a small
-// kernel counts the step behind it. Whether the step is skipped is read on the device.
+// adam_ema_ on CUDA: one block per chunk of a parameter, piece by piece its step and then its
+// averages; a small kernel counts the step behind it. Whether the step is skipped is read on the
+// device.
 #include "adam_ema.h"
 #include "ema_chunk.cuh"
 
@@ -11,7 +12,8 @@ constexpr int kPiece = 2048;
 
 // Every thread that finds an element that is not finite writes the same 1.
 template <typename N>
-__global__ void __launch_bounds__(kThreads, kBlocks) finite_kernel(const __grid_constant__ TensorTable table, float* found) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    finite_kernel(const __grid_constant__ TensorTable table, float* found) {
   const TableChunk c = table_chunk(table);
   const N* grad = static_cast<const N*>(c.row[0]) + c.begin;
   constexpr int vec = 16 / sizeof(N);
@@ -32,18 +34,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) finite_kernel(const __grid_
 struct AdamArguments {
   AdamOptions options;
   Decays decays;
-  Number found_inf, lr, grad_scale, clip;  // of lr, grad_scale and clip each on the device, or else its value:
+  Number found_inf, lr, grad_scale,
+      clip;  // of lr, grad_scale and clip each on the device, or else its value:
   double host_lr, host_grad_scale, host_clip;
   int averages;  // that this launch updates
 
-  __device__ __forceinline__ double grad_factor() const { return clip.value(host_clip) / grad_scale.value(host_grad_scale); }
-  __device__ __forceinline__ bool skip() const { return found_inf.value(0) != 0 || !isfinite(grad_factor()); }
+  __device__ __forceinline__ double grad_factor() const {
+    return clip.value(host_clip) / grad_scale.value(host_grad_scale);
+  }
+  __device__ __forceinline__ bool skip() const {
+    return found_inf.value(0) != 0 || !isfinite(grad_factor());
+  }
 };
 
 template <int vec, typename N, typename T>
-__device__ __forceinline__ void elements(const AdamStep<T>& s, const N* grad, N* exp_avg, N* exp_avg_sq, N* param, int i) {
+__device__ __forceinline__ void elements(
+    const AdamStep<T>& s, const N* grad, N* exp_avg, N* exp_avg_sq, N* param, int i) {
   const Pack<N, vec> g = load_pack<vec>(grad + i);
-  Pack<N, vec> m = load_pack<vec>(exp_avg + i), v = load_pack<vec>(exp_avg_sq + i), p = load_pack<vec>(param + i);
+  Pack<N, vec> m = load_pack<vec>(exp_avg + i), v = load_pack<vec>(exp_avg_sq + i),
+               p = load_pack<vec>(param + i);
 #pragma unroll
   for (int lane = 0; lane < vec; ++lane) {
     T p_new = widen(p.lane[lane]), m_new = widen(m.lane[lane]), v_new = widen(v.lane[lane]);
@@ -64,26 +73,34 @@ __device__ __forceinline__ void adam_piece(const AdamStep<T>& s, const TableChun
   N* exp_avg_sq = static_cast<N*>(c.row[2]) + c.begin;
   N* param = static_cast<N*>(c.row[3]) + c.begin;
   constexpr int vec = 16 / sizeof(N);
-  const bool aligned = packs_start(grad) && packs_start(exp_avg) && packs_start(exp_avg_sq) && packs_start(param);
+  const bool aligned =
+      packs_start(grad) && packs_start(exp_avg) && packs_start(exp_avg_sq) && packs_start(param);
   const int packed = aligned ? c.count / vec * vec : 0;
 #pragma unroll 1
-  for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec) elements<vec>(s, grad, exp_avg, exp_avg_sq, param, i);
+  for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec)
+    elements<vec>(s, grad, exp_avg, exp_avg_sq, param, i);
 #pragma unroll 1
-  for (int i = packed + threadIdx.x; i < c.count; i += kThreads) elements<1>(s, grad, exp_avg, exp_avg_sq, param, i);
+  for (int i = packed + threadIdx.x; i < c.count; i += kThreads)
+    elements<1>(s, grad, exp_avg, exp_avg_sq, param, i);
 }
 
 template <typename N, typename D>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlocks) adam_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a) {
+__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlocks)
+    adam_kernel(const __grid_constant__ TensorTable table,
+                const __grid_constant__ AdamArguments a) {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;
   if (a.skip()) return;
   const TableChunk c = table_chunk(table);
   __shared__ AdamStep<double> shared;  // two powers in float64: once a block
-  if (threadIdx.x == 0) shared = make_adam_step(a.options, a.lr.value(a.host_lr), a.grad_factor(), *static_cast<const float*>(c.row[table.columns - 1]) + 1.0f);
+  if (threadIdx.x == 0)
+    shared = make_adam_step(a.options, a.lr.value(a.host_lr), a.grad_factor(),
+                            *static_cast<const float*>(c.row[table.columns - 1]) + 1.0f);
   __syncthreads();
   const AdamStep<T> s = narrow_step<T>(shared);
 #pragma unroll 1
   for (int done = 0; done < c.count; done += kPiece) {
-    const TableChunk piece = {c.row, c.begin + done, c.tensor, c.count - done < kPiece ? c.count - done : kPiece};
+    const TableChunk piece = {c.row, c.begin + done, c.tensor,
+                              c.count - done < kPiece ? c.count - done : kPiece};
     adam_piece<N>(s, piece);
     if (a.averages == 0) continue;
     __syncthreads();  // the averages read the parameter, not always with the thread that wrote it
@@ -92,12 +109,15 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlo
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocks)
-count_kernel(const __grid_constant__ TensorTable table, const __grid_constant__ AdamArguments a, int64_t* skipped) {
+    count_kernel(const __grid_constant__ TensorTable table,
+                 const __grid_constant__ AdamArguments a,
+                 int64_t* skipped) {
   if (a.skip()) {
     if (skipped && threadIdx.x == 0) ++*skipped;
     return;
   }
-  for (int i = threadIdx.x; i < table.tensors; i += kThreads) ++*static_cast<float*>(table.pointers[i * table.columns + table.columns - 1]);
+  for (int i = threadIdx.x; i < table.tensors; i += kThreads)
+    ++*static_cast<float*>(table.pointers[i * table.columns + table.columns - 1]);
 }
 
 Tensor found_inf(std::vector<Tensor> grads) {
@@ -113,42 +133,72 @@ Tensor found_inf(std::vector<Tensor> grads) {
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
     if (table.first[table.tensors] == 0) return;
     by_storage<__nv_bfloat16, __half>("found_inf", row.first, row.last, [&](auto grad, auto) {
-      launch("found_inf", finite_kernel<decltype(grad)>, table.first[table.tensors], table, static_cast<float*>(found.data_ptr()));
+      launch("found_inf", finite_kernel<decltype(grad)>, table.first[table.tensors], table,
+             static_cast<float*>(found.data_ptr()));
     });
   });
   return found;
 }
 
 // The scalar's place if that is on the device; else null, and its value.
-std::pair<Number, double> on_device(const char* name, const std::optional<Tensor>& scalar, const Tensor& param) {
+std::pair<Number, double> on_device(const char* name,
+                                    const std::optional<Tensor>& scalar,
+                                    const Tensor& param) {
   const Number given = number(name, scalar);
   if (!scalar || scalar->is_cpu()) return {{nullptr, false}, given.value()};
-  STD_TORCH_CHECK(scalar->device() == param.device(), "adam_ema_: ", name, " must be on the CPU or on the parameters' device");
+  STD_TORCH_CHECK(scalar->device() == param.device(), "adam_ema_: ", name,
+                  " must be on the CPU or on the parameters' device");
   return {given, 0};
 }
 
-void adam_ema_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs, std::vector<Tensor> exp_avg_sqs, std::vector<Tensor> steps,
-               std::vector<Tensor> averages, Tensor decays, Tensor lr, Tensor found_inf, std::optional<Tensor> grad_scale, std::optional<Tensor> clip,
-               std::optional<Tensor> skipped, double beta1, double beta2, double eps, double weight_decay, bool decoupled) {
+void adam_ema_(std::vector<Tensor> params,
+               std::vector<Tensor> grads,
+               std::vector<Tensor> exp_avgs,
+               std::vector<Tensor> exp_avg_sqs,
+               std::vector<Tensor> steps,
+               std::vector<Tensor> averages,
+               Tensor decays,
+               Tensor lr,
+               Tensor found_inf,
+               std::optional<Tensor> grad_scale,
+               std::optional<Tensor> clip,
+               std::optional<Tensor> skipped,
+               double beta1,
+               double beta2,
+               double eps,
+               double weight_decay,
+               bool decoupled) {
   if (params.empty()) return;
   const Tensor wide = list_decays("adam_ema_", decays);
   const int64_t K = wide.size(0);
   STD_TORCH_CHECK(K <= kAverages, "adam_ema_: on CUDA at most ", kAverages, " averages, got ", K);
   const auto device = params[0].device();
-  STD_TORCH_CHECK(found_inf.device() == device && (!skipped || skipped->device() == device) && (wide.is_cpu() || wide.device() == device),
-                  "adam_ema_: found_inf and skipped must be on the parameters' device, decays there or on the CPU");
+  STD_TORCH_CHECK(found_inf.device() == device && (!skipped || skipped->device() == device) &&
+                      (wide.is_cpu() || wide.device() == device),
+                  "adam_ema_: found_inf and skipped must be on the parameters' device, decays "
+                  "there or on the CPU");
   const Launch launch(params[0]);
   TensorLists lists = adam_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages, K);
   const auto [device_lr, host_lr] = on_device("lr", lr, params[0]);
   const auto [device_scale, host_scale] = on_device("grad_scale", grad_scale, params[0]);
   const auto [device_clip, host_clip] = on_device("clip", clip, params[0]);
-  const AdamArguments arguments = {{beta1, beta2, eps, weight_decay, decoupled}, make_decays(wide, 0, K), number("found_inf", found_inf),
-                                   device_lr, device_scale, device_clip, host_lr, host_scale, host_clip, static_cast<int>(K)};
+  const AdamArguments arguments = {{beta1, beta2, eps, weight_decay, decoupled},
+                                   make_decays(wide, 0, K),
+                                   number("found_inf", found_inf),
+                                   device_lr,
+                                   device_scale,
+                                   device_clip,
+                                   host_lr,
+                                   host_scale,
+                                   host_clip,
+                                   static_cast<int>(K)};
   int64_t* count = skipped ? counter(*skipped) : nullptr;
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
-    by_storage<__nv_bfloat16, __half>("adam_ema_", row.first, row.last, [&](auto param, auto average) {
-      launch("adam_ema_", adam_kernel<decltype(param), decltype(average)>, table.first[table.tensors], table, arguments);
-    });
+    by_storage<__nv_bfloat16, __half>(
+        "adam_ema_", row.first, row.last, [&](auto param, auto average) {
+          launch("adam_ema_", adam_kernel<decltype(param), decltype(average)>,
+                 table.first[table.tensors], table, arguments);
+        });
     launch("adam_ema_", count_kernel, 1, table, arguments, count);
     count = nullptr;  // once a step, not once a table
   });

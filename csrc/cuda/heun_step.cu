@@ -12,15 +12,21 @@ constexpr int kVec = 4;  // elements of a pack: 16 or 32 bytes of state
 
 // Half precision goes to and from float64 through float, as in torch.
 template <typename D, typename S>
-__device__ __forceinline__ D widen_to(S value) { return static_cast<D>(widen(value)); }
+__device__ __forceinline__ D widen_to(S value) {
+  return static_cast<D>(widen(value));
+}
 template <typename S, typename D>
 __device__ __forceinline__ S narrow_from(D value) {
-  if constexpr (sizeof(S) == 2) return narrow<S, float>(static_cast<float>(value));
-  else return static_cast<S>(value);
+  if constexpr (sizeof(S) == 2)
+    return narrow<S, float>(static_cast<float>(value));
+  else
+    return static_cast<S>(value);
 }
 
 template <int vec, typename N, typename D, typename I>
-__device__ __forceinline__ void elements(const HeunArrays<N, D, I>& in, const Step<D>& step, int64_t i) {
+__device__ __forceinline__ void elements(const HeunArrays<N, D, I>& in,
+                                         const Step<D>& step,
+                                         int64_t i) {
   const auto F = load_pack<vec>(in.F + i);
   const auto x = load_pack<vec>(in.x + i);
   Pack<D, vec> x_hat{}, noise{}, x_next;
@@ -29,7 +35,8 @@ __device__ __forceinline__ void elements(const HeunArrays<N, D, I>& in, const St
   if (in.noise) noise = load_pack<vec>(in.noise + i);
 #pragma unroll
   for (int lane = 0; lane < vec; ++lane) {
-    x_next.lane[lane] = step_element<D, D>(step, widen_to<D>(F.lane[lane]), x.lane[lane], x_hat.lane[lane], noise.lane[lane]);
+    x_next.lane[lane] = step_element<D, D>(step, widen_to<D>(F.lane[lane]), x.lane[lane],
+                                           x_hat.lane[lane], noise.lane[lane]);
     net_input.lane[lane] = narrow_from<I>(step.c_in * x_next.lane[lane]);
   }
   store_pack<vec>(in.x_next + i, x_next);
@@ -40,15 +47,22 @@ __device__ __forceinline__ void elements(const HeunArrays<N, D, I>& in, const St
 template <int vec, typename N, typename D, typename I>
 __global__ void __launch_bounds__(kThreads, kBlocks) heun_step_kernel(HeunArrays<N, D, I> in) {
   const Step<D> step = make_step<D>(in.coef, in.x_hat != nullptr);
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, packs = in.n / vec;
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
+                packs = in.n / vec;
 #pragma unroll 1
-  for (int64_t pack = thread; pack < packs; pack += static_cast<int64_t>(gridDim.x) * kThreads) elements<vec>(in, step, pack * vec);
+  for (int64_t pack = thread; pack < packs; pack += static_cast<int64_t>(gridDim.x) * kThreads)
+    elements<vec>(in, step, pack * vec);
   if constexpr (vec > 1) {
     if (thread < in.n - packs * vec) elements<1>(in, step, packs * vec + thread);
   }
 }
 
-std::tuple<Tensor, Tensor> heun_step(Tensor F, Tensor x, Tensor coef, std::optional<Tensor> x_hat, std::optional<Tensor> noise, std::optional<ScalarType> net_dtype) {
+std::tuple<Tensor, Tensor> heun_step(Tensor F,
+                                     Tensor x,
+                                     Tensor coef,
+                                     std::optional<Tensor> x_hat,
+                                     std::optional<Tensor> noise,
+                                     std::optional<ScalarType> net_dtype) {
   const Launch launch(x);
   const HeunTensors tensors = heun_tensors(F, x, coef, x_hat, noise, net_dtype);
   by_heun_storage<__nv_bfloat16, __half>(tensors, [&](auto net, auto state, auto input) {
@@ -58,7 +72,8 @@ std::tuple<Tensor, Tensor> heun_step(Tensor F, Tensor x, Tensor coef, std::optio
     const HeunArrays<N, D, I> in = heun_arrays<N, D, I>(tensors);
     if (in.n == 0) return;
     const auto fits = [](const auto* data) { return packs_fit(data, 0, kVec); };
-    const bool packed = fits(in.F) && fits(in.x) && fits(in.x_hat) && fits(in.noise) && fits(in.x_next) && fits(in.net_input);
+    const bool packed = fits(in.F) && fits(in.x) && fits(in.x_hat) && fits(in.noise) &&
+                        fits(in.x_next) && fits(in.net_input);
     const auto kernel = packed ? heun_step_kernel<kVec, N, D, I> : heun_step_kernel<1, N, D, I>;
     const int64_t packs = packed ? (in.n + kVec - 1) / kVec : in.n;
     launch("heun_step", kernel, grid_of((packs + kThreads - 1) / kThreads), in);
@@ -69,4 +84,6 @@ std::tuple<Tensor, Tensor> heun_step(Tensor F, Tensor x, Tensor coef, std::optio
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) { m.impl("heun_step.cuda", TORCH_BOX(&tdkern::heun_step)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) {
+  m.impl("heun_step.cuda", TORCH_BOX(&tdkern::heun_step));
+}

@@ -1,5 +1,5 @@
-// Where and how a kernel runs: torch's current stream on the tensor's device, and a check after every launch.
-// Compiled for the host (csrc/host), the same kernels run on CPU tensors.
+// Where and how a kernel runs: torch's current stream on the tensor's device, and a check after
+// every launch. Compiled for the host (csrc/host), the same kernels run on CPU tensors.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -24,8 +24,8 @@ constexpr int kBlocks = 3;  // an SM, at the least: 80 registers a thread
 #if defined(__CUDACC__)
 constexpr int64_t kMaxGrid = 0x7fffffff;
 
-// Torch's aoti_torch_get_current_cuda_stream, looked up in the torch that is running: so that a library
-// built where torch has no CUDA serves a torch that has it.
+// Torch's aoti_torch_get_current_cuda_stream, looked up in the torch that is running: so that a
+// library built where torch has no CUDA serves a torch that has it.
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
 inline CurrentStream current_stream() {
@@ -40,13 +40,18 @@ inline CurrentStream current_stream() {
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : guard_(tensor.get_device_index()) {
-    STD_TORCH_CHECK(current_stream() != nullptr, "tdkern: this torch has no CUDA: install one that has");
-    TORCH_ERROR_CODE_CHECK(current_stream()(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
+    STD_TORCH_CHECK(current_stream() != nullptr,
+                    "tdkern: this torch has no CUDA: install one that has");
+    TORCH_ERROR_CODE_CHECK(
+        current_stream()(tensor.get_device_index(), reinterpret_cast<void**>(&stream_)));
   }
 
   // Runs kernel(args...) on `blocks` blocks of kThreads. op: whom to name in an error.
   template <typename... Params, typename... Args>
-  void operator()(const char* op, void (*kernel)(Params...), int blocks, const Args&... args) const {
+  void operator()(const char* op,
+                  void (*kernel)(Params...),
+                  int blocks,
+                  const Args&... args) const {
     if (blocks == 0) return;
     kernel<<<blocks, kThreads, 0, stream_>>>(args...);
     const cudaError_t error = cudaGetLastError();

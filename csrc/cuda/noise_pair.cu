@@ -1,4 +1,5 @@
-// noise_pair on CUDA: a block a chunk of a sample, a thread a Philox block of four elements at a time.
+// noise_pair on CUDA: a block a chunk of a sample, a thread a Philox block of four elements at a
+// time.
 #include "launch.cuh"
 #include "noise_pair.h"
 #include "vec.cuh"
@@ -7,11 +8,13 @@ namespace tdkern {
 namespace {
 
 constexpr int kRound = 4 * kThreads;  // elements that a block draws at a time
-constexpr int kChunk = 4 * kRound;    // elements a task: so many that what a task costs once is a small part of it
+constexpr int kChunk =
+    4 * kRound;  // elements a task: so many that what a task costs once is a small part of it
 
 // Four normals of each stream.
 template <int streams, typename T>
-__device__ __forceinline__ void draw(uint32_t block, uint32_t sample, uint64_t offset, const PhiloxKeys& keys, T (&n)[2][4]) {
+__device__ __forceinline__ void draw(
+    uint32_t block, uint32_t sample, uint64_t offset, const PhiloxKeys& keys, T (&n)[2][4]) {
   uint32_t c[streams][4];
 #pragma unroll
   for (int i = 0; i < streams; ++i) {
@@ -34,11 +37,13 @@ __device__ __forceinline__ void draw(uint32_t block, uint32_t sample, uint64_t o
   }
 }
 
-// Where the elements of a thread lie in a sample, from element k on. Element k is at k % plane * step + k / plane.
+// Where the elements of a thread lie in a sample, from element k on. Element k is at k % plane *
+// step + k / plane.
 struct Walk {
   int64_t plane, step, inner, outer, at;
 
-  __device__ __forceinline__ Walk(int64_t plane, int64_t step, int64_t k) : plane(plane), step(step), inner(k % plane), outer(k / plane), at(inner * step + outer) {}
+  __device__ __forceinline__ Walk(int64_t plane, int64_t step, int64_t k)
+      : plane(plane), step(step), inner(k % plane), outer(k / plane), at(inner * step + outer) {}
 
   // The place of this element; goes on to the next.
   __device__ __forceinline__ int64_t next() {
@@ -72,7 +77,10 @@ struct Elements {  // the four of one Philox block
 };
 
 template <typename N, typename D, typename T>
-__device__ __forceinline__ void compute(const PairSample<T>& s, bool shared, const T (&n)[2][4], Elements<N, D>& e) {
+__device__ __forceinline__ void compute(const PairSample<T>& s,
+                                        bool shared,
+                                        const T (&n)[2][4],
+                                        Elements<N, D>& e) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     T t, t_p;
@@ -90,9 +98,14 @@ __device__ __forceinline__ void store_block(S* row, int block, const Pack<S, 4>&
   reinterpret_cast<Pack<S, 4>*>(row)[block] = pack;
 }
 
-// packed: n is a multiple of four, and four elements lie behind one another and at a multiple of their size, in every tensor.
+// packed: n is a multiple of four, and four elements lie behind one another and at a multiple of
+// their size, in every tensor.
 template <bool packed, bool shared, typename N, typename D>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : packed ? 4 : kBlocks) pair_kernel(PairRows<N, D> in, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads,
+                                  std::is_same_v<D, double> ? 2
+                                  : packed                  ? 4
+                                                            : kBlocks)
+    pair_kernel(PairRows<N, D> in, int64_t chunks) {
   using T = typename PairRows<N, D>::T;
   __shared__ PairSample<T> s;
   __shared__ PhiloxKeys keys;  // fewer instructions to load, four at a time, than to add up anew
@@ -106,8 +119,10 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : pack
       begin = (task - b * chunks) * kChunk;
     }
     const int count = static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk);
-    const int64_t from = b * in.x0.stride, to = b * in.x_t.stride, mine = begin + 4 * threadIdx.x;  // the outputs lie alike
-    const D* x0 = in.x0.data + from + mine;  // these three, where packed, go from round to round: from an index they would be computed anew in each
+    const int64_t from = b * in.x0.stride, to = b * in.x_t.stride,
+                  mine = begin + 4 * threadIdx.x;  // the outputs lie alike
+    const D* x0 = in.x0.data + from + mine;  // these three, where packed, go from round to round:
+                                             // from an index they would be computed anew in each
     D *x_t = in.x_t.data + to + mine, *x_tp = in.x_tp.data + to + mine;
     Walk walk(packed ? in.n : in.plane, in.step, mine);
 
@@ -130,9 +145,11 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : pack
           }
           walk.skip();
         }
-        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, static_cast<uint32_t>(b), offset, keys, n);
+        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, static_cast<uint32_t>(b),
+                             offset, keys, n);
       }
-      if (first == 0) __syncthreads();  // not before the draws, behind which thread 0's division and root hide
+      if (first == 0)
+        __syncthreads();  // not before the draws, behind which thread 0's division and root hide
       if (left <= 0) continue;
       compute(s, shared, n, e);
       if constexpr (packed) {
@@ -160,24 +177,42 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : pack
 }
 
 template <bool packed, typename N, typename D>
-auto kernel_of(const PairRows<N, D>& in) { return in.shared ? pair_kernel<packed, true, N, D> : pair_kernel<packed, false, N, D>; }
+auto kernel_of(const PairRows<N, D>& in) {
+  return in.shared ? pair_kernel<packed, true, N, D> : pair_kernel<packed, false, N, D>;
+}
 
 template <typename N, typename D>
 void launch_pair(const Launch& launch, const PairRows<N, D>& in) {
   const auto fits = [](const auto& rows) { return packs_fit(rows.data, rows.stride, 4); };
-  const bool packed = in.step == 1 && in.n % 4 == 0 && fits(in.x0) && fits(in.x_t) && fits(in.x_tp) && fits(in.in_t) && fits(in.in_tp);
+  const bool packed = in.step == 1 && in.n % 4 == 0 && fits(in.x0) && fits(in.x_t) &&
+                      fits(in.x_tp) && fits(in.in_t) && fits(in.in_tp);
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
-  launch("noise_pair", packed ? kernel_of<true>(in) : kernel_of<false>(in), grid_of(in.batch * chunks), in, chunks);
+  launch("noise_pair", packed ? kernel_of<true>(in) : kernel_of<false>(in),
+         grid_of(in.batch * chunks), in, chunks);
 }
 
-PairTensors noise_pair(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, int64_t seed, std::optional<Tensor> seed_at,
-                       int64_t offset, std::optional<Tensor> offset_at, std::optional<Tensor> c_in, std::optional<Tensor> c_in_p, ScalarType net) {
+PairTensors noise_pair(Tensor x0,
+                       Tensor alpha,
+                       Tensor sigma,
+                       Tensor alpha_p,
+                       Tensor sigma_p,
+                       bool shared,
+                       int64_t seed,
+                       std::optional<Tensor> seed_at,
+                       int64_t offset,
+                       std::optional<Tensor> offset_at,
+                       std::optional<Tensor> c_in,
+                       std::optional<Tensor> c_in_p,
+                       ScalarType net) {
   const Launch launch(x0);
-  return noise_pair_with<__nv_bfloat16, __half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p, net,
-                                                [&](const auto& view) { launch_pair(launch, view); });
+  return noise_pair_with<__nv_bfloat16, __half>(
+      x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p,
+      net, [&](const auto& view) { launch_pair(launch, view); });
 }
 
 }  // namespace
 }  // namespace tdkern
 
-STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) { m.impl("noise_pair.cuda", TORCH_BOX(&tdkern::noise_pair)); }
+STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) {
+  m.impl("noise_pair.cuda", TORCH_BOX(&tdkern::noise_pair));
+}

@@ -1,4 +1,5 @@
-// td_loss on CUDA: a block a chunk of a sample; where a sample is several chunks, a second small kernel adds their sums in order.
+// td_loss on CUDA: a block a chunk of a sample; where a sample is several chunks, a second small
+// kernel adds their sums in order.
 #include <string>
 #include <tuple>
 
@@ -10,7 +11,8 @@ namespace tdkern {
 namespace {
 
 constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
-// Of backward, in which there is mostly nothing to do: starting more of them would take longer than that.
+// Of backward, in which there is mostly nothing to do: starting more of them would take longer than
+// that.
 constexpr int64_t kBackwardBlocks = std::min<int64_t>(1024, kMaxGrid);
 
 // Blocks of an SM in the forward pass: with four, 64 registers a thread, but float64 needs more.
@@ -27,13 +29,22 @@ struct Chunk {
 };
 
 template <typename N, typename D>
-__device__ __forceinline__ Chunk<N, D> chunk_at(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
+__device__ __forceinline__ Chunk<N, D> chunk_at(const TdLossRows<N, D>& in,
+                                                int64_t b,
+                                                int64_t begin) {
   const auto at = [=](const auto& rows) { return rows.data + b * rows.stride + begin; };
-  return {at(in.F), at(in.F_p), at(in.x0), at(in.x_t), at(in.x_tp), in.dF.data ? at(in.dF) : nullptr, static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
+  return {at(in.F),
+          at(in.F_p),
+          at(in.x0),
+          at(in.x_t),
+          at(in.x_tp),
+          in.dF.data ? at(in.dF) : nullptr,
+          static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
 }
 
 template <bool TD, Norm BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void elements(const Chunk<N, D>& c, const Sample<T>& sample, int i, T& td, T& base) {
+__device__ __forceinline__ void elements(
+    const Chunk<N, D>& c, const Sample<T>& sample, int i, T& td, T& base) {
   Pack<N, vec> F_p{}, dF;
   Pack<D, vec> x_tp{};
   if constexpr (TD || CONSISTENCY) {
@@ -44,18 +55,23 @@ __device__ __forceinline__ void elements(const Chunk<N, D>& c, const Sample<T>& 
   const auto x0 = load_pack<vec>(c.x0 + i), x_t = load_pack<vec>(c.x_t + i);
 #pragma unroll
   for (int lane = 0; lane < vec; ++lane) {
-    dF.lane[lane] = narrow<N, T>(td_element<TD, BASE, CONSISTENCY, T, T>(sample, widen(F.lane[lane]), widen(F_p.lane[lane]), widen(x0.lane[lane]), widen(x_t.lane[lane]),
-                                                                         widen(x_tp.lane[lane]), td, base));
+    dF.lane[lane] = narrow<N, T>(td_element<TD, BASE, CONSISTENCY, T, T>(
+        sample, widen(F.lane[lane]), widen(F_p.lane[lane]), widen(x0.lane[lane]),
+        widen(x_t.lane[lane]), widen(x_tp.lane[lane]), td, base));
   }
   if (c.dF) store_pack<vec>(c.dF + i, dF);
 }
 
 // Whole packs first, what is left behind them one by one.
 template <bool TD, Norm BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void loop(const Chunk<N, D>& c, const Sample<T>& sample, T& td, T& base) {
+__device__ __forceinline__ void loop(const Chunk<N, D>& c,
+                                     const Sample<T>& sample,
+                                     T& td,
+                                     T& base) {
   const int packed = c.count / vec * vec;
 #pragma unroll 1  // a pack of every tensor is enough in flight; more of them spill
-  for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec) elements<TD, BASE, CONSISTENCY, vec>(c, sample, i, td, base);
+  for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec)
+    elements<TD, BASE, CONSISTENCY, vec>(c, sample, i, td, base);
   if constexpr (vec > 1) {
     const int i = packed + threadIdx.x;
     if (i < c.count) elements<TD, BASE, CONSISTENCY, 1>(c, sample, i, td, base);
@@ -63,9 +79,11 @@ __device__ __forceinline__ void loop(const Chunk<N, D>& c, const Sample<T>& samp
 }
 
 template <Norm NORM, int vec, typename N, typename D, typename T>
-__device__ __forceinline__ void compute(const TdLossRows<N, D>& in, const Chunk<N, D>& c, int64_t b, T& td, T& base) {
+__device__ __forceinline__ void compute(
+    const TdLossRows<N, D>& in, const Chunk<N, D>& c, int64_t b, T& td, T& base) {
   const double* coef = in.coef + 8 * b;
-  const double g_td = in.upstream ? in.upstream[2 * b] : 1, g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
+  const double g_td = in.upstream ? in.upstream[2 * b] : 1,
+               g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
   const Sample<T> sample = make_sample<T>(NORM, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
   const bool has_td = coef[6] != 0 && g_td != 0, has_base = coef[7] != 0 && g_base != 0;
   if (has_td && has_base && in.consistency) return loop<true, NORM, true, vec>(c, sample, td, base);
@@ -78,15 +96,18 @@ __device__ __forceinline__ void compute(const TdLossRows<N, D>& in, const Chunk<
 }
 
 template <typename T>
-__device__ __forceinline__ void write_loss(T* loss, const double* coef, int64_t b, int64_t n, double td, double base) {
+__device__ __forceinline__ void write_loss(
+    T* loss, const double* coef, int64_t b, int64_t n, double td, double base) {
   const double w_td = coef[8 * b + 6], w_base = coef[8 * b + 7];
   loss[2 * b] = static_cast<T>(w_td == 0 || n == 0 ? 0 : w_td * td / static_cast<double>(n));
-  loss[2 * b + 1] = static_cast<T>(w_base == 0 || n == 0 ? 0 : w_base * base / static_cast<double>(n));
+  loss[2 * b + 1] =
+      static_cast<T>(w_base == 0 || n == 0 ? 0 : w_base * base / static_cast<double>(n));
 }
 
 // sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
 template <Norm NORM, int vec, typename N, typename D, typename T>
-__global__ void __launch_bounds__(kThreads, kResident<D>) forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kResident<D>)
+    forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
     const int64_t b = task / chunks;
     T td = 0, base = 0;
@@ -104,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, kResident<D>) forward_kernel(TdLossR
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(
+    const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     double td = 0, base = 0;
     for (int64_t c = threadIdx.x; c < chunks; c += kThreads) {
@@ -127,7 +149,8 @@ __device__ __forceinline__ void correct(const TdLossRows<N, D>& in, int64_t b, i
   using T = typename TdLossRows<N, D>::T;
   const Chunk<N, D> c = chunk_at(in, b, begin);
   const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
-  if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF may have underflowed
+  if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF
+                                         // may have underflowed
     if (g_td == g_base && g_td != 0) {
       for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g_td;
       return;
@@ -139,11 +162,13 @@ __device__ __forceinline__ void correct(const TdLossRows<N, D>& in, int64_t b, i
 
 // A block's `group` tasks, which its threads look at together before they work on any.
 template <Norm NORM, int vec, typename N, typename D>
-__global__ void __launch_bounds__(kThreads, kBlocks) backward_kernel(TdLossRows<N, D> in, int64_t chunks, int64_t group) {
+__global__ void __launch_bounds__(kThreads, kBlocks)
+    backward_kernel(TdLossRows<N, D> in, int64_t chunks, int64_t group) {
   const int64_t first = blockIdx.x * group, tasks = in.batch * chunks;
   const int64_t last = first + group < tasks ? first + group : tasks;
   for (int64_t start = first; start < last; start += kThreads) {
-    const int64_t mine = start + threadIdx.x, end = start + kThreads < last ? start + kThreads : last;
+    const int64_t mine = start + threadIdx.x,
+                  end = start + kThreads < last ? start + kThreads : last;
     if (!__syncthreads_or(mine < end && differs(in, mine / chunks))) continue;
     for (int64_t task = start; task < end; ++task) {
       const int64_t b = task / chunks;
@@ -173,47 +198,74 @@ auto backward_of(const TdLossRows<N, D>& in) {
 
 int64_t chunks_per_sample(int64_t n) { return std::max<int64_t>(1, (n + kChunk - 1) / kChunk); }
 
-std::tuple<Tensor, Tensor> td_loss(Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp, bool consistency,
-                                   bool l1, bool want_grad) {
+std::tuple<Tensor, Tensor> td_loss(Tensor out,
+                                   Tensor out_target,
+                                   Tensor x0,
+                                   Tensor coef,
+                                   std::optional<Tensor> x_t,
+                                   std::optional<Tensor> x_tp,
+                                   bool consistency,
+                                   bool l1,
+                                   bool want_grad) {
   const Launch launch(out);
   const Tensor layout = empty_rows_like(out);
   const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
-  const ScalarType wide = x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const TdLossInputs in =
+      td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
+  const ScalarType wide =
+      x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, wide);
   const int64_t chunks = chunks_per_sample(in.n);
   const Tensor sums = torch::stable::new_empty(out, {chunks > 1 ? in.batch * chunks : 0, 2}, wide);
   if (in.batch == 0) return {loss, grad};
-  by_storage<__nv_bfloat16, __half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
-    using N = decltype(net);
-    using D = decltype(data);
-    using T = typename TdLossRows<N, D>::T;
-    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
-    T* to = rows<T>(loss).data;
-    T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
-    const auto kernel = in.norm == Norm::l1 ? forward_of<Norm::l1>(view) : forward_of<Norm::l2>(view);
-    launch("td_loss", kernel, grid_of(in.batch * chunks), view, to, partial, chunks);
-    if (partial) launch("td_loss", sum_kernel<T>, grid_of(in.batch), partial, view.coef, to, in.batch, in.n, chunks);
-  });
+  by_storage<__nv_bfloat16, __half>(
+      "td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+        using N = decltype(net);
+        using D = decltype(data);
+        using T = typename TdLossRows<N, D>::T;
+        const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
+        T* to = rows<T>(loss).data;
+        T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
+        const auto kernel =
+            in.norm == Norm::l1 ? forward_of<Norm::l1>(view) : forward_of<Norm::l2>(view);
+        launch("td_loss", kernel, grid_of(in.batch * chunks), view, to, partial, chunks);
+        if (partial)
+          launch("td_loss", sum_kernel<T>, grid_of(in.batch), partial, view.coef, to, in.batch,
+                 in.n, chunks);
+      });
   return {loss, grad};
 }
 
-// dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient is another.
-void td_loss_backward_(Tensor grad, Tensor upstream, Tensor out, Tensor out_target, Tensor x0, Tensor coef, std::optional<Tensor> x_t, std::optional<Tensor> x_tp,
-                       bool consistency, bool l1) {
+// dF holds the gradient for an upstream gradient of 1. Corrects the samples whose upstream gradient
+// is another.
+void td_loss_backward_(Tensor grad,
+                       Tensor upstream,
+                       Tensor out,
+                       Tensor out_target,
+                       Tensor x0,
+                       Tensor coef,
+                       std::optional<Tensor> x_t,
+                       std::optional<Tensor> x_tp,
+                       bool consistency,
+                       bool l1) {
   const Launch launch(grad);
-  const TdLossInputs in = td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
+  const TdLossInputs in =
+      td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, grad);
   check_backward(grad, upstream, in);
   if (in.batch * in.n == 0) return;
-  by_storage<__nv_bfloat16, __half>("td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
-    using N = decltype(net);
-    using D = decltype(data);
-    const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
-    const auto kernel = in.norm == Norm::l1 ? backward_of<Norm::l1>(view) : backward_of<Norm::l2>(view);
-    const int64_t chunks = chunks_per_sample(in.n);
-    const int64_t tasks = in.batch * chunks, group = (tasks + kBackwardBlocks - 1) / kBackwardBlocks;
-    launch("td_loss_backward_", kernel, static_cast<int>((tasks + group - 1) / group), view, chunks, group);
-  });
+  by_storage<__nv_bfloat16, __half>(
+      "td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
+        using N = decltype(net);
+        using D = decltype(data);
+        const TdLossRows<N, D> view = td_loss_rows<N, D>(in, &grad, &upstream);
+        const auto kernel =
+            in.norm == Norm::l1 ? backward_of<Norm::l1>(view) : backward_of<Norm::l2>(view);
+        const int64_t chunks = chunks_per_sample(in.n);
+        const int64_t tasks = in.batch * chunks,
+                      group = (tasks + kBackwardBlocks - 1) / kBackwardBlocks;
+        launch("td_loss_backward_", kernel, static_cast<int>((tasks + group - 1) / group), view,
+               chunks, group);
+      });
 }
 
 }  // namespace

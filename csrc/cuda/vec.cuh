@@ -9,16 +9,24 @@
 namespace tdkern {
 
 template <typename T>
-__device__ __forceinline__ T widen(T value) { return value; }
+__device__ __forceinline__ T widen(T value) {
+  return value;
+}
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename S, typename T>
-__device__ __forceinline__ S narrow(T value) { return static_cast<S>(value); }
+__device__ __forceinline__ S narrow(T value) {
+  return static_cast<S>(value);
+}
 template <>
-__device__ __forceinline__ __half narrow<__half, float>(float value) { return __float2half_rn(value); }
+__device__ __forceinline__ __half narrow<__half, float>(float value) {
+  return __float2half_rn(value);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) { return __float2bfloat16_rn(value); }
+__device__ __forceinline__ __nv_bfloat16 narrow<__nv_bfloat16, float>(float value) {
+  return __float2bfloat16_rn(value);
+}
 
 // `count` elements that move together; in pieces of 16 bytes where they are more.
 template <typename S, int count>
@@ -40,10 +48,12 @@ __device__ __forceinline__ void store_pack(S* to, const Pack<S, count>& pack) {
 template <typename S>
 bool packs_fit(const S* data, int64_t row_stride, int count) {
   const int64_t align = std::min<int64_t>(16, sizeof(S) * count);
-  return reinterpret_cast<uintptr_t>(data) % align == 0 && row_stride * static_cast<int64_t>(sizeof(S)) % align == 0;
+  return reinterpret_cast<uintptr_t>(data) % align == 0 &&
+         row_stride * static_cast<int64_t>(sizeof(S)) % align == 0;
 }
 
-// Sums two values over the block, in an order that only the block's size sets. Every thread calls it; thread 0 has the result.
+// Sums two values over the block, in an order that only the block's size sets. Every thread calls
+// it; thread 0 has the result.
 template <int threads, typename T>
 __device__ __forceinline__ void block_sum(T& a, T& b) {
   __shared__ T shared[2][threads];

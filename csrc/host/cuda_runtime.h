@@ -1,6 +1,8 @@
-// Stands in for CUDA's headers where csrc/cuda/*.cu are compiled by the host's compiler, so that tests run the kernels without a GPU.
-// A block's threads are fibers of one OS thread, each run up to its next barrier; blocks run one after another. Warps are not modelled.
-// Every block has an OS thread of its own, so that its __shared__ begins as zeros: what an earlier block left would hide a missing barrier.
+// Stands in for CUDA's headers where csrc/cuda/*.cu are compiled by the host's compiler, so that
+// tests run the kernels without a GPU. A block's threads are fibers of one OS thread, each run up
+// to its next barrier; blocks run one after another. Warps are not modelled. Every block has an OS
+// thread of its own, so that its __shared__ begins as zeros: what an earlier block left would hide
+// a missing barrier.
 #pragma once
 
 #include <math.h>  // as CUDA's own does
@@ -75,7 +77,9 @@ inline void prepare(Thread& thread, char* stack) {
   makecontext(&thread.context, enter, 0);
 }
 
-inline void run_block(std::vector<Thread>& threads, char* stacks, const std::function<std::vector<unsigned>(size_t)>& in_order) {
+inline void run_block(std::vector<Thread>& threads,
+                      char* stacks,
+                      const std::function<std::vector<unsigned>(size_t)>& in_order) {
   for (size_t t = 0; t < threads.size(); ++t) prepare(threads[t], stacks + t * kStack);
   do {
     for (const unsigned t : in_order(threads.size())) {
@@ -85,12 +89,15 @@ inline void run_block(std::vector<Thread>& threads, char* stacks, const std::fun
     }
     for (const Thread& thread : threads)
       if (thread.line != threads[0].line)
-        throw std::runtime_error("the threads of a block do not meet: lines " + std::to_string(threads[0].line) + " and " + std::to_string(thread.line) + " (0: the end)");
+        throw std::runtime_error("the threads of a block do not meet: lines " +
+                                 std::to_string(threads[0].line) + " and " +
+                                 std::to_string(thread.line) + " (0: the end)");
   } while (threads[0].line != kFinished);
 }
 
-// Runs `kernel` for every thread of every block. TDKERN_HOST_ORDER, a number, seeds a random order of the blocks, and of a block's threads anew
-// after each barrier; without it they run by index. A result that depends on the order is a race: a barrier is missing.
+// Runs `kernel` for every thread of every block. TDKERN_HOST_ORDER, a number, seeds a random order
+// of the blocks, and of a block's threads anew after each barrier; without it they run by index. A
+// result that depends on the order is a race: a barrier is missing.
 inline void run(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
   static std::mutex one_launch;  // all of this is static
   const std::lock_guard lock(one_launch);

@@ -13,31 +13,44 @@ struct Number {
   const void* data;
   bool wide;  // float64, else float32
   TDKERN_HD double value(double otherwise = 1) const {
-    return data == nullptr ? otherwise : wide ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
+    return data == nullptr ? otherwise
+           : wide          ? *static_cast<const double*>(data)
+                           : *static_cast<const float*>(data);
   }
 };
 
 inline Number number(const char* name, const std::optional<Tensor>& tensor) {
   if (!tensor) return {nullptr, false};
   const ScalarType dtype = tensor->scalar_type();
-  STD_TORCH_CHECK(tensor->numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float), "adam_ema_: ", name, " must be one float32 or float64");
+  STD_TORCH_CHECK(
+      tensor->numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
+      "adam_ema_: ", name, " must be one float32 or float64");
   return {tensor->data_ptr(), dtype == ScalarType::Double};
 }
 
 inline int64_t* counter(const Tensor& skipped) {
-  STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long, "adam_ema_: skipped must be one int64");
+  STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,
+                  "adam_ema_: skipped must be one int64");
   return static_cast<int64_t*>(skipped.data_ptr());
 }
 
 constexpr int64_t kAdamColumns = 4;  // grad, exp_avg, exp_avg_sq, param; then the averages
 
-// Rows [grad, exp_avg, exp_avg_sq, param, averages ..., step]: from the parameter on they are rows of ema_update_.
-inline TensorLists adam_lists(const std::vector<Tensor>& params, const std::vector<Tensor>& grads, const std::vector<Tensor>& exp_avgs,
-                              const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& steps, const std::vector<Tensor>& averages, int64_t K) {
+// Rows [grad, exp_avg, exp_avg_sq, param, averages ..., step]: from the parameter on they are rows
+// of ema_update_.
+inline TensorLists adam_lists(const std::vector<Tensor>& params,
+                              const std::vector<Tensor>& grads,
+                              const std::vector<Tensor>& exp_avgs,
+                              const std::vector<Tensor>& exp_avg_sqs,
+                              const std::vector<Tensor>& steps,
+                              const std::vector<Tensor>& averages,
+                              int64_t K) {
   const size_t P = params.size();
-  STD_TORCH_CHECK(grads.size() == P && exp_avgs.size() == P && exp_avg_sqs.size() == P && steps.size() == P,
-                  "adam_ema_: grads, exp_avgs, exp_avg_sqs and steps must be as long as params");
-  STD_TORCH_CHECK(averages.size() == K * P, "adam_ema_: averages must hold K lists of as many tensors as params");
+  STD_TORCH_CHECK(
+      grads.size() == P && exp_avgs.size() == P && exp_avg_sqs.size() == P && steps.size() == P,
+      "adam_ema_: grads, exp_avgs, exp_avg_sqs and steps must be as long as params");
+  STD_TORCH_CHECK(averages.size() == K * P,
+                  "adam_ema_: averages must hold K lists of as many tensors as params");
   TensorLists lists(kAdamColumns + K, P, 1);
   std::vector<const Tensor*> row(lists.columns);
   for (size_t i = 0; i < P; ++i) {
@@ -47,12 +60,18 @@ inline TensorLists adam_lists(const std::vector<Tensor>& params, const std::vect
     row[3] = &params[i];
     for (int64_t k = 0; k < K; ++k) row[kAdamColumns + k] = &averages[k * P + i];
     const ScalarType dtype = params[i].scalar_type();
-    STD_TORCH_CHECK(grads[i].scalar_type() == dtype && exp_avgs[i].scalar_type() == dtype && exp_avg_sqs[i].scalar_type() == dtype,
-                    "adam_ema_: a gradient, exp_avg and exp_avg_sq must have their parameter's dtype");
+    STD_TORCH_CHECK(
+        grads[i].scalar_type() == dtype && exp_avgs[i].scalar_type() == dtype &&
+            exp_avg_sqs[i].scalar_type() == dtype,
+        "adam_ema_: a gradient, exp_avg and exp_avg_sq must have their parameter's dtype");
     for (int64_t k = 1; k < K; ++k)
-      STD_TORCH_CHECK(row[kAdamColumns + k]->scalar_type() == averages[i].scalar_type(), "adam_ema_: the averages of one parameter must have one dtype");
-    STD_TORCH_CHECK(params[i].device() == params[0].device() && steps[i].device() == params[0].device(), "adam_ema_: params and steps must be on one device");
-    STD_TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float, "adam_ema_: a step must be one float32");
+      STD_TORCH_CHECK(row[kAdamColumns + k]->scalar_type() == averages[i].scalar_type(),
+                      "adam_ema_: the averages of one parameter must have one dtype");
+    STD_TORCH_CHECK(
+        params[i].device() == params[0].device() && steps[i].device() == params[0].device(),
+        "adam_ema_: params and steps must be on one device");
+    STD_TORCH_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float,
+                    "adam_ema_: a step must be one float32");
     lists.add("adam_ema_", row.data());
     lists.add_tail(steps[i]);
   }

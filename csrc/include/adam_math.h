@@ -1,4 +1,5 @@
-// Adam and AdamW for one element, without torch; CPU and CUDA both call it. Every operation rounds where torch.optim.Adam's does.
+// Adam and AdamW for one element, without torch; CPU and CUDA both call it. Every operation rounds
+// where torch.optim.Adam's does.
 #pragma once
 
 #include "ema_math.h"
@@ -17,15 +18,27 @@ struct AdamStep {
 };
 
 // step: the count of steps with this one.
-TDKERN_HD AdamStep<double> make_adam_step(const AdamOptions& o, double lr, double grad_factor, double step) {
-  return {grad_factor, o.decoupled ? 1.0 - lr * o.weight_decay : 1.0, o.decoupled ? 0.0 : o.weight_decay, 1.0 - o.beta1, o.beta2, 1.0 - o.beta2,
-          pow(1.0 - pow(o.beta2, step), 0.5), o.eps, -(lr / (1.0 - pow(o.beta1, step)))};
+TDKERN_HD AdamStep<double> make_adam_step(const AdamOptions& o,
+                                          double lr,
+                                          double grad_factor,
+                                          double step) {
+  return {grad_factor,
+          o.decoupled ? 1.0 - lr * o.weight_decay : 1.0,
+          o.decoupled ? 0.0 : o.weight_decay,
+          1.0 - o.beta1,
+          o.beta2,
+          1.0 - o.beta2,
+          pow(1.0 - pow(o.beta2, step), 0.5),
+          o.eps,
+          -(lr / (1.0 - pow(o.beta1, step)))};
 }
 
 template <typename T>
 TDKERN_HD AdamStep<T> narrow_step(const AdamStep<double>& s) {
-  return {static_cast<T>(s.grad_factor), static_cast<T>(s.shrink), static_cast<T>(s.weight_decay), static_cast<T>(s.weight1), static_cast<T>(s.beta2),
-          static_cast<T>(s.weight2), static_cast<T>(s.correction2), static_cast<T>(s.eps), static_cast<T>(s.minus_step_size)};
+  return {
+      static_cast<T>(s.grad_factor), static_cast<T>(s.shrink), static_cast<T>(s.weight_decay),
+      static_cast<T>(s.weight1),     static_cast<T>(s.beta2),  static_cast<T>(s.weight2),
+      static_cast<T>(s.correction2), static_cast<T>(s.eps),    static_cast<T>(s.minus_step_size)};
 }
 
 template <typename T, typename V>

@@ -1,5 +1,6 @@
-// a b + c rounded once where the processor does that, and the square root, for one number or a 64-byte vector: for formulas that
-// must round where PyTorch's own do. A file of the CPU that uses them is compiled with -ffp-contract=off -fno-math-errno.
+// a b + c rounded once where the processor does that, and the square root, for one number or a
+// 64-byte vector: for formulas that must round where PyTorch's own do. A file of the CPU that uses
+// them is compiled with -ffp-contract=off -fno-math-errno.
 #pragma once
 
 #include <cmath>
@@ -15,25 +16,32 @@ namespace tdkern {
 
 template <typename V>
 TDKERN_HD V fused_lanes(V a, V b, V c) {
-#if defined(__AVX512F__)  // not lane by lane: the compiler does not always make one instruction of that
+#if defined(__AVX512F__)  // not lane by lane: the compiler does not always make one instruction of
+                          // that
   if constexpr (std::is_same_v<std::decay_t<decltype(a[0])>, double>) {
-    return reinterpret_cast<V>(_mm512_fmadd_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
+    return reinterpret_cast<V>(_mm512_fmadd_pd(
+        reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));
   } else {
-    return reinterpret_cast<V>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+    return reinterpret_cast<V>(_mm512_fmadd_ps(
+        reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
   }
 #elif defined(__FMA__)
   if constexpr (std::is_same_v<std::decay_t<decltype(a[0])>, double>) {
     struct Halves {
       __m256d low, high;
     };
-    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b), z = __builtin_bit_cast(Halves, c);
-    return __builtin_bit_cast(V, Halves{_mm256_fmadd_pd(x.low, y.low, z.low), _mm256_fmadd_pd(x.high, y.high, z.high)});
+    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b),
+               z = __builtin_bit_cast(Halves, c);
+    return __builtin_bit_cast(
+        V, Halves{_mm256_fmadd_pd(x.low, y.low, z.low), _mm256_fmadd_pd(x.high, y.high, z.high)});
   } else {
     struct Halves {
       __m256 low, high;
     };
-    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b), z = __builtin_bit_cast(Halves, c);
-    return __builtin_bit_cast(V, Halves{_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
+    const auto x = __builtin_bit_cast(Halves, a), y = __builtin_bit_cast(Halves, b),
+               z = __builtin_bit_cast(Halves, c);
+    return __builtin_bit_cast(
+        V, Halves{_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
   }
 #else
   return a * b + c;

@@ -1,4 +1,5 @@
-// heun_step's arguments, checked and seen as flat arrays: what the CPU's and CUDA's launchers share.
+// heun_step's arguments, checked and seen as flat arrays: what the CPU's and CUDA's launchers
+// share.
 #pragma once
 
 #include "checks.h"
@@ -24,24 +25,41 @@ inline Tensor laid_as(const Tensor& tensor, const Tensor& layout) {
   return tensor;
 }
 
-inline HeunTensors heun_tensors(const Tensor& F, const Tensor& x, const Tensor& coef, const std::optional<Tensor>& x_hat, const std::optional<Tensor>& noise,
+inline HeunTensors heun_tensors(const Tensor& F,
+                                const Tensor& x,
+                                const Tensor& coef,
+                                const std::optional<Tensor>& x_hat,
+                                const std::optional<Tensor>& noise,
                                 const std::optional<ScalarType>& net_dtype) {
   const ScalarType state = x.scalar_type();
   const auto check = [&](const char* name, const Tensor& tensor, ScalarType dtype) {
-    STD_TORCH_CHECK(same_sizes(tensor, x) && tensor.scalar_type() == dtype && tensor.device() == x.device(), "heun_step: ", name, " must have x's shape, dtype and device");
+    STD_TORCH_CHECK(
+        same_sizes(tensor, x) && tensor.scalar_type() == dtype && tensor.device() == x.device(),
+        "heun_step: ", name, " must have x's shape, dtype and device");
   };
   check("F", F, F.scalar_type());
   if (x_hat) check("x_hat", *x_hat, state);
   if (noise) check("noise", *noise, state);
-  STD_TORCH_CHECK(coef.dim() == 1 && coef.size(0) == 6 && coef.scalar_type() == ScalarType::Double && coef.device() == x.device(),
+  STD_TORCH_CHECK(coef.dim() == 1 && coef.size(0) == 6 &&
+                      coef.scalar_type() == ScalarType::Double && coef.device() == x.device(),
                   "heun_step: coef must be float64 of shape [6] on x's device");
   const Tensor x_next = empty_like(x, state);
   const Tensor net_input = net_dtype ? empty_like(x, *net_dtype) : torch::stable::new_empty(x, {0});
-  const auto laid = [&](const std::optional<Tensor>& tensor) { return tensor ? std::optional(laid_as(*tensor, x_next)) : std::nullopt; };
-  return {laid_as(F, x_next), laid_as(x, x_next), torch::stable::contiguous(coef), laid(x_hat), laid(noise), x_next, net_input, net_dtype.value_or(ScalarType::Float)};
+  const auto laid = [&](const std::optional<Tensor>& tensor) {
+    return tensor ? std::optional(laid_as(*tensor, x_next)) : std::nullopt;
+  };
+  return {laid_as(F, x_next),
+          laid_as(x, x_next),
+          torch::stable::contiguous(coef),
+          laid(x_hat),
+          laid(noise),
+          x_next,
+          net_input,
+          net_dtype.value_or(ScalarType::Float)};
 }
 
-// The same as plain pointers, for the kernels. N: storage of F, D: the state and the arithmetic, I: the network's input.
+// The same as plain pointers, for the kernels. N: storage of F, D: the state and the arithmetic, I:
+// the network's input.
 template <typename N, typename D, typename I>
 struct HeunArrays {
   const N* F;
@@ -54,10 +72,18 @@ struct HeunArrays {
 
 template <typename N, typename D, typename I>
 HeunArrays<N, D, I> heun_arrays(const HeunTensors& t) {
-  const auto state = [](const std::optional<Tensor>& tensor) { return tensor ? static_cast<const D*>(tensor->data_ptr()) : nullptr; };
+  const auto state = [](const std::optional<Tensor>& tensor) {
+    return tensor ? static_cast<const D*>(tensor->data_ptr()) : nullptr;
+  };
   const bool wanted = t.net_input.numel() > 0;
-  return {static_cast<const N*>(t.F.data_ptr()), static_cast<const D*>(t.x.data_ptr()), state(t.x_hat), state(t.noise), static_cast<D*>(t.x_next.data_ptr()),
-          wanted ? static_cast<I*>(t.net_input.data_ptr()) : nullptr, static_cast<const double*>(t.coef.data_ptr()), t.x.numel()};
+  return {static_cast<const N*>(t.F.data_ptr()),
+          static_cast<const D*>(t.x.data_ptr()),
+          state(t.x_hat),
+          state(t.noise),
+          static_cast<D*>(t.x_next.data_ptr()),
+          wanted ? static_cast<I*>(t.net_input.data_ptr()) : nullptr,
+          static_cast<const double*>(t.coef.data_ptr()),
+          t.x.numel()};
 }
 
 // Calls fn(N{}, D{}, I{}) with the storage types of F, the state and the network's input.

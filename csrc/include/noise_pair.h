@@ -15,7 +15,8 @@ struct Column {  // one float64 a sample
   TDKERN_HD double operator[](int64_t b) const { return data[b * stride]; }
 };
 
-// N: storage of the network's inputs, D: of the data. Logical element k of a sample lies at k % plane * step + k / plane.
+// N: storage of the network's inputs, D: of the data. Logical element k of a sample lies at k %
+// plane * step + k / plane.
 template <typename N, typename D>
 struct PairRows {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;  // arithmetic
@@ -29,10 +30,13 @@ struct PairRows {
   bool shared;
 
   TDKERN_HD PairSample<T> sample(int64_t b) const {
-    return make_pair_sample<T>(alpha[b], sigma[b], alpha_p[b], sigma_p[b], shared, in_t.data ? c_in[b] : 1.0, in_t.data ? c_in_p[b] : 1.0);
+    return make_pair_sample<T>(alpha[b], sigma[b], alpha_p[b], sigma_p[b], shared,
+                               in_t.data ? c_in[b] : 1.0, in_t.data ? c_in_p[b] : 1.0);
   }
   TDKERN_HD uint64_t key() const { return static_cast<uint64_t>(seed_at ? *seed_at : seed); }
-  TDKERN_HD uint64_t counter() const { return static_cast<uint64_t>(offset_at ? *offset_at : offset); }
+  TDKERN_HD uint64_t counter() const {
+    return static_cast<uint64_t>(offset_at ? *offset_at : offset);
+  }
 };
 
 // The channels of a layout that keeps them last, 1 for a contiguous one, 0 for any other.
@@ -44,40 +48,61 @@ inline int64_t channels_of(const Tensor& tensor) {
     if (tensor.size(d) > 1 && tensor.stride(d) != expected) return 0;
     expected *= tensor.size(d);
   }
-  return tensor.stride(1) == 1 && (tensor.size(0) == 1 || tensor.stride(0) == expected) ? tensor.size(1) : 0;
+  return tensor.stride(1) == 1 && (tensor.size(0) == 1 || tensor.stride(0) == expected)
+             ? tensor.size(1)
+             : 0;
 }
 
-// An empty tensor in x0's own layout if its channels come first or last, else contiguous (_empty in ops/noise_pair.py).
+// An empty tensor in x0's own layout if its channels come first or last, else contiguous (_empty in
+// ops/noise_pair.py).
 inline Tensor empty_pair_like(const Tensor& x0, ScalarType dtype) {
   Tensor own = empty_like(x0, dtype);
   return channels_of(own) > 0 ? own : torch::stable::new_empty(x0, x0.sizes(), dtype);
 }
 
 inline Column column(const char* name, const Tensor& values, const Tensor& x0) {
-  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == x0.size(0) && values.scalar_type() == ScalarType::Double && values.device() == x0.device(),
+  STD_TORCH_CHECK(values.dim() == 1 && values.size(0) == x0.size(0) &&
+                      values.scalar_type() == ScalarType::Double && values.device() == x0.device(),
                   "noise_pair: ", name, " must be float64 of shape [B] on x0's device");
   return {static_cast<const double*>(values.data_ptr()), values.stride(0)};
 }
 
-inline const int64_t* integer(const char* name, const std::optional<Tensor>& value, const Tensor& x0) {
+inline const int64_t* integer(const char* name,
+                              const std::optional<Tensor>& value,
+                              const Tensor& x0) {
   if (!value) return nullptr;
-  STD_TORCH_CHECK(value->dim() == 1 && value->size(0) == 1 && value->scalar_type() == ScalarType::Long && value->device() == x0.device(), "noise_pair: ", name,
-                  " must be int64 of shape [1] on x0's device");
+  STD_TORCH_CHECK(value->dim() == 1 && value->size(0) == 1 &&
+                      value->scalar_type() == ScalarType::Long && value->device() == x0.device(),
+                  "noise_pair: ", name, " must be int64 of shape [1] on x0's device");
   return static_cast<const int64_t*>(value->data_ptr());
 }
 
 using PairTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // x_t, x_tp, in_t, in_tp
 
-// Checks everything, makes the outputs and, where there is anything to compute, calls compute(rows) with their storage types.
+// Checks everything, makes the outputs and, where there is anything to compute, calls compute(rows)
+// with their storage types.
 template <typename BF16, typename F16, typename Compute>
-PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor& sigma, const Tensor& alpha_p, const Tensor& sigma_p, bool shared,
-                            int64_t seed, const std::optional<Tensor>& seed_at, int64_t offset, const std::optional<Tensor>& offset_at,
-                            const std::optional<Tensor>& c_in, const std::optional<Tensor>& c_in_p, ScalarType net, const Compute& compute) {
+PairTensors noise_pair_with(const Tensor& x0,
+                            const Tensor& alpha,
+                            const Tensor& sigma,
+                            const Tensor& alpha_p,
+                            const Tensor& sigma_p,
+                            bool shared,
+                            int64_t seed,
+                            const std::optional<Tensor>& seed_at,
+                            int64_t offset,
+                            const std::optional<Tensor>& offset_at,
+                            const std::optional<Tensor>& c_in,
+                            const std::optional<Tensor>& c_in_p,
+                            ScalarType net,
+                            const Compute& compute) {
   STD_TORCH_CHECK(x0.dim() >= 1, "noise_pair: x0 must have shape [B, ...]");
-  STD_TORCH_CHECK(c_in.has_value() == c_in_p.has_value(), "noise_pair: c_in and c_in_p must be given together");
+  STD_TORCH_CHECK(c_in.has_value() == c_in_p.has_value(),
+                  "noise_pair: c_in and c_in_p must be given together");
   const ScalarType data = x0.scalar_type();
   const int64_t batch = x0.size(0), n = elements_per_sample(x0);
-  STD_TORCH_CHECK(batch <= int64_t{1} << 32 && n <= int64_t{1} << 34, "noise_pair: x0 must have at most 2^32 samples of 2^34 elements");
+  STD_TORCH_CHECK(batch <= int64_t{1} << 32 && n <= int64_t{1} << 34,
+                  "noise_pair: x0 must have at most 2^32 samples of 2^34 elements");
   const Tensor x_t = empty_pair_like(x0, data), x_tp = empty_like(x_t, data);
   const Tensor in_t = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
   const Tensor in_tp = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
@@ -86,11 +111,26 @@ PairTensors noise_pair_with(const Tensor& x0, const Tensor& alpha, const Tensor&
   by_storage<BF16, F16>("noise_pair", net, data, [&](auto net, auto data) {
     using N = decltype(net);
     using D = decltype(data);
-    const PairRows<N, D> view = {rows<const D>(from), rows<D>(x_t), rows<D>(x_tp), c_in ? rows<N>(in_t) : Rows<N>{}, c_in ? rows<N>(in_tp) : Rows<N>{},
-                                 column("alpha", alpha, x0), column("sigma", sigma, x0), column("alpha_p", alpha_p, x0), column("sigma_p", sigma_p, x0),
-                                 c_in ? column("c_in", *c_in, x0) : Column{}, c_in ? column("c_in_p", *c_in_p, x0) : Column{}, seed, offset,
-                                 integer("seed", seed_at, x0), integer("offset", offset_at, x0), batch, n,
-                                 std::max<int64_t>(1, n / channels), channels, shared};
+    const PairRows<N, D> view = {rows<const D>(from),
+                                 rows<D>(x_t),
+                                 rows<D>(x_tp),
+                                 c_in ? rows<N>(in_t) : Rows<N>{},
+                                 c_in ? rows<N>(in_tp) : Rows<N>{},
+                                 column("alpha", alpha, x0),
+                                 column("sigma", sigma, x0),
+                                 column("alpha_p", alpha_p, x0),
+                                 column("sigma_p", sigma_p, x0),
+                                 c_in ? column("c_in", *c_in, x0) : Column{},
+                                 c_in ? column("c_in_p", *c_in_p, x0) : Column{},
+                                 seed,
+                                 offset,
+                                 integer("seed", seed_at, x0),
+                                 integer("offset", offset_at, x0),
+                                 batch,
+                                 n,
+                                 std::max<int64_t>(1, n / channels),
+                                 channels,
+                                 shared};
     if (batch * n > 0) compute(view);
   });
   return {x_t, x_tp, in_t, in_tp};

@@ -1,4 +1,5 @@
-// Written memory that lies in two tensors, or twice in one: in-place ops refuse it before they write anything, as torch's own do.
+// Written memory that lies in two tensors, or twice in one: in-place ops refuse it before they
+// write anything, as torch's own do.
 #pragma once
 
 #include <utility>
@@ -47,14 +48,16 @@ inline Span span_of(const Tensor& tensor, size_t row, bool written, bool dense) 
   return {begin, begin + elements * tensor.element_size(), &tensor, row, written, dense};
 }
 
-// The first byte of every element, in ascending order. As large as the tensor: only for what is not dense.
+// The first byte of every element, in ascending order. As large as the tensor: only for what is not
+// dense.
 inline std::vector<uintptr_t> places(const Tensor& tensor) {
   std::vector<uintptr_t> at = {reinterpret_cast<uintptr_t>(tensor.data_ptr())};
   at.reserve(tensor.numel());
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     const size_t count = at.size();
     for (int64_t i = 1; i < tensor.size(d); ++i)
-      for (size_t j = 0; j < count; ++j) at.push_back(at[j] + i * tensor.stride(d) * tensor.element_size());
+      for (size_t j = 0; j < count; ++j)
+        at.push_back(at[j] + i * tensor.stride(d) * tensor.element_size());
   }
   std::sort(at.begin(), at.end());
   return at;
@@ -81,12 +84,13 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return false;
 }
 
-// Whether two tensors whose spans meet may be in one call: neither is written, or they meet in no element, or what is written is, element
-// by element, what is read there.
+// Whether two tensors whose spans meet may be in one call: neither is written, or they meet in no
+// element, or what is written is, element by element, what is read there.
 inline bool may_meet(const Span& a, const Span& b) {
   if (!a.written && !b.written) return true;
-  const bool same = a.row == b.row && a.begin == b.begin && a.tensor->scalar_type() == b.tensor->scalar_type() && same_sizes(*a.tensor, *b.tensor) &&
-                    same_memory(*a.tensor, *b.tensor);
+  const bool same = a.row == b.row && a.begin == b.begin &&
+                    a.tensor->scalar_type() == b.tensor->scalar_type() &&
+                    same_sizes(*a.tensor, *b.tensor) && same_memory(*a.tensor, *b.tensor);
   if (same && a.written != b.written) return true;
   return !(a.dense && b.dense) && !overlap(*a.tensor, *b.tensor);
 }
@@ -98,14 +102,19 @@ inline void refuse_overlap(const char* op, const std::vector<Span>& spans) {
   for (size_t i = 0; i < spans.size(); ++i) {
     const Span& span = spans[i];
     if (span.begin == span.end) continue;
-    STD_TORCH_CHECK(!span.written || span.dense || !overlaps_itself(*span.tensor), op, ": a tensor that is written overlaps itself");
+    STD_TORCH_CHECK(!span.written || span.dense || !overlaps_itself(*span.tensor), op,
+                    ": a tensor that is written overlaps itself");
     order.emplace_back(span.begin, static_cast<uint32_t>(i));
   }
   std::sort(order.begin(), order.end());
   std::vector<const Span*> open;  // those that reach into what comes next
   for (const auto& [begin, i] : order) {
-    open.erase(std::remove_if(open.begin(), open.end(), [begin = begin](const Span* other) { return other->end <= begin; }), open.end());
-    for (const Span* other : open) STD_TORCH_CHECK(may_meet(*other, spans[i]), op, ": a tensor that is written overlaps another tensor");
+    open.erase(std::remove_if(open.begin(), open.end(),
+                              [begin = begin](const Span* other) { return other->end <= begin; }),
+               open.end());
+    for (const Span* other : open)
+      STD_TORCH_CHECK(may_meet(*other, spans[i]), op,
+                      ": a tensor that is written overlaps another tensor");
     open.push_back(&spans[i]);
   }
 }

@@ -9,7 +9,9 @@
 namespace tdkern {
 
 template <typename Enum>
-Enum named(const char* argument, const std::string& name, std::initializer_list<const char*> names) {
+Enum named(const char* argument,
+           const std::string& name,
+           std::initializer_list<const char*> names) {
   int index = 0;
   for (const char* known : names) {
     if (name == known) return static_cast<Enum>(index);
@@ -18,15 +20,42 @@ Enum named(const char* argument, const std::string& name, std::initializer_list<
   STD_TORCH_CHECK(false, "td_coef: ", argument, " has no such value: ", name);
 }
 
-inline CoefOptions coef_options(bool from_index, int64_t steps, double sigma_min, double sigma_max, double rho, double sigma_data, double k_idx, double one_idx,
-                                double lambda_base, const std::string& precond, const std::string& base_weight, double eta, const std::string& weight, double td_lo,
+inline CoefOptions coef_options(bool from_index,
+                                int64_t steps,
+                                double sigma_min,
+                                double sigma_max,
+                                double rho,
+                                double sigma_data,
+                                double k_idx,
+                                double one_idx,
+                                double lambda_base,
+                                const std::string& precond,
+                                const std::string& base_weight,
+                                double eta,
+                                const std::string& weight,
+                                double td_lo,
                                 double td_hi) {
   const double root_max = pow(sigma_max, 1.0 / rho), root_min = pow(sigma_min, 1.0 / rho);
-  return {from_index, static_cast<double>(steps), sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx, lambda_base, eta, td_lo, td_hi,
+  return {from_index,
+          static_cast<double>(steps),
+          sigma_min,
+          sigma_max,
+          rho,
+          sigma_data,
+          k_idx,
+          one_idx,
+          lambda_base,
+          eta,
+          td_lo,
+          td_hi,
           named<Precond>("precond", precond, {"edm", "ct"}),
-          named<BaseWeight>("base_weight", base_weight, {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
+          named<BaseWeight>("base_weight", base_weight,
+                            {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
           named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
-          root_max, root_min, pow(root_max, rho), pow(root_min, rho)};
+          root_max,
+          root_min,
+          pow(root_max, rho),
+          pow(root_min, rho)};
 }
 
 struct CoefTensors {
@@ -34,8 +63,10 @@ struct CoefTensors {
 };
 
 inline CoefTensors td_coef_tensors(const Tensor& noise) {
-  STD_TORCH_CHECK(noise.dim() == 1 && noise.scalar_type() == ScalarType::Double, "td_coef: noise must be float64 of shape [B]");
-  return {torch::stable::contiguous(noise), torch::stable::new_empty(noise, {noise.size(0), 8}), torch::stable::new_empty(noise, {noise.size(0), 4})};
+  STD_TORCH_CHECK(noise.dim() == 1 && noise.scalar_type() == ScalarType::Double,
+                  "td_coef: noise must be float64 of shape [B]");
+  return {torch::stable::contiguous(noise), torch::stable::new_empty(noise, {noise.size(0), 8}),
+          torch::stable::new_empty(noise, {noise.size(0), 4})};
 }
 
 }  // namespace tdkern

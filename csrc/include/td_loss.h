@@ -8,37 +8,60 @@
 namespace tdkern {
 
 struct TdLossInputs {
-  Tensor F, F_p, x0, x_t, x_tp, coef;  // x_t and x_tp stand for x0 where they are not given: their skip is then 0
-  int64_t batch, n;                    // samples, elements a sample
+  Tensor F, F_p, x0, x_t, x_tp,
+      coef;          // x_t and x_tp stand for x0 where they are not given: their skip is then 0
+  int64_t batch, n;  // samples, elements a sample
   bool has_x_t, has_x_tp, consistency;
   Norm norm;  // of the base loss
 };
 
-inline TdLossInputs td_loss_inputs(const Tensor& out, const Tensor& out_target, const Tensor& x0, const Tensor& coef, const std::optional<Tensor>& x_t,
-                                   const std::optional<Tensor>& x_tp, bool consistency, bool l1, const Tensor& layout) {
+inline TdLossInputs td_loss_inputs(const Tensor& out,
+                                   const Tensor& out_target,
+                                   const Tensor& x0,
+                                   const Tensor& coef,
+                                   const std::optional<Tensor>& x_t,
+                                   const std::optional<Tensor>& x_tp,
+                                   bool consistency,
+                                   bool l1,
+                                   const Tensor& layout) {
   const ScalarType net = out.scalar_type(), data = x0.scalar_type();
   check_like("td_loss", "out_target", out_target, out, net);
   check_like("td_loss", "x0", x0, out, data);
   if (x_t) check_like("td_loss", "x_t", *x_t, out, data);
   if (x_tp) check_like("td_loss", "x_tp", *x_tp, out, data);
-  STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == out.size(0) && coef.size(1) == 8 && coef.device() == out.device(), "td_loss: coef must have shape [B, 8] on out's device");
-  STD_TORCH_CHECK(coef.scalar_type() == ScalarType::Double || coef.scalar_type() == ScalarType::Float, "td_loss: coef must be float32 or float64");
-  const Tensor coef_wide = coef.scalar_type() == ScalarType::Double ? coef : torch::stable::to(coef, ScalarType::Double);
+  STD_TORCH_CHECK(coef.dim() == 2 && coef.size(0) == out.size(0) && coef.size(1) == 8 &&
+                      coef.device() == out.device(),
+                  "td_loss: coef must have shape [B, 8] on out's device");
+  STD_TORCH_CHECK(
+      coef.scalar_type() == ScalarType::Double || coef.scalar_type() == ScalarType::Float,
+      "td_loss: coef must be float32 or float64");
+  const Tensor coef_wide =
+      coef.scalar_type() == ScalarType::Double ? coef : torch::stable::to(coef, ScalarType::Double);
   const Tensor x0_rows = as_rows(x0, layout);
-  return {as_rows(out, layout), as_rows(out_target, layout), x0_rows, x_t ? as_rows(*x_t, layout) : x0_rows, x_tp ? as_rows(*x_tp, layout) : x0_rows,
-          coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide), out.size(0), elements_per_sample(out), x_t.has_value(), x_tp.has_value(), consistency,
+  return {as_rows(out, layout),
+          as_rows(out_target, layout),
+          x0_rows,
+          x_t ? as_rows(*x_t, layout) : x0_rows,
+          x_tp ? as_rows(*x_tp, layout) : x0_rows,
+          coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide),
+          out.size(0),
+          elements_per_sample(out),
+          x_t.has_value(),
+          x_tp.has_value(),
+          consistency,
           l1 ? Norm::l1 : Norm::l2};
 }
 
-// The same as plain pointers, for the kernels. N: storage of the network's outputs and of dF, D: of the data.
+// The same as plain pointers, for the kernels. N: storage of the network's outputs and of dF, D: of
+// the data.
 template <typename N, typename D>
 struct TdLossRows {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;  // arithmetic and losses
   Rows<const N> F, F_p;
   Rows<const D> x0, x_t, x_tp;
-  Rows<N> dF;            // data is null where no gradient is wanted
-  const double* coef;    // [batch, 8]
-  const T* upstream;     // [batch, 2], or null for an upstream gradient of 1
+  Rows<N> dF;          // data is null where no gradient is wanted
+  const double* coef;  // [batch, 8]
+  const T* upstream;   // [batch, 2], or null for an upstream gradient of 1
   int64_t batch, n;
   bool has_x_t, has_x_tp, consistency;
 };
@@ -46,17 +69,32 @@ struct TdLossRows {
 template <typename N, typename D>
 TdLossRows<N, D> td_loss_rows(const TdLossInputs& in, const Tensor* grad, const Tensor* upstream) {
   using T = typename TdLossRows<N, D>::T;
-  return {rows<const N>(in.F), rows<const N>(in.F_p), rows<const D>(in.x0), rows<const D>(in.x_t), rows<const D>(in.x_tp), grad ? rows<N>(*grad) : Rows<N>{nullptr, 0},
-          rows<const double>(in.coef).data, upstream ? rows<const T>(*upstream).data : nullptr, in.batch, in.n, in.has_x_t, in.has_x_tp, in.consistency};
+  return {rows<const N>(in.F),
+          rows<const N>(in.F_p),
+          rows<const D>(in.x0),
+          rows<const D>(in.x_t),
+          rows<const D>(in.x_tp),
+          grad ? rows<N>(*grad) : Rows<N>{nullptr, 0},
+          rows<const double>(in.coef).data,
+          upstream ? rows<const T>(*upstream).data : nullptr,
+          in.batch,
+          in.n,
+          in.has_x_t,
+          in.has_x_tp,
+          in.consistency};
 }
 
 inline void check_backward(const Tensor& grad, const Tensor& upstream, const TdLossInputs& in) {
-  const ScalarType wide = in.x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(same_sizes(grad, in.F) && grad.scalar_type() == in.F.scalar_type() && grad.device() == in.F.device(),
+  const ScalarType wide =
+      in.x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(same_sizes(grad, in.F) && grad.scalar_type() == in.F.scalar_type() &&
+                      grad.device() == in.F.device(),
                   "td_loss_backward_: grad must be as out");
-  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == in.batch && upstream.size(1) == 2 && upstream.is_contiguous() &&
-                      upstream.scalar_type() == wide && upstream.device() == in.F.device(),
-                  "td_loss_backward_: upstream must be contiguous, of shape [B, 2] and of the loss's dtype and device");
+  STD_TORCH_CHECK(upstream.dim() == 2 && upstream.size(0) == in.batch && upstream.size(1) == 2 &&
+                      upstream.is_contiguous() && upstream.scalar_type() == wide &&
+                      upstream.device() == in.F.device(),
+                  "td_loss_backward_: upstream must be contiguous, of shape [B, 2] and of the "
+                  "loss's dtype and device");
   std::vector<Span> spans = {span_of(grad, 0, true, is_dense(grad))};
   for (const Tensor* tensor : {&upstream, &in.F, &in.F_p, &in.x0, &in.x_t, &in.x_tp, &in.coef})
     spans.push_back(span_of(*tensor, 0, false, is_dense(*tensor)));
