@@ -82,6 +82,20 @@ def test_a_network_without_gradients_loses_no_more_in_one_kernel(make, monkeypat
     assert away[1] < 1.1 * away[0] < 0.05 * expected.norm().item()
 
 
+def test_torchs_default_dtype_changes_nothing():
+    from tdkern.triton.norm_silu import group_norm_silu
+
+    x = torch.randn(1, 8, 5, 5, device=device_of("triton"))
+    x = x.contiguous(memory_format=torch.channels_last)
+    one, zero = torch.ones(8, device=x.device), torch.zeros(8, device=x.device)
+    expected = group_norm_silu(x, 2, one, zero, 1e-5)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(group_norm_silu(x, 2, one, zero, 1e-5), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_gradients_are_not_fused():
     """The kernel has none, so a network that may need them does not run it."""
     x = torch.zeros(1, 8, 2, 2, dtype=BF16, device=device_of("triton"))

@@ -121,7 +121,7 @@ def tdkern_step(case: Case, net, ema, target, images):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        (loss(net, target and target.module, images).sum() * scale).backward()
+        loss(net, target and target.module, images, gradient_scale=scale).sum().backward()
         optimizer.step()
 
     return step

@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 struct AdamArguments {
   AdamOptions options;
   Decays decays;
-  Number found_inf, lr, grad_scale,
-      clip;  // of lr, grad_scale and clip each on the device, or else its value:
+  // Of lr, grad_scale and clip each is on the device, or else has its value below.
+  Number found_inf, lr, grad_scale, clip;
   double host_lr, host_grad_scale, host_clip;
   int averages;  // that this launch updates
 

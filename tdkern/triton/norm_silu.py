@@ -162,8 +162,9 @@ def group_norm_silu(
     if x.numel() == 0:
         return y
     tiles, blocks = triton.cdiv(pixels, ROWS), triton.cdiv(channels, COLUMNS)
-    means, squares = torch.empty(2, batch, tiles, channels, device=x.device)
-    mean_of, inverse_of = torch.empty(2, batch, groups, device=x.device)
+    wide = {"dtype": torch.float32, "device": x.device}
+    means, squares = torch.empty(2, batch, tiles, channels, **wide)
+    mean_of, inverse_of = torch.empty(2, batch, groups, **wide)
     grid = (batch * tiles * blocks,)
     size = triton.next_power_of_2(channels // groups)
     tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))
