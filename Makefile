@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 # The oldest torch that is served: make test-oldest installs it beside
 TORCH_OLDEST ?= torch==2.10.0
 OLDEST := .venv-oldest
+# Tests of one group share what takes long to make, and run in one process.
+PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 SOURCES := pyproject.toml setup.py CMakeLists.txt tdkern/ops/_schemas.py $(wildcard cmake/* csrc/*.cpp csrc/*/*)
 
 .PHONY: demo test test-oldest bench lint wheel clean
@@ -15,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/tdkern demo --outdir demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(PARALLEL)
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest bench
@@ -38,7 +40,7 @@ test-oldest: wheel
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH_OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
 	$(OLDEST)/bin/python -m pip install --quiet "tdkern[test]"
-	cd tests && ../$(OLDEST)/bin/python -m pytest --ignore=test_build.py --ignore=test_campaign.py --ignore=test_cuda_host.py
+	cd tests && ../$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore=house --ignore=gpu --ignore=ops/test_cuda_host.py
 
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

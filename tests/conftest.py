@@ -16,6 +16,9 @@ if torch.cuda.device_count() == 0:
 
 from tdkern.ops import _backends
 
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+
 
 def _params(backends):
     built = (
@@ -34,7 +37,7 @@ def _params(backends):
 @pytest.fixture
 def data(tmp_path):
     """A file of ten images in three classes."""
-    from tiny import data_set, pixels
+    from helpers.tiny import data_set, pixels
 
     return str(data_set(tmp_path / "images.zip", pixels(10), [i % 3 for i in range(10)]))
 
@@ -42,7 +45,7 @@ def data(tmp_path):
 @pytest.fixture
 def short_previews(monkeypatch):
     """The grids of images that training writes are not what its tests should take time for."""
-    from tiny import two_steps
+    from helpers.tiny import two_steps
 
     monkeypatch.setattr("tdkern.training.loop.preview_levels", two_steps)
 

@@ -57,7 +57,7 @@ NEEDED = (
     "scipy",
 )
 OPS = ("td_loss", "td_coef", "noise_pair", "heun_step", "ema_update", "adam_ema")
-OP_TESTS = [f"tests/test_{name}.py" for name in (*OPS, "norm_silu", "surface")]
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in (*OPS, "norm_silu", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
 LATE = " (out of time)"

@@ -23,10 +23,10 @@ import time
 from pathlib import Path
 
 import torch
-from test_resume import _checkpoints_are_whole, _run_child, contents, resume
-from tiny import TINY, children, data_set, flags, pixels, two_steps
 from tqdm import tqdm
 
+from helpers.runs import checkpoints_are_whole, contents, resume, run_child
+from helpers.tiny import TINY, children, data_set, flags, pixels, two_steps
 from tdkern.training import Options, Trainer, checkpoint, loop, train
 from tdkern.training.checkpoint import STATE
 from tdkern.training.distributed import joined
@@ -53,7 +53,7 @@ def kills(
     """Kills of one process."""
     options = options_of(data, workers=workers, **changes)
     began = time.monotonic()
-    _run_child(root / "straight", options)
+    run_child(root / "straight", options)
     seconds = time.monotonic() - began
     expected = contents(root / "straight")
     killed, runs, different = 0, 0, []
@@ -63,15 +63,15 @@ def kills(
         if choose.random() < 0.5:
             name = choose.choice(list(CALLS))
             plan = {"kill": (name, choose.randrange(CALLS[name]))}
-        if _run_child(run_dir, options, **plan):
+        if run_child(run_dir, options, **plan):
             killed += 1
-            _checkpoints_are_whole(run_dir) if run_dir.exists() else None
+            checkpoints_are_whole(run_dir) if run_dir.exists() else None
             continue
         different += differing(contents(run_dir), expected)
         different += [path.name for path in run_dir.glob(".*")]
         shutil.rmtree(run_dir)
         runs += 1
-    _run_child(root / f"run{runs}", options)
+    run_child(root / f"run{runs}", options)
     different += differing(contents(root / f"run{runs}"), expected)
     return {
         "kills": killed,
@@ -174,7 +174,7 @@ def signals(root: Path, data: Path, choose: random.Random, count: int) -> dict:
     """Signals between two dumps: the steps that the saved state lacks."""
     changes = {"tick": 0.04, "dump": 0, "snap": 0}
     options = options_of(data, **changes)
-    _run_child(root / "straight", options)
+    run_child(root / "straight", options)
     expected = contents(root / "straight")
     lost, codes, different = 0, 0, []
     for i in range(count):
@@ -253,7 +253,7 @@ def torchrun(root: Path, data: Path, choose: random.Random, count: int) -> dict:
 def power(root: Path, data: Path, choose: random.Random, count: int) -> dict:
     """Power cuts: what had reached the disk of a file system at a random moment."""
     options = options_of(data)
-    _run_child(root / "straight", options)
+    run_child(root / "straight", options)
     expected, cuts, different, states, image = contents(root / "straight"), 0, [], 0, root / "disk"
     for i in range(count):
         disk, copy = root / f"mount{i}", root / f"after{i}"
@@ -281,9 +281,9 @@ def power(root: Path, data: Path, choose: random.Random, count: int) -> dict:
         subprocess.run(["mount", "-o", "loop", root / "cut", copy], check=True)
         run_dir = copy / "run"
         if (run_dir / "training_options.json").exists():
-            _checkpoints_are_whole(run_dir)
+            checkpoints_are_whole(run_dir)
             states += bool(checkpoint.checkpoints(run_dir, STATE))
-            assert not _run_child(run_dir, options)
+            assert not run_child(run_dir, options)
             different += differing(contents(run_dir), expected)
         cuts += 1
         subprocess.run(["umount", copy], check=True)

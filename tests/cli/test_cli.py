@@ -1,0 +1,630 @@
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import tdkern.cli
+from helpers.tiny import by_flag, pixels, png, raw_data_set, tdkern_
+from tdkern.networks import MLP, iDDPMPrecond
+
+FLAGS = [
+    "--cbase",
+    "4",
+    "--cres",
+    "1",
+    "--batch",
+    "8",
+    "--tick",
+    "0.008",
+    "--workers",
+    "0",
+    "--lr-rampup-kimg",
+    "0",
+]
+
+pytestmark = pytest.mark.usefixtures("short_previews")
+
+
+def options_of(*args):
+    """The options that `tdkern train --dry-run` prints."""
+    output = tdkern_("train", "--dry-run", *args)
+    return by_flag(json.loads(output[: output.index("\n}") + 2]))
+
+
+def test_train_then_generate(tmp_path, data):
+    output = tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "runs",
+        "--cond",
+        "--duration",
+        "16e-6",
+        "--desc",
+        "try",
+        *FLAGS,
+    )
+    run_dir = tmp_path / "runs" / "00000-images-cond-ddpmpp-edm-td-gpus1-batch8-fp32-try"
+    assert f"Training in {run_dir}, image 0 of 16" in output
+    assert "10 images [3, 8, 8], 3 label columns" in output
+    for word in ("16.0/16.0", "img/s", "loss=", "td=", "base="):
+        assert word in output
+    assert {path.name for path in run_dir.iterdir()} == {
+        "fakes-000000.016.png",
+        "log.txt",
+        "network-snapshot-000000.016",
+        "reals.png",
+        "stats.jsonl",
+        "training-state-000000.016",
+        "training_options.json",
+    }
+
+    images = tmp_path / "images"
+    tdkern_(
+        "generate",
+        "--network",
+        run_dir,
+        "--outdir",
+        images,
+        "--seeds",
+        "0-2,1005",
+        "--steps",
+        "3",
+        "--batch",
+        "3",
+        "--grid",
+        tmp_path / "grid.png",
+    )
+    assert sorted(path.name for path in images.iterdir()) == [
+        "000000.png",
+        "000001.png",
+        "000002.png",
+        "001005.png",
+    ]
+    grid = np.array(PIL.Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (16, 16, 3)
+    assert np.array_equal(grid[8:, 8:], np.array(PIL.Image.open(images / "001005.png")))
+    tdkern_(
+        "generate",
+        "--network",
+        run_dir / "network-snapshot-000000.016",
+        "--outdir",
+        tmp_path / "again",
+        "--seeds",
+        "1005",
+        "--steps",
+        "3",
+        "--subdirs",
+        "--S_churn",
+        "0",
+        "--sigma-min=0.002",
+        "--sigma_max=80",
+    )
+    again = np.array(PIL.Image.open(tmp_path / "again" / "001000" / "001005.png"))
+    assert np.abs(again.astype(int) - grid[8:, 8:]).max() <= 1
+    assert "class must be one of the network's 3 classes" in tdkern_(
+        "generate", "--network", run_dir, "--outdir", images, "--class", "3", code=1
+    )
+
+
+def test_generate_with_every_sampler(tmp_path, data):
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path,
+        "--nosubdirs",
+        "--duration",
+        "8e-6",
+        "--lr",
+        "0.1",
+        *FLAGS,
+    )
+    images = {}
+
+    def generate(*args, name, code=0):
+        output = tdkern_(
+            "generate",
+            "--network",
+            tmp_path,
+            "--grid",
+            tmp_path / f"{name}.png",
+            "--seeds",
+            "0-3",
+            *args,
+            code=code,
+        )
+        images[name] = (
+            None if code else np.array(PIL.Image.open(tmp_path / f"{name}.png")).astype(int)
+        )
+        return output
+
+    for sampler in ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep"):
+        generate("--sampler", sampler, "--steps", "5", name=sampler)
+    generate("--sampler", "onestep", name="onestep")
+    generate("--sampler", "ddim", "--steps", "5", "--eta", "1", name="ddim 1")
+    generate("--sampler", "unipc", "--steps", "5", "--order", "3", name="unipc 3")
+    generate(
+        "--sampler",
+        "multistep",
+        "--steps",
+        "5",
+        "--clip_denoised",
+        "--sigma_max",
+        "20",
+        name="clipped",
+    )
+    generate("--steps", "5", name="default")
+    generate("--steps", "5", "--solver", "heun", name="ablation")
+    generate("--steps", "5", "--disc", "iddpm", name="iddpm")
+    generate(
+        "--steps",
+        "5",
+        "--disc",
+        "vp",
+        "--schedule",
+        "vp",
+        "--scaling",
+        "vp",
+        "--solver",
+        "euler",
+        "--S_churn",
+        "1",
+        name="vp",
+    )
+    same = [
+        (a, b)
+        for a, b in itertools.combinations(images, 2)
+        if np.abs(images[a] - images[b]).max() <= 1
+    ]
+    assert same == [
+        ("heun", "default"),
+        ("heun", "ablation"),
+        ("euler", "ddim"),
+        ("ddpm", "ddim 1"),
+        ("default", "ablation"),
+    ]
+    refused = {
+        "heun": ("eta", "clip_denoised"),
+        "ddpm": ("eta",),
+        "ddim": ("S_churn", "scaling"),
+        "dpmpp": ("order",),
+        "onestep": ("steps", "rho", "disc"),
+    }
+    values = {"scaling": "vp", "disc": "vp", "steps": "2"}
+    for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
+        output = generate(
+            "--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2
+        )
+        assert f"--{flag} does nothing with --sampler {sampler}" in output
+    generate("--sampler", "multistep", "--steps", "1", name="one of multistep")
+    assert np.array_equal(images["one of multistep"], images["onestep"])
+    assert "--steps must be at least 2 with heun, got 1" in generate(
+        "--steps", "1", name="refused", code=2
+    )
+    assert "--rho does nothing with --disc vp" in generate(
+        "--disc", "vp", "--rho", "7", name="refused", code=2
+    )
+
+
+def test_generate_keeps_to_the_networks_levels(tmp_path, monkeypatch):
+    """Levels are moved to those that the network knows, and a sampler with a range of its own gets
+    the same one.
+    """
+    module, net, seen = importlib.import_module("tdkern.cli.generate"), iDDPMPrecond(MLP()), {}
+
+    def generate(*args):
+        tdkern_(
+            "generate",
+            "--network",
+            "a",
+            "--grid",
+            tmp_path / "a.png",
+            "--seeds",
+            "0",
+            "--steps",
+            "5",
+            *args,
+        )
+        return seen["sigmas"]
+
+    def sample(net, network, seeds, sigmas, **options):
+        seen.update(options, sigmas=sigmas)
+        return torch.zeros(len(seeds), 3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(module, "load_network", lambda *_: (net, {"network": {}}))
+    monkeypatch.setattr(module, "sample", sample)
+    sigmas = generate()
+    assert (
+        len(sigmas) == 6
+        and torch.isin(sigmas, net.u).all()
+        and sigmas[-2] == net.sigma_min > 0.002
+        and sigmas[0].item() == pytest.approx(80, rel=0.01)
+    )
+    sigmas = generate("--sampler", "multistep", "--sigma_min", "0.5")
+    assert len(sigmas) == 6 and seen["sigma_min"] == sigmas[-1].item() == pytest.approx(
+        0.5, rel=0.01
+    )
+    sigmas = generate("--schedule", "vp", "--sigma_max", "60")
+    assert (seen["sigma_min"], seen["sigma_max"]) == (net.sigma_min, 60) and sigmas[
+        0
+    ].item() == pytest.approx(60, rel=0.05)
+
+
+def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):
+    tdkern_(
+        "train", "--data", data, "--outdir", tmp_path, "--nosubdirs", "--duration", "8e-6", *FLAGS
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, seeds in (("0", [0, 1, 4]), ("1", [2, 3])):
+        monkeypatch.setenv("RANK", rank)
+        tdkern_(
+            "generate",
+            "--network",
+            tmp_path,
+            "--outdir",
+            tmp_path / rank,
+            "--seeds",
+            "0-4",
+            "--batch",
+            "2",
+            "--steps",
+            "2",
+        )
+        assert sorted(int(path.stem) for path in (tmp_path / rank).iterdir()) == seeds
+    assert "--grid needs all images in one process" in tdkern_(
+        "generate", "--network", tmp_path, "--grid", tmp_path / "a.png", code=2
+    )
+
+
+def test_resume_goes_on_in_the_runs_directory(tmp_path, data):
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "long",
+        "--nosubdirs",
+        "--duration",
+        "32e-6",
+        "--bf16",
+        *FLAGS,
+    )
+    run_dir = tmp_path / "run"
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        run_dir,
+        "--nosubdirs",
+        "--duration",
+        "16e-6",
+        "--bf16",
+        *FLAGS,
+    )
+    output = tdkern_("train", "--resume", run_dir, "--duration", "24e-6")
+    assert f"Going on in {run_dir}, image 16 of 24" in output
+    tdkern_("train", "--resume", run_dir / "training-state-000000.024", "--duration", "32e-6")
+    name = Path("training-state-000000.032", "tensors.safetensors")
+    assert (run_dir / name).read_bytes() == (tmp_path / "long" / name).read_bytes()
+    assert json.loads((run_dir / "training_options.json").read_text())["duration"] == 32e-6
+    assert [
+        json.loads(line)["kimg"] for line in (run_dir / "stats.jsonl").read_text().splitlines()
+    ] == [0.008, 0.016, 0.024, 0.032]
+    assert "image 32 of 32" in tdkern_("train", "--resume", run_dir)  # nothing to do is no error
+    assert "batch is 8 in the run to resume, got 16" in tdkern_(
+        "train", "--resume", run_dir, "--batch", "16", code=1
+    )
+    assert "precision is 'bf16' in the run to resume, got 'fp16'" in tdkern_(
+        "train", "--resume", run_dir, "--fp16", code=1
+    )
+    assert "leave out --outdir" in tdkern_(
+        "train", "--resume", run_dir, "--outdir", tmp_path, code=2
+    )
+
+
+def test_a_run_without_a_state_starts_again(tmp_path, data):
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "run",
+        "--nosubdirs",
+        "--duration",
+        "8e-6",
+        *FLAGS,
+    )
+    expected = (tmp_path / "run" / "training-state-000000.008" / "tensors.safetensors").read_bytes()
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "training_options.json").write_bytes(
+        (tmp_path / "run" / "training_options.json").read_bytes()
+    )
+    assert "image 0 of 8" in tdkern_("train", "--resume", tmp_path / "killed")
+    assert (
+        tmp_path / "killed" / "training-state-000000.008" / "tensors.safetensors"
+    ).read_bytes() == expected
+
+
+def test_transfer_starts_from_a_snapshots_weights(tmp_path, data):
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "first",
+        "--nosubdirs",
+        "--duration",
+        "16e-6",
+        *FLAGS,
+    )
+    flags = [
+        "--data",
+        data,
+        "--nosubdirs",
+        "--duration",
+        "8e-6",
+        "--seed",
+        "1",
+        "--transfer",
+        tmp_path / "first",
+        *FLAGS,
+        "--lr",
+        "1e-30",
+    ]
+    tdkern_("train", "--outdir", tmp_path / "second", *flags)
+    tensors = [
+        Path(tmp_path, run, f"network-snapshot-000000.0{nimg}", "tensors.safetensors").read_bytes()
+        for run, nimg in (("first", "16"), ("second", "08"))
+    ]
+    assert tensors[0] == tensors[1]
+    assert "does not match the network" in tdkern_(
+        "train", "--outdir", tmp_path / "third", *flags, "--cond", code=1
+    )
+
+
+def test_run_directories_are_numbered(tmp_path, data):
+    (tmp_path / "runs" / "00007-other").mkdir(parents=True)
+    (tmp_path / "runs" / "notes").mkdir()
+    for number in ("00008", "00009"):
+        tdkern_(
+            "train",
+            "--data",
+            data,
+            "--outdir",
+            tmp_path / "runs",
+            "--duration",
+            "8e-6",
+            "--loss-type",
+            "edm",
+            *FLAGS,
+        )
+        assert (
+            tmp_path
+            / "runs"
+            / f"{number}-images-uncond-ddpmpp-edm-edm-gpus1-batch8-fp32"
+            / "reals.png"
+        ).exists()
+
+
+def test_a_run_is_not_overwritten(tmp_path, data):
+    flags = [
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "run",
+        "--nosubdirs",
+        "--duration",
+        "8e-6",
+        *FLAGS,
+    ]
+    tdkern_("train", *flags)
+    assert "holds a run; go on with it by --resume" in tdkern_("train", *flags, code=1)
+
+
+def test_flags_reach_the_options(tmp_path, data):
+    flags = {
+        "arch": "adm",
+        "precond": "edm",
+        "duration": 0.5,
+        "batch": 12,
+        "batch-gpu": 3,
+        "cbase": 8,
+        "cres": [1, 2],
+        "lr": 2e-3,
+        "lr-rampup-kimg": 7.0,
+        "lr-decay": "cosine",
+        "ema": 0.25,
+        "dropout": 0.2,
+        "augment": 0.3,
+        "loss-type": "edm",
+        "lambda-edm": 0.25,
+        "k-idx": 2.0,
+        "one-idx": 0.5,
+        "td-coupling": "shared",
+        "td-weight": "pairwise_x0",
+        "td-sigma": [0.3, 5.0],
+        "target-ema-tau": 0.99,
+        "steps": 20,
+        "tick": 0.125,
+        "snap": 5,
+        "dump": 6,
+        "seed": 9,
+        "workers": 2,
+    }
+    args = [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value)
+    ]
+    underscored = [
+        word.replace("-", "_").replace("__", "--", 1) if str(word).startswith("--") else word
+        for word in args
+    ]
+    assert underscored != args
+    for given in (args, underscored):
+        options = options_of("--data", data, "--outdir", tmp_path / "runs", *given)
+        assert {name: options[name.replace("-", "_")] for name in flags} == flags
+    assert not (tmp_path / "runs").exists()
+    assert options_of("--data", data, "--outdir", tmp_path, *FLAGS)["augment"] == 0.12  # EDM's
+    assert options_of("--data", data, "--outdir", tmp_path, *FLAGS, "--td-sigma", "0.3,5")[
+        "td_share"
+    ] == pytest.approx(0.49 + 0.5 * 8**-0.5, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "given, cond, xflip, precision",
+    [
+        ([], False, False, "fp32"),
+        (["--cond", "--xflip", "--fp16"], True, True, "fp16"),
+        (["--cond=1", "--xflip=True", "--bf16=1"], True, True, "bf16"),
+        (["--cond", "true", "--xflip", "0", "--fp16", "False"], True, False, "fp32"),
+    ],
+)
+def test_switches_are_edms(tmp_path, data, given, cond, xflip, precision):
+    options = options_of("--data", data, "--outdir", tmp_path, *given, *FLAGS)
+    assert (options["cond"], options["xflip"], options["precision"]) == (cond, xflip, precision)
+
+
+@pytest.mark.parametrize(
+    "given, message, code",
+    [
+        (["--cres", "1,x"], "'1,x' is not a comma-separated list of numbers", 2),
+        (["--td-sigma", "1"], "'1' must have 2 numbers", 2),
+        (["--arch", "resnet"], "'resnet' is not one of", 2),
+        (["--fp16", "--bf16"], "--fp16 and --bf16 exclude each other", 2),
+        (["--batch-gpu", "3"], "batch must be a multiple of batch_gpu", 1),
+        (["--k-idx", "-1"], "k_idx must be a positive number, got -1", 1),
+        (["--td-sigma", "5,1"], "td_sigma must be (lo, hi) with lo < hi", 1),
+        (["--data", "nowhere.zip"], "nowhere.zip: no such folder or zip", 1),
+        (["--transfer", "nowhere"], "no network-snapshot-* in it", 1),
+    ],
+)
+def test_bad_flags_are_refused_in_one_line(tmp_path, data, given, message, code):
+    output = tdkern_(
+        "train", "--dry-run", "--data", data, "--outdir", tmp_path, *FLAGS, *given, code=code
+    )
+    assert message in output.strip().splitlines()[-1]
+
+
+def test_train_needs_to_know_where(data):
+    assert "give --data and --outdir, or --resume" in tdkern_("train", "--data", data, code=2)
+    assert "no training-state-* in it" in tdkern_("train", "--resume", "nowhere", code=1)
+    assert "give --outdir, --grid or both" in tdkern_("generate", "--network", "nowhere", code=2)
+    assert "no network-snapshot-* in it" in tdkern_(
+        "generate", "--network", "nowhere", "--outdir", "a", code=1
+    )
+
+
+def test_directories_that_cannot_be_made_are_refused(tmp_path, data):
+    (tmp_path / "file").write_text("")
+    output = tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "file" / "runs",
+        "--duration",
+        "8e-6",
+        *FLAGS,
+        code=1,
+    )
+    assert "--outdir cannot be made" in output.strip().splitlines()[-1]
+    tdkern_(
+        "train",
+        "--data",
+        data,
+        "--outdir",
+        tmp_path / "run",
+        "--nosubdirs",
+        "--duration",
+        "8e-6",
+        *FLAGS,
+    )
+    output = tdkern_(
+        "generate",
+        "--network",
+        tmp_path / "run",
+        "--outdir",
+        tmp_path / "file" / "images",
+        "--seeds",
+        "0",
+        "--steps",
+        "2",
+        code=1,
+    )
+    assert "Not a directory" in output.strip().splitlines()[-1]
+
+
+def test_a_broken_image_stops_a_run_in_one_line(tmp_path):
+    path = raw_data_set(tmp_path / "a.zip", {"0.png": png(pixels(1)[0]), "1.png": b"no image"})
+    for workers in ("0", "1"):
+        output = tdkern_(
+            "train",
+            "--data",
+            path,
+            "--outdir",
+            tmp_path / "runs",
+            "--duration",
+            "8e-6",
+            *FLAGS,
+            "--workers",
+            workers,
+            code=1,
+        )
+        last = output.strip().splitlines()[-1]
+        assert "a.zip: 1.png is not a readable image" in last
+        assert "remove or replace it" in last
+
+
+def _import_cli(monkeypatch):
+    """A fresh import of tdkern.cli, under another name."""
+    spec = importlib.util.spec_from_file_location(
+        "fresh_cli", tdkern.cli.__file__, submodule_search_locations=tdkern.cli.__path__
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "fresh_cli", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_without_click_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "click", None)
+    with pytest.raises(
+        SystemExit, match=r"^tdkern: click is not installed; run: pip install 'tdkern\[train\]'$"
+    ):
+        _import_cli(monkeypatch).main()
+
+
+def test_without_tqdm_one_line_says_what_to_install(monkeypatch):
+    for name in ("tqdm", "tdkern.cli.generate", "tdkern.training", "tdkern.training.loop"):
+        monkeypatch.setitem(sys.modules, name, None) if name == "tqdm" else monkeypatch.delitem(
+            sys.modules, name, raising=False
+        )
+    output = tdkern_("generate", "--network", "a", code=1)
+    assert output.strip() == "Error: tqdm is not installed; run: pip install 'tdkern[train]'"
+
+
+def test_help_names_every_command():
+    output = tdkern_("--help")
+    assert all(command in output for command in ("train", "generate", "demo"))
+    for flag in ("--target-ema-tau", "--td-sigma", "--lr-decay", "--resume", "-n, --dry-run"):
+        assert flag in tdkern_("train", "--help")
+    assert "No such command 'evil'" in tdkern_("evil", code=2)
+
+
+def test_numbers_of_seeds():
+    from tdkern.cli.types import Numbers
+
+    assert Numbers(int).convert("1,2,5-8", None, None) == [1, 2, 5, 6, 7, 8]
+    assert Numbers(float, 2).convert("1e-1,80", None, None) == [0.1, 80.0]
+    assert torch.tensor(Numbers(int).convert("0-63", None, None)).tolist() == list(range(64))

@@ -1,0 +1,302 @@
+"""Triton's kernels compiled ahead of time: `report(capability)`, or as a module
+run the same in JSON. Needs no GPU.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from helpers import ROOT, TESTS
+
+
+@cache
+def report(capability: int) -> dict[str, dict[str, int]]:
+    """{kernel: {"registers", "stack", "local"}} of cubins built afresh, in a process of its own:
+    outside Triton's interpreter.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        env = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": folder,
+            "PYTHONPATH": os.pathsep.join(
+                [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            ),
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "helpers.aot", str(capability)],
+            capture_output=True,
+            text=True,
+            env=env,
+        )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def compile_kernel(
+    kernel, capability: int, types: dict[str, str | tuple[str, ...]], constants: dict, options: dict
+) -> dict[str, int]:
+    """types: of arguments by name, of a tuple of pointers a tuple; pointers and what is marked "!"
+    are multiples of 16. constants: what is known at compile time.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, aligned = {}, []
+    for i, name in enumerate(kernel.arg_names):
+        kind = "constexpr" if name in constants else types[name]
+        signature[name] = kind if isinstance(kind, tuple) else kind.rstrip("!")
+        if isinstance(kind, tuple):
+            aligned += [(i, j) for j in range(len(kind))]
+        elif kind.startswith("*") or kind.endswith("!"):
+            aligned.append((i,))
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(
+        kernel, signature, constexprs, {place: [["tt.divisibility", 16]] for place in aligned}
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return {
+        name: int(re.search(rf"{key}:(\d+)", usage)[1])
+        for name, key in (("registers", "REG"), ("stack", "STACK"), ("local", "LOCAL"))
+    }
+
+
+def td_loss(capability: int):
+    from tdkern.triton.td_loss import BLOCK, CHUNK, OPTIONS, SUM_BLOCK, chunk_kernel, sum_kernel
+
+    def chunk(net: str, data: str, *, consistency=False, l1=False, stride="i32!", **constants):
+        wide = "*fp64" if data == "*fp64" else "*fp32"
+        strides = dict.fromkeys(
+            ("n", "F_row", "F_p_row", "x0_row", "x_t_row", "x_tp_row", "dF_row"), stride
+        )
+        types = {
+            "F": net,
+            "F_p": net,
+            "dF": net,
+            "x0": data,
+            "x_t": data,
+            "x_tp": data,
+            "coef": "*fp64",
+            "upstream": wide,
+            "sums": wide,
+            "loss": wide,
+            "inverse_n": "fp64",
+            "chunks": "i32",
+            **strides,
+        }
+        return compile_kernel(
+            chunk_kernel,
+            capability,
+            types,
+            {"CONSISTENCY": consistency, "L1": l1, "CHUNK": CHUNK, "BLOCK": BLOCK, **constants},
+            OPTIONS,
+        )
+
+    forward, backward = {"upstream": None}, {"sums": None, "loss": None}
+    yield "forward float32", chunk("*fp32", "*fp32", **forward, sums=None, chunks=1)
+    yield (
+        "forward float32, unaligned, many chunks",
+        chunk("*fp32", "*fp32", stride="i64", consistency=True, **forward),
+    )
+    yield (
+        "forward bfloat16 of float32, no dF, no states",
+        chunk("*bf16", "*fp32", **forward, sums=None, chunks=1, dF=None, x_t=None, x_tp=None),
+    )
+    yield "forward float16", chunk("*fp16", "*fp16", **forward)
+    yield "forward float64", chunk("*fp64", "*fp64", consistency=True, **forward)
+    yield "backward float32", chunk("*fp32", "*fp32", **backward)
+    yield "backward bfloat16 of float32", chunk("*bf16", "*fp32", consistency=True, **backward)
+    yield (
+        "forward float32, l1",
+        chunk("*fp32", "*fp32", consistency=True, l1=True, **forward, sums=None, chunks=1),
+    )
+    types = {
+        "sums": "*fp32",
+        "coef": "*fp64",
+        "loss": "*fp32",
+        "inverse_n": "fp64",
+        "chunks": "i32",
+    }
+    yield (
+        "sum",
+        compile_kernel(
+            sum_kernel,
+            capability,
+            types,
+            {"SPAN": SUM_BLOCK, "SUM_BLOCK": SUM_BLOCK},
+            {"enable_fp_fusion": True},
+        ),
+    )
+
+
+def td_coef(capability: int):
+    from tdkern.triton.td_coef import BLOCK, coef_kernel
+
+    types = {
+        **dict.fromkeys(coef_kernel.arg_names, "fp64"),
+        "noise": "*fp64",
+        "coef": "*fp64",
+        "levels": "*fp64",
+        "batch": "i32",
+    }
+    for from_index, precond, base_weight, weight in (
+        (False, "edm", "karras", "pairwise"),
+        (True, "ct", "truncated-snr", "pairwise_x0"),
+    ):
+        constants = {
+            "FROM_INDEX": from_index,
+            "PRECOND": precond,
+            "BASE_WEIGHT": base_weight,
+            "WEIGHT": weight,
+            "BLOCK": BLOCK,
+        }
+        yield (
+            precond,
+            compile_kernel(coef_kernel, capability, types, constants, {"enable_fp_fusion": True}),
+        )
+
+
+def noise_pair(capability: int):
+    from tdkern.triton.noise_pair import BLOCK, OPTIONS, pair_kernel
+
+    def pair(
+        data: str, net: str | None = None, *, shared=False, flat=True, stride="i32!", **constants
+    ):
+        types = {
+            **dict.fromkeys(pair_kernel.arg_names, "i32"),
+            **dict.fromkeys(("x0_row", "out_row", "n", "plane"), stride),
+            "x0": data,
+            "x_t": data,
+            "x_tp": data,
+            "in_t": net,
+            "in_tp": net,
+            "seed": "i64",
+            "offset": "i64",
+            "seed_at": "*i64",
+            "offset_at": "*i64",
+            **dict.fromkeys(("alpha", "sigma", "alpha_p", "sigma_p", "c_in", "c_in_p"), "*fp64"),
+        }
+        no_inputs = (
+            {}
+            if net
+            else dict.fromkeys(("in_t", "in_tp", "c_in", "c_in_p", "c_in_step", "c_in_p_step"))
+        )
+        return compile_kernel(
+            pair_kernel,
+            capability,
+            types,
+            {"SHARED": shared, "FLAT": flat, "BLOCK": BLOCK, **no_inputs, **constants},
+            OPTIONS,
+        )
+
+    yield "float32, seed and offset given", pair("*fp32", seed_at=None, offset_at=None)
+    yield "shared, with inputs in bfloat16", pair("*fp32", "*bf16", shared=True)
+    yield "float16 in a plane", pair("*fp16", "*fp16", flat=False, stride="i64")
+    yield "float64 in a plane", pair("*fp64", "*fp64", flat=False)
+
+
+def heun_step(capability: int):
+    from tdkern.triton.heun_step import BLOCK, OPTIONS, heun_step_kernel
+
+    types = {
+        **dict.fromkeys(heun_step_kernel.arg_names, "*fp64"),
+        "F": "*bf16",
+        "net_input": "*bf16",
+        "n": "i32!",
+    }
+    yield (
+        "correction with noise",
+        compile_kernel(heun_step_kernel, capability, types, {"BLOCK": BLOCK}, OPTIONS),
+    )
+
+
+def lists(capability: int):
+    """ema_update_ and adam_ema_."""
+    from tdkern.triton.adam_ema import adam_kernel
+    from tdkern.triton.ema_update import BLOCK, ema_kernel
+
+    types = {"param": "*bf16", "averages": ("*fp32", "*fp32"), "decays": "*fp64", "n": "i32!"}
+    yield "averages", compile_kernel(ema_kernel, capability, types, {"BLOCK": BLOCK}, {})
+    for storage, averages in (
+        ("*fp32", ("*fp32", "*fp32")),
+        ("*bf16", ("*fp32",)),
+        ("*fp64", ("*fp64", "*fp64")),
+        ("*fp16", None),
+    ):
+        types = {
+            **dict.fromkeys(("grad", "exp_avg", "exp_avg_sq", "param"), storage),
+            "averages": averages,
+            "decays": "*fp64",
+            "s": "*fp64",
+            "skip": "*i32",
+            "n": "i32!",
+        }
+        constants = {
+            "BLOCK": BLOCK // 2 if storage == "*fp64" else BLOCK,
+            **({} if averages else {"averages": None}),
+        }
+        yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, constants, {})
+
+
+def norm_silu(capability: int):
+    from tdkern.triton.norm_silu import (
+        COLUMNS,
+        OPTIONS,
+        ROWS,
+        SUMS,
+        groups_kernel,
+        result_kernel,
+        sums_kernel,
+    )
+
+    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+
+    def kernel(which, types: dict, constants: dict, options: dict = OPTIONS):
+        every = {**dict.fromkeys(which.arg_names, "*fp32"), **counts, **types}
+        return compile_kernel(which, capability, every, constants, options)
+
+    counts = dict.fromkeys(("pixels", "channels", "weight_row"), "i32!")
+    counts |= dict.fromkeys(("tiles", "blocks", "groups"), "i32")
+    for storage in ("*fp32", "*bf16", "*fp16"):
+        given = {"x": storage, "add": storage, "y": storage}
+        yield f"sums {storage}", kernel(sums_kernel, given, tile)
+        yield f"result {storage}", kernel(result_kernel, given, tile)
+    plain = {**tile, "add": None}
+    yield "sums, nothing added", kernel(sums_kernel, {"x": "*bf16"}, plain)
+    yield "result, nothing added", kernel(result_kernel, {"x": "*bf16", "y": "*bf16"}, plain)
+    # 16 tiles are 32x32 pixels; the others are as much as is held at a time.
+    for tiles, size in ((16, 4), (SUMS // 4, 4), (SUMS // 16, 16), (1, SUMS)):
+        constants = {"TILES": tiles, "SIZE": size, "ROWS": ROWS}
+        yield (
+            f"groups of {size} in {tiles} tiles",
+            kernel(
+                groups_kernel,
+                {"eps": "fp32"},
+                constants,
+                {"num_warps": 1, "enable_fp_fusion": True},
+            ),
+        )
+
+
+if __name__ == "__main__":
+    import tdkern.triton  # noqa: F401  (without a GPU the package does not import it by itself)
+
+    OPS = td_loss, td_coef, noise_pair, heun_step, lists, norm_silu
+    print(
+        json.dumps(
+            {f"{op.__name__} {name}": facts for op in OPS for name, facts in op(int(sys.argv[1]))}
+        )
+    )
