@@ -8,7 +8,7 @@ from torch import Tensor
 from .ops import _modes, _shards
 from .ops._checks import kind_of
 from .ops.adam_ema import adam_ema_, found_inf
-from .ops.ema_update import checked_decays
+from .ops.ema_update import checked_decays, ema_update_
 
 NOT_IMPLEMENTED = ("amsgrad", "maximize", "differentiable")  # options of torch.optim.Adam's groups
 
@@ -276,6 +276,101 @@ class AdamEMA(torch.optim.Adam):
             state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
+
+
+class RAdamEMA(AdamEMA):
+    """RAdam (arXiv 1908.03265) with averages, in PyTorch's own operations and `ema_update_`.
+
+    The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
+    the skipping of steps whose gradients are not all finite are `AdamEMA`'s. The variance that
+    Adam's first steps divide by is of few gradients: RAdam leaves it out while rho_t <= 5, and
+    then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
+    rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
+
+    Needs temporary memory for a few tensors of the largest parameter's size. Deterministic. No host
+    synchronisation.
+    """
+
+    def _step_group(self, group, params, state, averages, scalars) -> None:
+        averages, decays = averages
+        grad_scale = getattr(self, "grad_scale", None)
+        factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
+        exp_avgs, exp_avg_sqs, steps = state
+        rows = _shards.local_rows(
+            self._name,
+            params,
+            {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+            {"grads": [param.grad for param in params]},
+        )
+        for step in steps:
+            step.add_(taken)
+        of_steps = [vector.unbind() for vector in _rectified(torch.stack(steps), group)]
+        for row in zip(*rows, *of_steps, strict=True):
+            _radam(*row, factor, taken, group)
+        if averages:
+            if not isinstance(decays, Tensor):
+                decays = torch.tensor(decays, dtype=torch.float64)
+            # a decay of 1 changes nothing
+            decays = torch.where(taken, decays.to(taken.device), 1.0)
+            ema_update_(averages, params, decays, backend=self.backend)
+        if scalars["skipped"] is not None:
+            scalars["skipped"].add_(~taken)
+
+
+OPTIMIZERS = {"adam": AdamEMA, "radam": RAdamEMA}
+
+
+def _factor(
+    found_inf: Tensor, clip: Tensor | None, grad_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By what to multiply gradients, and whether the step is taken, scalars on the device."""
+    factor = torch.ones((), dtype=torch.float64, device=found_inf.device)
+    if clip is not None:
+        factor = factor * clip
+    if grad_scale is not None:
+        factor = factor / grad_scale
+    return factor, (found_inf == 0) & factor.isfinite()
+
+
+def _rectified(steps: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Of counts of steps: by what to multiply exp_avg, and its quotient by the square root of
+    exp_avg_sq; and which of these is the direction: float64, float64 and bool, as many."""
+    beta1, beta2 = group["betas"]
+    t = steps.double().clamp(min=1)  # before the first step that is taken nothing moves
+    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / correction2
+    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    plain = 1 / correction1
+    return plain, plain * (ratio * correction2).sqrt(), length > 5
+
+
+def _radam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    plain: Tensor,
+    rectified: Tensor,
+    by_variance: Tensor,
+    factor: Tensor,
+    taken: Tensor,
+    group: dict,
+) -> None:
+    """RAdam's step of one parameter, in place; nothing where it is not `taken`."""
+    dtype, (beta1, beta2) = param.dtype, group["betas"]
+    kept = taken.to(dtype)
+    lr = group["lr"] * kept
+    grad = torch.where(taken, grad * factor.to(dtype), 0.0)
+    if group["decoupled_weight_decay"]:
+        param.mul_(1 - lr * group["weight_decay"])
+    else:
+        grad = grad + param * group["weight_decay"]
+    exp_avg.lerp_(grad, (1 - beta1) * kept)
+    exp_avg_sq.lerp_(grad.square(), (1 - beta2) * kept)
+    over_spread = rectified.to(dtype) / (exp_avg_sq.sqrt() + group["eps"])
+    weight = torch.where(by_variance, over_spread, plain.to(dtype))
+    param.sub_(exp_avg * weight * lr)
 
 
 def _checked_averages(
