@@ -3,6 +3,7 @@ must be said before tdkern is imported.
 """
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,27 @@ def short_previews(monkeypatch):
     from helpers.tiny import two_steps
 
     monkeypatch.setattr("tdkern.training.loop.preview_levels", two_steps)
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators():
+    """torchvision, which diffusers, piq and torch-fidelity import, where the torch at hand cannot
+    load its compiled operators, as those of a build for another device: the two that are missed on
+    importing it are declared, and fail if they are called.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+        yield library  # which undoes its declarations when it goes
+    else:
+        yield None
 
 
 @pytest.fixture
