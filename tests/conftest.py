@@ -4,6 +4,7 @@ must be said before tdkern is imported.
 
 import os
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def torchvision_operators():
     importing it are declared, and fail if they are called.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError:
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
@@ -90,3 +91,20 @@ def backend(request, unwritten_is_nan):
 def compiled(request, unwritten_is_nan):
     """Each backend but the reference."""
     return request.param
+
+
+@pytest.fixture
+def persistence(monkeypatch):
+    """The module that EDM's pickles name, for writing them."""
+    module = types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("executed")
+
+    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = (
+        "torch_utils.persistence",
+        "_reconstruct_persistent_obj",
+    )
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)

@@ -132,9 +132,7 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
     try:
         net = load(network, tensors, path)
     except DescriptionError as error:
-        raise CheckpointError(
-            f"{path}: does not describe a network of tdkern ({error})"
-        ) from error
+        raise CheckpointError(f"{path}: does not describe a network of tdkern ({error})") from error
     net.dtype = None
     return net
 

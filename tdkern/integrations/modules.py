@@ -151,6 +151,8 @@ def _held(value):
         state, name = state_of(value), HOLDERS[value.name]
         children = state.get("_modules")
         inner = children.get(name) if type(children) is dict else state.get(name)
+        if inner is None and value.args:  # what torch.compile returns is pickled as its call
+            inner = value.args[0]
         if inner is None:
             break
         value = inner
@@ -267,7 +269,7 @@ def _describe(file: PickleFile, net, model) -> dict | None:
         return _describe_own(file, net, model)
     if class_name(net) not in SETTINGS or class_name(model) not in ("SongUNet", "DhariwalUNet"):
         return None
-    state, inner = state_of(net), state_of(model)
+    state = state_of(net)
     settings = _plain(file, state, SETTINGS[class_name(net)])
     if class_name(net) == "EDMPrecond":
         settings = {name: v for name, v in settings.items() if v != ANY_LEVEL.get(name)}

@@ -324,9 +324,7 @@ def _storage(pid: tuple) -> tuple[str, torch.dtype, int]:
     return _is(key, str), DTYPES[dtype.name], _is(numel, int)
 
 
-def _after_magic(
-    stream, names: set[str], budget: _Budget, strange: list[str] | None = None
-):
+def _after_magic(stream, names: set[str], budget: _Budget, strange: list[str] | None = None):
     """The value in torch.save's first format.
 
     After the magic number come version, system, the value and the storages' keys, then each

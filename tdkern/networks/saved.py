@@ -138,8 +138,8 @@ def describe(net: Preconditioned) -> NetworkSpec:
     if net.dtype not in dtypes:
         raise ValueError(f"save_network: net.dtype must be half precision or None, got {net.dtype}")
     return NetworkSpec(
-        wrapper=type(net).__name__,
-        model=type(model).__name__,
+        wrapper=_class_of(net).__name__,
+        model=_class_of(model).__name__,
         img_resolution=model.img_resolution,
         img_channels=model.in_channels,
         label_dim=model.label_dim,
@@ -149,13 +149,18 @@ def describe(net: Preconditioned) -> NetworkSpec:
     )
 
 
+def _class_of(module: nn.Module) -> type:
+    """A module's own class, below that which `fully_shard` makes of it."""
+    return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch."))
+
+
 def _plain_arguments(module: Remembered, but: tuple[str, ...] = ()) -> dict:
     """What a module was made with, as JSON holds it: tensors and tuples as lists."""
-    plain, known = {}, inspect.signature(type(module)).parameters
+    plain = {}
     for name, value in module.init_arguments.items():
         if hasattr(value, "tolist"):
             value = value.tolist()
-        if name in but or (name in known and known[name].default == value):
+        if name in but or value == math.inf:  # a default, which JSON does not hold
             continue
         try:
             plain[name] = json.loads(json.dumps(value))
@@ -171,9 +176,7 @@ def state_of(net: Preconditioned) -> dict[str, Tensor]:
     """A network's state dict under the names it has without torch's wrappers, whole on this
     process: of a network under `fully_shard` all processes must ask together.
     """
-    own = {
-        name: value for name, value in net.state_dict().items() if not name.startswith("model.")
-    }
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith("model.")}
     own |= {f"model.{name}": value for name, value in unwrapped(net.model).state_dict().items()}
     state = {}
     for name, value in own.items():
