@@ -33,7 +33,7 @@ from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES, default_sampler
 from ..losses import Loss
 from ..networks.saved import PRECISIONS, NetworkSpec, restore
-from ..optim import AdamEMA
+from ..optim import OPTIMIZERS
 from ..samplers import SAMPLERS
 from . import checkpoint
 from .distributed import Process, broadcast_, sum_
@@ -96,6 +96,15 @@ def learning_rate(options: Options, nimg: int) -> float:
     return lr
 
 
+def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
+    """By what to multiply gradients so that their common norm is at most `largest`, [].
+
+    It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
+
+
 class Trainer:
     """Data, networks, averages and optimizer of a run, and one step of it.
 
@@ -133,11 +142,12 @@ class Trainer:
                 options.target_precision
             ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.optimizer = AdamEMA(
+        self.optimizer = OPTIMIZERS[options.optim](
             self.net.parameters(),
             lr=options.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
+            weight_decay=options.weight_decay,
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
             averages=[average.module.parameters() for average in self.averages],
         )
@@ -196,8 +206,9 @@ class Trainer:
         )  # a step that fails halfway has no part in the statistics
         for part in zip(images.split(size), labels.split(size), strict=True):
             sums += self._backward(loss, *part)
+        grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         if self.process.world > 1:
-            sum_([param.grad for param in self.net.parameters() if param.grad is not None])
+            sum_(grads)
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
         # on the device, which alone knows of skipped steps
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
@@ -205,7 +216,7 @@ class Trainer:
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
         self.whole = False
         # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
-        self.optimizer.step()
+        self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
         for average in self.averages:
             average.copy_buffers(self.net)
         self.sums += sums
