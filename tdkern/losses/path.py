@@ -24,15 +24,15 @@ class PathLoss(Loss):
     """A denoising loss along a path x_t = alpha_t x0 + sigma_t eps, at uniform times.
 
     It is the mean square error of the network's own output F. Networks are called in EDM's state,
-    x_t / alpha_t with the noise level sigma_hat = sigma_t / alpha_t, and so is `TDBatch` there. Where
-    alpha_t = 0 (zero terminal SNR, t = 1 of flow matching) sigma_hat is infinite and the state is
-    the unit noise.
+    x_t / alpha_t with the noise level sigma_hat = sigma_t / alpha_t, and so is `TDBatch` there.
+    Where alpha_t = 0 (zero terminal SNR, t = 1 of flow matching) sigma_hat is infinite, and the
+    state is the unit noise.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`, a mean over each
     sample's elements; `pair` and `evaluate` are its two halves. `target_net` is not used and may be
     None. Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the
-    noise's seed, or the noise itself of a schedule that ends in alpha_t = 0. A family's class raises
-    ValueError for an argument out of its range.
+    noise's seed, or the noise itself of a schedule that ends in alpha_t = 0. A family's class
+    raises ValueError for an argument out of its range.
     """
 
     def __post_init__(self):

@@ -38,8 +38,8 @@ class Denoiser(Preconditioned):
     EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x,
     where sigma_t = alpha_t sigma. On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1,
     so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's, alpha_t = 1 - t and sigma_t = t, so t =
-    sigma/(1 + sigma). `tdkern.preconditioning` has D for each prediction. At an infinite sigma, where
-    alpha_t = 0, x is the unit noise eps: x_t itself.
+    sigma/(1 + sigma). `tdkern.preconditioning` has D for each prediction. At an infinite sigma,
+    where alpha_t = 0, x is the unit noise eps: x_t itself.
 
     Args:
         module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class

@@ -14,9 +14,9 @@ steps serve any network that gives its D there (`networks`).
 
 The first level may be infinite, where no signal is left: t = 1 of flow matching, or the end of a
 schedule with zero terminal SNR. The state there, the start `x` and what the denoiser is asked
-about, is the unit noise itself; the first step goes to D + sigma noise. `Denoiser` answers there for
-"x0", "v" and "velocity"; what predicts eps or a score, EDM's and consistency models' networks and
-`ablation` refuse it.
+about, is the unit noise itself; the first step goes to D + sigma noise. `Denoiser` answers there
+for "x0", "v" and "velocity"; what predicts eps or a score, EDM's and consistency models' networks
+and `ablation` refuse it.
 
 A callback is called once in each step with a dict of step, x (the state of which the denoiser is
 asked, before noise is added to it), sigma (its level) and denoised.

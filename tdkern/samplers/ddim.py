@@ -9,7 +9,6 @@ from torch import Tensor
 from ..schedules import two_moment
 from .base import Step, checked_levels, run, unit_noise
 
-
 VARIANCES = ("small", "large")
 
 

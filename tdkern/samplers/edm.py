@@ -17,8 +17,8 @@ def raised_levels(
 ) -> list[float]:
     """sigma_hat = sigma (1 + gamma) of every step, at the nearest level that the network knows.
 
-    (arXiv 2206.00364, algorithm 2, lines 3 and 5.) A level is not lowered, and what is not raised is
-    kept.
+    (arXiv 2206.00364, algorithm 2, lines 3 and 5.) A level is not lowered, and what is not raised
+    is kept.
     """
     if not S_churn >= 0:
         raise ValueError(f"{sampler}: S_churn must be a number >= 0, got {S_churn}")

@@ -70,7 +70,8 @@ def unipc(
             callback is shown the predicted state.
         order: of the predictor, 1, 2 or 3.
         lower_order_final: lower the order of the last steps also where the list ends at a positive
-            level, as diffusers does: the last has order 1, the one before it at most 2. See `dpmpp`.
+            level, as diffusers does: the last has order 1, the one before it at most 2. See
+            `dpmpp`.
 
     Returns:
         The state at sigmas[-1], like `x`.

@@ -6,7 +6,6 @@ import math
 from contextlib import nullcontext
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,7 +75,8 @@ def test_edm_index_is_held_at_the_ends():
         ({"steps": 1}, "EDM: steps must be at least 2, got 1"),
         (
             {"sigma_min": 0.0},
-            "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.0 and 80.0",
+            "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.0 "
+            "and 80.0",
         ),
         ({"sigma_max": 0.001}, "EDM: sigma_min and sigma_max must"),
         ({"rho": 0.0}, "EDM: rho must be positive, got 0.0"),
@@ -225,8 +225,8 @@ def test_golden_levels():
         (lambda: DDPM(1), "DDPM: T must be a whole number, at least 2, got 1"),
         (
             lambda: DDPM(10, "sigmoid"),
-            r"DDPM: beta_schedule must be 'linear', 'cosine' or 10 numbers in \(0, 1\), the last of "
-            "which may be 1, got 'sigmoid'",
+            r"DDPM: beta_schedule must be 'linear', 'cosine' or 10 numbers in \(0, 1\), the last "
+            "of which may be 1, got 'sigmoid'",
         ),
         (
             lambda: DDPM(2, (1.0, 0.1)),

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -93,8 +94,10 @@ def test_heun_in_flows_time(steps):
 
 @pytest.mark.parametrize(("steps", "error"), [(5, 0.0099), (10, 0.0042), (20, 0.0012)])
 def test_heun_in_flows_time_is_as_good_at_few_steps_as_its_peers(steps, error):
-    """Of Gaussian data with deviation .5, relative: Heun's method by hand has these errors; in EDM's
-    time 5 steps are off by 550 %."""
+    """Of Gaussian data with deviation .5, relative errors.
+
+    In EDM's time 5 steps are off by 550 %.
+    """
     sigmas = FlowMatching().sigmas(steps)
 
     def denoiser(x, sigma):
@@ -119,7 +122,7 @@ def by_hand(sigmas, x):
         sigma = (t / (1 - t)).expand(len(z))
         return (z - gmm(GMM)(z / (1 - t), sigma)) / t
 
-    for now, following in zip(t[:-1], t[1:], strict=True):
+    for now, following in pairwise(t):
         u = velocity(z, now)
         moved = z + (following - now) * u
         if following > 0:

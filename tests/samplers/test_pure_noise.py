@@ -167,7 +167,7 @@ def test_churn_leaves_pure_noise_alone():
 
 
 def test_the_fused_path_is_kept_below():
-    """It is the first step alone that is not for `heun_step`: a sampler that begins there is plain."""
+    """A sampler that begins in pure noise takes the plain path, and no other."""
     net = networks()[0]
     for sigmas, launches in (([5.0, 1.0, 0.0], 2), ([math.inf, 1.0, 0.0], 0)):
         with Steps() as calls:
@@ -202,7 +202,7 @@ def test_what_makes_no_sense_is_refused():
         with pytest.raises(ValueError, match=f"{loss.__name__}: prediction must be one that gives"):
             loss(4, beta_schedule=BETAS)
     with pytest.raises(
-        ValueError, match='ablation: sigmas must be finite; .* heun with time="flow"'
+        ValueError, match=r'ablation: sigmas must be finite; .* heun with time="flow"'
     ):
         ablation(networks()[0], random(3, 4), [math.inf, 1.0, 0.0])
 
