@@ -27,7 +27,8 @@ class DDPMLoss(PathLoss):
     loss's weight alone.
 
     Args:
-        beta_schedule: "linear", "cosine" or a tuple of T betas.
+        beta_schedule: "linear", "cosine" or a tuple of T betas, the last of which may be 1 (zero
+            terminal SNR) where `prediction` is not "eps".
         backend: which backend the ops use, as in `td_loss`.
 
     The other arguments are described where they are declared.
