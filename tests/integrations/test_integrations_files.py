@@ -421,9 +421,7 @@ def test_save_network_refuses_what_no_file_can_describe(tmp_path):
     ):
         with pytest.raises(ValueError, match=rf"save_network: net must be a network of .*{got}$"):
             tdkern.save_network(net, path)
-    with pytest.raises(
-        ValueError, match=r"path must end in .safetensors, got .*a.pt"
-    ):
+    with pytest.raises(ValueError, match=r"path must end in .safetensors, got .*a.pt"):
         tdkern.save_network(tiny(), tmp_path / "a.pt")
     with pytest.raises(ValueError, match=r"net.dtype must be half precision or None, got .*int8"):
         tdkern.save_network(EDMPrecond(SongUNet(**SONG), dtype=torch.int8), path)
