@@ -36,7 +36,7 @@ from ..families import FAMILIES, default_sampler
 from ..losses import Loss
 from ..networks.saved import PRECISIONS, NetworkSpec, restore
 from ..ops._schemas import digest
-from ..optim import AdamEMA
+from ..optim import OPTIMIZERS
 from ..samplers import SAMPLERS
 from . import checkpoint
 from .distributed import Process, agree, data_parallel, sum_
@@ -99,6 +99,15 @@ def learning_rate(options: Options, nimg: int) -> float:
     return lr
 
 
+def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
+    """By what to multiply gradients so that their common norm is at most `largest`, [].
+
+    It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
+
+
 class Trainer:
     """Data, networks, averages and optimizer of a run, and one step of it.
 
@@ -138,11 +147,12 @@ class Trainer:
                 options.target_precision
             ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.optimizer = AdamEMA(
+        self.optimizer = OPTIMIZERS[options.optim](
             self.net.parameters(),
             lr=options.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
+            weight_decay=options.weight_decay,
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
             averages=[average.module.parameters() for average in self.averages],
         )
@@ -227,9 +237,10 @@ class Trainer:
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
         # empty where there is no target network
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
-        self.optimizer.step()
+        self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
         for average in self.averages:
             average.copy_buffers(self.net)
         self.sums += sums

@@ -11,6 +11,7 @@ from ..losses import Loss
 from ..losses.curricula import Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
+from ..optim import OPTIMIZERS
 
 CURRICULA = {"progressive": Progressive, "exponential": Exponential}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
@@ -82,6 +83,18 @@ class Options:
     )
     lr_decay: str = flag(
         "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+    )
+    optim: str = flag("adam", "Optimizer.", choices=OPTIMIZERS)
+    weight_decay: float = flag(
+        0.0, "Weight decay, by its own step and not by the gradient.", within=NOT_NEGATIVE
+    )
+    clip: float | None = flag(
+        None,
+        "Largest norm of the gradient, a sum over elements and a mean over the batch; a larger one "
+        "is scaled to it.",
+        within=POSITIVE,
+        metavar="NORM",
+        default_help="none",
     )
     ema: float = flag(
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"

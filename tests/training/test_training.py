@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -15,6 +16,7 @@ from tdkern.schedules import EDM
 from tdkern.training import Options, Trainer, loop, sample, sampling, train
 from tdkern.training.checkpoint import STATE, find, read, read_options, write
 from tdkern.training.distributed import joined, this_process
+from tdkern.training.loop import clip_factor
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 
@@ -233,6 +235,47 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypa
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
     assert trainer.statistics()["skipped"] == 1
     assert trainer.optimizer.skipped == 0  # it counts from tick to tick
+
+
+@pytest.mark.parametrize("optim", ["adam", "radam"])
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_optimizers_with_weight_decay_and_clipping(data, optim, clip):
+    """Each step is torch's, on gradients clipped by torch, and its skipped steps leave no trace."""
+    options = {"optim": optim, "weight_decay": 0.1, "clip": clip, "lr_rampup_kimg": 0, "lr": 0.01}
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY | options), this_process())
+    other = copy.deepcopy(trainer.net)
+    if optim == "adam":
+        theirs = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.1)
+    else:
+        theirs = torch.optim.RAdam(
+            other.parameters(), 0.01, weight_decay=0.1, decoupled_weight_decay=True
+        )
+    spoil = []
+    last = list(trainer.net.parameters())[-1]
+    last.register_hook(lambda gradient: gradient * math.nan if spoil else gradient)
+    for step in range(8):  # RAdam's first five are not rectified
+        spoil[:] = [True] if step == 2 else []
+        trainer.train_step(*batch(trainer))
+        if spoil:
+            continue
+        for param, same in zip(trainer.net.parameters(), other.parameters(), strict=True):
+            same.grad = param.grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(other.parameters(), clip or math.inf)
+        assert clip is None or norm > 2 * clip
+        theirs.step()
+    for param, same in zip(trainer.net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(param, same, rtol=1e-4, atol=1e-5)
+    assert trainer.statistics()["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("grads", "factor"),
+    [([3.0, 4.0], 0.2), ([0.3, 0.4], 1.0), ([0.0, 0.0], 1.0), ([1e30, 1e30], math.nan)],
+)
+def test_clip_factor(grads, factor):
+    """A norm that overflows, although no gradient does, skips the step in place of stopping it."""
+    found = clip_factor([torch.tensor([grad]) for grad in grads], 1.0)
+    assert found.item() == pytest.approx(factor, nan_ok=True)
 
 
 def test_augmentation(data, monkeypatch):
