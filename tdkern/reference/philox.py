@@ -85,7 +85,5 @@ def normals(
     """[batch, n] float64 unit normals; element k of a sample comes from word k % 4 of block k
     // 4.
     """
-    w0, w1, w2, w3 = words(
-        batch, -(-n // 4), seed, offset, stream, device, first_sample
-    ).unbind(-1)
+    w0, w1, w2, w3 = words(batch, -(-n // 4), seed, offset, stream, device, first_sample).unbind(-1)
     return torch.stack([*box_muller(w0, w1), *box_muller(w2, w3)], -1).flatten(1)[:, :n]
