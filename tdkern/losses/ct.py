@@ -260,7 +260,9 @@ class CTLoss(Loss):
         """coef and levels at t and the t' that the mapping has for it."""
         if t is None:
             mean, std = self.lognormal
-            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            normal = self._draw(
+                images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
+            )
             t = (mean + std * normal).exp()
         self._check_shape("t", t, images.shape[:1])
         t = t.double()

@@ -30,7 +30,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu")
+SPLIT = ("gpus", "batch_gpu", "shard")
 
 
 def _consistency(family: Family) -> bool:
@@ -208,6 +208,10 @@ class Options:
     workers: int = flag(1, "Processes that read images.", within=NOT_NEGATIVE)
     transfer: str | None = flag(
         None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"
+    )
+    shard: bool = flag(
+        False,
+        "Each process keeps a share of weights, averages and optimizer (FSDP2); else all.",
     )
     gpus: int = flag(1, "Processes, which torchrun starts.", within=AT_LEAST_1)
 
