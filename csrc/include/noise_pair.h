@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "checks.h"
-#include "noise_math.h"
+#include "noise_pair_math.h"
 
 namespace tdkern {
 
