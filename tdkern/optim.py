@@ -118,6 +118,8 @@ class AdamEMA(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         _refuse_options(self.param_groups)
+        if clip is not None and not isinstance(clip, Tensor):
+            raise ValueError(f"AdamEMA: clip must be a tensor, got {kind_of(clip)}")
         try:
             self._step(clip)
         except ValueError:

@@ -270,7 +270,7 @@ def test_opcheck_and_compile(compiled_backend):
     )
     torch.library.opcheck(
         _backends.op("found_inf", compiled_backend),
-        (lists[1],),
+        (lists[1], scalar, None),
         test_utils=("test_schema", "test_faketensor"),
     )
     expected = widened(lists)
