@@ -1,5 +1,5 @@
 """`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at
-all if a gradient is not finite."""
+all if the square of a gradient is not finite."""
 
 import math
 from collections.abc import Sequence
@@ -15,19 +15,30 @@ from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
 from .ema_update import checked_decays, lists_of
 
 
-def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Whether any element of any of the gradients is infinite or NaN: a float32 scalar on their
-    device, 1 or 0; GradScaler's name for it.
+def found_inf(
+    grads: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Whether Adam can take a step with these gradients: a float32 scalar on their device, 1 if any
+    element's g^2 is infinite or NaN, else 0; GradScaler's name for it.
+
+    g = grad clip / grad_scale, and g^2 is rounded to the gradient's dtype, in which `adam_ema_`
+    keeps the second moment. An infinite one would hold its parameter where it is for good. So |g|
+    is at most 1.8e19 in float32 and bfloat16, 1.3e154 in float64 and 255.9 in float16.
 
     Args:
         grads: tensors of any shapes and strides, on one device, at least one. float32, float64,
             bfloat16 or float16, also mixed.
+        grad_scale, clip: as of `adam_ema_`.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
         ValueError: no gradients, or the wrong dtype or device. RuntimeError: no such backend here.
 
-    Deterministic. No host synchronisation.
+    No gradient. Deterministic. No host synchronisation.
     """
     try:
         if len(grads) == 0:
@@ -35,19 +46,24 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
         backend = _backends.resolve("found_inf", backend, grads[0].device)
         if backend not in ("cpp", "cuda"):
             if _shards.any_distributed(grads):
-                return _shards.found_inf(grads, partial(found_inf, backend=backend))
-            _check_grads(grads)
+                return _found_inf_of_shards(grads, grad_scale, clip, backend)
+            _check_grads(grads, grad_scale, clip)
         with torch.no_grad():
-            return (
-                reference.found_inf(grads)
-                if backend == "reference"
-                else _backends.call("found_inf", backend, (grads,))
-            )
+            if backend == "reference":
+                return reference.found_inf(grads, grad_scale, clip)
+            return _backends.call("found_inf", backend, (grads, grad_scale, clip))
     except _backends.REFUSED:
         if _shards.any_distributed(grads):
-            return _shards.found_inf(grads, partial(found_inf, backend=backend))
-        _check_grads(grads)
+            return _found_inf_of_shards(grads, grad_scale, clip, backend)
+        _check_grads(grads, grad_scale, clip)
         raise
+
+
+def _found_inf_of_shards(
+    grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None, backend: str
+) -> Tensor:
+    scalars = {"grad_scale": _shards.local_of(grad_scale), "clip": _shards.local_of(clip)}
+    return _shards.found_inf(grads, partial(found_inf, **scalars, backend=backend))
 
 
 _found_inf = found_inf  # adam_ema_'s argument has the op's name
@@ -84,16 +100,16 @@ def adam_ema_(
 
     The C++ backend rounds where torch.optim.Adam(foreach=False) does, so float32 and float64 give
     its bits, up to the square root, which torch's own (MKL's) does not always round correctly. If
-    any gradient is not finite, or clip / grad_scale is not, nothing changes but `skipped`.
+    the square of any element of g is not finite (`found_inf`), or clip / grad_scale is not, nothing
+    changes but `skipped`.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors; or of DTensors, the
             state and the averages distributed as the parameters: each process steps its shards, and
-                a gradient that is not finite in one skips the step in all. Those of one parameter
-                have its shape, device and dtype (float32, float64,
-            bfloat16 or float16). Best where they lie in memory alike: others go through copies.
-            Half precision is computed in float32. No memory that is written may overlap itself or
-            another argument.
+            what skips the step in one skips it in all. Those of one parameter have its shape,
+            device and dtype (float32, float64, bfloat16 or float16). Best where they lie in memory
+            alike: others go through copies. Half precision is computed in float32. No memory that
+            is written may overlap itself or another argument.
         steps: P float32 scalars on the parameters' device, one tensor each: the count of a
             parameter's steps, increased by 1.
         averages, decays: as for `ema_update_`; on CUDA at most 16.
@@ -104,8 +120,8 @@ def adam_ema_(
         decoupled: AdamW, else Adam.
         grad_scale: what the loss was multiplied by (GradScaler), or None.
         clip: a factor of every gradient, such as min(1, max_norm / norm), or None.
-        found_inf: not 0 where a gradient is not finite, a float32 scalar on the parameters' device;
-            None: the gradients are looked at.
+        found_inf: not 0 where the step is to be skipped, a float32 scalar on the parameters'
+            device; None: `found_inf` looks at the gradients.
         skipped: an int64 scalar on the parameters' device, increased by 1 if the step is skipped;
             or None.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
@@ -137,7 +153,9 @@ def adam_ema_(
         if not params:
             return
         with torch.no_grad():
-            flag = _found_inf(grads, backend=backend) if found_inf is None else found_inf
+            flag = found_inf
+            if flag is None:
+                flag = _found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
             rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
             if backend == "reference":
                 return reference.adam_ema_(*columns, averages, *rest)
@@ -166,11 +184,11 @@ def _on_shards(
     options: tuple,
     backend: str,
 ) -> None:
-    """The step of this process's shards, skipped where any process has a gradient that is not
-    finite."""
+    """The step of this process's shards, skipped where `found_inf` is 1 in any process."""
     params, grads, exp_avgs, exp_avg_sqs, steps = columns
     lr, flag, grad_scale, clip = map(_shards.local_of, scalars)
-    flag = _found_inf(grads, backend=backend) if flag is None else flag
+    if flag is None:
+        flag = _found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
     written = {
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
@@ -260,7 +278,7 @@ def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:
             raise ValueError(f"adam_ema_: {name} must be a list or tuple, got {kind_of(column)}")
 
 
-def _check_grads(grads: Sequence[Tensor]) -> None:
+def _check_grads(grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> None:
     check_tensors("found_inf", "grads", grads)
     for i, grad in enumerate(grads):
         if grad.dtype not in FLOATS:
@@ -270,6 +288,21 @@ def _check_grads(grads: Sequence[Tensor]) -> None:
                 f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got "
                 f"{grad.device}"
             )
+    for name, scalar in (("grad_scale", grad_scale), ("clip", clip)):
+        _check_scalar("found_inf", name, scalar, grads[0].device)
+
+
+def _check_scalar(op: str, name: str, scalar: Tensor | None, device: torch.device) -> None:
+    if scalar is None:
+        return
+    check_tensor(op, name, scalar)
+    if scalar.numel() != 1 or scalar.dtype not in WIDE:
+        raise ValueError(
+            f"{op}: {name} must be one float32 or float64, got {scalar.dtype} of shape "
+            f"{list(scalar.shape)}"
+        )
+    if scalar.device != device and scalar.device.type != "cpu":
+        raise ValueError(f"{op}: {name} must be on {device}, got {scalar.device}")
 
 
 def _check(
@@ -345,18 +378,12 @@ def _check_rows(
 def _check_scalars(
     decays: Tensor, scalars: tuple, skipped: Tensor | None, device: torch.device
 ) -> None:
-    for name, scalar in zip(
-        ("lr", "found_inf", "grad_scale", "clip", "decays"), (*scalars, decays), strict=True
-    ):
-        if scalar is None:
-            continue
-        check_tensor("adam_ema_", name, scalar)
-        if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in WIDE):
-            raise ValueError(
-                f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape "
-                f"{list(scalar.shape)}"
-            )
-        if scalar.device != device and (name == "found_inf" or scalar.device.type != "cpu"):
+    for name, scalar in zip(("lr", "found_inf", "grad_scale", "clip"), scalars, strict=True):
+        _check_scalar("adam_ema_", name, scalar, device)
+    found_inf = scalars[1]
+    for name, scalar in (("found_inf", found_inf), ("decays", decays)):
+        needed = name == "found_inf" or scalar.device.type != "cpu"
+        if scalar is not None and needed and scalar.device != device:
             raise ValueError(f"adam_ema_: {name} must be on {device}, got {scalar.device}")
     if skipped is None:
         return
@@ -368,8 +395,8 @@ def _check_scalars(
         )
 
 
-def _fake_found_inf(grads):
-    _check_grads(grads)  # a tensor on "meta" brings an eager call here too
+def _fake_found_inf(grads, grad_scale, clip):
+    _check_grads(grads, grad_scale, clip)  # a tensor on "meta" brings an eager call here too
     return grads[0].new_empty((), dtype=torch.float32)
 
 

@@ -242,7 +242,7 @@ def test_the_stand_in_finds_missing_and_parted_barriers(tmp_path, monkeypatch):
     subprocess.run(
         [
             "g++",
-            "-std=c++17",
+            "-std=c++20",
             "-O1",
             "-shared",
             "-fPIC",

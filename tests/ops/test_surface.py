@@ -350,7 +350,7 @@ def test_opcheck_of_every_op(compiled):
         ),
         "heun_step": (x[0], x[1], six, x[2], x[3], BF16),
         "ema_update_": ([*average, *other], params, decays),
-        "found_inf": (grads,),
+        "found_inf": (grads, lr, None),
         "adam_ema_": (
             params,
             grads,
