@@ -232,13 +232,8 @@ class Loss(ABC):
             coef[:, SCALE].fill_(1)
         if batch.x_tp is None:
             out_target, x_tp = out.detach(), None  # never read: every w_td is 0
-        elif target_net is None:
-            raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         else:
-            with torch.no_grad():
-                out_target, x_tp = self._predict(
-                    target_net, batch.x_tp, batch.sigma_p, conditions, chosen
-                )
+            out_target, x_tp = self._predict_target(target_net, batch, conditions, chosen)
             if x_tp is None:
                 coef[:, SKIP_P].fill_(0)
                 coef[:, SCALE_P].fill_(1)
@@ -246,6 +241,15 @@ class Loss(ABC):
         terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
         td, base = terms.unbind(1)
         return TDTerms(terms.sum(1), td, base, coef[:, W_TD] != 0)
+
+    def _predict_target(
+        self, target_net, batch: TDBatch, conditions: dict, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_predict` of the target network, without gradients."""
+        if target_net is None:
+            raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
+        with torch.no_grad():
+            return self._predict(target_net, batch.x_tp, batch.sigma_p, conditions, chosen)
 
     def _terms(self, *args: Tensor | None) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
