@@ -160,9 +160,8 @@ def generate(
         net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
     )
     options |= follow | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx} | choice(meta)
-    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][
-        process.rank :: process.world
-    ]
+    every = [seeds[first : first + batch] for first in range(0, len(seeds), batch)]
+    batches = every[process.rank :: process.world]
     paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
     _prepare(paths, grid)
     images = []
@@ -176,11 +175,8 @@ def generate(
         images = torch.cat(images)
         save_grid(grid, images, columns=round(len(images) ** 0.5))
     if process.world > 1:
-        count = sum(map(len, batches))
-        click.echo(
-            f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images",
-            err=True,
-        )
+        drawn = f"{sum(map(len, batches))} of the {len(seeds)} images"
+        click.echo(f"Process {process.rank} of {process.world} drew {drawn}", err=True)
 
 
 def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:

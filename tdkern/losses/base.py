@@ -202,10 +202,10 @@ class Loss(ABC):
                 without a TD term.
             batch: from `pair`.
             labels, augment_labels: passed to both networks, or None.
-            gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
-                with `terms.loss.sum().backward()` the gradient that the launch has written is then
-                handed out as it is, where a factor behind the loss is a second pass over it.
-                EDM's is the number of elements of a sample over the batch size.
+            gradient_scale: a factor of all terms, > 0, in the weights before the launch: the
+                gradient of `terms.loss.sum()` is then handed out as the launch has written it. A
+                factor behind the loss is a second pass over it. EDM's is a sample's elements over
+                the batch size.
 
         Returns:
             `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target
@@ -213,8 +213,7 @@ class Loss(ABC):
             no place for is as one without a TD term.
 
         Raises:
-            ValueError: a TD term without a target network, or a network's output has the wrong
-                shape or dtype.
+            ValueError: a TD term without a target network, or an output of a wrong shape or dtype.
 
         Gradient to `net`'s parameters only. Deterministic if the networks are. No host
         synchronisation.

@@ -12,6 +12,13 @@ def found_inf(grads: list[Tensor]) -> Tensor:
     return torch.stack([~grad.isfinite().all() for grad in grads]).any().float()
 
 
+def _number(scalar: Tensor | None, like: Tensor) -> Tensor:
+    """A factor as a float64 scalar on a device; None is 1."""
+    if scalar is None:
+        return torch.ones((), dtype=torch.float64, device=like.device)
+    return scalar.reshape(()).to(like.device, torch.float64)
+
+
 def adam_ema_(
     params: list[Tensor],
     grads: list[Tensor],
@@ -35,16 +42,8 @@ def adam_ema_(
     or nothing but skipped + 1."""
     if not params:
         return
-    device = params[0].device
-
-    def number(scalar: Tensor | None) -> Tensor:
-        return (
-            torch.ones((), dtype=torch.float64, device=device)
-            if scalar is None
-            else scalar.reshape(()).to(device, torch.float64)
-        )
-
-    lr, factor = number(lr), number(clip) / number(grad_scale)
+    lr, clip, grad_scale = (_number(scalar, params[0]) for scalar in (lr, clip, grad_scale))
+    factor = clip / grad_scale
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped.add_(skip.to(torch.int64).reshape(skipped.shape))

@@ -371,7 +371,7 @@ IMAGES = torch.zeros(2, 3)
             r"TDFlowLoss: noise must have shape \[2, 3\], got \[2\]",
         ),
         (
-            lambda: TDFlowLoss(coupling="shared").TDFlowLoss().pair(IMAGES, noise_p=IMAGES),
+            lambda: TDFlowLoss(coupling="shared").pair(IMAGES, noise_p=IMAGES),
             "noise_p must be None with shared coupling",
         ),
         (
