@@ -1,22 +1,30 @@
 """A call of every op with arguments that it takes: what the tests, the sanitizers' run and the
 benchmarks make their calls from."""
 
+import math
+
 import torch
 from torch import Tensor
 
 SHAPE = (3, 4, 5)  # of the tensors that an op works through
+PERIOD = 2**16  # so that an example of any size is made at once
 
 
 def _numbers(
     count: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
 ) -> list[Tensor]:
-    """Tensors of unit normals, drawn on the CPU, the same ones every time."""
+    """Tensors of unit normals, drawn on the CPU, the same ones every time; of more than PERIOD
+    numbers they repeat."""
     random = torch.Generator("cpu").manual_seed(count)
-    drawn = (
-        torch.randn(shape, generator=random, dtype=torch.float64, device="cpu")
-        for _ in range(count)
-    )
-    return [tensor.to(device, dtype) for tensor in drawn]
+    size = math.prod(shape)
+    tensors = []
+    for _ in range(count):
+        drawn = torch.randn(min(size, PERIOD), generator=random, dtype=torch.float64, device="cpu")
+        there = drawn.to(device, dtype)
+        if size > PERIOD:
+            there = there.repeat(-(-size // PERIOD))[:size]
+        tensors.append(there.reshape(shape))
+    return tensors
 
 
 def _levels(batch: int, low: float, high: float, device: torch.device | str) -> Tensor:
