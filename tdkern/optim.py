@@ -18,19 +18,18 @@ class AdamEMA(torch.optim.Adam):
     """AdamW or Adam with averages of the parameters, one pass over memory a step
     (`tdkern.ops.adam_ema_`).
 
-    A step whose gradients are not all finite changes nothing; it is counted in `skipped` (int64, on
-    the device), and the host never waits for the answer. Learning-rate schedulers, parameter
-    groups, GradScaler and hooks work as with torch.optim.Adam, whose `state_dict` this is:
-    torch.optim.Adam and AdamW load it and the other way round. The averages are the caller's
-    tensors and are saved with the networks they belong to; buffers are not averaged, nor is a
-    parameter without a gradient. A first step with lr 0, which only makes the state (as
-    torch.distributed.checkpoint.state_dict does), leaves the averages alone.
+    A step with a gradient whose square is not finite (`tdkern.ops.found_inf`) changes nothing; it
+    is counted in `skipped` (int64, on the device), and the host never waits for the answer.
+    Learning-rate schedulers, parameter groups, GradScaler and hooks work as with torch.optim.Adam,
+    whose `state_dict` this is: torch.optim.Adam and AdamW load it and the other way round. The
+    averages are the caller's tensors and are saved with the networks they belong to; buffers are
+    not averaged, nor is a parameter without a gradient. A first step with lr 0, which only makes
+    the state (as torch.distributed.checkpoint.state_dict does), leaves the averages alone.
 
     Where several processes train together, each steps the parameters or shards that it has (DDP,
-    FSDP, ZeroRedundancyOptimizer), and a gradient that is not finite in one of them skips the step
-    in all: their flags are reduced over `flag_group`, so every process of it must call `step`.
-        Under Lightning's "16-mixed" and "bf16-mixed" clip by `step(clip=)` in manual optimization:
-        its
+    FSDP, ZeroRedundancyOptimizer), and what skips the step in one of them skips it in all: their
+    flags are reduced over `flag_group`, so every process of it must call `step`. Under Lightning's
+    "16-mixed" and "bf16-mixed" clip by `step(clip=)` in manual optimization: its
     `gradient_clip_val` refuses every optimizer that takes GradScaler's scale itself, as torch's
     fused Adam does.
 
@@ -137,11 +136,8 @@ class AdamEMA(torch.optim.Adam):
         return loss
 
     def _step(self, clip: Tensor | None) -> None:
-        grad_scale, found, skipped = (
-            getattr(self, "grad_scale", None),
-            self._found_inf(),
-            self.skipped,
-        )
+        grad_scale, skipped = getattr(self, "grad_scale", None), self.skipped
+        found = self._found_inf(grad_scale, clip)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             if not params:
@@ -179,9 +175,9 @@ class AdamEMA(torch.optim.Adam):
         if skipped is not None and found is not None:  # no gradient in this process
             skipped += (found != 0).to(skipped.device, torch.int64)
 
-    def _found_inf(self) -> Tensor | None:
-        """Whether any process of the group has a gradient that is not finite; None where there is
-        no gradient and no other process."""
+    def _found_inf(self, grad_scale: Tensor | None, clip: Tensor | None) -> Tensor | None:
+        """Whether any process of the group has a gradient that no step can be taken with; None
+        where there is no gradient and no other process."""
         found = getattr(self, "found_inf", None)  # GradScaler's protocol
         grads = [
             param.grad
@@ -189,8 +185,9 @@ class AdamEMA(torch.optim.Adam):
             for param in group["params"]
             if param.grad is not None
         ]
-        if found is None and grads:
-            found = found_inf(grads, backend=self.backend)
+        if grads:  # GradScaler looks at the gradients themselves alone
+            own = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=self.backend)
+            found = own if found is None else torch.maximum(own, found.to(own.device))
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self.flag_group is None or not distributed:
             return found

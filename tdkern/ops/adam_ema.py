@@ -1,5 +1,5 @@
 """`adam_ema_`: a step of Adam or AdamW and the averages of the parameters, in one pass; nothing at
-all if a gradient is not finite."""
+all if the square of a gradient is not finite."""
 
 import math
 from collections.abc import Sequence
@@ -15,19 +15,30 @@ from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
 from .ema_update import checked_decays, lists_of
 
 
-def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
-    """Whether any element of any of the gradients is infinite or NaN: a float32 scalar on their
-    device, 1 or 0; GradScaler's name for it.
+def found_inf(
+    grads: Sequence[Tensor],
+    *,
+    grad_scale: Tensor | None = None,
+    clip: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Whether Adam can take a step with these gradients: a float32 scalar on their device, 1 if any
+    element's g^2 is infinite or NaN, else 0; GradScaler's name for it.
+
+    g = grad clip / grad_scale, and g^2 is rounded to the gradient's dtype, in which `adam_ema_`
+    keeps the second moment. An infinite one would hold its parameter where it is for good. So |g|
+    is at most 1.8e19 in float32 and bfloat16, 1.3e154 in float64 and 255.9 in float16.
 
     Args:
         grads: tensors of any shapes and strides, on one device, at least one. float32, float64,
             bfloat16 or float16, also mixed.
+        grad_scale, clip: as of `adam_ema_`.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
         ValueError: no gradients, or the wrong dtype or device. RuntimeError: no such backend here.
 
-    Deterministic. No host synchronisation.
+    No gradient. Deterministic. No host synchronisation.
     """
     try:
         if len(grads) == 0:
@@ -35,19 +46,24 @@ def found_inf(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
         backend = _backends.resolve("found_inf", backend, grads[0].device)
         if backend not in ("cpp", "cuda"):
             if _shards.any_distributed(grads):
-                return _shards.found_inf(grads, partial(found_inf, backend=backend))
-            _check_grads(grads)
+                return _found_inf_of_shards(grads, grad_scale, clip, backend)
+            _check_grads(grads, grad_scale, clip)
         with torch.no_grad():
-            return (
-                reference.found_inf(grads)
-                if backend == "reference"
-                else _backends.call("found_inf", backend, (grads,))
-            )
+            if backend == "reference":
+                return reference.found_inf(grads, grad_scale, clip)
+            return _backends.call("found_inf", backend, (grads, grad_scale, clip))
     except _backends.REFUSED:
         if _shards.any_distributed(grads):
-            return _shards.found_inf(grads, partial(found_inf, backend=backend))
-        _check_grads(grads)
+            return _found_inf_of_shards(grads, grad_scale, clip, backend)
+        _check_grads(grads, grad_scale, clip)
         raise
+
+
+def _found_inf_of_shards(
+    grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None, backend: str
+) -> Tensor:
+    scalars = {"grad_scale": _shards.local_of(grad_scale), "clip": _shards.local_of(clip)}
+    return _shards.found_inf(grads, partial(found_inf, **scalars, backend=backend))
 
 
 def adam_ema_(
@@ -76,8 +92,8 @@ def adam_ema_(
     else g <- g + weight_decay p;  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
     p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);  averages as `ema_update_`.
     The C++ backend rounds where torch.optim.Adam(foreach=False) does: it gives its bits up to the
-    square root, which torch's (MKL's) does not always round correctly. If a gradient or
-    clip / grad_scale is not finite, nothing changes but `skipped`.
+    square root, which torch's (MKL's) does not always round correctly. If the square of any g
+    (`found_inf`) or clip / grad_scale is not finite, nothing changes but `skipped`.
 
     Args:
         params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors, those of one parameter
@@ -93,7 +109,7 @@ def adam_ema_(
         decoupled: AdamW, else Adam.
         grad_scale, clip: what GradScaler multiplied the loss by, and a factor of every gradient,
             such as min(1, max_norm / norm); or None.
-        found_inf: float32 scalar, not 0 to skip the step; None: the gradients are looked at.
+        found_inf: float32 scalar, not 0 to skip the step; None: `found_inf` looks at the gradients.
         skipped: int64 scalar on the device, increased by 1 if the step is skipped; or None.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
@@ -138,7 +154,7 @@ def _on_backend(
     lr, flag, grad_scale, clip = scalars
     with torch.no_grad():
         if flag is None:
-            flag = found_inf(grads, backend=backend)
+            flag = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
         rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
         if backend == "reference":
             return reference.adam_ema_(*columns, averages, *rest)
@@ -177,11 +193,11 @@ def _on_shards(
     options: tuple,
     backend: str,
 ) -> None:
-    """The step of this process's shards, skipped where any process has a gradient that is not
-    finite."""
+    """The step of this process's shards, skipped where `found_inf` is 1 in any process."""
     params, grads, exp_avgs, exp_avg_sqs, steps = columns
     lr, flag, grad_scale, clip = map(_shards.local_of, scalars)
-    flag = found_inf(grads, backend=backend) if flag is None else flag
+    if flag is None:
+        flag = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
     written = {
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
@@ -269,7 +285,7 @@ def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:
             raise ValueError(f"adam_ema_: {name} must be a list or tuple, got {kind_of(column)}")
 
 
-def _check_grads(grads: Sequence[Tensor]) -> None:
+def _check_grads(grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> None:
     check_tensors("found_inf", "grads", grads)
     for i, grad in enumerate(grads):
         if grad.dtype not in FLOATS:
@@ -279,6 +295,21 @@ def _check_grads(grads: Sequence[Tensor]) -> None:
                 f"found_inf: grads[{i}] must be on {grads[0].device} as grads[0] is, got "
                 f"{grad.device}"
             )
+    for name, scalar in (("grad_scale", grad_scale), ("clip", clip)):
+        _check_scalar("found_inf", name, scalar, grads[0].device)
+
+
+def _check_scalar(op: str, name: str, scalar: Tensor | None, device: torch.device) -> None:
+    if scalar is None:
+        return
+    check_tensor(op, name, scalar)
+    if scalar.numel() != 1 or scalar.dtype not in WIDE:
+        raise ValueError(
+            f"{op}: {name} must be one float32 or float64, got {scalar.dtype} of shape "
+            f"{list(scalar.shape)}"
+        )
+    if scalar.device != device and scalar.device.type != "cpu":
+        raise ValueError(f"{op}: {name} must be on {device}, got {scalar.device}")
 
 
 def _check(
@@ -354,18 +385,12 @@ def _check_rows(
 def _check_scalars(
     decays: Tensor, scalars: tuple, skipped: Tensor | None, device: torch.device
 ) -> None:
-    for name, scalar in zip(
-        ("lr", "found_inf", "grad_scale", "clip", "decays"), (*scalars, decays), strict=True
-    ):
-        if scalar is None:
-            continue
-        check_tensor("adam_ema_", name, scalar)
-        if name != "decays" and (scalar.numel() != 1 or scalar.dtype not in WIDE):
-            raise ValueError(
-                f"adam_ema_: {name} must be one float32 or float64, got {scalar.dtype} of shape "
-                f"{list(scalar.shape)}"
-            )
-        if scalar.device != device and (name == "found_inf" or scalar.device.type != "cpu"):
+    for name, scalar in zip(("lr", "found_inf", "grad_scale", "clip"), scalars, strict=True):
+        _check_scalar("adam_ema_", name, scalar, device)
+    found_inf = scalars[1]
+    for name, scalar in (("found_inf", found_inf), ("decays", decays)):
+        needed = name == "found_inf" or scalar.device.type != "cpu"
+        if scalar is not None and needed and scalar.device != device:
             raise ValueError(f"adam_ema_: {name} must be on {device}, got {scalar.device}")
     if skipped is None:
         return
@@ -377,8 +402,8 @@ def _check_scalars(
         )
 
 
-def _fake_found_inf(grads):
-    _check_grads(grads)  # a tensor on "meta" brings an eager call here too
+def _fake_found_inf(grads, grad_scale, clip):
+    _check_grads(grads, grad_scale, clip)  # a tensor on "meta" brings an eager call here too
     return grads[0].new_empty((), dtype=torch.float32)
 
 

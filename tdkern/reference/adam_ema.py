@@ -7,16 +7,17 @@ from torch import Tensor
 from .ema_update import ema_update_
 
 
-def found_inf(grads: list[Tensor]) -> Tensor:
-    """1 where any element of any gradient is not finite, else 0."""
-    return torch.stack([~grad.isfinite().all() for grad in grads]).any().float()
-
-
-def _number(scalar: Tensor | None, like: Tensor) -> Tensor:
-    """A factor as a float64 scalar on a device; None is 1."""
-    if scalar is None:
-        return torch.ones((), dtype=torch.float64, device=like.device)
-    return scalar.reshape(()).to(like.device, torch.float64)
+def found_inf(grads: list[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> Tensor:
+    """1 where the square of any element of any gradient, as the second moment is stored, is not
+    finite, else 0."""
+    device = grads[0].device
+    factor = _number(clip, device) / _number(grad_scale, device)
+    finite = []
+    for grad in grads:
+        dtype = _arithmetic(grad)
+        g = grad.to(dtype) * factor.to(dtype)
+        finite.append((g * g).to(grad.dtype).isfinite().all())
+    return (~torch.stack(finite)).any().float()
 
 
 def adam_ema_(
@@ -42,15 +43,15 @@ def adam_ema_(
     or nothing but skipped + 1."""
     if not params:
         return
-    lr, clip, grad_scale = (_number(scalar, params[0]) for scalar in (lr, clip, grad_scale))
-    factor = clip / grad_scale
+    device = params[0].device
+    lr, factor = _number(lr, device), _number(clip, device) / _number(grad_scale, device)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped.add_(skip.to(torch.int64).reshape(skipped.shape))
     for param, grad, exp_avg, exp_avg_sq, step in zip(
         params, grads, exp_avgs, exp_avg_sqs, steps, strict=True
     ):
-        dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        dtype = _arithmetic(param)
         t = step.reshape(()).double() + 1
         shrink = 1 - lr * weight_decay if decoupled else torch.ones_like(lr)
         step_size, root = lr / (1 - beta1**t), (1 - beta2**t).sqrt()
@@ -75,3 +76,14 @@ def adam_ema_(
     for average, new_average in zip(averages, new_averages, strict=True):
         for avg, new in zip(average, new_average, strict=True):
             avg.copy_(torch.where(skip, avg, new))
+
+
+def _number(scalar: Tensor | None, device: torch.device) -> Tensor:
+    """In float64 on the device; 1 for None."""
+    if scalar is None:
+        return torch.ones((), dtype=torch.float64, device=device)
+    return scalar.reshape(()).to(device, torch.float64)
+
+
+def _arithmetic(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

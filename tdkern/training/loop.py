@@ -204,7 +204,7 @@ class Trainer:
         # empty where there is no target network
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
         self.whole = False
-        # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
         self.optimizer.step()
         for average in self.averages:
             average.copy_buffers(self.net)
@@ -424,7 +424,7 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
             record.warn(
                 "no step was taken since image "
                 f"{trainer.nimg - options.batch * int(statistics['skipped'])}: "
-                "all had gradients that are not finite"
+                "all had gradients that are not finite or whose squares are not"
             )
     if trainer.idle >= IDLE_TICKS:
         raise Diverged(_diagnosis(trainer, statistics, record))
@@ -451,10 +451,9 @@ def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record |
     lr = learning_rate(trainer.options, trainer.nimg)
     way = f"; {checkpoint.way_on(record.run_dir)}" if record else ""
     return (
-        f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the "
-        "loss is "
-        f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision "
-        f"{trainer.options.precision}; "
+        f"training has diverged at image {trainer.nimg}: gradients or their squares are not "
+        f"finite, {what}, the loss is {statistics['loss']:.4g}, the learning rate {lr:.4g}, "
+        f"precision {trainer.options.precision}; "
         f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}"
     )
 

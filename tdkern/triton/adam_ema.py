@@ -14,7 +14,7 @@ from .ema_update import block_of, update_averages
 from .lists import flat, on_device
 
 
-# s: AdamStep of adam_math.h, in float64.
+# s: AdamStep of adam_ema_math.h, in float64.
 @triton.jit
 def adam_kernel(
     grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr
@@ -43,14 +43,31 @@ def adam_kernel(
         update_averages(averages, decays, p, i, inside, T)
 
 
-def found_inf(grads):
-    """torch's own, which looks at a list in few launches: an element that is not finite makes its
-    tensor's largest so.
+def found_inf(grads, grad_scale, clip):
+    """By torch's own norms, which look at a list in few launches: the largest element of a tensor
+    has its largest square, and one that is NaN is the largest.
     """
-    some = [grad for grad in grads if grad.numel() > 0]
-    if not some:
-        return grads[0].new_zeros((), dtype=torch.float32)
-    return (~torch.stack(torch._foreach_norm(some, math.inf)).isfinite()).any().float()
+    device = grads[0].device
+    factor = _grad_factor(grad_scale, clip, device)
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for dtype in {grad.dtype for grad in grads}:
+        some = [grad for grad in grads if grad.dtype == dtype and grad.numel() > 0]
+        if not some:
+            continue
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        largest = torch.stack(torch._foreach_norm(some, math.inf)).to(wide) * factor.to(wide)
+        found |= ~(largest * largest).to(dtype).isfinite().all()
+    return found.float()
+
+
+def _grad_factor(grad_scale, clip, device):
+    """clip / grad_scale, in float64 on the device."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    clip, grad_scale = (
+        one if scalar is None else on_device(scalar.reshape(()), device)
+        for scalar in (clip, grad_scale)
+    )
+    return clip / grad_scale
 
 
 def adam_ema_(
@@ -75,12 +92,8 @@ def adam_ema_(
     if not params:
         return
     device = params[0].device
-    lr, clip, grad_scale = (
-        None if scalar is None else on_device(scalar.reshape(()), device)
-        for scalar in (lr, clip, grad_scale)
-    )
-    decays, one = on_device(decays, device), torch.ones_like(lr)
-    factor = (one if clip is None else clip) / (one if grad_scale is None else grad_scale)
+    lr, decays = on_device(lr.reshape(()), device), on_device(decays, device)
+    factor = _grad_factor(grad_scale, clip, device)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped += skip.view_as(skipped)

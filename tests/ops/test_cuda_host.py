@@ -82,8 +82,6 @@ def noise_pair():
                 level / 3,
                 level / 2,
                 seed=1,
-                c_in=level,
-                c_in_p=level,
                 backend="cuda",
             )
             yield from tdkern.noise_pair(
@@ -256,7 +254,7 @@ def test_the_stand_in_finds_missing_and_parted_barriers(tmp_path, monkeypatch):
     subprocess.run(
         [
             "g++",
-            "-std=c++17",
+            "-std=c++20",
             "-O1",
             "-shared",
             "-fPIC",

@@ -132,6 +132,9 @@ def test_more_wrong_kinds(backend):
         "betas": 0.9,
     }.items():
         refuses("adam_ema_", name, {**arguments, name: wrong}, backend)
+    arguments = OPS["found_inf"].example(device=device_of(backend))
+    for name, wrong in {"clip": 0.5, "grad_scale": 1.0}.items():
+        refuses("found_inf", name, {**arguments, name: wrong}, backend)
     refuses(
         "td_coef",
         "td_sigma",
