@@ -2,7 +2,8 @@
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ class EMA:
     """
 
     def __init__(self, net: nn.Module):
-        self.module = copy.deepcopy(net).eval().requires_grad_(False)
+        self.module: Any = copy.deepcopy(net).eval().requires_grad_(False)
 
     def update(self, net: nn.Module, decay: float) -> None:
         """Take `net`'s parameters into the average, and its buffers as they are.
@@ -49,7 +50,7 @@ class EMA:
 
 
 @torch.no_grad()
-def update(averages: Collection[EMA], net: nn.Module, decays: Collection[float]) -> None:
+def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float]) -> None:
     """Take `net` into several averages, each with its own decay, reading its parameters once."""
     ema_update_(
         [list(average.module.parameters()) for average in averages], list(net.parameters()), decays
@@ -101,9 +102,8 @@ def power_function_gamma(sigma_rel: float) -> float:
         raise ValueError(
             f"power_function_gamma: sigma_rel must be in (0, 12^-0.5], got {sigma_rel}"
         )
-    cubic = np.polysub(
-        np.polymul(np.polymul([1, 2], [1, 2]), [1, 3]), np.divide([1, 1], sigma_rel**2)
-    )
+    # (gamma + 2)^2 (gamma + 3) - (gamma + 1) / sigma_rel^2
+    cubic = [1, 7, 16 - 1 / sigma_rel**2, 12 - 1 / sigma_rel**2]
     return float(max(np.roots(cubic).real))
 
 

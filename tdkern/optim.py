@@ -136,7 +136,8 @@ class AdamEMA(torch.optim.Adam):
         return loss
 
     def _step(self, clip: Tensor | None) -> None:
-        grad_scale, skipped = getattr(self, "grad_scale", None), self.skipped
+        grad_scale = getattr(self, "grad_scale", None)
+        skipped: Tensor | None = self.skipped
         found = self._found_inf(grad_scale, clip)
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
@@ -146,18 +147,17 @@ class AdamEMA(torch.optim.Adam):
                 self.state[param] for param in params
             )
             states = [self._state(param) for param in params]
-            averages, decays = (
-                ([], ())
-                if only_makes_state
-                else (
-                    list(zip(*(self._averages_of(param) for param in params), strict=True)),
-                    self.decays,
-                )
-            )
+            averages: list[tuple[Tensor, ...]] = []
+            decays: Tensor | tuple[float, ...] = ()
+            if not only_makes_state:
+                averages = list(zip(*map(self._averages_of, params), strict=True))
+                decays = self.decays
             adam_ema_(
                 params,
                 [param.grad for param in params],
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [state["step"] for state in states],
                 averages,
                 decays,
                 lr=group["lr"],
@@ -222,17 +222,17 @@ def _averages_by_param(
 ) -> dict[Tensor, list[Tensor]]:
     """The averages of each parameter, as many as there are decays."""
     try:
-        averages = [list(average) for average in averages]
+        columns = [list(average) for average in averages]
     except TypeError:
         raise ValueError(
             "AdamEMA: averages must hold K lists of tensors, such as [ema.module.parameters()]"
         ) from None
-    if len(averages) != len(decays):
+    if len(columns) != len(decays):
         raise ValueError(
-            f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got "
+            f"AdamEMA: decays must hold one decay for each of the {len(columns)} averages, got "
             f"{len(decays)}"
         )
-    for k, average in enumerate(averages):
+    for k, average in enumerate(columns):
         for i, avg in enumerate(average):
             if not isinstance(avg, Tensor):
                 raise ValueError(
@@ -243,7 +243,7 @@ def _averages_by_param(
                 f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the "
                 f"{len(every)} parameters, in their order"
             )
-    return {param: [average[i] for average in averages] for i, param in enumerate(every)}
+    return {param: [average[i] for average in columns] for i, param in enumerate(every)}
 
 
 def _refuse_options(groups: list[dict]) -> None:

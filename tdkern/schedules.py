@@ -243,7 +243,7 @@ class DDPM(VariancePreserving):
             )
 
     @property
-    def t_max(self) -> float:
+    def t_max(self) -> float:  # type: ignore[override]
         return float(self.T)
 
     def _table(self, device: torch.device) -> Tensor:
@@ -358,7 +358,7 @@ class VP(VariancePreserving):
             )
 
     @property
-    def t_min(self) -> float:
+    def t_min(self) -> float:  # type: ignore[override]
         return self.epsilon_t
 
     t_end = t_min
@@ -437,7 +437,7 @@ class FlowMatching(Schedule):
             )
 
     @property
-    def t_end(self) -> float:
+    def t_end(self) -> float:  # type: ignore[override]
         return self.t_min
 
     def alpha(self, t) -> Tensor:

@@ -172,11 +172,10 @@ def generate(
         if grid:
             images.append(drawn)
     if grid:
-        images = torch.cat(images)
-        save_grid(grid, images, columns=round(len(images) ** 0.5))
+        save_grid(grid, torch.cat(images), columns=round(len(seeds) ** 0.5))
     if process.world > 1:
-        drawn = f"{sum(map(len, batches))} of the {len(seeds)} images"
-        click.echo(f"Process {process.rank} of {process.world} drew {drawn}", err=True)
+        share = f"{sum(map(len, batches))} of the {len(seeds)} images"
+        click.echo(f"Process {process.rank} of {process.world} drew {share}", err=True)
 
 
 def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:

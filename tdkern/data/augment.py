@@ -124,6 +124,8 @@ class AugmentPipe(nn.Module):
     depend on draws.
     """
 
+    taps: Tensor
+
     def __init__(
         self,
         p: float = 1,

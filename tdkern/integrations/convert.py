@@ -75,7 +75,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
 def load_converted(
     path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[torch.nn.Module, dict]:
+) -> tuple[Preconditioned, dict]:
     """The network in a file of `convert`, ready to sample from.
 
     Args:

@@ -245,17 +245,26 @@ class Loss(ABC):
         self, target_net, batch: TDBatch, conditions: dict, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """`_predict` of the target network, without gradients."""
+        assert batch.x_tp is not None
         if target_net is None:
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         with torch.no_grad():
             return self._predict(target_net, batch.x_tp, batch.sigma_p, conditions, chosen)
 
-    def _terms(self, *args: Tensor | None) -> Tensor:
+    def _terms(
+        self,
+        out: Tensor,
+        out_target: Tensor,
+        x0: Tensor,
+        coef: Tensor,
+        x_t: Tensor | None,
+        x_tp: Tensor | None,
+    ) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
 
         A family with another base loss overrides it.
         """
-        return td_loss(*args, backend=self.backend)
+        return td_loss(out, out_target, x0, coef, x_t, x_tp, backend=self.backend)
 
     def _choose(self, coef: Tensor, sigma: Tensor, num_models: int) -> Tensor:
         """Which samples the target network runs on.

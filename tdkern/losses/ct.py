@@ -186,6 +186,7 @@ class CTLoss(Loss):
         return TDBatch(images, x_t, x_tp, coef, levels)
 
     def _draw_index(self, images: Tensor) -> Tensor:
+        assert not callable(self.num_scales)
         if self.lognormal is None:
             return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
         mean, std = self.lognormal
@@ -197,6 +198,7 @@ class CTLoss(Loss):
 
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
+        assert self.lognormal is not None
         mean, std = self.lognormal
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         return ndtr((ends.log() - mean) / std).tolist()

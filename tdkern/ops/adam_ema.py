@@ -14,6 +14,12 @@ from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_
 from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
 from .ema_update import checked_decays, lists_of
 
+# params, grads, exp_avgs, exp_avg_sqs, steps
+Columns = tuple[
+    Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]
+]
+Options = tuple[float, float, float, float, bool]  # betas, eps, weight_decay, decoupled
+
 
 def found_inf(
     grads: Sequence[Tensor],
@@ -62,8 +68,9 @@ def found_inf(
 def _found_inf_of_shards(
     grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None, backend: str
 ) -> Tensor:
-    scalars = {"grad_scale": _shards.local_of(grad_scale), "clip": _shards.local_of(clip)}
-    return _shards.found_inf(grads, partial(found_inf, **scalars, backend=backend))
+    local_scale, local_clip = _shards.local_of(grad_scale), _shards.local_of(clip)
+    op = partial(found_inf, grad_scale=local_scale, clip=local_clip, backend=backend)
+    return _shards.found_inf(grads, op)
 
 
 def adam_ema_(
@@ -129,12 +136,12 @@ def adam_ema_(
 
 
 def _on_backend(
-    columns: tuple,
+    columns: Columns,
     averages: Sequence[Sequence[Tensor]],
     decays: Sequence[float] | Tensor,
     scalars: tuple,
     skipped: Tensor | None,
-    options: tuple,
+    options: Options,
     backend: str,
 ) -> None:
     """`adam_ema_` on the backend that fits; what that one checks itself is not checked before."""
@@ -155,21 +162,23 @@ def _on_backend(
     with torch.no_grad():
         if flag is None:
             flag = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
-        rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
         if backend == "reference":
-            return reference.adam_ema_(*columns, averages, *rest)
+            return reference.adam_ema_(
+                *columns, averages, decays, lr, flag, grad_scale, clip, skipped, *options
+            )
         flat = [avg for average in averages for avg in average]
+        rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
         _backends.call("adam_ema_", backend, (*columns, flat, *rest))
     _modes.written([*params, *exp_avgs, *exp_avg_sqs, *flat])
 
 
 def _on_shards_or_refused(
-    columns: tuple,
+    columns: Columns,
     averages: Sequence[Sequence[Tensor]],
     decays: Sequence[float] | Tensor,
     scalars: tuple,
     skipped: Tensor | None,
-    options: tuple,
+    options: Options,
     backend: str,
 ) -> bool:
     """Where a backend has refused: the step of DTensors, else an error that says in full which
@@ -185,12 +194,12 @@ def _on_shards_or_refused(
 
 
 def _on_shards(
-    columns: tuple,
+    columns: Columns,
     averages: Sequence,
     decays: Tensor,
     scalars: tuple,
     skipped: Tensor | None,
-    options: tuple,
+    options: Options,
     backend: str,
 ) -> None:
     """The step of this process's shards, skipped where `found_inf` is 1 in any process."""
@@ -234,7 +243,7 @@ def _on_shards(
 def _pair(betas: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"adam_ema_: betas must be a pair of numbers, got {kind_of(betas)}")
-    return tuple(betas)
+    return betas[0], betas[1]
 
 
 def _checked_numbers(

@@ -148,7 +148,7 @@ def _check(
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     columns = [(name, level, x0.shape[:1], torch.float64) for name, level in levels.items()]
     columns += [
-        (name, value, (1,), torch.int64)
+        (name, value, torch.Size([1]), torch.int64)
         for name, value in integers.items()
         if isinstance(value, Tensor)
     ]

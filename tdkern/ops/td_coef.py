@@ -148,13 +148,13 @@ def _check_options(
             raise ValueError(f"td_coef: {name} must be a positive number, got {value}")
     if not 0 <= lambda_base < math.inf:
         raise ValueError(f"td_coef: lambda_base must be a number >= 0, got {lambda_base}")
-    for name, value, names in (
+    for name, word, names in (
         ("precond", precond, PRECONDS),
         ("base_weight", base_weight, BASE_WEIGHTS),
         ("weight", weight, WEIGHTS),
     ):
-        if value not in names:
-            raise ValueError(f"td_coef: {name} must be one of {', '.join(names)}, got {value!r}")
+        if word not in names:
+            raise ValueError(f"td_coef: {name} must be one of {', '.join(names)}, got {word!r}")
 
 
 def _finite_bounds(td_sigma: tuple[float, float] | None) -> tuple[float, float]:

@@ -141,12 +141,16 @@ def _huber(
     return torch.stack([td, w_base.to(mean.dtype) * mean / ((n * mean + c**2).sqrt() + c)], 1)
 
 
-def _fixed(*tensors: Tensor | None) -> list[Tensor | None]:
+def _fixed(
+    out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Without gradients; but in forward mode with their tangents, which would otherwise be dropped
     without a word."""
     if _modes.forward_mode():
-        return list(tensors)
-    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+        return out_target, x0, coef, x_t, x_tp
+    x_t = None if x_t is None else x_t.detach()
+    x_tp = None if x_tp is None else x_tp.detach()
+    return out_target.detach(), x0.detach(), coef.detach(), x_t, x_tp
 
 
 def _check(

@@ -21,13 +21,13 @@ from ..preconditioning import unwrapped
 
 def checked_levels(sampler: str, sigmas, *, falling: bool = True) -> list[float]:
     """A sampler's levels as numbers; raises ValueError for what are none."""
-    levels = torch.as_tensor(sigmas, dtype=torch.float64)
-    if levels.ndim != 1 or len(levels) < 2:
+    given = torch.as_tensor(sigmas, dtype=torch.float64)
+    if given.ndim != 1 or len(given) < 2:
         raise ValueError(
             f"{sampler}: sigmas must have shape [steps + 1] with at least one step, "
-            f"got {list(levels.shape)}"
+            f"got {list(given.shape)}"
         )
-    levels = levels.tolist()  # the sampler's only host synchronisation
+    levels = given.tolist()  # the sampler's only host synchronisation
     positive = all(0 < sigma < math.inf for sigma in levels[:-1])
     if not (positive and 0 <= levels[-1] < math.inf):
         raise ValueError(

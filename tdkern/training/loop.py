@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,7 +79,8 @@ def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor)
     if FAMILIES[options.family].consistency:
         if options.target_ema_mode == "fixed":
             return options.start_ema
-        return consistency_decay(options.start_ema, options.start_scales, loss.num_scales)
+        scales = loss.num_scales  # type: ignore[attr-defined]  # of every such family's loss
+        return consistency_decay(options.start_ema, options.start_scales, scales)
     if options.target_copy:
         return copy_decay(options.target_copy, updates)
     return ramped_decay(options.target_ema_tau, step)
@@ -255,7 +257,8 @@ class Trainer:
         if self.options.td:
             terms |= {"td": td, "base": base, "valid": valid}
         if FAMILIES[self.options.family].consistency:
-            terms["scales"] = self.loss.at(self.step - 1).num_scales
+            last = self.loss.at(self.step - 1)
+            terms["scales"] = last.num_scales  # type: ignore[attr-defined]
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -328,8 +331,9 @@ class Trainer:
             dist.all_gather(sums, self.sums)
         else:
             sums = [self.sums]
-        sums = [part.tolist() for part in sums]
-        return {"counted": self.counted, "sums": sums, "skipped": self.optimizer.skipped.item()}
+        numbers = [part.tolist() for part in sums]
+        skipped = self.optimizer.skipped.item()
+        return {"counted": self.counted, "sums": numbers, "skipped": skipped}
 
 
 def crossed(trainer: Trainer, ticks: int) -> bool:
@@ -552,7 +556,7 @@ class Record:
     def _images(self) -> Tensor:
         """The EMA network's images of the seeds from 0."""
         net, dataset = self.trainer.ema.module, self.trainer.dataset
-        choice = {"classes": dataset.classes}
+        choice: dict[str, Any] = {"classes": dataset.classes}
         if dataset.classes == []:  # labels are no classes that could be drawn
             choice = {"labels": self.labels}
         parts = []

@@ -11,7 +11,10 @@ from ..losses.curricula import Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
 
-CURRICULA = {"progressive": Progressive, "exponential": Exponential}
+CURRICULA: dict[str, type[Progressive] | type[Exponential]] = {
+    "progressive": Progressive,
+    "exponential": Exponential,
+}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
 # see `resumed`), and have no part in checksums
 FREE = (
@@ -308,7 +311,7 @@ class Options:
         Raises:
             ValueError: one that would make it another run.
         """
-        free = FREE
+        free: tuple[str, ...] = FREE
         if self.lr_decay != "none":
             free = tuple(name for name in FREE if name != "duration")
         for name, value in given.items():
