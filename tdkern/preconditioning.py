@@ -15,6 +15,10 @@ from torch import Tensor, nn
 class Preconditioning(ABC):
     """A kind of raw output; equal to another of its class with the same settings."""
 
+    # whether D is known at an infinite noise level, where no signal is left in x_t. The state there
+    # is the unit noise x / sigma, and skip the limit of skip sigma.
+    reaches_noise = False
+
     @abstractmethod
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(skip, scale) of D = skip x + scale F at noise levels of any shape, in their dtype.
@@ -57,6 +61,8 @@ class CT(Preconditioning):
 class X0(Preconditioning):
     """F predicts x0, on any path: D = F."""
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(sigma), torch.ones_like(sigma)
 
@@ -73,22 +79,29 @@ class Eps(Preconditioning):
 class V(Preconditioning):
     """F predicts v = alpha_t eps - sigma_t x0 on a VP path (arXiv 2202.00512).
 
-    D = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F.
+    D = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F, which is -F at an infinite level.
     """
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
+        scale = -sigma * (1 + sigma**2).rsqrt()
+        return 1 / (1 + sigma**2), torch.where(sigma.isinf(), -1.0, scale)
 
 
 @dataclass(frozen=True)
 class Velocity(Preconditioning):
     """F predicts flow matching's velocity eps - x0: D = (x - sigma F) / (1 + sigma).
 
-    (arXiv 2210.02747.)
+    (arXiv 2210.02747.) At an infinite level, where x is the unit noise, it is x - F.
     """
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 / (1 + sigma), -sigma / (1 + sigma)
+        noise = sigma.isinf()
+        skip, scale = 1 / (1 + sigma), -sigma / (1 + sigma)
+        return torch.where(noise, 1.0, skip), torch.where(noise, -1.0, scale)
 
 
 @dataclass(frozen=True)
@@ -102,19 +115,59 @@ class Score(Preconditioning):
 PREDICTIONS = {"x0": X0(), "eps": Eps(), "v": V(), "velocity": Velocity(), "score": Score()}
 
 
+def _with_inner(net):
+    """A network and, in turn, what torch's own wrappers around it hold, such as
+    DistributedDataParallel and what torch.compile returns, which hand their arguments on.
+    """
+    yield net
+    while type(net).__module__.startswith("torch.") and isinstance(net, nn.Module):
+        children = dict(net.named_children())
+        net = children.get("_orig_mod", children.get("module"))
+        if net is None:
+            return
+        yield net
+
+
 def unwrapped(net):
     """The network inside torch's own wrappers, or `net` itself where it is in none.
 
-    These wrappers, such as DistributedDataParallel and what torch.compile returns, hand their
-    arguments on. `fully_shard` changes a network in place and wraps nothing.
+    `fully_shard` changes a network in place and wraps nothing.
     """
-    while type(net).__module__.startswith("torch.") and isinstance(net, nn.Module):
-        children = dict(net.named_children())
-        inner = children.get("_orig_mod", children.get("module"))
-        if inner is None:
-            break
-        net = inner
-    return net
+    *_, inner = _with_inner(net)
+    return inner
+
+
+def is_compiled(net) -> bool:
+    """Whether `torch.compile` holds a network, or the model in its preconditioning: a batch of
+    another size would be compiled anew.
+    """
+    layers = [*_with_inner(net), *_with_inner(getattr(unwrapped(net), "model", None))]
+    return any(
+        "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
+        for layer in layers
+        if isinstance(layer, nn.Module)
+    )
+
+
+def tensor_of(answer, who: str) -> Tensor:
+    """The tensor in what a network answered.
+
+    It is the answer itself, the first of a tuple or a list, or the `sample` of an object or a dict,
+    as diffusers' models have it. Raises ValueError, which begins with `who`, where there is none.
+    """
+    found = answer
+    if isinstance(answer, dict):
+        found = answer.get("sample")
+    elif isinstance(answer, tuple | list):
+        found = answer[0] if answer else None
+    elif not isinstance(answer, Tensor):
+        found = getattr(answer, "sample", None)
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"{who} must return a tensor, a tuple that begins with one, or an object or a dict that "
+        f"has one as `sample`, got {type(answer).__name__}"
+    )
 
 
 def append_dims(values: Tensor, ndim: int) -> Tensor:

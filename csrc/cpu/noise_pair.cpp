@@ -164,7 +164,7 @@ TDKERN_INLINE void row(const PairRows<D>& in, int64_t b, int64_t begin, int64_t 
   const PairSample<T> s = in.sample(b);
   const uint64_t key = in.key(), offset = in.counter();
   Tile<T> tile;
-  for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = static_cast<uint32_t>(b);
+  for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = in.word(b);
   for (int64_t k = begin; k < end; k += kTile) {
     for (int lane = 0; lane < kCalls; ++lane)
       tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
@@ -225,7 +225,7 @@ void pair_calls(const PairRows<D>& in, int64_t begin, int64_t end, int64_t calls
     const int count = static_cast<int>(std::min<int64_t>(kCalls, end - first));
     for (int lane = 0; lane < kCalls; ++lane) {
       tile.block[lane] = static_cast<uint32_t>((first + call_of(lane)) % calls);
-      tile.sample[lane] = static_cast<uint32_t>((first + call_of(lane)) / calls);
+      tile.sample[lane] = in.word((first + call_of(lane)) / calls);
     }
     tile.draw_both(offset, key, in.shared);
     PairSample<T> s = {};
@@ -306,9 +306,11 @@ PairTensors noise_pair(Tensor x0,
                        int64_t seed,
                        std::optional<Tensor> seed_at,
                        int64_t offset,
-                       std::optional<Tensor> offset_at) {
+                       std::optional<Tensor> offset_at,
+                       int64_t first_sample) {
   return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at,
-                                         offset, offset_at, [](const auto& view) {
+                                         offset, offset_at, first_sample,
+                                         [](const auto& view) {
                                            if (view.step == 1 && view.n >= kTile)
                                              return each_row(view);
                                            each_call(view);

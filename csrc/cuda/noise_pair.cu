@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kThreads,
           }
           walk.skip();
         }
-        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, static_cast<uint32_t>(b),
+        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, in.word(b),
                              offset, keys, n);
       }
       if (first == 0)
@@ -181,10 +181,11 @@ PairTensors noise_pair(Tensor x0,
                        int64_t seed,
                        std::optional<Tensor> seed_at,
                        int64_t offset,
-                       std::optional<Tensor> offset_at) {
+                       std::optional<Tensor> offset_at,
+                       int64_t first_sample) {
   const Launch launch(x0);
   return noise_pair_with<__nv_bfloat16, __half>(
-      x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at,
+      x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample,
       [&](const auto& view) { launch_pair(launch, view); });
 }
 

@@ -23,6 +23,7 @@ struct PairRows {
   Rows<D> x_t, x_tp;
   Column alpha, sigma, alpha_p, sigma_p;
   int64_t seed, offset;
+  int64_t first_sample;  // index of x0's first sample, whose noise is its own
   const int64_t *seed_at, *offset_at;  // where the seed and the offset are instead, if not null
   int64_t batch, n, plane, step;
   bool shared;
@@ -31,6 +32,8 @@ struct PairRows {
     return make_pair_sample<T>(alpha[b], sigma[b], alpha_p[b], sigma_p[b], shared);
   }
   TDKERN_HD uint64_t key() const { return static_cast<uint64_t>(seed_at ? *seed_at : seed); }
+  // The sample's word of Philox's counter.
+  TDKERN_HD uint32_t word(int64_t b) const { return static_cast<uint32_t>(first_sample + b); }
   TDKERN_HD uint64_t counter() const {
     return static_cast<uint64_t>(offset_at ? *offset_at : offset);
   }
@@ -89,10 +92,13 @@ PairTensors noise_pair_with(const Tensor& x0,
                             const std::optional<Tensor>& seed_at,
                             int64_t offset,
                             const std::optional<Tensor>& offset_at,
+                            int64_t first_sample,
                             const Compute& compute) {
   STD_TORCH_CHECK(x0.dim() >= 1, "noise_pair: x0 must have shape [B, ...]");
   const ScalarType data = x0.scalar_type();
   const int64_t batch = x0.size(0), n = elements_per_sample(x0);
+  STD_TORCH_CHECK(0 <= first_sample && first_sample <= (int64_t{1} << 32) - batch,
+                  "noise_pair: first_sample must be in [0, 2^32 - B]");
   STD_TORCH_CHECK(batch <= int64_t{1} << 32 && n <= int64_t{1} << 34,
                   "noise_pair: x0 must have at most 2^32 samples of 2^34 elements");
   const Tensor x_t = empty_pair_like(x0, data), x_tp = empty_like(x_t, data);
@@ -109,6 +115,7 @@ PairTensors noise_pair_with(const Tensor& x0,
                               .sigma_p = column("sigma_p", sigma_p, x0),
                               .seed = seed,
                               .offset = offset,
+                              .first_sample = first_sample,
                               .seed_at = integer("seed", seed_at, x0),
                               .offset_at = integer("offset", offset_at, x0),
                               .batch = batch,

@@ -23,6 +23,7 @@ def noise_pair(
     coupling: str = "markov",
     seed: int | Tensor,
     offset: int | Tensor = 0,
+    first_sample: int = 0,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The coupled pair (x_t, x_t') of noisy data, x_t' nearer to the data.
@@ -43,10 +44,11 @@ def noise_pair(
         alpha_p, sigma_p: as alpha and sigma, the level of x_tp; alpha_p is not 0.
         coupling: "markov" or "shared".
         seed: the key. An int in [-2^63, 2^64), of which the 64 bits count, or an int64 tensor [1]
-            on x0's device, which a CUDA graph reads anew in each replay. Processes that train
-            together need different seeds.
+            on x0's device, which a CUDA graph reads anew in each replay.
         offset: the step: another offset is an independent draw. An int in [0, 2^63), or a tensor as
             seed (63 bits count).
+        first_sample: the index of x0's first sample in a larger batch, in [0, 2^32 - B]. Parts of a
+            batch, on one device or on many, draw with one seed what the whole batch would draw.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
@@ -66,7 +68,7 @@ def noise_pair(
     try:
         backend = _backends.resolve("noise_pair", backend, x0.device)
         if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # they check too
-            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset)
+            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, first_sample)
         if coupling not in COUPLINGS:
             raise ValueError(
                 f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}"
@@ -92,6 +94,7 @@ def noise_pair(
             seed_at,
             offset,
             offset_at,
+            first_sample,
         )
         with torch.no_grad():  # leaves tangents be: in forward mode the reference gives them too
             if backend == "reference":
@@ -101,7 +104,7 @@ def noise_pair(
         _check_integer("seed", seed_given)
         _check_integer("offset", offset_given)
         # says in full which argument is wrong
-        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given)
+        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, first_sample)
         raise
 
 
@@ -124,6 +127,13 @@ def _check_integer(name: str, value: int | Tensor) -> None:
         )
 
 
+def _check_first(value: int, batch: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
+        raise ValueError(f"noise_pair: first_sample must be an int, got {kind_of(value)}")
+    if not 0 <= value <= 2**32 - batch:
+        raise ValueError(f"noise_pair: first_sample must be in [0, 2^32 - B], got {value}")
+
+
 def _check(
     x0: Tensor,
     alpha: Tensor,
@@ -132,6 +142,7 @@ def _check(
     sigma_p: Tensor,
     seed: int | Tensor | None,
     offset: int | Tensor | None,
+    first_sample: int,
 ) -> None:
     levels = {"alpha": alpha, "sigma": sigma, "alpha_p": alpha_p, "sigma_p": sigma_p}
     integers = {"seed": seed, "offset": offset}
@@ -144,6 +155,7 @@ def _check(
             _check_integer(name, value)
     if x0.ndim < 1:
         raise ValueError("noise_pair: x0 must have shape [B, ...], got []")
+    _check_first(first_sample, len(x0))
     if x0.dtype not in FLOATS:
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     columns = [(name, level, x0.shape[:1], torch.float64) for name, level in levels.items()]
@@ -171,15 +183,21 @@ def output_like(x0: Tensor) -> Tensor:
     return own if kept else torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
-def _fake(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at):
+def _fake(
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
+):
     # a tensor on "meta" brings an eager call here too
-    _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at)
+    _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, first_sample)
     return output_like(x0), output_like(x0)
 
 
-def _reference(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at):
+def _reference(
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
+):
     seed, offset = seed if seed_at is None else seed_at, offset if offset_at is None else offset_at
-    return reference.noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset)
+    return reference.noise_pair(
+        x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, first_sample
+    )
 
 
 _backends.define("noise_pair", _fake, _reference)

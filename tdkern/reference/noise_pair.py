@@ -15,6 +15,7 @@ def noise_pair(
     shared: bool,
     seed: int | Tensor,
     offset: int | Tensor,
+    first_sample: int,
 ) -> tuple[Tensor, Tensor]:
     """(x_t, x_tp): the forward transition from x_tp to x_t, or one noise for both."""
     clean = x0.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
@@ -25,7 +26,7 @@ def noise_pair(
     def noise(stream: int) -> Tensor:
         n = x0[0:1].numel() if len(x0) else 0
         return (
-            philox.normals(len(x0), n, seed, offset, stream, x0.device)
+            philox.normals(len(x0), n, seed, offset, stream, x0.device, first_sample)
             .to(clean.dtype)
             .reshape(x0.shape)
         )

@@ -69,7 +69,7 @@ def _normals(seed, block, sample, offset_low, offset_high, T: tl.constexpr, BLOC
 
 # Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are
 # read in place of seed and offset unless None.
-@triton.jit(do_not_specialize=["seed", "offset"])
+@triton.jit(do_not_specialize=["seed", "offset", "first_sample"])
 def pair_kernel(
     x0,
     x_t,
@@ -88,6 +88,7 @@ def pair_kernel(
     seed_at,
     offset,
     offset_at,
+    first_sample,
     n,
     plane,
     step,
@@ -116,7 +117,8 @@ def pair_kernel(
     clean = tl.load(x0 + b * x0_row + at, inside, other=0.0).to(T)
     block = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(block)
-    sample, offset_low = zero + b.to(tl.uint32), zero + (counter & 0xFFFFFFFF).to(tl.uint32)
+    sample = zero + (first_sample + b).to(tl.uint32)
+    offset_low = zero + (counter & 0xFFFFFFFF).to(tl.uint32)
     offset_high = zero + (counter >> 31 & 0xFFFFFFFE).to(tl.uint32)
     n1 = _normals(key, block, sample, offset_low, offset_high, T, BLOCK)
     # An fma by name: which of the two products the compiler would fuse depends on the code around.
@@ -131,7 +133,9 @@ def pair_kernel(
     tl.store(x_tp + at, clean_p.to(x_tp.dtype.element_ty), inside)
 
 
-def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at):
+def noise_pair(
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
+):
     x_t, x_tp = output_like(x0), output_like(x0)
     if x0.numel() > 0:
         if any(x0.size(d) > 1 and x0.stride(d) != x_t.stride(d) for d in range(1, x0.ndim)):
@@ -153,6 +157,7 @@ def noise_pair(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset
                 seed_at,
                 offset,
                 offset_at,
+                first_sample,
                 n,
                 n // step,
                 step,

@@ -12,7 +12,6 @@ import torch
 from helpers.adam_ema import DECAYS, LIE, SHAPES, close, flatten, problem, widened
 from helpers.cases import DTYPES, device_of
 from tdkern.ops import _backends, adam_ema_, found_inf
-from tdkern.ops._dtypes import FLOATS
 from tdkern.optim import AdamEMA
 
 
@@ -133,8 +132,8 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
         )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e25, -2e19])
-def test_a_gradient_whose_square_is_not_finite_skips_the_whole_step(backend, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_gradient_that_is_not_finite_skips_the_whole_step(backend, value):
     device = device_of(backend)
     for place in ((0, 1002), (1, 0), (5, 4096)):
         lists = problem("float32", device)
@@ -170,59 +169,15 @@ def test_scalars_that_skip_the_step(backend, scalars):
     )
 
 
-def ends_of_the_finite_squares(dtype):
-    """The largest number of a dtype whose square is finite there, and the next one above."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
-    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64).sqrt().to(dtype)
-    largest = largest.view(bits) - 4
-    while (largest + 1).view(dtype).square().isfinite():
-        largest += 1
-    return largest.view(dtype).item(), (largest + 1).view(dtype).item()
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_found_inf_is_1_from_the_first_square_that_is_not_finite(backend, dtype):
-    largest, above = ends_of_the_finite_squares(dtype)
-    grad = torch.full((3, 1001), largest, dtype=dtype, device=device_of(backend))
-    assert found_inf([grad, grad[:, ::3], -grad, grad[:0]], backend=backend).item() == 0
-    for place, value in ((0, above), (2047, -above), (-1, above)):
-        changed = grad.clone()
-        changed.view(-1)[place] = value
-        assert found_inf([grad, changed[:0], changed], backend=backend).item() == 1
-        assert found_inf([changed[:, 7:]], backend=backend).item() == (place != 0)
-
-
-def test_the_bounds_that_found_infs_docstring_states():
-    bounds = {"float32": 1.8e19, "bfloat16": 1.8e19, "float64": 1.3e154, "float16": 255.9}
-    for dtype, bound in bounds.items():
-        assert ends_of_the_finite_squares(getattr(torch, dtype))[0] == pytest.approx(
-            bound, rel=0.04
+def test_found_inf_is_0_for_the_largest_numbers(backend):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        largest = torch.full(
+            (3, 1001), torch.finfo(dtype).max, dtype=dtype, device=device_of(backend)
         )
-        assert f"{bound:g}".replace("e+", "e") in found_inf.__doc__
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_found_inf_looks_at_what_adam_squares(backend, dtype):
-    """Gradients times clip / grad_scale, wherever the scalars are."""
-    largest, _ = ends_of_the_finite_squares(dtype)
-    grad = torch.full((3, 1001), largest, dtype=dtype, device=device_of(backend))
-    for scalars, answer in (
-        ({"grad_scale": 4.0}, 0),
-        ({"clip": 4.0}, 1),
-        ({"clip": 4.0, "grad_scale": 8.0}, 0),
-        ({"clip": 8.0, "grad_scale": 4.0}, 1),
-        ({"clip": math.nan}, 1),
-    ):
-        for device in dict.fromkeys(("cpu", device_of(backend))):
-            given = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
-            assert found_inf([grad], **given, backend=backend).item() == answer, scalars
-    lists = [[grad.clone()], [grad], [grad.clone() * 0], [grad.clone() * 0]]
-    steps, skipped = [torch.zeros((), device=grad.device)], torch.tensor(0, device=grad.device)
-    scale = torch.tensor(4.0, device=grad.device)
-    adam_ema_(*lists, steps, lr=0.1, grad_scale=scale, skipped=skipped, backend=backend)
-    assert skipped.item() == 0 and lists[3][0].isfinite().all() and (lists[3][0] > 0).all()
-    adam_ema_(*lists, steps, lr=0.1, clip=scale, skipped=skipped, backend=backend)
-    assert skipped.item() == 1 and steps[0].item() == 1 and lists[3][0].isfinite().all()
+        assert (
+            found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item()
+            == 0
+        )
 
 
 def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):
@@ -542,31 +497,37 @@ def saved(value):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.parametrize("takes_grad_scale", [False, True])
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__
 )
-def test_a_copy_steps_as_the_optimizer(how):
+def test_a_copy_steps_as_the_optimizer(how, takes_grad_scale):
     """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a
     scheduler.
     """
     net, average = network(), network()
     optimizer = AdamEMA(
-        net.parameters(), 0.01, averages=[average.parameters()], decays=[0.9], backend="reference"
+        net.parameters(),
+        0.01,
+        averages=[average.parameters()],
+        decays=[0.9],
+        backend="reference",
+        takes_grad_scale=takes_grad_scale,
     )
     train(net, optimizer, 2)
     for copied in (how(optimizer), how(torch.optim.lr_scheduler.StepLR(optimizer, 1)).optimizer):
         params = copied.param_groups[0]["params"]
         for param in params:
             param.grad = torch.ones_like(param)
-        before = [avg.clone() for param in params for avg in copied._averages[param]]
+        averages = copied._averages[0][0]
+        before = [avg.clone() for avg in averages]
         copied.step()
         assert (
-            copied._step_supports_amp_scaling
+            copied._step_supports_amp_scaling is takes_grad_scale
             and copied.backend == "reference"
             and copied.skipped.item() == 0
         )
-        after = [avg for param in params for avg in copied._averages[param]]
-        assert len(after) == 4 and not any(map(torch.equal, before, after))
+        assert len(averages) == 4 and not any(map(torch.equal, before, averages))
 
 
 def test_averages_follow_the_decays():
@@ -596,55 +557,35 @@ def test_a_bad_gradient_in_one_group_skips_all_and_is_counted_once():
     assert all(state["step"].item() == 1 for state in optimizer.state.values())
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["alone", "GradScaler"])
-def test_a_gradient_whose_square_overflows_holds_no_parameter(scaled):
-    """Once 1e25: that step is left out and counted, and the parameter goes on as if it had not
-    been."""
-    ends = []
-    for huge in (False, True):
-        param = torch.nn.Parameter(torch.ones(3))
-        average = param.detach().clone()
-        optimizer = AdamEMA([param], 0.1, averages=[[average]], decays=[0.5])
-        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
-        for it in range(4):
-            if it == 2 and not huge:
-                continue
-            optimizer.zero_grad()
-            factor = torch.tensor([1.0, 1e25, 1.0]) if it == 2 else torch.ones(3)
-            scaler.scale((param * factor).sum()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        assert optimizer.skipped.item() == huge
-        assert optimizer.state[param]["step"].item() == 3
-        ends.append((param.detach(), average))
-    assert all(map(torch.equal, *ends)) and (ends[1][0] < 0.71).all()
-
-
-def test_grad_scaler():
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("takes_grad_scale", [False, True])
+def test_grad_scaler(unscale, takes_grad_scale):
     """As torch.optim.AdamW with the same scaler, through a step that overflows; also with gradients
     unscaled before.
     """
-    for unscale in (False, True):
-        results = []
-        for kind in (AdamEMA, torch.optim.AdamW):
-            net = network()
-            optimizer = kind(net.parameters(), lr=0.01, weight_decay=0.1)
-            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-            for it in range(5):
-                optimizer.zero_grad()
-                scaler.scale(
-                    net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum()
-                    * (math.inf if it == 2 else 1)
-                ).backward()
-                if unscale:
-                    scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            results.append((net, scaler.get_scale()))
-            if kind is AdamEMA:
-                assert optimizer.skipped.item() == 1
-        assert results[0][1] == results[1][1]
-        same(results[0][0], results[1][0])
+    results = []
+    for kind, options in (
+        (AdamEMA, {"takes_grad_scale": takes_grad_scale}),
+        (torch.optim.AdamW, {}),
+    ):
+        net = network()
+        optimizer = kind(net.parameters(), lr=0.01, weight_decay=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for it in range(5):
+            optimizer.zero_grad()
+            scaler.scale(
+                net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum()
+                * (math.inf if it == 2 else 1)
+            ).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((net, scaler.get_scale()))
+        if kind is AdamEMA:  # a step that GradScaler does not call is no step
+            assert optimizer.skipped.item() == (1 if takes_grad_scale else 0)
+    assert results[0][1] == results[1][1]
+    same(results[0][0], results[1][0])
 
 
 def test_clip_and_closure():
@@ -687,16 +628,19 @@ def test_optimizer_refuses():
         r"parameters, in their order",
     ):
         AdamEMA(params, averages=[params[::-1]], decays=[0.9])
+    with pytest.raises(ValueError, match="AdamEMA: averages must be an argument, in the order of"):
+        AdamEMA([{"params": params, "averages": [params]}], decays=[0.9])
     optimizer = AdamEMA(
         params, averages=[[param.detach().clone() for param in params]], decays=[0.9]
     )
     added = torch.zeros(2, requires_grad=True)
-    optimizer.add_param_group({"params": [added]})
-    added.grad = torch.ones(2)
-    with pytest.raises(
-        ValueError, match="AdamEMA: a parameter that was added later has no averages"
+    for averages, message in (
+        ((), "AdamEMA: decays must hold one decay for each of the 0 averages, got 1"),
+        ([[torch.zeros(3)]], r"AdamEMA: averages\[0\] must hold a tensor of the shape of each of"),
     ):
-        optimizer.step()
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [added], "averages": averages})
+        assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -109,6 +109,41 @@ def truncates(backend, dtype):
     return backend == "triton" and _backends.interpreted() and dtype == BF16
 
 
+@pytest.mark.parametrize("name", ["odd", "a tile and one", "two", "several chunks"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("coupling", ["markov", "shared"])
+def test_parts_of_a_batch_draw_what_the_whole_draws(backend, name, layout, coupling):
+    """A sample's noise belongs to its index in the whole batch, so that any number of processes,
+    and any split of a batch, sees the same."""
+    shape = (7, *SHAPES[name][1:])
+    if layout == "channels_last" and len(shape) != 4:
+        pytest.skip("of images alone")
+    device = device_of(backend)
+    x0 = LAYOUTS[layout](clean(shape, device=device))
+    columns = levels(7, device)
+    options = {"seed": SEED, "offset": STEP, "coupling": coupling, "backend": backend}
+    whole = tdkern.noise_pair(x0, *columns, **options)
+    for first, end in ((0, 3), (3, 4), (4, 7)):
+        columns_of_part = (column[first:end] for column in columns)
+        part = tdkern.noise_pair(x0[first:end], *columns_of_part, first_sample=first, **options)
+        for one, all_ in zip(part, whole, strict=True):
+            assert torch.equal(one, all_[first:end])
+
+
+def test_the_last_sample_there_can_be(backend):
+    x0 = clean((1, 5), device=device_of(backend))
+    columns = levels(1, device_of(backend))
+    draw = lambda first, backend: tdkern.noise_pair(
+        x0, *columns, seed=SEED, first_sample=first, backend=backend
+    )
+    last = draw(2**32 - 1, backend)
+    for one, expected in zip(last, draw(2**32 - 1, "reference"), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+    for first in (-1, 2**32):
+        with pytest.raises(ValueError, match="first_sample must be"):
+            draw(first, backend)
+
+
 # ---- the reference ------------------------------------------------------------------------------
 
 VECTORS = [  # of the Random123 library: counter, key, output
