@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LARGEST = 2**53  # up to which a float is exact: no count of images or steps is more
 KINDS = {
@@ -47,7 +47,7 @@ def flag(
     default_help: str | None = None,
     only: Callable | None = None,
     filled=None,
-    kw_only: bool = dataclasses.MISSING,
+    kw_only: Any = dataclasses.MISSING,
 ):
     """A dataclass field that is a flag of `tdkern train` too.
 

@@ -17,13 +17,13 @@ class AdamEMA(torch.optim.Adam):
     """AdamW or Adam with averages of the parameters, one pass over memory a step
     (`tdkern.ops.adam_ema_`).
 
-    A step with a gradient whose square is not finite (`tdkern.ops.found_inf`) changes nothing; it
-    is counted in `skipped` (int64, on the device), and the host never waits for the answer.
-    Learning-rate schedulers, parameter groups, GradScaler and hooks work as with torch.optim.Adam,
-    whose `state_dict` this is: torch.optim.Adam and AdamW load it and the other way round. The
-    averages are the caller's tensors and are saved with the networks they belong to; buffers are
-    not averaged, nor is a parameter without a gradient. A first step with lr 0, which only makes
-    the state (as torch.distributed.checkpoint.state_dict does), leaves the averages alone.
+    A step whose gradients are not all finite changes nothing; it is counted in `skipped` (int64, on
+    the device), and the host never waits for the answer. Learning-rate schedulers, parameter
+    groups, GradScaler and hooks work as with torch.optim.Adam, whose `state_dict` this is:
+    torch.optim.Adam and AdamW load it and the other way round. The averages are the caller's
+    tensors and are saved with the networks they belong to; buffers are not averaged, nor is a
+    parameter without a gradient. A first step with lr 0, which only makes the state (as
+    torch.distributed.checkpoint.state_dict does), leaves the averages alone.
 
     Change the elements of the tensor `decays` before a step. It is every group's "decays", by which
     it is reached through a wrapper (Accelerate's); a group may be given others. A group that is

@@ -169,17 +169,14 @@ def generate(
         ablation = other_steps or options["solver"] or options["schedule"] or options["scaling"]
         sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
     options = _options(sampler, disc, options)
-    least = SAMPLERS[sampler].least_steps
-    if steps < least:
-        raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
+    _check_steps(sampler, steps)
     sigmas, follow = sampling_levels(
         net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
     )
     options = follow | options | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
     options |= choice(meta)
-    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][
-        process.rank :: process.world
-    ]
+    every = [seeds[first : first + batch] for first in range(0, len(seeds), batch)]
+    batches = every[process.rank :: process.world]
     paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
     _prepare(paths, grid)
     images = []
@@ -190,14 +187,16 @@ def generate(
         if grid:
             images.append(drawn)
     if grid:
-        images = torch.cat(images)
-        save_grid(grid, images, columns=round(len(images) ** 0.5))
+        save_grid(grid, torch.cat(images), columns=round(len(seeds) ** 0.5))
     if process.world > 1:
-        count = sum(map(len, batches))
-        click.echo(
-            f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images",
-            err=True,
-        )
+        share = f"{sum(map(len, batches))} of the {len(seeds)} images"
+        click.echo(f"Process {process.rank} of {process.world} drew {share}", err=True)
+
+
+def _check_steps(sampler: str, steps: int) -> None:
+    least = SAMPLERS[sampler].least_steps
+    if steps < least:
+        raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
 
 
 def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:

@@ -526,7 +526,7 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
             record.warn(
                 "no step was taken since image "
                 f"{trainer.nimg - options.batch * int(statistics['skipped'])}: "
-                "all had gradients that are not finite or whose squares are not"
+                "all had gradients that are not finite"
             )
     if trainer.idle >= IDLE_TICKS:
         raise Diverged(_diagnosis(trainer, statistics, record))
@@ -556,9 +556,10 @@ def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record |
     lr = learning_rate(trainer.options, trainer.nimg)
     way = f"; {checkpoint.way_on(record.run_dir)}" if record else ""
     return (
-        f"training has diverged at image {trainer.nimg}: gradients or their squares are not "
-        f"finite, {what}, the loss is {statistics['loss']:.4g}, the learning rate {lr:.4g}, "
-        f"precision {trainer.options.precision}; "
+        f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the "
+        "loss is "
+        f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision "
+        f"{trainer.options.precision}; "
         f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}"
     )
 
