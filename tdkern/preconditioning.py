@@ -115,19 +115,59 @@ class Score(Preconditioning):
 PREDICTIONS = {"x0": X0(), "eps": Eps(), "v": V(), "velocity": Velocity(), "score": Score()}
 
 
+def _with_inner(net):
+    """A network and, in turn, what torch's own wrappers around it hold, such as
+    DistributedDataParallel and what torch.compile returns, which hand their arguments on.
+    """
+    yield net
+    while type(net).__module__.startswith("torch.") and isinstance(net, nn.Module):
+        children = dict(net.named_children())
+        net = children.get("_orig_mod", children.get("module"))
+        if net is None:
+            return
+        yield net
+
+
 def unwrapped(net):
     """The network inside torch's own wrappers, or `net` itself where it is in none.
 
-    These wrappers, such as DistributedDataParallel and what torch.compile returns, hand their
-    arguments on. `fully_shard` changes a network in place and wraps nothing.
+    `fully_shard` changes a network in place and wraps nothing.
     """
-    while type(net).__module__.startswith("torch.") and isinstance(net, nn.Module):
-        children = dict(net.named_children())
-        inner = children.get("_orig_mod", children.get("module"))
-        if inner is None:
-            break
-        net = inner
-    return net
+    *_, inner = _with_inner(net)
+    return inner
+
+
+def is_compiled(net) -> bool:
+    """Whether `torch.compile` holds a network, or the model in its preconditioning: a batch of
+    another size would be compiled anew.
+    """
+    layers = [*_with_inner(net), *_with_inner(getattr(unwrapped(net), "model", None))]
+    return any(
+        "_orig_mod" in layer._modules or layer._compiled_call_impl is not None
+        for layer in layers
+        if isinstance(layer, nn.Module)
+    )
+
+
+def tensor_of(answer, who: str) -> Tensor:
+    """The tensor in what a network answered.
+
+    It is the answer itself, the first of a tuple or a list, or the `sample` of an object or a dict,
+    as diffusers' models have it. Raises ValueError, which begins with `who`, where there is none.
+    """
+    found = answer
+    if isinstance(answer, dict):
+        found = answer.get("sample")
+    elif isinstance(answer, tuple | list):
+        found = answer[0] if answer else None
+    elif not isinstance(answer, Tensor):
+        found = getattr(answer, "sample", None)
+    if isinstance(found, Tensor):
+        return found
+    raise ValueError(
+        f"{who} must return a tensor, a tuple that begins with one, or an object or a dict that "
+        f"has one as `sample`, got {type(answer).__name__}"
+    )
 
 
 def append_dims(values: Tensor, ndim: int) -> Tensor:

@@ -99,6 +99,7 @@ class Timed(nn.Module):
     ):
         super().__init__()
         self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+        self.num_models = mlp.num_models
 
     def forward(
         self,

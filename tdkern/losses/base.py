@@ -3,20 +3,26 @@
 The evaluation is the same for every family, prediction and coupling.
 """
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE, W_TD
+from ..ema import EMA
 from ..fields import flag
 from ..ops import noise_pair, td_loss
-from ..preconditioning import Preconditioning, append_dims, unwrapped
+from ..ops._modes import can_check_values
+from ..ops.td_coef import BASE_WEIGHTS
+from ..preconditioning import Preconditioning, append_dims, is_compiled, tensor_of, unwrapped
 from ..schedules import two_moment
-from ..weighting import td_weighting
+from ..weighting import NAMED_WEIGHTS, own_base_weight, td_weighting
+from .conditions import Conditions
 
 NO_TD = (-1.0, 0.0)  # as `td_sigma` of `td_coef`: no noise level has a TD term, so w_base = w
 
@@ -24,6 +30,21 @@ NO_TD = (-1.0, 0.0)  # as `td_sigma` of `td_coef`: no noise level has a TD term,
 def lambda_base_flag():
     """The field of the base loss's weight, which all losses with TD have."""
     return flag(0.5, "Weight of the base loss beside its TD term, >= 0.")
+
+
+OWN = "own"  # as `base_weight`, the weight that the family's own loss has
+ALL_BASE_WEIGHTS = (OWN, *BASE_WEIGHTS, "inverse-step", *NAMED_WEIGHTS)
+
+
+def base_weight_flag(default: str = OWN, *, kw_only: bool = True):
+    """The field of the base loss's weight by noise level, which all losses have."""
+    return flag(
+        default,
+        "Weight of a noise level in the base loss, of mean((x0 - D)^2); own is the family's, "
+        "inverse-step is for consistency training. In Python a callable of sigma too.",
+        choices=ALL_BASE_WEIGHTS,
+        kw_only=kw_only,
+    )
 
 
 def share_flag():
@@ -35,6 +56,15 @@ def share_flag():
         metavar="SHARE",
         default_help="what --td-sigma needs, else 1",
     )
+
+
+def share_of(p: float, batch: int) -> float:
+    """A `td_share` for batches in which a sample has a TD term with probability p.
+
+    It is p and one standard deviation of a batch's share, or 1 where that leaves no sample out.
+    """
+    share = min(p + (p * (1 - p) / batch) ** 0.5, 1.0)
+    return share if math.ceil(share * batch) < batch else 1.0
 
 
 class TDBatch(NamedTuple):
@@ -80,15 +110,17 @@ def path_coef(
     eta: float,
     weight: str,
     lambda_base: float,
+    base_weight: Callable[[Tensor, Tensor], Tensor] | None = None,
     mean_matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The columns of `td_loss`'s `coef` and the noise levels, for pairs on any path.
 
     It is what `td_coef` is for EDM's path: A = alpha_tau - kappa alpha_t by `two_moment`,
     D = skip x + scale F in EDM's state by the preconditioning, w_td by `weight`. The base loss has
-    the weight w = 1/scale^2, in which it is the mean square error of F. Where the pair leaves the
-    path w_td = 0 and w_base is (1 + lambda_base) w or, with `mean_matching`, lambda_base w plus the
-    weight of A^2 |x0 - D|^2, which is the TD term of a pair whose x_t' is the data itself.
+    the weight w = 1/scale^2, in which it is the mean square error of F, or another. Where the pair
+    leaves the path w_td = 0 and w_base is (1 + lambda_base) w or, with `mean_matching`,
+    lambda_base w plus the weight of A^2 |x0 - D|^2, which is the TD term of a pair whose x_t' is
+    the data itself.
 
     Args:
         alpha, sigma: [4, B] float64, the levels at t, tau, t', tau'.
@@ -97,6 +129,7 @@ def path_coef(
         eta: DDIM's eta of the posterior means, in [0, 1]; it does not set the states' noise.
         weight: w_td, a name of `weighting.td_weighting`.
         lambda_base: weight of the base loss beside the TD term, >= 0.
+        base_weight: w by (sigma, scale), [B] each.
         mean_matching: whether the whole return, which is known there, replaces the base loss.
 
     Returns:
@@ -105,7 +138,7 @@ def path_coef(
     levels = sigma / alpha
     A, A_p = two_moment(alpha[0::2], sigma[0::2], alpha[1::2], sigma[1::2], eta=eta)[0]
     skip, scale = preconditioning.skip_scale(levels[0::2])
-    w = scale[0] ** -2
+    w = scale[0] ** -2 if base_weight is None else base_weight(levels[0], scale[0])
     w_end = w
     if mean_matching:
         w_end = A**2 * td_weighting(weight, A, 0 * A, scale[0], 0 * A)
@@ -123,8 +156,15 @@ class Loss(ABC):
     """
 
     backend: str = field(default="auto", kw_only=True)  # which backend the ops use
+    # (index of the first sample, samples) of the batch that the images are a part of; None: all
+    place: tuple[int, int] | None = field(default=None, kw_only=True)
     # the families whose target network serves the TD term alone have it as an argument
     td_share = 1.0
+    # whether the target network serves the TD term alone: the base loss does not look at it
+    target_for_td_alone = True
+    # the losses have it as an argument
+    base_weight = OWN
+    base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property
     @abstractmethod
@@ -153,32 +193,51 @@ class Loss(ABC):
         """A `td_share` that leaves out next to no TD term in batches of a size."""
         return 1.0
 
+    def part_of(self, first: int, samples: int) -> "Loss":
+        """The loss of a part of a batch, whose draws are the whole batch's.
+
+        With one seed of torch's generator any split of a batch, over accumulation rounds or
+        processes, then sees the same levels and noise.
+
+        Args:
+            first: index of the part's first sample in the batch.
+            samples: of the whole batch.
+        """
+        return dataclasses.replace(self, place=(first, samples))
+
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
         return self
 
-    def __call__(
-        self,
-        net,
-        target_net,
-        images: Tensor,
-        labels: Tensor | None = None,
-        augment_pipe=None,
-        *,
-        gradient_scale: float = 1.0,
-    ) -> Tensor:
+    def __call__(self, net, *args, **named) -> Tensor:
         """Loss of each sample [B] for fresh draws, differentiable in `net`'s parameters.
 
-        See the class, and `evaluate` for `gradient_scale`.
+        `loss(net, target_net, images, labels=None, augment_pipe=None, *, uncertainty=None,
+        gradient_scale=1.0, **conditions)`, or in EDM's own order without a target network,
+        `loss(net, images, labels=None, augment_pipe=None)`, where there is no TD term. See the
+        class, and `evaluate` for the arguments.
+
+        Args:
+            augment_pipe: images -> (images, augment_labels), or None.
         """
+        if args and isinstance(args[0], Tensor):  # EDM's order
+            args = (None, *args)
+        return self._of_fresh_draws(net, *args, **named)
+
+    def _of_fresh_draws(
+        self,
+        net,
+        target_net=None,
+        images: Tensor | None = None,
+        labels: Tensor | None = None,
+        augment_pipe=None,
+        **named,
+    ) -> Tensor:
         augment_labels = None
         if augment_pipe is not None:
             images, augment_labels = augment_pipe(images)
         batch = self.pair(images)
-        terms = self.evaluate(
-            net, target_net, batch, labels, augment_labels, gradient_scale=gradient_scale
-        )
-        return terms.loss
+        return self.evaluate(net, target_net, batch, labels, augment_labels, **named).loss
 
     def evaluate(
         self,
@@ -188,24 +247,36 @@ class Loss(ABC):
         labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         *,
+        uncertainty: Callable[[Tensor], Tensor] | None = None,
         gradient_scale: float = 1.0,
+        **conditions,
     ) -> TDTerms:
         """The loss of a given pair, in its parts.
 
         Args:
-            net: the online network, `net(x, sigma, class_labels, augment_labels) -> D` with x
-                [B, ...] and sigma [B] in x's dtype. One whose `preconditioning` equals the loss's
-                is called with `raw=True` too and gives F: its preconditioning is then part of the
-                one fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
+            net: the online network, `net(x, sigma, labels, augment_labels=, **conditions) -> D`
+                with x [B, ...] and sigma [B] in x's dtype, and behind them what is given and
+                nothing else: a plain `callable(x, sigma)` will do. It may answer as
+                `preconditioning.tensor_of` says. One whose `preconditioning` equals the loss's is
+                called with `raw=True` too and gives F: its preconditioning is then part of the one
+                fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
                 under `fully_shard`.
-            target_net: the same for the target network; it runs without gradients, and not at all
-                without a TD term.
+            target_net: the same for the target network, or its `EMA`; it runs without gradients,
+                and not at all without a TD term. A module that serves the TD term alone runs on
+                just the samples that have one where no device need be waited for: on the CPU, and
+                not under `torch.compile`, a transform or a trace. Where there are none it runs on
+                one sample, so that every process calls it as often as the others, as a network
+                under `fully_shard` needs.
             batch: from `pair`.
-            labels, augment_labels: passed to both networks, or None.
+            labels: class labels, one-hot [B, classes] or indices [B], as the networks take them.
+            augment_labels: [B, ...], by their name.
+            uncertainty: u(sigma) [B] of noise levels [B], such as `weighting.Uncertainty`: a
+                sample's loss L becomes exp(-u) L + u.
             gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
                 with `terms.loss.sum().backward()` the gradient that the launch has written is then
                 handed out as it is, where a factor behind the loss is a second pass over it.
                 EDM's is the number of elements of a sample over the batch size.
+            conditions: handed to both networks by their names. Tensors begin with the batch.
 
         Returns:
             `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target
@@ -213,39 +284,38 @@ class Loss(ABC):
             no place for is as one without a TD term.
 
         Raises:
-            ValueError: a TD term without a target network, or a network's output has the wrong
-                shape or dtype.
+            ValueError: a TD term without a target network, a condition of another batch, or a
+                network's output is no tensor or has the wrong shape or dtype.
 
-        Gradient to `net`'s parameters only. Deterministic if the networks are. No host
-        synchronisation.
+        Gradient to `net`'s parameters and `uncertainty`'s only. Deterministic if the networks are.
+        No host synchronisation.
         """
-        conditions = {"class_labels": labels, "augment_labels": augment_labels}
+        name = type(self).__name__
+        given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
+        target_net = target_net.module if isinstance(target_net, EMA) else target_net
         coef = batch.coef.clone()
         chosen = None
-        if self.td_share < 1:
-            num_models = getattr(unwrapped(target_net), "num_models", 1)
-            chosen = self._choose(coef, batch.sigma, num_models)
+        if batch.x_tp is not None:
+            chosen = self._choose(coef, batch.sigma, target_net)
+        u = None if uncertainty is None else uncertainty(batch.sigma)
         coef[:, W_TD:] *= gradient_scale
-        out, x_t = self._predict(net, batch.x_t, batch.sigma, conditions)
+        if u is not None:
+            coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
+        out, x_t, out_target, x_tp = self._outputs(net, target_net, batch, given, chosen)
         if x_t is None:
             coef[:, SKIP].fill_(0)
             coef[:, SCALE].fill_(1)
-        if batch.x_tp is None:
-            out_target, x_tp = out.detach(), None  # never read: every w_td is 0
-        elif target_net is None:
-            raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
-        else:
-            with torch.no_grad():
-                out_target, x_tp = self._predict(
-                    target_net, batch.x_tp, batch.sigma_p, conditions, chosen
-                )
-            if x_tp is None:
-                coef[:, SKIP_P].fill_(0)
-                coef[:, SCALE_P].fill_(1)
+        if batch.x_tp is not None and x_tp is None:
+            coef[:, SKIP_P].fill_(0)
+            coef[:, SCALE_P].fill_(1)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
         terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
         td, base = terms.unbind(1)
-        return TDTerms(terms.sum(1), td, base, coef[:, W_TD] != 0)
+        loss = terms.sum(1)
+        if u is not None:
+            # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
+            loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+        return TDTerms(loss, td, base, coef[:, W_TD] != 0)
 
     def _terms(self, *args: Tensor | None) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
@@ -254,56 +324,113 @@ class Loss(ABC):
         """
         return td_loss(*args, backend=self.backend)
 
-    def _choose(self, coef: Tensor, sigma: Tensor, num_models: int) -> Tensor:
-        """Which samples the target network runs on.
+    def _base_weight(self, sigma: Tensor, scale: Tensor) -> Tensor:
+        """w of the base loss [B] at noise levels [B], float64; scale: of D = skip x + scale F."""
+        if self.base_weight == OWN:
+            return scale**-2
+        sigma_data = getattr(self, "sigma_data", None)
+        return own_base_weight(self.base_weight, sigma, sigma_data, type(self).__name__)
+
+    def _check_base_weight(self) -> None:
+        if not callable(self.base_weight) and self.base_weight not in self.base_weights:
+            raise ValueError(
+                f"{type(self).__name__}: base_weight must be one of "
+                f"{', '.join(self.base_weights)}, or a callable, got {self.base_weight!r}"
+            )
+
+    def _choose(self, coef: Tensor, sigma: Tensor, target_net) -> Tensor | None:
+        """Which samples the target network runs on, None being all.
 
         Of those with a TD term they are as many as `td_share` leaves room for, the largest sigma
-        first.
-
-        The others lose their TD term: in `coef` w_td = 0 and w_base gains the w = 1/scale^2 that it
-            would have had. Samples without a TD term
-        fill what room is left, so that the number is always ceil(td_share B), and of a network of
-        several models each runs on as many.
+        first. The others lose their TD term: in `coef` w_td = 0, and w_base gains the w that it
+        would have had. Samples without a TD term fill what room is left, so that the number is
+        ceil(td_share B) wherever the device would have to be waited for; where it need not be
+        there is room for what has a TD term alone. Of a network of several models each runs on as
+        many.
         """
+        num_models = getattr(unwrapped(target_net), "num_models", 1)
+        size = room = len(sigma) // num_models
         valid = coef[:, W_TD] != 0
+        if self.td_share < 1:
+            room = math.ceil(self.td_share * size)
+        if self._may_count(coef, target_net):
+            room = min(room, max(int(valid.unflatten(0, (num_models, -1)).sum(1).max()), 1))
+        if room >= size:
+            return None
         order = (
             torch.where(valid, sigma, -1.0)
             .unflatten(0, (num_models, -1))
             .argsort(descending=True, stable=True)
         )  # topk may break ties anyhow
-        first = torch.arange(num_models, device=sigma.device)[:, None] * order.shape[1]
-        chosen = (order[:, : math.ceil(self.td_share * order.shape[1])] + first).flatten()
-        dropped = valid.index_fill(0, chosen, False)
-        coef[:, W_TD].masked_fill_(dropped, 0.0)
-        coef[:, W_BASE] += torch.where(dropped, coef[:, SCALE] ** -2, 0.0)
+        first = torch.arange(num_models, device=sigma.device)[:, None] * size
+        chosen = (order[:, :room] + first).flatten()
+        if self.td_share < 1:
+            dropped = valid.index_fill(0, chosen, False)
+            coef[:, W_TD].masked_fill_(dropped, 0.0)
+            w = self._base_weight(sigma, coef[:, SCALE])
+            coef[:, W_BASE] += torch.where(dropped, w, 0.0)
         return chosen
 
-    def _predict(
-        self,
-        net,
-        x: Tensor,
-        sigma: Tensor,
-        conditions: dict,
-        chosen: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """A network's output and the x of D = skip x + scale output, None where the output is D.
+    def _may_count(self, coef: Tensor, target_net) -> bool:
+        """Whether the number of samples that the target network runs on may be what they need.
 
-        chosen: the indices of the samples to run the network on; the others' outputs are then
-            whatever memory held.
+        It may where no device is waited for, and a module takes any number without being compiled
+        anew; of another callable nothing is known.
         """
-        sigma = sigma.to(x.dtype)
+        return (
+            self.target_for_td_alone
+            and can_check_values(coef)
+            and isinstance(target_net, nn.Module)
+            and not is_compiled(target_net)
+        )
+
+    def _outputs(
+        self, net, target_net, batch: TDBatch, conditions: Conditions, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The outputs of both networks, each with its x; see `_predict`."""
+        out, x_t = self._predict("net", net, batch.x_t, batch.sigma, conditions)
+        if batch.x_tp is None:
+            return out, x_t, out.detach(), None  # never read: every w_td is 0
+        return out, x_t, *self._predict_target(target_net, batch, conditions, chosen)
+
+    def _predict_target(
+        self, target_net, batch: TDBatch, conditions: Conditions, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`_predict` of the target network, without gradients."""
+        if target_net is None:
+            raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
+        x, sigma = batch.x_tp, batch.sigma_p
+        with torch.no_grad():
+            if chosen is None:
+                return self._predict("target_net", target_net, x, sigma, conditions)
+            part, of_part = self._predict(
+                "target_net", target_net, x[chosen], sigma[chosen], conditions.of_samples(chosen)
+            )
+            # the others' outputs are whatever memory held
+            out = part.new_empty(len(x), *part.shape[1:]).index_copy(0, chosen, part)
+        return out, None if of_part is None else x
+
+    def _predict(
+        self, argument: str, net, x: Tensor, sigma: Tensor, conditions: Conditions
+    ) -> tuple[Tensor, Tensor | None]:
+        """A network's output and the x of D = skip x + scale output, None where the output is D."""
         fused = self.fits(net)
         if fused:
-            conditions = conditions | {"raw": True}
-        if chosen is None:
-            out = net(x, sigma, **conditions)
-        else:
-            theirs = {
-                name: value[chosen] if isinstance(value, Tensor) else value
-                for name, value in conditions.items()
-            }
-            part = net(x[chosen], sigma[chosen], **theirs)
-            out = part.new_empty(len(x), *part.shape[1:]).index_copy(0, chosen, part)
+            conditions = conditions.with_(raw=True)
+        who = f"{type(self).__name__}: {argument}"
+        if not callable(net):
+            raise ValueError(f"{who} must be a network, got {type(net).__name__}")
+        out = net(x, sigma.to(x.dtype), *conditions.positional, **conditions.named)
+        out = tensor_of(out, who)
+        if out.shape != x.shape:
+            raise ValueError(
+                f"{who} must answer {list(x.shape)}, as it is asked, got {list(out.shape)}"
+            )
+        if x.dtype == torch.float64 and out.dtype != x.dtype:
+            raise ValueError(
+                f"{who} must answer float64 images in float64, got {out.dtype}: give "
+                "images.float(), or net.double()"
+            )
         return out, x if fused else None
 
     def _check_share(self) -> None:
@@ -320,6 +447,10 @@ class Loss(ABC):
         return getattr(unwrapped(net), "preconditioning", None) == self.preconditioning
 
     def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise ValueError(
+                f"{type(self).__name__}: images must be a tensor, got {type(images).__name__}"
+            )
         if images.dtype not in (torch.float32, torch.float64) or images.ndim == 0:
             raise ValueError(
                 f"{type(self).__name__}: images must be [B, ...] of float32 or float64, got "
@@ -359,7 +490,15 @@ class Loss(ABC):
         if noise is None and noise_p is None:
             one, seed = torch.ones_like(sigma), torch.randint(2**63 - 1, (1,), device=x0.device)
             return noise_pair(
-                x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend
+                x0,
+                one,
+                sigma,
+                one,
+                sigma_p,
+                coupling=coupling,
+                seed=seed,
+                first_sample=self.place[0] if self.place else 0,
+                backend=self.backend,
             )
         noise = self._noise("noise", noise, x0)
         x_tp = x0 + per_sample(sigma_p, x0) * (
@@ -368,6 +507,14 @@ class Loss(ABC):
         if shared:
             return x0 + per_sample(sigma, x0) * noise, x_tp
         return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
+
+    def _draw(self, images: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """[B] numbers for `images`, of the whole batch that they are a part of.
+
+        draw: gives so many.
+        """
+        first, samples = self.place or (0, len(images))
+        return draw(samples)[first : first + len(images)]
 
     def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:
         """Unit noise like `images`: the one given, or a draw."""

@@ -1,7 +1,8 @@
 """Consistency training, alone and with a temporal-difference term."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,16 +11,30 @@ from torch.special import ndtr, ndtri
 
 from .._cache import tensor_cache
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE
-from ..fields import flag
+from ..fields import NOT_NEGATIVE, flag
 from ..ops import td_coef, td_loss
 from ..ops._modes import can_check_values
-from ..ops.td_coef import BASE_WEIGHTS, WEIGHTS
-from ..preconditioning import CT
+from ..ops.td_coef import WEIGHTS
+from ..preconditioning import CT, Preconditioning
+from ..preconditioning import EDM as EDMPreconditioning
 from ..schedules import EDM, ETA, eta_of
-from .base import NO_TD, Loss, TDBatch, lambda_base_flag, per_sample
+from .base import (
+    ALL_BASE_WEIGHTS,
+    NO_TD,
+    OWN,
+    Loss,
+    TDBatch,
+    base_weight_flag,
+    lambda_base_flag,
+    per_sample,
+)
+from .conditions import Conditions
+from .curricula import Easy, Mapping
+from .masks import drawing_from, in_mode_of, random_state
 
 BASE_NORMS = ("l2", "l1", "huber", "lpips")
-CT_WEIGHTS = (*BASE_WEIGHTS, "inverse-step")
+LEAST_C = 1e-12  # of "huber" with c = 0: the norm has no slope at 0
+LEAST_LEVEL = 1e-8  # that a network is asked about where t' = 0
 
 
 @dataclass(frozen=True)
@@ -38,22 +53,35 @@ class CTLoss(Loss):
     the others n times those of consistency training.
 
     w(t) is, by name: "uniform" 1, "snr" t^-2, "snr+1", "karras" t^-2 + sigma_data^-2,
-    "truncated-snr" max(t^-2, 1), or iCT's "inverse-step" 1/(t - t').
+    "truncated-snr" max(t^-2, 1), iCT's "inverse-step" 1/(t - t'), or one of
+    `weighting.NAMED_WEIGHTS`; or what a callable of t [B] gives.
 
     iCT is `CTLoss(Exponential(total_steps=K), base_norm="huber", base_weight="inverse-step",
-    lognormal=(-1.1, 2.0))` with `net` itself as the target network; where it has dropout, the two
-    calls draw masks of their own.
+    lognormal=(-1.1, 2.0))` with `net` itself as the target network.
+
+    Easy consistency tuning (arXiv 2406.14548) is `CTLoss(Easy(total_steps=K'), base_norm="huber",
+    huber_c=0.0, base_weight="inverse-step", lognormal=(-1.1, 2.0))` on a network with EDM's
+    preconditioning and weights, `net` itself being the target network. t is any level, log-normal,
+    t' = `Mapping`(t), and D(x, 0) = x, which EDM's preconditioning has, is the boundary.
+
+    Where the networks have dropout, both calls have the same masks, as in the published codes: the
+    target network runs in the mode that `net` is in, training or not, and draws from the same state
+    of torch's global generators, of the CPU and of x's device. This holds under activation
+    checkpointing and for networks that are compiled alike. `torch.compile` of the loss itself
+    breaks its graph there, so that `fullgraph=True` needs a dropout of 0; a CUDA graph's capture
+    needs it too, and says so.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
     are its two halves. The fused path needs `networks.CTPrecond` with the same sigma_data and
-    sigma_min; the target network runs once in each step.
+    sigma_min, or with a `Mapping` `networks.EDMPrecond`; the target network runs once in each step,
+    on every sample.
 
     Args:
-        num_scales: number of noise levels, >= 2, or a curriculum: a callable step -> number, such
-            as those of `losses.curricula`. This object never changes: `loss.at(step)` is the loss
-            of a step.
-        sigma_data, sigma_min, sigma_max, rho: of the data and of the schedule.
-        huber_c: c > 0 of "huber"; None is iCT's 0.00054 sqrt(n).
+        num_scales: number of noise levels, >= 2, or a `Mapping`, or a curriculum: a callable step
+            -> one of these, such as those of `losses.curricula`. This object never changes:
+            `loss.at(step)` is the loss of a step.
+        sigma_data, sigma_min, sigma_max, rho: of the data and of the schedule. A `Mapping` has
+            sigma_data alone.
         backend: which backend the ops use, as in `td_loss`.
 
     The other arguments are described where they are declared.
@@ -65,7 +93,7 @@ class CTLoss(Loss):
     the seed of the noise.
     """
 
-    num_scales: int | Callable[[int], int] = 40
+    num_scales: int | Mapping | Callable[[int], int | Mapping] = 40
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     sigma_max: float = 80.0
@@ -76,8 +104,16 @@ class CTLoss(Loss):
         "needs `pip install tdkern[lpips]` and images [B, 3, H, W] in [-1, 1].",
         choices=BASE_NORMS,
     )
-    base_weight: str = flag("uniform", "Weight of a noise level.", choices=CT_WEIGHTS)
-    huber_c: float | None = field(default=None, kw_only=True)
+    base_weight: str | Callable = base_weight_flag(  # noqa: RUF009  (its default is a name)
+        "uniform", kw_only=False
+    )
+    huber_c: float | None = flag(
+        None,
+        "c of huber, >= 0; 0 is easy consistency tuning's, the norm itself.",
+        within=NOT_NEGATIVE,
+        default_help="0.00054 times the root of an image's elements",
+        kw_only=True,
+    )
     lognormal: tuple[float, float] | None = flag(
         None,
         "(P_mean, P_std): noise levels as a log-normal t falls between them; -1.1,2 is improved "
@@ -87,22 +123,31 @@ class CTLoss(Loss):
         kw_only=True,
     )
 
+    target_for_td_alone = False
+    base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != OWN)
+
     def __post_init__(self):
         name = type(self).__name__
-        for argument, names in (("base_norm", BASE_NORMS), ("base_weight", CT_WEIGHTS)):
-            value = getattr(self, argument)
-            if value not in names:
-                known = ", ".join(names)
-                raise ValueError(f"{name}: {argument} must be one of {known}, got {value!r}")
+        self._check_base_weight()
+        if self.base_norm not in BASE_NORMS:
+            known = ", ".join(BASE_NORMS)
+            raise ValueError(f"{name}: base_norm must be one of {known}, got {self.base_norm!r}")
         if self.lognormal is not None and not self.lognormal[1] > 0:
             raise ValueError(
                 f"{name}: lognormal must be (P_mean, P_std) with P_std > 0, got {self.lognormal}"
             )
+        if isinstance(self.num_scales, float) and self.num_scales % 1:
+            raise ValueError(f"{name}: num_scales must be a whole number, got {self.num_scales}")
         # these two ops check the others
         steps = {"steps": 2} if callable(self.num_scales) else {}
         empty = torch.zeros(0, 8, dtype=torch.float32, device="cpu")
         td_coef(empty[:, 0], **self._coef_args() | steps, backend="reference")
         td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
+        if isinstance(self.num_scales, Mapping) and self.lognormal is None:
+            raise ValueError(
+                f"{name}: lognormal must be given with a Mapping, which has no levels to draw "
+                "evenly, got None"
+            )
         if self.lognormal is not None:
             low, high = self._lognormal_range()
             if not low < high:
@@ -112,22 +157,26 @@ class CTLoss(Loss):
                 )
 
     @property
-    def preconditioning(self) -> CT:
+    def preconditioning(self) -> Preconditioning:
+        if isinstance(self.num_scales, Mapping):
+            return EDMPreconditioning(self.sigma_data)
         return CT(self.sigma_data, self.sigma_min)
 
+    @property
+    def scales(self) -> float:
+        """How fine the noise levels are: their number, or a `Mapping`'s ratio."""
+        return self.num_scales.ratio if isinstance(self.num_scales, Mapping) else self.num_scales
+
     def _coef_args(self) -> dict:
-        base_weight = self.base_weight
-        if base_weight == "inverse-step":
-            base_weight = "uniform"  # `pair` divides by the step
         return {
-            "steps": self.num_scales,
+            "steps": self.num_scales if callable(self.num_scales) else int(self.num_scales),
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             "rho": self.rho,
             "sigma_data": self.sigma_data,
             "from_index": True,
             "precond": "ct",
-            "base_weight": base_weight,
+            "base_weight": "uniform",  # `_weigh` multiplies by it
             "lambda_base": 0.0,
             "td_sigma": NO_TD,
         }
@@ -135,7 +184,10 @@ class CTLoss(Loss):
     @property
     def _norm(self) -> dict:
         base_norm = "l2" if self.base_norm == "lpips" else self.base_norm
-        return {"base_norm": base_norm, "huber_c": self.huber_c}
+        huber_c = self.huber_c
+        if huber_c is not None and base_norm == "huber" and huber_c >= 0:
+            huber_c = max(huber_c, LEAST_C)
+        return {"base_norm": base_norm, "huber_c": huber_c}
 
     def prepare(self, image_shape: tuple[int, ...]) -> None:
         if self.base_norm == "lpips":
@@ -147,18 +199,26 @@ class CTLoss(Loss):
 
     def at(self, step: int) -> "CTLoss":
         """The loss of a training step, from 0: this one with the curriculum's number of scales."""
-        if not callable(self.num_scales):
+        if not callable(self.num_scales) or isinstance(self.num_scales, Mapping):
             return self
-        return replace(self, num_scales=self.num_scales(step))
+        loss = copy.copy(self)  # `replace` would refuse a first step that has no TD term yet
+        object.__setattr__(loss, "num_scales", self.num_scales(step))
+        return loss
 
     def pair(
-        self, images: Tensor, *, index: Tensor | None = None, noise: Tensor | None = None
+        self,
+        images: Tensor,
+        *,
+        index: Tensor | None = None,
+        t: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> TDBatch:
         """x_t = x0 + t noise and x_t' = x0 + t' noise.
 
         Args:
             images: [B, ...] float32 or float64, clean data.
             index: [B] int64, in 0 .. num_scales - 2, checked on the CPU alone; drawn if None.
+            t: [B] > 0, in place of an index where `num_scales` is a `Mapping`; drawn if None.
             noise: as `images`, unit noise; drawn if None.
 
         Raises:
@@ -167,10 +227,25 @@ class CTLoss(Loss):
         """
         self._check_images(images)
         name = type(self).__name__
-        if callable(self.num_scales):
+        mapped = isinstance(self.num_scales, Mapping)
+        if callable(self.num_scales) and not mapped:
             raise ValueError(
                 f"{name}: num_scales must be a number, got a curriculum: use loss.at(step)"
             )
+        if (index if mapped else t) is not None:
+            argument, other = ("index", "t") if mapped else ("t", "index")
+            raise ValueError(f"{name}: {argument} must be None here, where there is {other}")
+        coef, levels = self._mapped(t, images) if mapped else self._indexed(index, images)
+        x_t, x_tp = self._noisy_pair(
+            images, levels[:, SIGMA], levels[:, SIGMA_P], "shared", noise, None
+        )
+        if mapped:
+            levels = levels.clamp(min=LEAST_LEVEL)
+        return TDBatch(images, x_t, x_tp, coef, levels)
+
+    def _indexed(self, index: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+        """coef and levels at neighbours of the schedule."""
+        name = type(self).__name__
         if index is None:
             index = self._draw_index(images)
         self._check_shape("index", index, images.shape[:1])
@@ -179,18 +254,43 @@ class CTLoss(Loss):
             found = f"{index.min().item()} to {index.max().item()}"
             raise ValueError(f"{name}: index must be from 0 to {last}, got values from {found}")
         coef, levels = td_coef(index, **self._coef_args(), backend=self.backend)
-        sigma, sigma_p = levels[:, SIGMA], levels[:, SIGMA_P]
+        return self._weigh(coef, levels), levels
+
+    def _mapped(self, t: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+        """coef and levels at t and the t' that the mapping has for it."""
+        if t is None:
+            mean, std = self.lognormal
+            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            t = (mean + std * normal).exp()
+        self._check_shape("t", t, images.shape[:1])
+        t = t.double()
+        t_p = self.num_scales(t)
+        skip, scale = self.preconditioning.skip_scale(torch.stack([t, t_p]))
+        zero = torch.zeros_like(t)
+        columns = [skip[0], scale[0], skip[1], scale[1], zero, zero, zero, torch.ones_like(t)]
+        levels = torch.stack([t, t, t_p, t_p], 1)
+        return self._weigh(torch.stack(columns, 1), levels), levels
+
+    def _weigh(self, coef: Tensor, levels: Tensor) -> Tensor:
+        """`coef` with w(t) in its last column."""
+        sigma = levels[:, SIGMA]
         if self.base_weight == "inverse-step":
-            coef[:, W_BASE] /= sigma - sigma_p
-        x_t, x_tp = self._noisy_pair(images, sigma, sigma_p, "shared", noise, None)
-        return TDBatch(images, x_t, x_tp, coef, levels)
+            coef[:, W_BASE] /= sigma - levels[:, SIGMA_P]
+        elif self.base_weight != "uniform":
+            coef[:, W_BASE] *= self._base_weight(sigma, coef[:, SCALE])
+        return coef
 
     def _draw_index(self, images: Tensor) -> Tensor:
         if self.lognormal is None:
-            return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
+            return self._draw(
+                images,
+                lambda n: torch.randint(self.num_scales - 1, (n,), device=images.device),
+            )
         mean, std = self.lognormal
         low, high = self._lognormal_range()
-        uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+        uniform = self._draw(
+            images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+        )
         sigma = (mean + std * ndtri(low + (high - low) * uniform)).exp()
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index(sigma)
         return index.long().clamp(max=self.num_scales - 2)
@@ -200,6 +300,16 @@ class CTLoss(Loss):
         mean, std = self.lognormal
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         return ndtr((ends.log() - mean) / std).tolist()
+
+    def _outputs(
+        self, net, target_net, batch: TDBatch, conditions: Conditions, chosen: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        device = batch.x_t.device
+        states = random_state(net, device)
+        online = self._predict("net", net, batch.x_t, batch.sigma, conditions)
+        with in_mode_of(net, target_net), drawing_from(states, device):
+            target = self._predict_target(target_net, batch, conditions, chosen)
+        return *online, *target
 
     def _terms(
         self,
@@ -269,6 +379,16 @@ class TDCTLoss(CTLoss):
             raise ValueError(f"TDCTLoss: lambda_base must be a number >= 0, got {self.lambda_base}")
         eta_of(self.coupling)
         super().__post_init__()
+        if isinstance(self.num_scales, Mapping | Easy):
+            raise ValueError(
+                "TDCTLoss: num_scales must be a number of noise levels, or a curriculum of them; "
+                f"a TD term has no index on a {type(self.num_scales).__name__}"
+            )
+        if not callable(self.num_scales) and not 1 + self.one_idx <= self.num_scales - 1:
+            raise ValueError(
+                "TDCTLoss: some sample must have a TD term, and with these settings none can: "
+                f"1 + one_idx = {1 + self.one_idx:g} of num_scales - 1 = {self.num_scales - 1:g}"
+            )
 
     def _coef_args(self) -> dict:
         return super()._coef_args() | {

@@ -20,8 +20,8 @@ class DDPMLoss(PathLoss):
     """DDPM's simple loss: t uniform in 1 .. T, loss = mean((F* - F)^2).
 
     F* is the eps, x0 or v that the network predicts (arXiv 2006.11239, eq. 14; 2202.00512;
-    `schedules.DDPM`). `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`, a
-    mean over each sample's elements; `target_net` is not used and may be None. The fused path is
+    `schedules.DDPM`), or with another `base_weight` as `PathLoss` says, which also says how it is
+    called. The fused path is
     that of `Denoiser` with the same prediction, and for "eps" of `VPPrecond` and `iDDPMPrecond`
     too. A network of any other kind works through its denoised output; `prediction` is then the
     loss's weight alone.
@@ -60,7 +60,9 @@ class DDPMLoss(PathLoss):
 
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            return torch.randint(1, self.T + 1, (len(images),), device=images.device).double()
+            return self._draw(
+                images, lambda n: torch.randint(1, self.T + 1, (n,), device=images.device).double()
+            )
         given = super()._time(given, images)
         if can_check_values(given) and not (given == given.round()).all():
             first = given[given != given.round()][0].item()

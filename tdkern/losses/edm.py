@@ -1,18 +1,29 @@
 """EDM's denoising loss, alone and with a temporal-difference term over its index space."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..columns import SIGMA, SIGMA_P
+from ..columns import SCALE, SIGMA, SIGMA_P, W_BASE
 from ..fields import flag
 from ..ops import td_coef
 from ..ops.td_coef import WEIGHTS
 from ..preconditioning import EDM
+from ..schedules import EDM as EDMSchedule
 from ..schedules import ETA
-from .base import NO_TD, Loss, TDBatch, lambda_base_flag, share_flag
+from .base import (
+    NO_TD,
+    OWN,
+    Loss,
+    TDBatch,
+    base_weight_flag,
+    lambda_base_flag,
+    share_flag,
+    share_of,
+)
 
 
 @dataclass(frozen=True)
@@ -23,12 +34,14 @@ class EDMLoss(Loss):
     w = (sigma^2 + sigma_data^2) / (sigma sigma_data)^2  (arXiv 2206.00364, eq. 2 and table 1).
     EDM itself sums over elements: multiply by their number for its gradient scale.
 
-    `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
-    are its two halves. `target_net` is not used and may be None.
+    `loss(net, images, labels=None, augment_pipe=None) -> [B]`, which is EDM's own call; `pair` and
+    `evaluate` are its two halves. As in the other losses a target network may stand behind `net`;
+    it is not used.
 
     Args:
         P_mean, P_std: mean and standard deviation of ln sigma; P_std >= 0.
         sigma_data: standard deviation of the data, > 0.
+        base_weight: another w: a name, or a callable of sigma [B] such as `weighting.MinSNR(3.0)`.
         backend: which backend the ops use, as in `td_loss`.
 
     Raises:
@@ -41,8 +54,10 @@ class EDMLoss(Loss):
     P_mean: float = -1.2
     P_std: float = 1.2
     sigma_data: float = 0.5
+    base_weight: str | Callable = base_weight_flag()  # noqa: RUF009  (its default is a name)
 
     def __post_init__(self):
+        self._check_base_weight()
         if not self.P_std >= 0:
             name = type(self).__name__
             raise ValueError(f"{name}: P_std must be a number >= 0, got {self.P_std}")
@@ -57,6 +72,15 @@ class EDMLoss(Loss):
     def _coef_args(self) -> dict:
         return {"sigma_data": self.sigma_data, "lambda_base": 0.0, "td_sigma": NO_TD}
 
+    def _coef(self, level: Tensor, **args) -> tuple[Tensor, Tensor]:
+        """`td_coef`'s coef and levels, with the weight of the base loss."""
+        if self.base_weight == OWN:
+            return td_coef(level, **args, **self._coef_args(), backend=self.backend)
+        args |= {"base_weight": "uniform"}
+        coef, levels = td_coef(level, **args, **self._coef_args(), backend=self.backend)
+        coef[:, W_BASE] *= self._base_weight(levels[:, SIGMA], coef[:, SCALE])
+        return coef, levels
+
     def pair(
         self, images: Tensor, *, sigma: Tensor | None = None, noise: Tensor | None = None
     ) -> TDBatch:
@@ -68,16 +92,16 @@ class EDMLoss(Loss):
             noise: as `images`, unit noise; drawn if None.
         """
         self._check_images(images)
-        coef, levels = td_coef(
-            self._sigma(sigma, images), **self._coef_args(), backend=self.backend
-        )
+        coef, levels = self._coef(self._sigma(sigma, images))
         sigma = levels[:, SIGMA]
         x_t, _ = self._noisy_pair(images, sigma, sigma, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, levels)
 
     def _sigma(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            normal = self._draw(
+                images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
+            )
             return (self.P_mean + self.P_std * normal).exp()
         self._check_shape("sigma", given, images.shape[:1])
         return given
@@ -102,7 +126,7 @@ class TDEDMLoss(EDMLoss):
     2 and 4 with the other defaults. It is here for comparison.
 
     Args:
-        P_mean, P_std, sigma_data, backend: see `EDMLoss`.
+        P_mean, P_std, sigma_data, base_weight, backend: see `EDMLoss`.
         sigma_min, sigma_max, rho: the schedule of the index space, see `schedules.EDM`.
 
     The other arguments are described where they are declared. `target_net` is needed. The draws:
@@ -134,10 +158,35 @@ class TDEDMLoss(EDMLoss):
                 f"TDEDMLoss: lambda_base must be a number >= 0, got {self.lambda_base}"
             )
         super().__post_init__()
+        if self.steps % 1:
+            raise ValueError(f"TDEDMLoss: steps must be a whole number, got {self.steps}")
+        self._check_td_is_possible()
+
+    def _check_td_is_possible(self) -> None:
+        low, high = self._td_levels()
+        fixed = math.exp(self.P_mean) if self.P_std == 0 else None
+        if low < high and (fixed is None or low <= fixed <= high):
+            return
+        raise ValueError(
+            "TDEDMLoss: some sample must have a TD term, and with these settings none can: "
+            f"it needs k_idx + one_idx = {self.k_idx + self.one_idx:g} below steps - 1 = "
+            f"{self.steps - 1:g} and a sigma between {low:g} and {high:g}"
+        )
+
+    def _end(self) -> float:
+        """The least noise level whose pair stays on the schedule."""
+        schedule = EDMSchedule(int(self.steps), self.sigma_min, self.sigma_max, self.rho)
+        last = max(self.steps - 1 - (self.k_idx + self.one_idx), 0.0)
+        return schedule.sigma(torch.tensor(last, dtype=torch.float64, device="cpu")).item()
+
+    def _td_levels(self) -> tuple[float, float]:
+        """The noise levels between which samples have a TD term."""
+        low, high = (0.0, math.inf) if self.td_sigma is None else self.td_sigma
+        return max(low, self._end()), min(high, self.sigma_max)
 
     def _coef_args(self) -> dict:
         return {
-            "steps": self.steps,
+            "steps": int(self.steps),
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             "rho": self.rho,
@@ -153,17 +202,16 @@ class TDEDMLoss(EDMLoss):
     def window_share(self, batch: int) -> float:
         """A `td_share` for log-normal noise levels and batches of a size.
 
-        It is the mean share p of samples at `td_sigma`, and one standard deviation,
-        sqrt(p (1 - p) / batch). A batch has more of them one time in six, so that of all TD terms
-        the share 0.083 sqrt((1 - p) / (p batch)) is left out: for (0.3, 5) and the default noise
-        levels 2 % in batches of 16, 0.4 % in batches of 512. Those are of the smallest sigma, where
-        TD brings least. Without `td_sigma` it is 1.
+        It is the mean share p of samples with a TD term, at `td_sigma` and where the pair stays on
+        the schedule, and one standard deviation, sqrt(p (1 - p) / batch). A batch has more of them
+        one time in six, so that of all TD terms the share 0.083 sqrt((1 - p) / (p batch)) is left
+        out: for (0.3, 5) and the default noise levels 2 % in batches of 16, 0.4 % in batches of
+        512. Those are of the smallest sigma, where TD brings least. It is 1 where it would leave no
+        sample out.
         """
-        lo, hi = (0.0, math.inf) if self.td_sigma is None else self.td_sigma
-        edges = torch.tensor([lo, hi], dtype=torch.float64, device="cpu")
-        edges = edges.clamp(min=0).log()  # `td_sigma` may begin below 0
+        edges = torch.tensor(self._td_levels(), dtype=torch.float64, device="cpu").log()
         p = torch.special.ndtr((edges - self.P_mean) / self.P_std).diff().item()
-        return min(p + (p * (1 - p) / batch) ** 0.5, 1.0)
+        return share_of(p, batch)
 
     def pair(
         self,
@@ -198,9 +246,7 @@ class TDEDMLoss(EDMLoss):
         else:
             self._check_shape("index", index, images.shape[:1])
             level = index
-        coef, levels = td_coef(
-            level, from_index=index is not None, **self._coef_args(), backend=self.backend
-        )
+        coef, levels = self._coef(level, from_index=index is not None)
         x_t, x_tp = self._noisy_pair(
             images, levels[:, SIGMA], levels[:, SIGMA_P], self.coupling, noise, noise_p
         )

@@ -5,6 +5,7 @@ Each adds its schedule and its prediction.
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,26 +17,41 @@ from ..ops._modes import can_check_values
 from ..ops.td_coef import WEIGHTS
 from ..preconditioning import PREDICTIONS, Preconditioning, append_dims
 from ..schedules import ETA, Schedule, eta_of
-from .base import Loss, TDBatch, lambda_base_flag, path_coef, share_flag
+from .base import (
+    Loss,
+    TDBatch,
+    base_weight_flag,
+    lambda_base_flag,
+    path_coef,
+    share_flag,
+    share_of,
+)
 
 
 @dataclass(frozen=True)
 class PathLoss(Loss):
     """A denoising loss along a path x_t = alpha_t x0 + sigma_t eps, at uniform times.
 
-    It is the mean square error of the network's own output F. Networks are called in EDM's state,
+    It is the mean square error of the network's own output F, or by `base_weight` w(sigma_hat)
+    mean((x0 - D)^2) with another w: a name, or a callable of sigma_hat [B] such as
+    `weighting.MinSNR(3.0)`; SNR is sigma_hat^-2. Networks are called in EDM's state,
     x_t / alpha_t with the noise level sigma_hat = sigma_t / alpha_t, and so is `TDBatch` there.
     Where alpha_t = 0 (zero terminal SNR, t = 1 of flow matching) sigma_hat is infinite, and the
     state is the unit noise.
 
-    `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`, a mean over each
-    sample's elements; `pair` and `evaluate` are its two halves. `target_net` is not used and may be
-    None. Gradient to `net`'s parameters. The draws come from torch's global generator: t, then the
-    noise's seed, or the noise itself of a schedule that ends in alpha_t = 0. A family's class
-    raises ValueError for an argument out of its range.
+    `loss(net, images, labels=None, augment_pipe=None) -> [B]`, a mean over each sample's elements;
+    `pair` and `evaluate` are its two halves. As in the other losses a target network may stand
+    behind `net`; it is not used. Gradient to `net`'s parameters. The draws come from torch's global
+    generator: t, then the noise's seed, or the noise itself of a schedule that ends in alpha_t = 0.
+    A family's class raises ValueError for an argument out of its range.
     """
 
+    base_weight: str | Callable = base_weight_flag()  # noqa: RUF009  (its default is a name)
+    # "karras" is of data whose deviation is known
+    base_weights = tuple(name for name in Loss.base_weights if name != "karras")
+
     def __post_init__(self):
+        self._check_base_weight()
         # the schedule checks its own arguments
         if self.schedule.ends_in_noise and not self.preconditioning.reaches_noise:
             raise ValueError(
@@ -75,7 +91,8 @@ class PathLoss(Loss):
         level = self.schedule.sigma_hat(self._time(t, images))
         skip, scale = self.preconditioning.skip_scale(level)
         zero = torch.zeros_like(level)
-        coef = torch.stack([skip, scale, zero, zero, zero, zero, zero, scale**-2], 1)
+        w = self._base_weight(level, scale)
+        coef = torch.stack([skip, scale, zero, zero, zero, zero, zero, w], 1)
         x_t, _ = self._noisy_pair(images, level, level, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, level[:, None].expand(-1, 4))
 
@@ -99,7 +116,9 @@ class PathLoss(Loss):
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         low, high = self.schedule.t_min, self.schedule.t_max
         if given is None:
-            uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+            uniform = self._draw(
+                images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+            )
             return high + (low - high) * uniform
         self._check_shape("t", given, images.shape[:1])
         given = given.double()
@@ -177,6 +196,16 @@ class TDPathLoss(PathLoss):
     def distances(self) -> tuple[float, float]:
         """(delta, k): how far tau and t' are from t, in the schedule's time."""
 
+    def window_share(self, batch: int) -> float:
+        """A `td_share` for uniform times and batches of a size.
+
+        It is the mean share of samples whose pair stays on the path and one standard deviation of a
+        batch's, as in `TDEDMLoss.window_share`.
+        """
+        path = self.schedule
+        p = (path.t_max - (path.t_end + sum(self.distances))) / (path.t_max - path.t_min)
+        return share_of(min(p, 1.0), batch)
+
     # whether the end of the path has the TD term of a known return in place of the base loss
     mean_matching = False
 
@@ -218,6 +247,7 @@ class TDPathLoss(PathLoss):
             eta=eta_of(self.coupling) if self.eta is None else self.eta,
             weight=self.weight,
             lambda_base=self.lambda_base,
+            base_weight=self._base_weight,
             mean_matching=self.mean_matching,
         )
         x_t, x_tp = self._noisy_pair(
@@ -251,6 +281,11 @@ class TDTimeLoss(TDPathLoss):
             raise ValueError(
                 f"{name}: k_idx and one_idx must be positive numbers, "
                 f"got {self.k_idx} and {self.one_idx}"
+            )
+        if not sum(self.distances) < self.schedule.t_max - self.schedule.t_end:
+            raise ValueError(
+                f"{name}: some sample must have a TD term, and with these settings none can: "
+                f"k_idx + one_idx = {self.k_idx + self.one_idx:g} steps of {self.steps - 1:g}"
             )
 
     @property

@@ -5,29 +5,19 @@ from torch import Tensor, nn
 
 from ..preconditioning import PREDICTIONS
 from ..schedules import flow_time, interpolated_index
-from .precond import Preconditioned
+from .precond import Preconditioned, index_argument
 from .unet import UNet
 
 
 class _Called(nn.Module):
-    """The module behind the one way in which the preconditioning wrappers call a model."""
+    """Another program's module, whose parameters are then under "module."."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
         self.module, self.num_models = module, getattr(module, "num_models", 1)
 
-    def forward(
-        self, x: Tensor, t: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
-    ) -> Tensor:
-        if augment_labels is not None:
-            raise ValueError("Denoiser: augment_labels must be None, as the module takes none")
-        labels = (
-            {}
-            if class_labels is None or class_labels.shape[1] == 0
-            else {"class_labels": class_labels.argmax(1)}
-        )
-        out = self.module(x, t, **labels)
-        return out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    def forward(self, *args, **named):
+        return self.module(*args, **named)
 
 
 class Denoiser(Preconditioned):
@@ -43,11 +33,12 @@ class Denoiser(Preconditioned):
 
     Args:
         module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class
-            labels are given, with t [B] and index [B] int64. It returns F, a tuple that begins with
-            it, or an object that has it as `sample`, as diffusers' models do. Of more channels than
-            x has, the first are taken: the rest are a learned variance. Its parameters are then
-            under "model.module.". `SongUNet` and `DhariwalUNet` are called as in the other
-            wrappers, augment_labels too, and are under "model.".
+            labels are given, with t [B] and index [B] int64; `EDMPrecond` says which names it may
+            have for them. It returns F, a tuple that begins with it, or an object that has it as
+            `sample`, as diffusers' models do. Of more channels than x has, the first are taken: the
+            rest are a learned variance. Its parameters are then under "model.module.". `SongUNet`
+            and `DhariwalUNet` are called as in the other wrappers, augment_labels too, and are
+            under "model.".
         prediction: what F is: "x0", "eps", "v" or "velocity".
         alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and
             1, as a diffusers scheduler has it. t is then real: ln sigma is interpolated, and held
@@ -57,9 +48,9 @@ class Denoiser(Preconditioned):
             that count so.
         dtype: of the image inside the module; None is x's.
 
-    Call it as `net(x, sigma, class_labels=None, augment_labels=None) -> D`; class_labels are
-    one-hot, [B, classes]. See `EDMPrecond`, which also says what `raw=True` gives and where
-    gradients go.
+    Call it as `net(x, sigma, class_labels=None, augment_labels=None, **conditions) -> D`;
+    class_labels are one-hot, [B, classes], or indices [B]. See `EDMPrecond`, which also says what
+    `raw=True` gives and where gradients go.
 
     Raises:
         ValueError: an argument is not as said, or augment_labels are given to a module that takes
@@ -79,6 +70,7 @@ class Denoiser(Preconditioned):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(module if isinstance(module, UNet) else _Called(module), dtype=dtype)
+        self.index_argument = index_argument(module)
         if prediction not in self.PREDICTIONS:
             raise ValueError(
                 f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got "

@@ -3,17 +3,52 @@
 (EDM, arXiv 2206.00364, eq. 7 and table 1.)
 """
 
+import inspect
 from math import inf
 
 import torch
 from torch import Tensor, nn
 
-from ..preconditioning import CT, EDM, Eps, Preconditioning, Score, append_dims
+from ..ops._modes import can_check_values
+from ..preconditioning import (
+    CT,
+    EDM,
+    Eps,
+    Preconditioning,
+    Score,
+    append_dims,
+    tensor_of,
+    unwrapped,
+)
 from ..schedules import VP, iDDPM
 from .layers import KeepsBuffers
+from .remembered import Remembered
+
+# what other people's models call a sample's class index
+INDEX_ARGUMENTS = ("class_labels", "y", "labels")
 
 
-class Preconditioned(KeepsBuffers):
+def index_argument(model) -> str | None:
+    """How a model takes class labels, by the arguments of its `forward`.
+
+    None is the way of the U-Nets here, `model(x, t, class_labels, augment_labels)` with one-hot
+    labels. Any other model is called as `model(x, t)`, with class indices [B] int64 by the keyword
+    that is returned, which is "" where it takes none.
+    """
+    try:
+        arguments = inspect.signature(unwrapped(model).forward).parameters
+    except (AttributeError, TypeError, ValueError):  # no module, or one that says nothing
+        return None
+    if "augment_labels" in arguments:
+        return None
+    kinds = {each.kind for each in arguments.values()}
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    any_keyword = INDEX_ARGUMENTS[0] if inspect.Parameter.VAR_KEYWORD in kinds else ""
+    return next((name for name in INDEX_ARGUMENTS if name in arguments), any_keyword)
+
+
+class Preconditioned(Remembered, KeepsBuffers):
     """A network as a denoiser in EDM's state; every wrapper here is one.
 
     A subclass sets `preconditioning` and gives `input_scaling(sigma) -> (c_in, c_noise)` for sigma
@@ -22,7 +57,11 @@ class Preconditioned(KeepsBuffers):
     Args of every subclass:
         model: called as `model(c_in x, c_noise, class_labels, augment_labels)`, c_noise [B]; its
             parameters are then under "model.". Where it has a `label_dim` above 0, missing class
-            labels are zeros; where that is 0, class labels are dropped.
+            labels are zeros, and indices become one-hot; where that is 0, class labels are dropped.
+            A model whose `forward` knows no `augment_labels`, such as consistency models' or
+            diffusers', is called as `model(c_in x, c_noise)`, and where class labels are given
+            with their indices as its `class_labels`, `y` or `labels`. Its answer may be what
+            `preconditioning.tensor_of` reads.
         dtype: of the image inside the model, such as torch.bfloat16; None is x's. Also an
             attribute, to be set at any time.
     """
@@ -31,12 +70,29 @@ class Preconditioned(KeepsBuffers):
     sigma_min: float  # the noise levels that the network can be asked about
     sigma_max: float
     learned_variance = False  # whether F may have more channels than x; the rest is left out
+    index_argument: str | None = None  # see the function
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.dtype = model, dtype
+        self.index_argument = index_argument(model)
         # of an `MLP`: a batch holds as many samples for each
         self.num_models = getattr(model, "num_models", 1)
+
+    @property
+    def img_resolution(self) -> int:
+        """Height and width in pixels, as EDM's networks have it."""
+        return unwrapped(self.model).img_resolution
+
+    @property
+    def img_channels(self) -> int:
+        """Channels of the image."""
+        return unwrapped(self.model).in_channels
+
+    @property
+    def label_dim(self) -> int:
+        """Width of the class labels, 0 for none."""
+        return unwrapped(self.model).label_dim
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_in, c_noise) at noise levels [B], in their dtype."""
@@ -51,18 +107,20 @@ class Preconditioned(KeepsBuffers):
         *,
         raw: bool = False,
         scaled: Tensor | None = None,
+        **conditions,
     ) -> Tensor:
         """The denoised D(x, sigma) = c_skip x + c_out F, or F itself.
 
         Args:
             x: [B, ...] of any rank, noisy data.
             sigma: noise level, a number or a tensor of one or B elements.
-            class_labels: [B, label_dim] one-hot floats, or None.
+            class_labels: [B, label_dim] one-hot floats, [B] int64 indices, or None.
             augment_labels: [B, augment_dim], or None.
             raw: give the network's own output F(c_in x, c_noise), in the dtype it came in. Losses
                 and samplers ask so, since what wraps a network hands on `forward` alone.
             scaled: as `x`, c_in x in `input_dtype(x)`, where the caller has it already
                 (`tdkern.heun_step` makes it). None: it is computed.
+            conditions: handed to the model as they are, such as a text's embedding.
 
         Returns:
             [B, ...], float32; float64 if x and the model's parameters are float64.
@@ -77,7 +135,7 @@ class Preconditioned(KeepsBuffers):
         c_in, c_noise = self.input_scaling(sigma)
         if scaled is None:
             scaled = (append_dims(c_in, x.ndim) * x.to(dtype)).to(self.input_dtype(x))
-        F = self.model(scaled, c_noise, self._class_labels(class_labels, c_noise), augment_labels)
+        F = self._output(scaled, c_noise, class_labels, augment_labels, conditions)
         if self.learned_variance:
             F = F[:, : x.shape[1]]
         if raw:
@@ -110,28 +168,79 @@ class Preconditioned(KeepsBuffers):
             )
         return sigma.expand(x.shape[0])
 
-    def _class_labels(self, class_labels: Tensor | None, c_noise: Tensor) -> Tensor | None:
-        label_dim = getattr(self.model, "label_dim", None)
+    def _output(
+        self,
+        scaled: Tensor,
+        c_noise: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+        conditions: dict,
+    ) -> Tensor:
+        """F, the model called in its own way."""
+        if self.index_argument is None:
+            one_hot = self._one_hot(class_labels, c_noise)
+            out = self.model(scaled, c_noise, one_hot, augment_labels, **conditions)
+        else:
+            self._refuse_augment_labels(augment_labels)
+            out = self.model(scaled, c_noise, **self._indices(class_labels), **conditions)
+        return tensor_of(out, f"{type(self).__name__}: the model")
+
+    def _refuse_augment_labels(self, augment_labels: Tensor | None) -> None:
+        if augment_labels is not None:
+            raise ValueError(
+                f"{type(self).__name__}: augment_labels must be None, as the module takes none"
+            )
+
+    def _one_hot(self, class_labels: Tensor | None, c_noise: Tensor) -> Tensor | None:
+        label_dim = getattr(unwrapped(self.model), "label_dim", None)
         if label_dim == 0:
             return None
         if label_dim and class_labels is None:
             return c_noise.new_zeros(len(c_noise), label_dim)
-        return class_labels
+        if not label_dim or class_labels.ndim != 1 or class_labels.dtype.is_floating_point:
+            return class_labels
+        if (
+            can_check_values(class_labels)
+            and not ((class_labels >= 0) & (class_labels < label_dim)).all()
+        ):
+            found = f"{class_labels.min().item()} to {class_labels.max().item()}"
+            raise ValueError(
+                f"{type(self).__name__}: class_labels must be from 0 to {label_dim - 1}, got "
+                f"{found}"
+            )
+        classes = torch.arange(label_dim, device=class_labels.device)
+        return (class_labels[:, None] == classes).to(c_noise.dtype)
+
+    def _indices(self, class_labels: Tensor | None) -> dict[str, Tensor]:
+        """The class labels by the name and in the form that the model knows, if there are any."""
+        if class_labels is None or (class_labels.ndim == 2 and class_labels.shape[1] == 0):
+            return {}
+        if not self.index_argument:
+            raise ValueError(
+                f"{type(self).__name__}: class_labels must be None, as the module takes none"
+            )
+        one_hot = class_labels.ndim == 2
+        return {self.index_argument: class_labels.argmax(1) if one_hot else class_labels}
 
 
 class EDMPrecond(Preconditioned):
     """EDM: c_skip = sd^2/(s^2+sd^2), c_out = s sd/sqrt(s^2+sd^2), c_in = 1/sqrt(s^2+sd^2).
 
-    c_noise = ln(s)/4; sd is `sigma_data`.
+    c_noise = ln(s)/4; sd is `sigma_data`. `sigma_min` and `sigma_max` are the noise levels that it
+    is sampled at.
     """
 
-    sigma_min, sigma_max = 0.0, inf
-
     def __init__(
-        self, model: nn.Module, sigma_data: float = 0.5, *, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.0,
+        sigma_max: float = inf,
+        *,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(model, dtype=dtype)
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.preconditioning = EDM(sigma_data)
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

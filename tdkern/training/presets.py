@@ -3,9 +3,7 @@
 What a source leaves out is a default.
 
 Sources: EDM (arXiv 2206.00364, table 6 and its published commands), TD+EDM and TD+CT (2606.15048
-    and
-the published commands), CT (2303.01469), improved CT (2310.14189). Consistency models were trained
-with RAdam; the driver has Adam, so those runs are not repeated to the letter.
+and the published commands), CT (2303.01469), improved CT (2310.14189).
 """
 
 EDM_CIFAR10 = {"family": "edm", "td": False, "cond": True, "arch": "ddpmpp", "batch": 512}
@@ -40,6 +38,7 @@ CT_CIFAR10 = {
     "td": False,
     "arch": "ncsnpp",
     "batch": 512,
+    "optim": "radam",
     "lr": 2e-4,
     "augment": 0.0,
     "loss": {"base_norm": "lpips"},

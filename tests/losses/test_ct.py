@@ -355,7 +355,7 @@ def test_bad_arguments():
         (
             lambda: TDCTLoss(base_weight="edm"),
             r"TDCTLoss: base_weight must be one of karras, uniform, snr, snr\+1, truncated-snr, "
-            r"inverse-step, got 'edm'",
+            r"inverse-step, min-snr, soft-min-snr, p2, or a callable, got 'edm'",
         ),
         (lambda: CTLoss(huber_c=0.1), "huber_c must be None with base_norm 'l2', got 0.1"),
         (

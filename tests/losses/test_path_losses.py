@@ -146,9 +146,10 @@ def test_a_denoiser_is_asked_at_the_schedules_own_time():
     net = Denoiser(module, alphas_cumprod=loss.schedule.alphas_cumprod).double()
     batch = loss.pair(torch.randn(50, 2, dtype=torch.float64), t=t)
     loss.evaluate(net, net, batch)
-    x, times = module.call
-    torch.testing.assert_close(times, (t - 2).clamp(min=0).double())  # of t', the last call
-    torch.testing.assert_close(x, loss.schedule.alpha((t - 1).clamp(min=1))[:, None] * batch.x_tp)
+    x, times = module.call  # of t' = t - 1, the last call, where there is a TD term
+    t = t[1:].flip(0)  # the largest level first
+    torch.testing.assert_close(times, (t - 2).double())
+    torch.testing.assert_close(x, loss.schedule.alpha(t - 1)[:, None] * batch.x_tp[t - 1])
 
 
 @pytest.mark.parametrize(

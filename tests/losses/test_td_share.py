@@ -138,7 +138,8 @@ def test_what_the_networks_are_given():
         )
         <= 1
     )
-    assert len(target.calls[0][0]) == 7 and target.calls[0][2] is None
+    # of seven places six are needed
+    assert len(target.calls[0][0]) == 6 and target.calls[0][2] is None
 
 
 @pytest.mark.parametrize("B", [0, 1])
