@@ -1,9 +1,9 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert` and `demo`."""
+"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert`, `bench` and `demo`."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "bench", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:
