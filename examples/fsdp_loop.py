@@ -1,4 +1,4 @@
-"""A plain loop under FSDP2 with a TD term: eight lines changed.
+"""A plain loop under FSDP2 with a TD term: nine lines changed.
 
 `torchrun --nproc_per_node=2 examples/fsdp_loop.py` runs it. The target network is made before the
 network is sharded, then both are sharded alike. `save_network` gathers the shards.
