@@ -282,10 +282,15 @@ class CTLoss(Loss):
 
     def _draw_index(self, images: Tensor) -> Tensor:
         if self.lognormal is None:
-            return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
+            return self._draw(
+                images,
+                lambda n: torch.randint(self.num_scales - 1, (n,), device=images.device),
+            )
         mean, std = self.lognormal
         low, high = self._lognormal_range()
-        uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+        uniform = self._draw(
+            images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+        )
         sigma = (mean + std * ndtri(low + (high - low) * uniform)).exp()
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index(sigma)
         return index.long().clamp(max=self.num_scales - 2)

@@ -60,7 +60,9 @@ class DDPMLoss(PathLoss):
 
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            return torch.randint(1, self.T + 1, (len(images),), device=images.device).double()
+            return self._draw(
+                images, lambda n: torch.randint(1, self.T + 1, (n,), device=images.device).double()
+            )
         given = super()._time(given, images)
         if can_check_values(given) and not (given == given.round()).all():
             first = given[given != given.round()][0].item()

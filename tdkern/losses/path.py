@@ -116,7 +116,9 @@ class PathLoss(Loss):
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         low, high = self.schedule.t_min, self.schedule.t_max
         if given is None:
-            uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+            uniform = self._draw(
+                images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+            )
             return high + (low - high) * uniform
         self._check_shape("t", given, images.shape[:1])
         given = given.double()

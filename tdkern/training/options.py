@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
@@ -26,6 +27,10 @@ FREE = (
     "time_limit",
     "workers",
 )
+
+
+# what may change besides, as it changes rounding alone, and dropout's masks
+SPLIT = ("gpus", "batch_gpu")
 
 
 def _consistency(family: Family) -> bool:
@@ -321,9 +326,9 @@ class Options:
         Raises:
             ValueError: one that would make it another run.
         """
-        free = FREE
+        free = set(FREE) | set(SPLIT)
         if self.lr_decay != "none":
-            free = tuple(name for name in FREE if name != "duration")
+            free -= {"duration"}
         for name, value in given.items():
             own = vars(self).get(name, self.loss.get(name))
             if name not in free and value != own:
@@ -332,6 +337,8 @@ class Options:
                     "start a new run"
                 )
         changes = {name: value for name, value in given.items() if name in vars(self)}
+        if "gpus" in changes and "batch_gpu" not in changes:
+            changes["batch_gpu"] = math.gcd(self.batch_gpu, max(self.batch // changes["gpus"], 1))
         return dataclasses.replace(self, **changes)
 
 
