@@ -1,7 +1,6 @@
 """Optimizers on the fused ops."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +8,7 @@ from torch import Tensor
 from .ops import _modes, _shards
 from .ops._checks import kind_of
 from .ops.adam_ema import adam_ema_, found_inf
-from .ops.ema_update import checked_decays
+from .ops.ema_update import checked_decays, ema_update_
 
 NOT_IMPLEMENTED = ("amsgrad", "maximize", "differentiable")  # options of torch.optim.Adam's groups
 
@@ -26,13 +25,15 @@ class AdamEMA(torch.optim.Adam):
     parameter without a gradient. A first step with lr 0, which only makes the state (as
     torch.distributed.checkpoint.state_dict does), leaves the averages alone.
 
-    Where several processes train together, each steps the parameters or shards that it has (DDP,
-    FSDP, ZeroRedundancyOptimizer), and a gradient that is not finite in one of them skips the step
-    in all: their flags are reduced over `flag_group`, so every process of it must call `step`.
-        Under Lightning's "16-mixed" and "bf16-mixed" clip by `step(clip=)` in manual optimization:
-        its
-    `gradient_clip_val` refuses every optimizer that takes GradScaler's scale itself, as torch's
-    fused Adam does.
+    Change the elements of the tensor `decays` before a step. It is every group's "decays", by which
+    it is reached through a wrapper (Accelerate's); a group may be given others. A group that is
+    added brings "averages", K lists of tensors in the order of its parameters.
+
+    Where several processes train together, each steps the parameters or shards that it has. Where
+    those are shards (DTensors of FSDP2 and tensor parallelism, FSDP1), a gradient that is not
+    finite in one process skips the step in all. DDP's gradients are the same in all processes, so
+    nothing is asked of the others there. ZeroRedundancyOptimizer and other optimizers that give
+    each process some of the parameters need `flag_group=torch.distributed.group.WORLD` for it.
 
     Args:
         params: parameters or parameter groups, as of every optimizer; on one device.
@@ -42,19 +43,21 @@ class AdamEMA(torch.optim.Adam):
         averages: K sequences of tensors in the order of the parameters, such as
             `ema.module.parameters()` of `tdkern.ema.EMA`s; DTensors where the parameters are,
             distributed alike.
-        decays: K floats in [0, 1], or a float tensor [K]. `self.decays` is a tensor: change its
-            elements before a step.
+        decays: K floats in [0, 1], or a float tensor [K].
         backend: as `adam_ema_`'s.
-        flag_group: the process group that skips a step together; "default" is torch.distributed's
-            default group wherever it runs, None this process alone.
+        flag_group: a process group that skips a step together: every process of it must call
+            `step`. None: where the parameters are shards, those that hold the others.
+        takes_grad_scale: whether GradScaler leaves its scale and its check to this step, as to
+            torch's fused Adam: one pass over the gradients and one wait for the device fewer.
+            Lightning's `gradient_clip_val` refuses every such optimizer; clip by `step(clip=)`.
 
     Raises:
         ValueError: averages that do not match the parameters, an option out of its range, or
             amsgrad, maximize or differentiable in a group or a state. RuntimeError: a sparse
-            gradient.
+            gradient, or a complex parameter.
     """
 
-    _step_supports_amp_scaling = True  # for GradScaler; torch.optim.Adam's is lost by pickle
+    _own = ("_averages", "skipped", "backend", "flag_group", "_step_supports_amp_scaling")
 
     def __init__(
         self,
@@ -68,37 +71,81 @@ class AdamEMA(torch.optim.Adam):
         averages: Sequence[Iterable[Tensor]] = (),
         decays: Sequence[float] | Tensor = (),
         backend: str = "auto",
-        flag_group: "torch.distributed.ProcessGroup | Literal['default'] | None" = "default",
+        flag_group: "torch.distributed.ProcessGroup | None" = None,
+        takes_grad_scale: bool = False,
     ):
         super().__init__(
             params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled, fused=True
         )
         every = [param for group in self.param_groups for param in group["params"]]
-        self.decays = checked_decays("AdamEMA", decays)
         device = (
             every[0].device if every else torch.device("cpu")
         )  # ZeroRedundancyOptimizer may leave a process without parameters
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.backend, self.flag_group = backend, flag_group
-        self._averages = _averages_by_param(averages, every, self.decays)
+        self._step_supports_amp_scaling = takes_grad_scale
+        self.defaults["decays"] = checked_decays(self._name, decays)
+        whole = _checked_averages(self._name, averages, every, self.decays)
+        self._averages, first = [], 0  # by group, average and parameter
+        for group in self.param_groups:
+            end = first + len(group["params"])
+            self._averages.append([average[first:end] for average in whole])
+            group.setdefault("decays", self.decays)
+            first = end
+
+    @property
+    def _name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def decays(self) -> Tensor:
+        """The decays that the constructor was given, [K]; its elements may be changed."""
+        return self.defaults["decays"]
 
     def add_param_group(self, param_group: dict) -> None:
-        """As every optimizer's; refuses the options that are not implemented."""
-        if isinstance(param_group, dict):
-            _refuse_options([param_group])
-        super().add_param_group(param_group)
+        """As every optimizer's, with "averages" where there are decays; refuses the options that
+        are not implemented."""
+        if not isinstance(param_group, dict):
+            return super().add_param_group(param_group)  # which refuses it
+        _refuse_options(self._name, [param_group])
+        group = dict(param_group)
+        averages = group.pop("averages", ())
+        in_constructor = "decays" not in self.defaults
+        if in_constructor and averages:
+            raise ValueError(
+                f"{self._name}: averages must be an argument, in the order of all parameters, got "
+                "some in a group"
+            )
+        super().add_param_group(group)
+        if in_constructor:
+            return
+        try:
+            params, decays = group["params"], group["decays"]
+            self._averages.append(_checked_averages(self._name, averages, params, decays))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def state_dict(self) -> dict:
+        """torch.optim.Adam's: the decays are left out, as the averages are."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.pop("decays", None)
+        return state
 
     def __getstate__(self) -> dict:
-        own = ("_averages", "decays", "skipped", "backend", "flag_group")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._own}}
 
     def __setstate__(self, state: dict) -> None:
         """Take a state dict's groups and state, or all of a copied or unpickled optimizer; what
         cannot be continued replaces nothing."""
         if any(group.get(name) for group in state["param_groups"] for name in NOT_IMPLEMENTED):
-            raise ValueError("AdamEMA: a state with amsgrad or maximize cannot be continued")
-        defaults = state["defaults"] if "defaults" in state else self.defaults
-        for group in state["param_groups"]:
+            raise ValueError(f"{self._name}: a state with amsgrad or maximize cannot be continued")
+        whole = "defaults" in state  # not a state dict, which has no decays
+        defaults = state["defaults"] if whole else self.defaults
+        for i, group in enumerate(state["param_groups"]):
+            if not whole:
+                group["decays"] = self.param_groups[i]["decays"]
             for name, value in defaults.items():
                 group.setdefault(name, value)
         super().__setstate__(state)
@@ -118,88 +165,109 @@ class AdamEMA(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _refuse_options(self.param_groups)
+        _refuse_options(self._name, self.param_groups)
         try:
             self._step(clip)
         except ValueError:
-            grads = [
-                param.grad
-                for group in self.param_groups
-                for param in group["params"]
-                if param.grad is not None
-            ]
-            if any(grad.layout is not torch.strided for grad in grads):
-                raise RuntimeError(
-                    "AdamEMA: Adam does not support sparse gradients, please consider SparseAdam "
-                    "instead"
-                ) from None
+            self._refuse_gradients()
             raise
         return loss
 
     def _step(self, clip: Tensor | None) -> None:
-        grad_scale, found, skipped = (
-            getattr(self, "grad_scale", None),
-            self._found_inf(),
-            self.skipped,
-        )
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if not params:
+        found, grads = self._found_inf(), self._grads()
+        if grads and self.skipped.device != grads[0].device:  # the parameters have moved
+            self.skipped = self.skipped.to(grads[0].device)
+        skipped = self.skipped
+        for group, own_averages in zip(self.param_groups, self._averages, strict=True):
+            rows = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+            if not rows:
                 continue
+            params = [group["params"][i] for i in rows]
             only_makes_state = _is_zero(group["lr"]) and not any(
                 self.state[param] for param in params
             )
             states = [self._state(param) for param in params]
-            averages, decays = (
-                ([], ())
-                if only_makes_state
-                else (
-                    list(zip(*(self._averages_of(param) for param in params), strict=True)),
-                    self.decays,
-                )
-            )
-            adam_ema_(
+            averages = [[average[i] for i in rows] for average in own_averages]
+            self._step_group(
+                group,
                 params,
-                [param.grad for param in params],
-                *([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")),
-                averages,
-                decays,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                decoupled=group["decoupled_weight_decay"],
-                grad_scale=grad_scale,
-                clip=clip,
-                found_inf=found,
-                skipped=skipped,
-                backend=self.backend,
+                [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")],
+                ([], ()) if only_makes_state else (averages, group["decays"]),
+                {"clip": clip, "found_inf": found, "skipped": skipped},
             )
             skipped = None  # counted once, not once a group
         if skipped is not None and found is not None:  # no gradient in this process
             skipped += (found != 0).to(skipped.device, torch.int64)
 
+    def _step_group(
+        self,
+        group: dict,
+        params: list[Tensor],
+        state: list[list[Tensor]],
+        averages: tuple[list[list[Tensor]], Sequence[float] | Tensor],
+        scalars: dict[str, Tensor | None],
+    ) -> None:
+        """The step of a group's parameters that have gradients.
+
+        Args:
+            group: with the options.
+            params: those parameters.
+            state: exp_avg, exp_avg_sq and step, each in the parameters' order.
+            averages: lists in the parameters' order, and their decays.
+            scalars: as of `adam_ema_`.
+        """
+        adam_ema_(
+            params,
+            [param.grad for param in params],
+            *state,
+            *averages,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            grad_scale=getattr(self, "grad_scale", None),  # GradScaler's protocol
+            backend=self.backend,
+            **scalars,
+        )
+
+    def _grads(self) -> list[Tensor]:
+        every = (param for group in self.param_groups for param in group["params"])
+        return [param.grad for param in every if param.grad is not None]
+
+    def _refuse_gradients(self) -> None:
+        """Raise RuntimeError for gradients that Adam cannot take."""
+        for grad in self._grads():
+            if grad.is_complex():
+                raise RuntimeError(
+                    f"{self._name}: parameters must be real, got {grad.dtype}; give "
+                    "torch.view_as_real of them"
+                ) from None
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"{self._name}: Adam does not support sparse gradients, please consider "
+                    "SparseAdam instead"
+                ) from None
+
     def _found_inf(self) -> Tensor | None:
-        """Whether any process of the group has a gradient that is not finite; None where there is
-        no gradient and no other process."""
-        found = getattr(self, "found_inf", None)  # GradScaler's protocol
-        grads = [
-            param.grad
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        ]
+        """Whether any process that this one must skip with has a gradient that is not finite; None
+        where there is no gradient and no other process."""
+        found, grads = getattr(self, "found_inf", None), self._grads()  # GradScaler's protocol
         if found is None and grads:
-            found = found_inf(grads, backend=self.backend)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.flag_group is None or not distributed:
+            found = found_inf(grads, backend=self.backend)  # over the meshes of DTensors
+        group = self.flag_group
+        if group is None and not self._flat_shards():
             return found
-        group = None if self.flag_group == "default" else self.flag_group
         if torch.distributed.get_world_size(group) < 2:
             return found
         if found is None:
             found = torch.zeros((), dtype=torch.float32, device=self.skipped.device)
         return _shards.largest_over(group, found)
+
+    def _flat_shards(self) -> bool:
+        """Whether FSDP1 holds the parameters, each process some elements of each."""
+        every = (param for group in self.param_groups for param in group["params"])
+        return any(getattr(param, "_fsdp_flattened", False) for param in every)
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -209,52 +277,139 @@ class AdamEMA(torch.optim.Adam):
             state["exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         return state
 
-    def _averages_of(self, param: Tensor) -> list[Tensor]:
-        if param not in self._averages:
-            if len(self.decays) > 0:
-                raise ValueError(
-                    "AdamEMA: a parameter that was added later has no averages; make a new "
-                    "optimizer and load this one's state_dict"
-                )
-            return []
-        return self._averages[param]
+
+class RAdamEMA(AdamEMA):
+    """RAdam (arXiv 1908.03265) with averages, in PyTorch's own operations and `ema_update_`.
+
+    The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
+    the skipping of steps whose gradients are not all finite are `AdamEMA`'s. The variance that
+    Adam's first steps divide by is of few gradients: RAdam leaves it out while rho_t <= 5, and
+    then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
+    rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
+
+    Needs temporary memory for a few tensors of the largest parameter's size. Deterministic. No host
+    synchronisation.
+    """
+
+    def _step_group(self, group, params, state, averages, scalars) -> None:
+        averages, decays = averages
+        grad_scale = getattr(self, "grad_scale", None)
+        factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
+        exp_avgs, exp_avg_sqs, steps = state
+        rows = _shards.local_rows(
+            self._name,
+            params,
+            {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+            {"grads": [param.grad for param in params]},
+        )
+        for step in steps:
+            step.add_(taken)
+        of_steps = [vector.unbind() for vector in _rectified(torch.stack(steps), group)]
+        for row in zip(*rows, *of_steps, strict=True):
+            _radam(*row, factor, taken, group)
+        if averages:
+            if not isinstance(decays, Tensor):
+                decays = torch.tensor(decays, dtype=torch.float64)
+            # a decay of 1 changes nothing
+            decays = torch.where(taken, decays.to(taken.device), 1.0)
+            ema_update_(averages, params, decays, backend=self.backend)
+        if scalars["skipped"] is not None:
+            scalars["skipped"].add_(~taken)
 
 
-def _averages_by_param(
-    averages: Sequence[Iterable[Tensor]], every: list[Tensor], decays: Tensor
-) -> dict[Tensor, list[Tensor]]:
-    """The averages of each parameter, as many as there are decays."""
+OPTIMIZERS = {"adam": AdamEMA, "radam": RAdamEMA}
+
+
+def _factor(
+    found_inf: Tensor, clip: Tensor | None, grad_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """By what to multiply gradients, and whether the step is taken, scalars on the device."""
+    factor = torch.ones((), dtype=torch.float64, device=found_inf.device)
+    if clip is not None:
+        factor = factor * clip
+    if grad_scale is not None:
+        factor = factor / grad_scale
+    return factor, (found_inf == 0) & factor.isfinite()
+
+
+def _rectified(steps: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Of counts of steps: by what to multiply exp_avg, and its quotient by the square root of
+    exp_avg_sq; and which of these is the direction: float64, float64 and bool, as many."""
+    beta1, beta2 = group["betas"]
+    t = steps.double().clamp(min=1)  # before the first step that is taken nothing moves
+    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    longest = 2 / (1 - beta2) - 1
+    length = longest - 2 * t * beta2**t / correction2
+    ratio = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    plain = 1 / correction1
+    return plain, plain * (ratio * correction2).sqrt(), length > 5
+
+
+def _radam(
+    param: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    plain: Tensor,
+    rectified: Tensor,
+    by_variance: Tensor,
+    factor: Tensor,
+    taken: Tensor,
+    group: dict,
+) -> None:
+    """RAdam's step of one parameter, in place; nothing where it is not `taken`."""
+    dtype, (beta1, beta2) = param.dtype, group["betas"]
+    kept = taken.to(dtype)
+    lr = group["lr"] * kept
+    grad = torch.where(taken, grad * factor.to(dtype), 0.0)
+    if group["decoupled_weight_decay"]:
+        param.mul_(1 - lr * group["weight_decay"])
+    else:
+        grad = grad + param * group["weight_decay"]
+    exp_avg.lerp_(grad, (1 - beta1) * kept)
+    exp_avg_sq.lerp_(grad.square(), (1 - beta2) * kept)
+    over_spread = rectified.to(dtype) / (exp_avg_sq.sqrt() + group["eps"])
+    weight = torch.where(by_variance, over_spread, plain.to(dtype))
+    param.sub_(exp_avg * weight * lr)
+
+
+def _checked_averages(
+    name: str,
+    averages: Sequence[Iterable[Tensor]],
+    params: list[Tensor],
+    decays: Sequence[float] | Tensor,
+) -> list[list[Tensor]]:
+    """The averages as lists, as many as there are decays, each in the order of the parameters."""
     try:
         averages = [list(average) for average in averages]
     except TypeError:
         raise ValueError(
-            "AdamEMA: averages must hold K lists of tensors, such as [ema.module.parameters()]"
+            f"{name}: averages must hold K lists of tensors, such as [ema.module.parameters()]"
         ) from None
     if len(averages) != len(decays):
         raise ValueError(
-            f"AdamEMA: decays must hold one decay for each of the {len(averages)} averages, got "
+            f"{name}: decays must hold one decay for each of the {len(averages)} averages, got "
             f"{len(decays)}"
         )
     for k, average in enumerate(averages):
         for i, avg in enumerate(average):
             if not isinstance(avg, Tensor):
-                raise ValueError(
-                    f"AdamEMA: averages[{k}][{i}] must be a tensor, got {kind_of(avg)}"
-                )
-        if [avg.shape for avg in average] != [param.shape for param in every]:
+                raise ValueError(f"{name}: averages[{k}][{i}] must be a tensor, got {kind_of(avg)}")
+        if [avg.shape for avg in average] != [param.shape for param in params]:
             raise ValueError(
-                f"AdamEMA: averages[{k}] must hold a tensor of the shape of each of the "
-                f"{len(every)} parameters, in their order"
+                f"{name}: averages[{k}] must hold a tensor of the shape of each of the "
+                f"{len(params)} parameters, in their order"
             )
-    return {param: [average[i] for average in averages] for i, param in enumerate(every)}
+    return averages
 
 
-def _refuse_options(groups: list[dict]) -> None:
+def _refuse_options(name: str, groups: list[dict]) -> None:
     for group in groups:
-        for name in NOT_IMPLEMENTED:
-            if group.get(name):
+        for option in NOT_IMPLEMENTED:
+            if group.get(option):
                 raise ValueError(
-                    f"AdamEMA: {name} must be False, which alone is implemented, got {group[name]}"
+                    f"{name}: {option} must be False, which alone is implemented, got "
+                    f"{group[option]}"
                 )
 
 

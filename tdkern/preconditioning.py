@@ -15,6 +15,10 @@ from torch import Tensor, nn
 class Preconditioning(ABC):
     """A kind of raw output; equal to another of its class with the same settings."""
 
+    # whether D is known at an infinite noise level, where no signal is left in x_t. The state there
+    # is the unit noise x / sigma, and skip the limit of skip sigma.
+    reaches_noise = False
+
     @abstractmethod
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(skip, scale) of D = skip x + scale F at noise levels of any shape, in their dtype.
@@ -57,6 +61,8 @@ class CT(Preconditioning):
 class X0(Preconditioning):
     """F predicts x0, on any path: D = F."""
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(sigma), torch.ones_like(sigma)
 
@@ -73,22 +79,29 @@ class Eps(Preconditioning):
 class V(Preconditioning):
     """F predicts v = alpha_t eps - sigma_t x0 on a VP path (arXiv 2202.00512).
 
-    D = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F.
+    D = x / (1 + sigma^2) - sigma / sqrt(1 + sigma^2) F, which is -F at an infinite level.
     """
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 / (1 + sigma**2), -sigma * (1 + sigma**2).rsqrt()
+        scale = -sigma * (1 + sigma**2).rsqrt()
+        return 1 / (1 + sigma**2), torch.where(sigma.isinf(), -1.0, scale)
 
 
 @dataclass(frozen=True)
 class Velocity(Preconditioning):
     """F predicts flow matching's velocity eps - x0: D = (x - sigma F) / (1 + sigma).
 
-    (arXiv 2210.02747.)
+    (arXiv 2210.02747.) At an infinite level, where x is the unit noise, it is x - F.
     """
 
+    reaches_noise = True
+
     def skip_scale(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return 1 / (1 + sigma), -sigma / (1 + sigma)
+        noise = sigma.isinf()
+        skip, scale = 1 / (1 + sigma), -sigma / (1 + sigma)
+        return torch.where(noise, 1.0, skip), torch.where(noise, -1.0, scale)
 
 
 @dataclass(frozen=True)

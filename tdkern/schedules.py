@@ -89,9 +89,9 @@ class EDM:
             raise ValueError(f"EDM: steps must be at least 2, got {self.steps}")
         if self.steps % 1:
             raise ValueError(f"EDM: steps must be a whole number, got {self.steps}")
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(
-                "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got "
+                "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got "
                 f"{self.sigma_min} and {self.sigma_max}"
             )
         if self.rho <= 0:
@@ -131,12 +131,19 @@ class Schedule(ABC):
     A family gives these two, `time` and `times`.
 
     Networks, losses and samplers work in EDM's state x_t / alpha(t) = x0 + sigma_hat(t) eps, which
-    is one and the same for every family.
+    is one and the same for every family. Where alpha(t) = 0 no signal is left: sigma_hat is
+    infinite, and the state is by convention the unit noise eps itself, the limit of
+    x_t / sigma(t).
     """
 
     t_end: float  # where tau may go to: 0 is the data itself where sigma(0) = 0
     t_min: float  # the least time that a network is asked about
     t_max: float
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether no signal is left at t_max: alpha is 0 there, and sigma_hat infinite."""
+        return False
 
     @abstractmethod
     def alpha(self, t) -> Tensor:
@@ -198,7 +205,7 @@ def _ddpm_decay(T: int, beta_schedule, s: float, beta_max: float, device: torch.
     elif beta_schedule == "linear":
         beta = (1e-4 + (t[1:] - 1) / (T - 1) * (0.02 - 1e-4)) * (1000 / T)
     else:
-        beta = as_float64(beta_schedule)
+        beta, beta_max = as_float64(beta_schedule), 1.0
     return torch.cat([t[:1], -torch.log1p(-beta.clamp(max=beta_max)).cumsum(0)]).to(device)
 
 
@@ -212,11 +219,16 @@ class DDPM(VariancePreserving):
         T: number of times.
         beta_schedule: "linear", from 1e-4 to 0.02 for T = 1000 and 1000/T of that else (arXiv
             2006.11239; 2102.09672); "cosine", alpha_bar = cos^2((t/T + s)/(1 + s) pi/2) up to a
-            constant (2102.09672, eq. 17); or a tuple of T numbers, beta_1 .. beta_T in (0, 1).
+            constant (2102.09672, eq. 17); or T numbers, beta_1 .. beta_T in (0, 1), which are kept
+            as they are, as a tuple. The last may be 1, zero terminal SNR (2305.08891): alpha(T) is
+            then 0.
         s: offset of "cosine".
-        beta_max: bound of every beta.
+        beta_max: bound of every beta of "linear" and "cosine".
 
     `alpha`, `sigma` and `sigma_hat` take whole times 0 .. T, of any dtype.
+
+    Raises:
+        ValueError: T or beta_schedule is not as said.
     """
 
     T: int = 1000
@@ -229,18 +241,27 @@ class DDPM(VariancePreserving):
     def __post_init__(self):
         if not (isinstance(self.T, int) and self.T >= 2):
             raise ValueError(f"DDPM: T must be a whole number, at least 2, got {self.T}")
-        betas = self.beta_schedule
-        if not (
-            betas in BETA_SCHEDULES
-            if isinstance(betas, str)
-            else isinstance(betas, tuple)
-            and len(betas) == self.T
-            and all(0 < beta < 1 for beta in betas)
-        ):
-            raise ValueError(
-                f"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of {self.T} numbers in "
-                f"(0, 1), got {betas!r}"
-            )
+        if isinstance(self.beta_schedule, str):
+            if self.beta_schedule not in BETA_SCHEDULES:
+                raise self._wrong_betas(repr(self.beta_schedule))
+            return
+        betas = as_float64(self.beta_schedule)
+        if betas.shape != (self.T,):
+            raise self._wrong_betas(f"numbers of shape {list(betas.shape)}")
+        betas = tuple(betas.tolist())
+        if not (all(0 < beta < 1 for beta in betas[:-1]) and 0 < betas[-1] <= 1):
+            raise self._wrong_betas(f"numbers from {min(betas)} to {max(betas)}")
+        object.__setattr__(self, "beta_schedule", betas)  # hashable, also of a list or a tensor
+
+    def _wrong_betas(self, found: str) -> ValueError:
+        return ValueError(
+            f"DDPM: beta_schedule must be 'linear', 'cosine' or {self.T} numbers in (0, 1), the "
+            f"last of which may be 1, got {found}"
+        )
+
+    @property
+    def ends_in_noise(self) -> bool:
+        return not isinstance(self.beta_schedule, str) and self.beta_schedule[-1] == 1
 
     @property
     def t_max(self) -> float:
@@ -261,7 +282,8 @@ class DDPM(VariancePreserving):
     def time(self, sigma_hat) -> Tensor:
         """The real time in [1, T] of a level.
 
-        ln sigma_hat is linear between whole times, and held at the ends.
+        ln sigma_hat is linear between whole times, and held at the ends; 1 / sigma_hat is linear
+        before a T of infinite level.
         """
         sigma_hat = as_float64(sigma_hat)
         return 1 + interpolated_index(
@@ -278,14 +300,17 @@ class DDPM(VariancePreserving):
         return torch.linspace(self.T, 1, steps, dtype=torch.float64).round()
 
 
-def interpolated_index(table: Tensor, values: Tensor) -> Tensor:
-    """The real index of each value in a rising table.
+def interpolated_index(log_levels: Tensor, values: Tensor) -> Tensor:
+    """The real index of each value in a rising table of ln sigma.
 
-    It is linear between the table's entries and held at its ends.
+    It is linear between the table's entries and held at its ends. Before a last entry of infinity
+    1 / sigma is linear in it instead, which falls to 0 there.
     """
-    values = values.clamp(table[0], table[-1])
-    right = torch.searchsorted(table, values).clamp(1, len(table) - 1)
-    return right - (table[right] - values) / (table[right] - table[right - 1])
+    values = values.clamp(log_levels[0], log_levels[-1])
+    right = torch.searchsorted(log_levels, values).clamp(1, len(log_levels) - 1)
+    above, below = log_levels[right], log_levels[right - 1]
+    before = torch.where(above.isinf(), (below - values).exp(), (above - values) / (above - below))
+    return right - before
 
 
 @dataclass(frozen=True)
@@ -416,25 +441,38 @@ class VE(Schedule):
         return torch.linspace(1, 0, steps, dtype=torch.float64)
 
 
+def flow_time(sigma_hat: Tensor) -> Tensor:
+    """Flow matching's time t = sigma_hat / (1 + sigma_hat), which is 1 at an infinite level."""
+    return torch.where(sigma_hat.isinf(), 1.0, sigma_hat / (1 + sigma_hat))
+
+
 @dataclass(frozen=True)
 class FlowMatching(Schedule):
     """The straight path of flow matching: alpha = 1 - t, sigma = t, data at 0, noise at 1.
 
     (arXiv 2210.02747, 2209.03003.)
 
-    t is in [t_min, t_max], away from the ends: at 1 no signal is left and sigma_hat = t / (1 - t)
-    is infinite, at 0 it is 0.
+    t is in [t_min, t_max]. At 0, which is left out, sigma_hat = t / (1 - t) is 0; at 1 no signal is
+    left and it is infinite. `samplers.heun` steps well along these levels in flow's own time,
+    `time="flow"`.
+
+    Raises:
+        ValueError: not 0 < t_min < t_max <= 1.
     """
 
     t_min: float = 1e-3
     t_max: float = 0.999
 
     def __post_init__(self):
-        if not 0 < self.t_min < self.t_max < 1:
+        if not 0 < self.t_min < self.t_max <= 1:
             raise ValueError(
-                "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got "
+                "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max <= 1, got "
                 f"{self.t_min} and {self.t_max}"
             )
+
+    @property
+    def ends_in_noise(self) -> bool:
+        return self.t_max == 1
 
     @property
     def t_end(self) -> float:
@@ -447,8 +485,7 @@ class FlowMatching(Schedule):
         return as_float64(t)
 
     def time(self, sigma_hat) -> Tensor:
-        sigma_hat = as_float64(sigma_hat)
-        return sigma_hat / (1 + sigma_hat)
+        return flow_time(as_float64(sigma_hat))
 
     def times(self, steps: int) -> Tensor:
         """[steps] times from t_max to t_min, evenly spread."""

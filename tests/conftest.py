@@ -3,6 +3,8 @@ must be said before tdkern is imported.
 """
 
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,27 @@ def short_previews(monkeypatch):
     monkeypatch.setattr("tdkern.training.loop.preview_levels", two_steps)
 
 
+@pytest.fixture(scope="session")
+def torchvision_operators():
+    """torchvision, which diffusers, piq and torch-fidelity import, where the torch at hand cannot
+    load its compiled operators, as those of a build for another device: the two that are missed on
+    importing it are declared, and fail if they are called.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+        yield library  # which undoes its declarations when it goes
+    else:
+        yield None
+
+
 @pytest.fixture
 def unwritten_is_nan():
     """What an op leaves unwritten is NaN, and not what another backend left in the same memory."""
@@ -68,3 +91,20 @@ def backend(request, unwritten_is_nan):
 def compiled(request, unwritten_is_nan):
     """Each backend but the reference."""
     return request.param
+
+
+@pytest.fixture
+def persistence(monkeypatch):
+    """The module that EDM's pickles name, for writing them."""
+    module = types.ModuleType("torch_utils.persistence")
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("executed")
+
+    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = (
+        "torch_utils.persistence",
+        "_reconstruct_persistent_obj",
+    )
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)

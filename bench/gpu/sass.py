@@ -1,8 +1,8 @@
 """What a round of noise_pair's packed kernels costs, from the machine code: python
 bench/gpu/sass.py [libtdkern_cuda.so]. Needs no GPU.
 
-A round is four elements of a thread under the "markov" coupling, without the scaled inputs; what
-surrounds it is paid once a task.
+A round is four elements of a thread under the "markov" coupling; what surrounds it is paid once a
+task.
 """
 
 import re
@@ -42,9 +42,8 @@ def kernels(library: Path, arch: str) -> dict[str, str]:
 
 
 def pair_rounds(code: dict[str, str]) -> dict[str, list[str]]:
-    """{storage types, mangled: the instructions of a round}: the shortest loop with the draws in
-    it, less what only the scaled inputs need.
-    """
+    """{storage type, mangled: the instructions of a round}: the shortest loop with the draws in
+    it."""
     rounds = {}
     for name, text in code.items():
         found = re.search(r"pair_kernelILb1ELb0E(\w+?)EEv", name)
@@ -63,15 +62,7 @@ def pair_rounds(code: dict[str, str]) -> dict[str, list[str]]:
             (loop for loop in loops if sum(op.startswith("IMAD.WIDE") for _, op, _ in loop) > 30),
             key=len,
         )
-        store = next(at for at, op, _ in loop if op.startswith("STG"))
-        skips = [
-            (at, target)
-            for at, op, target in loop
-            if op.startswith("BRA") and at > store and target and target > at
-        ]
-        rounds[found[1]] = [
-            op for at, op, _ in loop if not any(start < at < end for start, end in skips)
-        ]
+        rounds[found[1]] = [op for _, op, _ in loop]
     return rounds
 
 

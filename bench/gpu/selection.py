@@ -57,9 +57,7 @@ def ema(backend, param, *averages):
 
 
 def pair(backend, x0, one, sigma, sigma_p):
-    return tdkern.noise_pair(
-        x0, one, sigma, one, sigma_p, seed=7, c_in=one, c_in_p=one, backend=backend
-    )
+    return tdkern.noise_pair(x0, one, sigma, one, sigma_p, seed=7, backend=backend)
 
 
 def heun(backend, F, x, x_hat, noise, coef):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from helpers.runs import checkpoints_are_whole, contents, resume, run_child
+from helpers.runs import checkpoints_are_whole, contents, resume, run_child, train_or_die
 from helpers.tiny import TINY, children, data_set, flags, pixels, two_steps
 from tdkern.training import Options, Trainer, checkpoint, loop, train
 from tdkern.training.checkpoint import STATE
@@ -265,9 +265,7 @@ def power(root: Path, data: Path, choose: random.Random, count: int) -> dict:
             ["mount", "-o", "loop", image, disk], stderr=subprocess.DEVNULL
         ).returncode:
             return {"left out": "no loop device may be mounted here"}
-        from test_resume import _child
-
-        process = children.Process(target=_child, args=(disk / "run", options, None))
+        process = children.Process(target=train_or_die, args=(disk / "run", options, None))
         process.start()
         wanted = 8 * choose.randrange(1, STEPS)
         while process.is_alive() and _images_saved(disk / "run") < wanted:

@@ -155,19 +155,16 @@ struct Tile {
 
 // ---- the pair ----
 
-template <bool kShared, bool kStreamed, typename N, typename D>
-TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64_t end) {
-  using T = typename PairRows<N, D>::T;
-  const auto at = [&](const auto& rows) {
-    return rows.data ? rows.data + b * rows.stride : nullptr;
-  };
+template <bool kShared, bool kStreamed, typename D>
+TDKERN_INLINE void row(const PairRows<D>& in, int64_t b, int64_t begin, int64_t end) {
+  using T = typename PairRows<D>::T;
+  const auto at = [&](const auto& rows) { return rows.data + b * rows.stride; };
   const D* x0 = at(in.x0);
   D *x_t = at(in.x_t), *x_tp = at(in.x_tp);
-  N *in_t = at(in.in_t), *in_tp = at(in.in_tp);
   const PairSample<T> s = in.sample(b);
   const uint64_t key = in.key(), offset = in.counter();
   Tile<T> tile;
-  for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = static_cast<uint32_t>(b);
+  for (int lane = 0; lane < kCalls; ++lane) tile.sample[lane] = in.word(b);
   for (int64_t k = begin; k < end; k += kTile) {
     for (int lane = 0; lane < kCalls; ++lane)
       tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
@@ -187,10 +184,6 @@ TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64
               };
               put(x_t, t);
               put(x_tp, t_p);
-              if (in_t) {
-                put(in_t, s.c_in * t);
-                put(in_tp, s.c_in_p * t_p);
-              }
             };
     const int64_t left = std::min<int64_t>(kTile, end - k);
     int64_t v = 0;
@@ -200,8 +193,8 @@ TDKERN_INLINE void row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64
 }
 
 // Elements [begin, end) of sample b, begin a multiple of kTile, in a contiguous layout.
-template <typename N, typename D>
-void pair_row(const PairRows<N, D>& in, int64_t b, int64_t begin, int64_t end, bool streamed) {
+template <typename D>
+void pair_row(const PairRows<D>& in, int64_t b, int64_t begin, int64_t end, bool streamed) {
   if (in.shared)
     return streamed ? row<true, true>(in, b, begin, end) : row<true, false>(in, b, begin, end);
   return streamed ? row<false, true>(in, b, begin, end) : row<false, false>(in, b, begin, end);
@@ -228,16 +221,16 @@ TDKERN_INLINE S narrow_one(T value) {
 
 // The Philox calls [begin, end), `calls` a sample, for any layout and for samples that are smaller
 // than a tile.
-template <typename N, typename D>
-void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t calls) {
-  using T = typename PairRows<N, D>::T;
+template <typename D>
+void pair_calls(const PairRows<D>& in, int64_t begin, int64_t end, int64_t calls) {
+  using T = typename PairRows<D>::T;
   const uint64_t key = in.key(), offset = in.counter();
   Tile<T> tile = {};
   for (int64_t first = begin; first < end; first += kCalls) {
     const int count = static_cast<int>(std::min<int64_t>(kCalls, end - first));
     for (int lane = 0; lane < kCalls; ++lane) {
       tile.block[lane] = static_cast<uint32_t>((first + call_of(lane)) % calls);
-      tile.sample[lane] = static_cast<uint32_t>((first + call_of(lane)) / calls);
+      tile.sample[lane] = in.word((first + call_of(lane)) / calls);
     }
     tile.draw_both(offset, key, in.shared);
     PairSample<T> s = {};
@@ -253,40 +246,34 @@ void pair_calls(const PairRows<N, D>& in, int64_t begin, int64_t end, int64_t ca
                      tile.n1[4 * call + w], tile.n2[4 * call + w], t, t_p);
         in.x_t.data[b * in.x_t.stride + at] = narrow_one<D>(t);
         in.x_tp.data[b * in.x_tp.stride + at] = narrow_one<D>(t_p);
-        if (in.in_t.data) {
-          in.in_t.data[b * in.in_t.stride + at] = narrow_one<N>(s.c_in * t);
-          in.in_tp.data[b * in.in_tp.stride + at] = narrow_one<N>(s.c_in_p * t_p);
-        }
         if (++inner == in.plane) inner = 0, ++outer;
       }
     }
   }
 }
 
-#define TDKERN_PAIR(N, D)                                                               \
-  template void pair_row<N, D>(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool); \
-  template void pair_calls<N, D>(const PairRows<N, D>&, int64_t, int64_t, int64_t);
-TDKERN_PAIR(float, float)
-TDKERN_PAIR(double, double)
-TDKERN_PAIR(BFloat16, BFloat16)
-TDKERN_PAIR(Half, Half)
-TDKERN_PAIR(BFloat16, float)
-TDKERN_PAIR(Half, float)
+#define TDKERN_PAIR(D)                                                            \
+  template void pair_row<D>(const PairRows<D>&, int64_t, int64_t, int64_t, bool); \
+  template void pair_calls<D>(const PairRows<D>&, int64_t, int64_t, int64_t);
+TDKERN_PAIR(float)
+TDKERN_PAIR(double)
+TDKERN_PAIR(BFloat16)
+TDKERN_PAIR(Half)
 
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
 namespace avx2 {
-template <typename N, typename D>
-void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
-template <typename N, typename D>
-void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
+template <typename D>
+void pair_row(const PairRows<D>&, int64_t, int64_t, int64_t, bool);
+template <typename D>
+void pair_calls(const PairRows<D>&, int64_t, int64_t, int64_t);
 }  // namespace avx2
 namespace avx512 {
-template <typename N, typename D>
-void pair_row(const PairRows<N, D>&, int64_t, int64_t, int64_t, bool);
-template <typename N, typename D>
-void pair_calls(const PairRows<N, D>&, int64_t, int64_t, int64_t);
+template <typename D>
+void pair_row(const PairRows<D>&, int64_t, int64_t, int64_t, bool);
+template <typename D>
+void pair_calls(const PairRows<D>&, int64_t, int64_t, int64_t);
 }  // namespace avx512
 
 namespace {
@@ -296,15 +283,15 @@ constexpr int64_t kGrain = 16384;  // elements worth a thread
 constexpr int64_t kStream =
     1024 * 1024;  // bytes of an output that no core's own cache would keep anyway
 
-template <typename N, typename D>
-void each_row(const PairRows<N, D>& in) {
-  const auto kernel = TDKERN_PICK(pair_row<N, D>);
-  const auto aligned = [](const auto& rows, int64_t bytes) {
-    return reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 && rows.stride * bytes % 64 == 0;
+template <typename D>
+void each_row(const PairRows<D>& in) {
+  const auto kernel = TDKERN_PICK(pair_row<D>);
+  const auto aligned = [](const Rows<D>& rows) {
+    return reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 &&
+           rows.stride * static_cast<int64_t>(sizeof(D)) % 64 == 0;
   };
   const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(D)) >= kStream &&
-                        aligned(in.x_t, sizeof(D)) && aligned(in.x_tp, sizeof(D)) &&
-                        aligned(in.in_t, sizeof(N)) && aligned(in.in_tp, sizeof(N));
+                        aligned(in.x_t) && aligned(in.x_tp);
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
   torch::stable::parallel_for(
       0, in.batch * chunks, std::max<int64_t>(1, kGrain / std::min(in.n, kChunk)),
@@ -317,9 +304,9 @@ void each_row(const PairRows<N, D>& in) {
       });
 }
 
-template <typename N, typename D>
-void each_call(const PairRows<N, D>& in) {
-  const auto kernel = TDKERN_PICK(pair_calls<N, D>);
+template <typename D>
+void each_call(const PairRows<D>& in) {
+  const auto kernel = TDKERN_PICK(pair_calls<D>);
   const int64_t calls = (in.n + 3) / 4;
   torch::stable::parallel_for(0, in.batch * calls, kGrain / 4,
                               [&](int64_t begin, int64_t end) { kernel(in, begin, end, calls); });
@@ -335,11 +322,9 @@ PairTensors noise_pair(Tensor x0,
                        std::optional<Tensor> seed_at,
                        int64_t offset,
                        std::optional<Tensor> offset_at,
-                       std::optional<Tensor> c_in,
-                       std::optional<Tensor> c_in_p,
-                       ScalarType net) {
+                       int64_t first_sample) {
   return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at,
-                                         offset, offset_at, c_in, c_in_p, net,
+                                         offset, offset_at, first_sample,
                                          [](const auto& view) {
                                            if (view.step == 1 && view.n >= kTile)
                                              return each_row(view);

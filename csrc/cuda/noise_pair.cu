@@ -70,43 +70,33 @@ struct Walk {
   }
 };
 
-template <typename N, typename D>
+template <typename D>
 struct Elements {  // the four of one Philox block
   Pack<D, 4> x0, x_t, x_tp;
-  Pack<N, 4> in_t, in_tp;
 };
 
-template <typename N, typename D, typename T>
+template <typename D, typename T>
 __device__ __forceinline__ void compute(const PairSample<T>& s,
                                         bool shared,
                                         const T (&n)[2][4],
-                                        Elements<N, D>& e) {
+                                        Elements<D>& e) {
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
     T t, t_p;
     pair_element(s, shared, static_cast<T>(widen(e.x0.lane[w])), n[0][w], n[1][w], t, t_p);
     e.x_t.lane[w] = narrow<D, T>(t);
     e.x_tp.lane[w] = narrow<D, T>(t_p);
-    e.in_t.lane[w] = narrow<N, T>(s.c_in * t);
-    e.in_tp.lane[w] = narrow<N, T>(s.c_in_p * t_p);
   }
-}
-
-// Indexed by packs: by elements, nvcc can take the store apart into four.
-template <typename S>
-__device__ __forceinline__ void store_block(S* row, int block, const Pack<S, 4>& pack) {
-  reinterpret_cast<Pack<S, 4>*>(row)[block] = pack;
 }
 
 // packed: n is a multiple of four, and four elements lie behind one another and at a multiple of
 // their size, in every tensor.
-template <bool packed, bool shared, typename N, typename D>
+template <bool packed, bool shared, typename D>
 __global__ void __launch_bounds__(kThreads,
                                   std::is_same_v<D, double> ? 2
                                   : packed                  ? 4
-                                                            : kBlocks)
-    pair_kernel(PairRows<N, D> in, int64_t chunks) {
-  using T = typename PairRows<N, D>::T;
+                                           : kBlocks) pair_kernel(PairRows<D> in, int64_t chunks) {
+  using T = typename PairRows<D>::T;
   __shared__ PairSample<T> s;
   __shared__ PhiloxKeys keys;  // fewer instructions to load, four at a time, than to add up anew
   if (threadIdx.x == 0) keys = philox_keys(in.key());
@@ -131,7 +121,7 @@ __global__ void __launch_bounds__(kThreads,
 #pragma unroll 1
     for (int first = 0; first < count; first += kRound) {
       const int call = first / 4 + static_cast<int>(threadIdx.x), left = count - 4 * call;
-      Elements<N, D> e{};
+      Elements<D> e{};
       int64_t at[4];
       T n[2][4];
       if (left > 0) {
@@ -145,7 +135,7 @@ __global__ void __launch_bounds__(kThreads,
           }
           walk.skip();
         }
-        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, static_cast<uint32_t>(b),
+        draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, in.word(b),
                              offset, keys, n);
       }
       if (first == 0)
@@ -155,10 +145,6 @@ __global__ void __launch_bounds__(kThreads,
       if constexpr (packed) {
         store_pack<4>(x_t, e.x_t);
         store_pack<4>(x_tp, e.x_tp);
-        if (in.in_t.data) {
-          store_block(in.in_t.data + to + begin, call, e.in_t);
-          store_block(in.in_tp.data + to + begin, call, e.in_tp);
-        }
         x0 += kRound, x_t += kRound, x_tp += kRound;
       } else {
 #pragma unroll
@@ -166,26 +152,21 @@ __global__ void __launch_bounds__(kThreads,
           if (w >= left) continue;
           in.x_t.data[to + at[w]] = e.x_t.lane[w];
           in.x_tp.data[to + at[w]] = e.x_tp.lane[w];
-          if (in.in_t.data) {
-            in.in_t.data[to + at[w]] = e.in_t.lane[w];
-            in.in_tp.data[to + at[w]] = e.in_tp.lane[w];
-          }
         }
       }
     }
   }
 }
 
-template <bool packed, typename N, typename D>
-auto kernel_of(const PairRows<N, D>& in) {
-  return in.shared ? pair_kernel<packed, true, N, D> : pair_kernel<packed, false, N, D>;
+template <bool packed, typename D>
+auto kernel_of(const PairRows<D>& in) {
+  return in.shared ? pair_kernel<packed, true, D> : pair_kernel<packed, false, D>;
 }
 
-template <typename N, typename D>
-void launch_pair(const Launch& launch, const PairRows<N, D>& in) {
+template <typename D>
+void launch_pair(const Launch& launch, const PairRows<D>& in) {
   const auto fits = [](const auto& rows) { return packs_fit(rows.data, rows.stride, 4); };
-  const bool packed = in.step == 1 && in.n % 4 == 0 && fits(in.x0) && fits(in.x_t) &&
-                      fits(in.x_tp) && fits(in.in_t) && fits(in.in_tp);
+  const bool packed = in.step == 1 && in.n % 4 == 0 && fits(in.x0) && fits(in.x_t) && fits(in.x_tp);
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
   launch("noise_pair", packed ? kernel_of<true>(in) : kernel_of<false>(in),
          grid_of(in.batch * chunks), in, chunks);
@@ -201,13 +182,11 @@ PairTensors noise_pair(Tensor x0,
                        std::optional<Tensor> seed_at,
                        int64_t offset,
                        std::optional<Tensor> offset_at,
-                       std::optional<Tensor> c_in,
-                       std::optional<Tensor> c_in_p,
-                       ScalarType net) {
+                       int64_t first_sample) {
   const Launch launch(x0);
   return noise_pair_with<__nv_bfloat16, __half>(
-      x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, c_in, c_in_p,
-      net, [&](const auto& view) { launch_pair(launch, view); });
+      x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample,
+      [&](const auto& view) { launch_pair(launch, view); });
 }
 
 }  // namespace

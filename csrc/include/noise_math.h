@@ -156,27 +156,21 @@ TDKERN_HD void box_muller(uint32_t a, uint32_t b, double& n_0, double& n_1) {
 // A sample's constants at the precision of its arithmetic.
 template <typename T>
 struct PairSample {
-  T alpha_p, sigma_p, a, s, c_in, c_in_p;
+  T alpha_p, sigma_p, a, s;
 };
 
 // markov: the forward transition from x_t' to x_t, a = alpha / alpha', s^2 = sigma^2 - a^2
 // sigma'^2. shared: a = alpha, s = sigma.
 template <typename T>
-TDKERN_HD PairSample<T> make_pair_sample(double alpha,
-                                         double sigma,
-                                         double alpha_p,
-                                         double sigma_p,
-                                         bool shared,
-                                         double c_in,
-                                         double c_in_p) {
+TDKERN_HD PairSample<T> make_pair_sample(
+    double alpha, double sigma, double alpha_p, double sigma_p, bool shared) {
   double a = alpha, s = sigma;
   if (!shared) {
     a = alpha / alpha_p;
     const double variance = sigma * sigma - (a * sigma_p) * (a * sigma_p);
     s = variance < 0 ? 0 : ::sqrt(variance);  // not fmax, which would drop a NaN
   }
-  return {static_cast<T>(alpha_p), static_cast<T>(sigma_p), static_cast<T>(a),
-          static_cast<T>(s),       static_cast<T>(c_in),    static_cast<T>(c_in_p)};
+  return {static_cast<T>(alpha_p), static_cast<T>(sigma_p), static_cast<T>(a), static_cast<T>(s)};
 }
 
 // V is T or a vector of T. shared: n2 is not read.

@@ -15,25 +15,25 @@ struct Column {  // one float64 a sample
   TDKERN_HD double operator[](int64_t b) const { return data[b * stride]; }
 };
 
-// N: storage of the network's inputs, D: of the data. Logical element k of a sample lies at k %
-// plane * step + k / plane.
-template <typename N, typename D>
+// D: storage of the data. Logical element k of a sample lies at k % plane * step + k / plane.
+template <typename D>
 struct PairRows {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;  // arithmetic
   Rows<const D> x0;
   Rows<D> x_t, x_tp;
-  Rows<N> in_t, in_tp;  // data is null where they are not wanted
-  Column alpha, sigma, alpha_p, sigma_p, c_in, c_in_p;
+  Column alpha, sigma, alpha_p, sigma_p;
   int64_t seed, offset;
+  int64_t first_sample;  // index of x0's first sample, whose noise is its own
   const int64_t *seed_at, *offset_at;  // where the seed and the offset are instead, if not null
   int64_t batch, n, plane, step;
   bool shared;
 
   TDKERN_HD PairSample<T> sample(int64_t b) const {
-    return make_pair_sample<T>(alpha[b], sigma[b], alpha_p[b], sigma_p[b], shared,
-                               in_t.data ? c_in[b] : 1.0, in_t.data ? c_in_p[b] : 1.0);
+    return make_pair_sample<T>(alpha[b], sigma[b], alpha_p[b], sigma_p[b], shared);
   }
   TDKERN_HD uint64_t key() const { return static_cast<uint64_t>(seed_at ? *seed_at : seed); }
+  // The sample's word of Philox's counter.
+  TDKERN_HD uint32_t word(int64_t b) const { return static_cast<uint32_t>(first_sample + b); }
   TDKERN_HD uint64_t counter() const {
     return static_cast<uint64_t>(offset_at ? *offset_at : offset);
   }
@@ -77,10 +77,10 @@ inline const int64_t* integer(const char* name,
   return static_cast<const int64_t*>(value->data_ptr());
 }
 
-using PairTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // x_t, x_tp, in_t, in_tp
+using PairTensors = std::tuple<Tensor, Tensor>;  // x_t, x_tp
 
 // Checks everything, makes the outputs and, where there is anything to compute, calls compute(rows)
-// with their storage types.
+// with their storage type.
 template <typename BF16, typename F16, typename Compute>
 PairTensors noise_pair_with(const Tensor& x0,
                             const Tensor& alpha,
@@ -92,48 +92,40 @@ PairTensors noise_pair_with(const Tensor& x0,
                             const std::optional<Tensor>& seed_at,
                             int64_t offset,
                             const std::optional<Tensor>& offset_at,
-                            const std::optional<Tensor>& c_in,
-                            const std::optional<Tensor>& c_in_p,
-                            ScalarType net,
+                            int64_t first_sample,
                             const Compute& compute) {
   STD_TORCH_CHECK(x0.dim() >= 1, "noise_pair: x0 must have shape [B, ...]");
-  STD_TORCH_CHECK(c_in.has_value() == c_in_p.has_value(),
-                  "noise_pair: c_in and c_in_p must be given together");
   const ScalarType data = x0.scalar_type();
   const int64_t batch = x0.size(0), n = elements_per_sample(x0);
+  STD_TORCH_CHECK(0 <= first_sample && first_sample <= (int64_t{1} << 32) - batch,
+                  "noise_pair: first_sample must be in [0, 2^32 - B]");
   STD_TORCH_CHECK(batch <= int64_t{1} << 32 && n <= int64_t{1} << 34,
                   "noise_pair: x0 must have at most 2^32 samples of 2^34 elements");
   const Tensor x_t = empty_pair_like(x0, data), x_tp = empty_like(x_t, data);
-  const Tensor in_t = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
-  const Tensor in_tp = c_in ? empty_like(x_t, net) : torch::stable::new_empty(x0, {0}, net);
   const Tensor from = as_rows(x0, x_t);
   const int64_t channels = channels_of(x_t);
-  by_storage<BF16, F16>("noise_pair", net, data, [&](auto net, auto data) {
-    using N = decltype(net);
+  by_storage<BF16, F16>("noise_pair", data, data, [&](auto, auto data) {
     using D = decltype(data);
-    const PairRows<N, D> view = {rows<const D>(from),
-                                 rows<D>(x_t),
-                                 rows<D>(x_tp),
-                                 c_in ? rows<N>(in_t) : Rows<N>{},
-                                 c_in ? rows<N>(in_tp) : Rows<N>{},
-                                 column("alpha", alpha, x0),
-                                 column("sigma", sigma, x0),
-                                 column("alpha_p", alpha_p, x0),
-                                 column("sigma_p", sigma_p, x0),
-                                 c_in ? column("c_in", *c_in, x0) : Column{},
-                                 c_in ? column("c_in_p", *c_in_p, x0) : Column{},
-                                 seed,
-                                 offset,
-                                 integer("seed", seed_at, x0),
-                                 integer("offset", offset_at, x0),
-                                 batch,
-                                 n,
-                                 std::max<int64_t>(1, n / channels),
-                                 channels,
-                                 shared};
+    const PairRows<D> view = {.x0 = rows<const D>(from),
+                              .x_t = rows<D>(x_t),
+                              .x_tp = rows<D>(x_tp),
+                              .alpha = column("alpha", alpha, x0),
+                              .sigma = column("sigma", sigma, x0),
+                              .alpha_p = column("alpha_p", alpha_p, x0),
+                              .sigma_p = column("sigma_p", sigma_p, x0),
+                              .seed = seed,
+                              .offset = offset,
+                              .first_sample = first_sample,
+                              .seed_at = integer("seed", seed_at, x0),
+                              .offset_at = integer("offset", offset_at, x0),
+                              .batch = batch,
+                              .n = n,
+                              .plane = std::max<int64_t>(1, n / channels),
+                              .step = channels,
+                              .shared = shared};
     if (batch * n > 0) compute(view);
   });
-  return {x_t, x_tp, in_t, in_tp};
+  return {x_t, x_tp};
 }
 
 }  // namespace tdkern

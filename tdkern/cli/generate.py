@@ -13,6 +13,7 @@ from ..data.files import remove_leftovers
 from ..families import default_sampler
 from ..samplers import SAMPLERS
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
+from ..samplers.ddim import VARIANCES
 from ..training import load_network, sample
 from ..training.distributed import this_process
 from ..training.sampling import choice, sampling_levels
@@ -46,7 +47,7 @@ from .types import Numbers, Real, boolean, on_command_line
     "--sampler",
     type=click.Choice(list(SAMPLERS)),
     help="onestep and multistep are for consistency models, whose default is onestep, or "
-    "multistep with --steps. [default: heun; ablation with --solver, --disc, "
+    "multistep with --steps. [default: heun; ablation with --solver, --disc other than flow, "
     "--schedule or --scaling]",
 )
 @click.option(
@@ -56,7 +57,9 @@ from .types import Numbers, Real, boolean, on_command_line
     "--sigma_min", type=Real(), help="Lowest noise level. [default: 0.002, or that of --disc]"
 )
 @click.option(
-    "--sigma_max", type=Real(), help="Highest noise level. [default: 80, or that of --disc]"
+    "--sigma_max",
+    type=Real(infinite=True),
+    help="Highest noise level; inf is t = 1 of --disc flow. [default: 80, or that of --disc]",
 )
 @click.option("--rho", type=Real(), default=7.0, show_default=True, help="Exponent of the steps.")
 @click.option(
@@ -97,15 +100,18 @@ from .types import Numbers, Real, boolean, on_command_line
 @click.option(
     "--disc",
     type=click.Choice(list(RANGES)),
-    help="EDM's ablations: how the steps are placed. [default: edm]",
+    help="EDM's ablations: how the steps are placed; flow is flow matching's even times, in which "
+    "heun and ablation then step. [default: edm]",
 )
 @click.option(
     "--schedule",
     type=click.Choice(list(SCHEDULES)),
-    help="EDM's ablations: sigma(t). [default: linear]",
+    help="EDM's ablations: sigma(t). [default: linear, or flow with --disc flow]",
 )
 @click.option(
-    "--scaling", type=click.Choice(SCALINGS), help="EDM's ablations: s(t). [default: none]"
+    "--scaling",
+    type=click.Choice(list(SCALINGS)),
+    help="EDM's ablations: s(t). [default: none, or flow with --disc flow]",
 )
 @click.option(
     "--eta",
@@ -116,6 +122,13 @@ from .types import Numbers, Real, boolean, on_command_line
 )
 @click.option(
     "--order", type=click.IntRange(1, 3), default=2, show_default=True, help="Order of unipc."
+)
+@click.option(
+    "--variance",
+    type=click.Choice(VARIANCES),
+    default="small",
+    show_default=True,
+    help="Variance of a step of ddpm: beta-tilde or beta.",
 )
 @boolean("--clip_denoised", "Clamp what onestep and multistep denoise to the images' range.")
 @click.option("--grid", metavar="FILE.png", help="Also write all images into one file.")
@@ -137,7 +150,9 @@ def generate(
 ):
     """Draw images from a trained network, by default with EDM's second-order sampler.
 
-    An image depends on its seed, not on the others. Start with torchrun to use several GPUs.
+    An image depends on its seed, not on the others. Its latent is drawn in float64, in which the
+    samplers run; EDM's generate.py draws float32, so there the same seed is another image. Start
+    with torchrun to use several GPUs.
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
@@ -150,7 +165,8 @@ def generate(
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     net, meta = load_network(network, process.device)
     if not sampler:
-        ablation = disc or options["solver"] or options["schedule"] or options["scaling"]
+        other_steps = disc not in (None, "flow")
+        ablation = other_steps or options["solver"] or options["schedule"] or options["scaling"]
         sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
     options = _options(sampler, disc, options)
     least = SAMPLERS[sampler].least_steps
@@ -159,7 +175,8 @@ def generate(
     sigmas, follow = sampling_levels(
         net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
     )
-    options |= follow | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx} | choice(meta)
+    options = follow | options | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
+    options |= choice(meta)
     batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][
         process.rank :: process.world
     ]

@@ -174,11 +174,6 @@ def _find_run(path: Path, given: dict) -> tuple[Path, Path | None, Options]:
         old = Options(**options)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise _unknown(source, error) from error
-    if given["gpus"] != old.gpus:
-        raise CheckpointError(
-            f"{run_dir}: the run has {old.gpus} processes, got {given['gpus']}; start it by "
-            f"torchrun with --nproc_per_node={old.gpus}"
-        )
     return run_dir, state, old.resumed(**of_the_family(given, old.family))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._cache import tensor_cache
 
-STREAMS = {"order": 0, "init": 1, "step": 2, "subset": 3}
+STREAMS = {"order": 0, "init": 1, "step": 2, "subset": 3, "dropout": 4}
 
 
 def derive_seed(seed: int, stream: str, *numbers: int) -> int:
@@ -19,8 +19,7 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
     Args:
         seed: the run's seed, >= 0.
         stream: a name in STREAMS.
-        numbers: what tells this use from the stream's others, each >= 0, e.g. the training step and
-            the rank.
+        numbers: what tells this use from the stream's others, each >= 0, e.g. the training step.
     """
     return int(
         np.random.SeedSequence(seed, spawn_key=(STREAMS[stream], *numbers)).generate_state(

@@ -24,7 +24,9 @@ from torch import Tensor
 from ..data.files import check_file, one_line, read_file, write_atomic
 
 MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
-MAX_STATISTICS = 1 << 28  # bytes of a file
+MAX_FEATURES = 1 << 30  # bytes, of 131,072 images' 2048 in float32
+MAX_STATISTICS = MAX_FEATURES + (1 << 28)  # bytes of a file
+MAX_DOWNLOAD = 1 << 28  # bytes of statistics from an address
 MAX_DETECTOR = 1 << 28  # bytes of Inception's weights, which have 95 million
 PATIENCE = 10  # seconds for a server to answer, and before its rate counts
 LEAST_RATE = 20_000  # bytes a second
@@ -216,18 +218,7 @@ def read_statistics(source: str | Path) -> Statistics:
     Raises:
         ValueError: it cannot be had, or does not hold statistics.
     """
-    try:
-        if str(source).startswith(("http://", "https://")):
-            data = _download(str(source))
-        else:
-            data = read_file(source, MAX_STATISTICS)
-        with zipfile.ZipFile(io.BytesIO(data)) as arrays:
-            mu, sigma = (_array(arrays, name) for name in ("mu", "sigma"))
-    except (OSError, HTTPException, EOFError, *WRONG_ARRAY) as error:
-        raise ValueError(
-            f"{source}: not an .npz file of mu and sigma ({one_line(error)[:200]}); make one with "
-            "tdkern fid ref"
-        ) from error
+    mu, sigma = _read_arrays(source, ("mu", "sigma"), MAX_ARRAY, "tdkern fid ref")
     if (
         mu.ndim != 1
         or sigma.shape != mu.shape * 2
@@ -241,15 +232,52 @@ def read_statistics(source: str | Path) -> Statistics:
     return Statistics(mu, sigma)
 
 
-def _array(arrays: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array of an .npz file, as float64; what its header asks for must be there before memory
-    is taken.
+def read_features(source: str | Path) -> Tensor:
+    """[N, d] float32, the `features` of an .npz file of `tdkern fid ref --features`.
+
+    Nothing in it is executed.
+
+    Args:
+        source: as of `read_statistics`.
+
+    Raises:
+        ValueError: it cannot be had, or does not hold features.
+    """
+    make = "tdkern fid ref --features"
+    (features,) = _read_arrays(source, ("features",), MAX_FEATURES, make)
+    if features.ndim != 2 or not np.isfinite(features).all():
+        raise ValueError(
+            f"{source}: features must be [N, d], all finite, got {list(features.shape)}; make one "
+            f"with {make}"
+        )
+    return torch.from_numpy(features.astype(np.float32))
+
+
+def _read_arrays(
+    source: str | Path, names: tuple[str, ...], most: int, make: str
+) -> list[np.ndarray]:
+    """Arrays of an .npz file or address, each of at most so many bytes; `make` makes one."""
+    try:
+        if str(source).startswith(("http://", "https://")):
+            data = _download(str(source))
+        else:
+            data = read_file(source, MAX_STATISTICS)
+        with zipfile.ZipFile(io.BytesIO(data)) as arrays:
+            return [_array(arrays, name, most) for name in names]
+    except (OSError, HTTPException, EOFError, *WRONG_ARRAY) as error:
+        raise ValueError(
+            f"{source}: not an .npz file of {' and '.join(names)} ({one_line(error)[:200]}); make "
+            f"one with {make}"
+        ) from error
+
+
+def _array(arrays: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
+    """One array of an .npz file, as float64, or features as they are; what its header asks for
+    must be there before memory is taken.
     """
     info = arrays.getinfo(f"{name}.npy")
-    if info.file_size > MAX_ARRAY:
-        raise ValueError(
-            f"{name} has {info.file_size:,} bytes, more than the {MAX_ARRAY:,} allowed"
-        )
+    if info.file_size > most:
+        raise ValueError(f"{name} has {info.file_size:,} bytes, more than the {most:,} allowed")
     file = io.BytesIO(arrays.read(info))
     version = np.lib.format.read_magic(file)
     read_header = {
@@ -260,7 +288,8 @@ def _array(arrays: zipfile.ZipFile, name: str) -> np.ndarray:
     if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
         raise ValueError(f"{name} does not hold the numbers that its header says")
     array = np.frombuffer(file.getbuffer(), dtype, offset=file.tell())
-    return np.asarray(array.reshape(shape, order="F" if fortran else "C"), dtype=np.float64)
+    array = array.reshape(shape, order="F" if fortran else "C")
+    return array if name == "features" else array.astype(np.float64)
 
 
 def _download(url: str) -> bytes:
@@ -271,8 +300,10 @@ def _download(url: str) -> bytes:
             parts.append(part)
             size += len(part)
             seconds = time.monotonic() - began
-            if size > MAX_STATISTICS:
-                raise OSError(f"more than the {MAX_STATISTICS:,} bytes allowed")
+            if size > MAX_DOWNLOAD:
+                raise OSError(
+                    f"more than the {MAX_DOWNLOAD:,} bytes allowed; fetch it and give the file"
+                )
             if seconds > PATIENCE and size < LEAST_RATE * seconds:
                 raise OSError(
                     f"slower than {LEAST_RATE:,} bytes a second; fetch it and give the file"
@@ -280,10 +311,13 @@ def _download(url: str) -> bytes:
     return b"".join(parts)
 
 
-def write_statistics(path: str | Path, statistics: Statistics) -> None:
+def write_statistics(
+    path: str | Path, statistics: Statistics, features: Tensor | None = None
+) -> None:
     """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files
-    reads it.
+    reads it. With features [N, d] it holds them too, as `features`.
     """
     file = io.BytesIO()
-    np.savez(file, **statistics._asdict())
+    more = {} if features is None else {"features": features.numpy()}
+    np.savez(file, **statistics._asdict(), **more)
     write_atomic(path, file.getvalue())

@@ -4,8 +4,9 @@ No more time and memory is taken than the file has bytes, times a few.
 
 The pickle is run by a machine of our own over `pickletools.genops`. It knows the operations that
 build plain values and containers; a call of a global becomes a `Call`, which says what would have
-been called. The globals that saved networks name are a fixed list; any other, and any other
-operation, is refused.
+been called. The globals that saved networks name are a fixed list. Any other stays a name: what is
+beside the network, such as a loss of someone's own, is passed over, and in the part that is wanted
+it is refused. Any other operation is refused.
 """
 
 import io
@@ -31,10 +32,10 @@ MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
 
 RECORD = "torch_utils.persistence._reconstruct_persistent_obj"
 MODULE_DICT = "torch.nn.modules.container.ModuleDict"
-TENSOR, PARAMETER, STORAGE = (
-    "torch._utils._rebuild_tensor_v2",
+TENSOR, STORAGE = "torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes"
+PARAMETERS = (
     "torch._utils._rebuild_parameter",
-    "torch.storage._load_from_bytes",
+    "torch._utils._rebuild_parameter_with_state",
 )
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 SETS = ("builtins.set", "__builtin__.set")
@@ -63,7 +64,7 @@ GLOBALS = {
     RECORD,
     MODULE_DICT,
     TENSOR,
-    PARAMETER,
+    *PARAMETERS,
     STORAGE,
     *DICTS,
     *SETS,
@@ -79,6 +80,7 @@ VALUES = {
     "BININT1",
     "BININT2",
     "LONG1",
+    "LONG4",
     "BINFLOAT",
     "BINUNICODE",
     "SHORT_BINUNICODE",
@@ -111,6 +113,18 @@ class Call:
     name: str
     args: tuple
     state: object = None
+
+    @property
+    def known(self) -> bool:
+        """Whether saved networks name it."""
+        return self.name in GLOBALS
+
+
+@dataclass(eq=False)
+class Key:
+    """The key of a dict, or item of a set, that is not plain: it is not compared with others."""
+
+    kind: str
 
 
 @dataclass(eq=False)
@@ -156,7 +170,11 @@ class _Budget:
 
 
 class _Machine:
-    """Runs one pickle after another of a stream."""
+    """Runs one pickle after another of a stream.
+
+    strange: where a list is given, a name beside `names` and a key that is not plain are passed
+        over, and why each would be refused is added to it. None: they are refused.
+    """
 
     def __init__(
         self,
@@ -164,8 +182,10 @@ class _Machine:
         names: set[str],
         budget: _Budget,
         storage: Callable[[tuple], Storage] | None = None,
+        strange: list[str] | None = None,
     ):
         self.stream, self.names, self.budget, self.storage = stream, names, budget, storage
+        self.strange = strange
 
     def run(self):
         """The value of the next pickle."""
@@ -191,13 +211,19 @@ class _Machine:
             stack.append(tuple(reversed([stack.pop() for _ in range(int(name[-1]))])))
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self._marked()
-            _is(stack[-1], list).extend(items)
+            if not _is_unknown(stack[-1]):
+                _is(stack[-1], list).extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = [stack.pop(), stack.pop()][::-1] if name == "SETITEM" else self._marked()
-            _is(stack[-1], dict).update(zip(map(_key, items[::2]), items[1::2], strict=True))
+            pairs = list(zip(map(self._key, items[::2]), items[1::2], strict=True))
+            if not _is_unknown(stack[-1]):
+                _is(stack[-1], dict).update(pairs)
         elif name == "ADDITEMS":
             items = self._marked()
-            _is(stack[-1], set).update(map(_key, items))
+            if not _is_unknown(stack[-1]):
+                _is(stack[-1], set).update(map(self._key, items))
+        elif name == "FROZENSET":
+            stack.append(set(map(self._key, self._marked())))
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT"):
@@ -210,8 +236,10 @@ class _Machine:
             attribute, module = _is(stack.pop(), str), _is(stack.pop(), str)
             self._global(f"{module}.{attribute}")
         elif name in ("REDUCE", "NEWOBJ"):
-            args, function = _is(stack.pop(), tuple), _is(stack.pop(), Global)
-            stack.append(self._call(function.name, args))
+            stack.append(self._call(_is(stack.pop(), tuple), stack.pop()))
+        elif name == "NEWOBJ_EX":
+            stack.pop()  # arguments by keyword, which no saved network has
+            stack.append(self._call(_is(stack.pop(), tuple), stack.pop()))
         elif name == "BUILD":
             state = stack.pop()
             if (
@@ -221,7 +249,8 @@ class _Machine:
         elif name == "BINPERSID" and self.storage:
             stack.append(self.storage(_is(stack.pop(), tuple)))
         elif name not in ("PROTO", "FRAME", "STOP"):
-            raise Refused(f"it has the operation {name}, which no saved network needs")
+            before = f" (and before that {self.strange[0]})" if self.strange else ""
+            raise Refused(f"it has the operation {name}, which no saved network needs{before}")
 
     def _marked(self) -> list:
         start = self.marks.pop()
@@ -231,15 +260,33 @@ class _Machine:
 
     def _global(self, name: str) -> None:
         if name not in self.names:
-            raise Refused(f"it names {name[:100]!a}, which no saved network needs")
+            self._pass_over(unneeded(name))
         self.stack.append(Global(name))
 
-    def _call(self, name: str, args: tuple):
+    def _key(self, value):
+        if type(value) not in (str, int, bool, type(None)):  # also keeps deep tuples unhashed
+            self._pass_over(f"it is damaged (a {type(value).__name__} is a key)")
+            return Key(type(value).__name__)
+        if type(value) is int and abs(value) >> 60:  # any number of larger ones have one hash
+            self._pass_over("it is damaged (a key is an integer beyond 2^60)")
+            return Key("int")
+        return value
+
+    def _pass_over(self, why: str) -> None:
+        if self.strange is None:
+            raise Refused(why)
+        if not self.strange:  # the first is what an error says
+            self.strange.append(why)
+
+    def _call(self, args: tuple, function):
+        if type(function) is Call and not function.known:  # such as a method of an unknown object
+            return Call(function.name, args)
+        name = _is(function, Global).name
         if name in DICTS and not args:
             return {}
         if name in SETS:
             self.budget.operate(len(_is(args[0], list)))
-            return set(map(_key, args[0]))
+            return set(map(self._key, args[0]))
         if name == "_codecs.encode":  # how the older protocols write bytes
             self.budget.copy(len(_is(args[0], str)))
             return args[0].encode("latin1")
@@ -259,12 +306,14 @@ def _is(value, kind: type):
     return value
 
 
-def _key(value):
-    if type(value) not in (str, int, bool, type(None)):  # also keeps deep tuples from being hashed
-        raise Refused(f"it is damaged (a {type(value).__name__} is a key)")
-    if type(value) is int and abs(value) >> 60:  # any number of larger ones have one hash
-        raise Refused("it is damaged (a key is an integer beyond 2^60)")
-    return value
+def _is_unknown(value) -> bool:
+    """Whether a value is an object of a class that no saved network names."""
+    return type(value) is Call and not value.known
+
+
+def unneeded(name: str) -> str:
+    """Why a name is refused."""
+    return f"it names {name[:100]!a}, which no saved network needs"
 
 
 def _storage(pid: tuple) -> tuple[str, torch.dtype, int]:
@@ -275,7 +324,7 @@ def _storage(pid: tuple) -> tuple[str, torch.dtype, int]:
     return _is(key, str), DTYPES[dtype.name], _is(numel, int)
 
 
-def _after_magic(stream, names: set[str], budget: _Budget):
+def _after_magic(stream, names: set[str], budget: _Budget, strange: list[str] | None = None):
     """The value in torch.save's first format.
 
     After the magic number come version, system, the value and the storages' keys, then each
@@ -292,10 +341,10 @@ def _after_magic(stream, names: set[str], budget: _Budget):
         stream.seek(start)
         return stream.read(size)
 
-    machine = _Machine(stream, names, budget, persistent)
+    machine = _Machine(stream, names, budget, persistent, strange)
     _, _, value, keys = (machine.run() for _ in range(4))
     for key in _is(keys, list):
-        storage = storages[_key(key)]
+        storage = storages[_is(key, str)]
         if int.from_bytes(stream.read(8), "little") != storage.numel:
             raise Refused("it is damaged (a storage has another size than the pickle says)")
         size = storage.numel * storage.dtype.itemsize
@@ -312,14 +361,15 @@ class PickleFile:
 
     `value` is what it holds, of None, bool, int, float, str, bytes, tuple, list, dict and set,
     `Global`, `Call` and `Storage`. It may be deep, share its parts and contain itself: walk it with
-    care, and take what is wanted through the methods.
+    care, and take what is wanted through the methods. `strange` has why the first thing that was
+    passed over would be refused, for a file in which nothing else is found.
 
     Raises:
         PickleError: the file cannot be read, is damaged, or asks for what no saved network needs.
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.strange = Path(path), []
         try:
             self.size = self.path.stat().st_size
             self.budget = _Budget(self.size)
@@ -329,9 +379,9 @@ class PickleFile:
                     self.value = self._zip()
                     return
                 stream = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.value = _Machine(stream, GLOBALS, self.budget).run()
+            self.value = _Machine(stream, GLOBALS, self.budget, None, self.strange).run()
             if self.value == MAGIC:
-                self.value = _after_magic(stream, GLOBALS, self.budget)
+                self.value = _after_magic(stream, GLOBALS, self.budget, self.strange)
         except OSError as error:
             raise PickleError(
                 f"{self.path}: cannot be read ({error}); give another file"
@@ -371,17 +421,19 @@ class PickleFile:
             return storages.setdefault(key, Storage(dtype, numel, partial(read, f"data/{key}")))
 
         storages = {}
-        return _Machine(io.BytesIO(read("data.pkl")), GLOBALS, self.budget, persistent).run()
+        pickled = io.BytesIO(read("data.pkl"))
+        return _Machine(pickled, GLOBALS, self.budget, persistent, self.strange).run()
 
     @staticmethod
     def is_tensor(value) -> bool:
         """Whether a value is a tensor or a parameter."""
-        return type(value) is Call and value.name in (TENSOR, PARAMETER)
+        return type(value) is Call and value.name in (TENSOR, *PARAMETERS)
 
     def tensor(self, value: Call) -> Tensor:
         """The tensor or parameter, on the CPU, in memory of its own; raises PickleError."""
         try:
-            if value.name == PARAMETER:
+            _check_known(value)
+            if value.name in PARAMETERS:
                 value = _is(value.args[0], Call)
             storage, offset, size, stride = value.args[:4]
             if (
@@ -434,4 +486,11 @@ def _scalar(value):
             return np.frombuffer(data, dtype, 1)[0].item()
     if value is None or type(value) in (bool, int, float, str):
         return value
+    _check_known(value)
     raise Refused(f"it is damaged (a {type(value).__name__} should be a number or a word)")
+
+
+def _check_known(value) -> None:
+    """Raise Refused, with its name, for an object or a name that no saved network needs."""
+    if type(value) in (Call, Global) and value.name not in GLOBALS:
+        raise Refused(unneeded(value.name))

@@ -3,6 +3,7 @@
 The evaluation is the same for every family, prediction and coupling.
 """
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -155,6 +156,8 @@ class Loss(ABC):
     """
 
     backend: str = field(default="auto", kw_only=True)  # which backend the ops use
+    # (index of the first sample, samples) of the batch that the images are a part of; None: all
+    place: tuple[int, int] | None = field(default=None, kw_only=True)
     # the families whose target network serves the TD term alone have it as an argument
     td_share = 1.0
     # whether the target network serves the TD term alone: the base loss does not look at it
@@ -189,6 +192,27 @@ class Loss(ABC):
     def window_share(self, batch: int) -> float:
         """A `td_share` that leaves out next to no TD term in batches of a size."""
         return 1.0
+
+    def part_of(self, first: int, samples: int) -> "Loss":
+        """The loss of a part of a batch, whose draws are the whole batch's.
+
+        With one seed of torch's generator any split of a batch, over accumulation rounds or
+        processes, then sees the same levels and noise.
+
+        Args:
+            first: index of the part's first sample in the batch.
+            samples: of the whole batch.
+        """
+        return self._with(place=(first, samples))
+
+    def _with(self, **changes) -> "Loss":
+        """This loss with other values of its fields, which are not checked anew: a curriculum's
+        first steps may have what is refused of a whole run, such as no TD term yet.
+        """
+        loss = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(loss, name, value)
+        return loss
 
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
@@ -482,7 +506,15 @@ class Loss(ABC):
         if noise is None and noise_p is None:
             one, seed = torch.ones_like(sigma), torch.randint(2**63 - 1, (1,), device=x0.device)
             return noise_pair(
-                x0, one, sigma, one, sigma_p, coupling=coupling, seed=seed, backend=self.backend
+                x0,
+                one,
+                sigma,
+                one,
+                sigma_p,
+                coupling=coupling,
+                seed=seed,
+                first_sample=self.place[0] if self.place else 0,
+                backend=self.backend,
             )
         noise = self._noise("noise", noise, x0)
         x_tp = x0 + per_sample(sigma_p, x0) * (
@@ -491,6 +523,14 @@ class Loss(ABC):
         if shared:
             return x0 + per_sample(sigma, x0) * noise, x_tp
         return x_tp + per_sample((sigma**2 - sigma_p**2).clamp(min=0).sqrt(), x0) * noise, x_tp
+
+    def _draw(self, images: Tensor, draw: Callable[[int], Tensor]) -> Tensor:
+        """[B] numbers for `images`, of the whole batch that they are a part of.
+
+        draw: gives so many.
+        """
+        first, samples = self.place or (0, len(images))
+        return draw(samples)[first : first + len(images)]
 
     def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:
         """Unit noise like `images`: the one given, or a draw."""

@@ -1,6 +1,5 @@
 """Consistency training, alone and with a temporal-difference term."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -213,9 +212,7 @@ class CTLoss(Loss):
         """The loss of a training step, from 0: this one with the curriculum's number of scales."""
         if not callable(self.num_scales) or isinstance(self.num_scales, Mapping):
             return self
-        loss = copy.copy(self)  # `replace` would refuse a first step that has no TD term yet
-        object.__setattr__(loss, "num_scales", self.num_scales(step))
-        return loss
+        return self._with(num_scales=self.num_scales(step))
 
     def pair(
         self,
@@ -272,7 +269,9 @@ class CTLoss(Loss):
         """coef and levels at t and the t' that the mapping has for it."""
         if t is None:
             mean, std = self.lognormal
-            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            normal = self._draw(
+                images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
+            )
             t = (mean + std * normal).exp()
         self._check_shape("t", t, images.shape[:1])
         t = t.double()
@@ -294,10 +293,15 @@ class CTLoss(Loss):
 
     def _draw_index(self, images: Tensor) -> Tensor:
         if self.lognormal is None:
-            return torch.randint(self.num_scales - 1, images.shape[:1], device=images.device)
+            return self._draw(
+                images,
+                lambda n: torch.randint(self.num_scales - 1, (n,), device=images.device),
+            )
         mean, std = self.lognormal
         low, high = self._lognormal_range()
-        uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+        uniform = self._draw(
+            images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+        )
         sigma = (mean + std * ndtri(low + (high - low) * uniform)).exp()
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index(sigma)
         return index.long().clamp(max=self.num_scales - 2)

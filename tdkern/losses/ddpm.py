@@ -27,7 +27,8 @@ class DDPMLoss(PathLoss):
     loss's weight alone.
 
     Args:
-        beta_schedule: "linear", "cosine" or a tuple of T betas.
+        beta_schedule: "linear", "cosine" or a tuple of T betas, the last of which may be 1 (zero
+            terminal SNR) where `prediction` is not "eps".
         backend: which backend the ops use, as in `td_loss`.
 
     The other arguments are described where they are declared.
@@ -59,7 +60,9 @@ class DDPMLoss(PathLoss):
 
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            return torch.randint(1, self.T + 1, (len(images),), device=images.device).double()
+            return self._draw(
+                images, lambda n: torch.randint(1, self.T + 1, (n,), device=images.device).double()
+            )
         given = super()._time(given, images)
         if can_check_values(given) and not (given == given.round()).all():
             first = given[given != given.round()][0].item()

@@ -99,7 +99,9 @@ class EDMLoss(Loss):
 
     def _sigma(self, given: Tensor | None, images: Tensor) -> Tensor:
         if given is None:
-            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            normal = self._draw(
+                images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
+            )
             return (self.P_mean + self.P_std * normal).exp()
         self._check_shape("sigma", given, images.shape[:1])
         return given

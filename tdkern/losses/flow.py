@@ -14,7 +14,7 @@ class FlowLoss(PathLoss):
     that of `Denoiser(module, "velocity")`; `PathLoss` says how it is called.
 
     Args:
-        t_min, t_max: of `schedules.FlowMatching`, 0 < t_min < t_max < 1.
+        t_min, t_max: of `schedules.FlowMatching`, 0 < t_min < t_max <= 1.
     """
 
     t_min: float = 1e-3

@@ -15,7 +15,7 @@ from ..columns import SIGMA, SIGMA_P
 from ..fields import flag, short
 from ..ops._modes import can_check_values
 from ..ops.td_coef import WEIGHTS
-from ..preconditioning import PREDICTIONS, Preconditioning
+from ..preconditioning import PREDICTIONS, Preconditioning, append_dims
 from ..schedules import ETA, Schedule, eta_of
 from .base import (
     Loss,
@@ -36,12 +36,14 @@ class PathLoss(Loss):
     mean((x0 - D)^2) with another w: a name, or a callable of sigma_hat [B] such as
     `weighting.MinSNR(3.0)`; SNR is sigma_hat^-2. Networks are called in EDM's state,
     x_t / alpha_t with the noise level sigma_hat = sigma_t / alpha_t, and so is `TDBatch` there.
+    Where alpha_t = 0 (zero terminal SNR, t = 1 of flow matching) sigma_hat is infinite, and the
+    state is the unit noise.
 
     `loss(net, images, labels=None, augment_pipe=None) -> [B]`, a mean over each sample's elements;
     `pair` and `evaluate` are its two halves. As in the other losses a target network may stand
     behind `net`; it is not used. Gradient to `net`'s parameters. The draws come from torch's global
-    generator: t, then the noise's seed. A family's class raises ValueError for an argument out of
-    its range.
+    generator: t, then the noise's seed, or the noise itself of a schedule that ends in alpha_t = 0.
+    A family's class raises ValueError for an argument out of its range.
     """
 
     base_weight: str | Callable = base_weight_flag()  # noqa: RUF009  (its default is a name)
@@ -50,7 +52,12 @@ class PathLoss(Loss):
 
     def __post_init__(self):
         self._check_base_weight()
-        self.schedule  # noqa: B018  (it checks its own arguments)
+        # the schedule checks its own arguments
+        if self.schedule.ends_in_noise and not self.preconditioning.reaches_noise:
+            raise ValueError(
+                f"{type(self).__name__}: prediction must be one that gives x0 where no signal is "
+                f"left, as at this schedule's end, got {self.prediction!r}"
+            )
 
     @property
     @abstractmethod
@@ -89,10 +96,29 @@ class PathLoss(Loss):
         x_t, _ = self._noisy_pair(images, level, level, "shared", noise, None)
         return TDBatch(images, x_t, None, coef, level[:, None].expand(-1, 4))
 
+    def _noisy_pair(
+        self,
+        x0: Tensor,
+        sigma: Tensor,
+        sigma_p: Tensor,
+        coupling: str,
+        noise: Tensor | None,
+        noise_p: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if not self.schedule.ends_in_noise:
+            return super()._noisy_pair(x0, sigma, sigma_p, coupling, noise, noise_p)
+        signal_gone = sigma.isinf()
+        noise = self._noise("noise", noise, x0)
+        sigma = sigma.masked_fill(signal_gone, 0.0)
+        x_t, x_tp = super()._noisy_pair(x0, sigma, sigma_p, coupling, noise, noise_p)
+        return torch.where(append_dims(signal_gone, x0.ndim), noise, x_t), x_tp
+
     def _time(self, given: Tensor | None, images: Tensor) -> Tensor:
         low, high = self.schedule.t_min, self.schedule.t_max
         if given is None:
-            uniform = torch.rand(len(images), dtype=torch.float64, device=images.device)
+            uniform = self._draw(
+                images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
+            )
             return high + (low - high) * uniform
         self._check_shape("t", given, images.shape[:1])
         given = given.double()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..preconditioning import PREDICTIONS
-from ..schedules import interpolated_index
+from ..schedules import flow_time, interpolated_index
 from .precond import Preconditioned, index_argument
 from .unet import UNet
 
@@ -28,7 +28,8 @@ class Denoiser(Preconditioned):
     EDM's state is x = x0 + sigma eps. The module sees x_t = alpha_t x0 + sigma_t eps = alpha_t x,
     where sigma_t = alpha_t sigma. On a variance-preserving path (DDPM) alpha_t^2 + sigma_t^2 = 1,
     so alpha_t = 1/sqrt(1 + sigma^2); on flow matching's, alpha_t = 1 - t and sigma_t = t, so t =
-    sigma/(1 + sigma). `tdkern.preconditioning` has D for each prediction.
+    sigma/(1 + sigma). `tdkern.preconditioning` has D for each prediction. At an infinite sigma,
+    where alpha_t = 0, x is the unit noise eps: x_t itself.
 
     Args:
         module: called as `module(x_t, t)`, or `module(x_t, t, class_labels=index)` where class
@@ -41,7 +42,8 @@ class Denoiser(Preconditioned):
         prediction: what F is: "x0", "eps", "v" or "velocity".
         alphas_cumprod: [T], alpha_t^2 at the times 0 .. T - 1 of a VP path, falling, between 0 and
             1, as a diffusers scheduler has it. t is then real: ln sigma is interpolated, and held
-            at the ends. Not for "velocity".
+            at the ends. The last may be 0, zero terminal SNR, but not with "eps", which says
+            nothing of x0 there. Not for "velocity".
         time_scale: a factor of t: for "velocity", whose t is sigma/(1 + sigma), 1000 for networks
             that count so.
         dtype: of the image inside the module; None is x's.
@@ -84,23 +86,31 @@ class Denoiser(Preconditioned):
         self.sigma_min, self.sigma_max = 0.0, float("inf")
         if alphas_cumprod is not None:
             squares = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu")
-            if (
-                squares.ndim != 1
-                or len(squares) < 2
-                or not (0 < squares[-1] and squares[0] < 1 and (squares.diff() < 0).all())
-            ):
-                raise ValueError(
-                    "Denoiser: alphas_cumprod must be [T] falling numbers between 0 and 1, got "
-                    f"{list(squares.shape)} from "
-                    f"{squares.flatten()[:1].tolist()} to {squares.flatten()[-1:].tolist()}"
-                )
+            self._check_squares(squares)
             log_sigmas = (1 / squares - 1).log() / 2
             self.register_buffer("log_sigmas", log_sigmas, persistent=False)
             self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
 
+    def _check_squares(self, squares: Tensor) -> None:
+        if (
+            squares.ndim != 1
+            or len(squares) < 2
+            or not (0 <= squares[-1] and squares[0] < 1 and (squares.diff() < 0).all())
+        ):
+            raise ValueError(
+                "Denoiser: alphas_cumprod must be [T] falling numbers from below 1 to 0 or more, "
+                f"got {list(squares.shape)} from "
+                f"{squares.flatten()[:1].tolist()} to {squares.flatten()[-1:].tolist()}"
+            )
+        if squares[-1] == 0 and not self.preconditioning.reaches_noise:
+            raise ValueError(
+                f"Denoiser: prediction must be 'x0' or 'v' where alphas_cumprod ends in 0, as "
+                f"{self.prediction} says nothing of x0 there, got {self.prediction!r}"
+            )
+
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        noise = sigma.isinf()  # where x is the unit noise, which is x_t
         if self.prediction == "velocity":
-            return 1 / (1 + sigma), self.time_scale * sigma / (1 + sigma)
-        return (1 + sigma**2).rsqrt(), self.time_scale * interpolated_index(
-            self.log_sigmas.to(sigma.dtype), sigma.log()
-        )
+            return torch.where(noise, 1.0, 1 / (1 + sigma)), self.time_scale * flow_time(sigma)
+        t = interpolated_index(self.log_sigmas.to(sigma.dtype), sigma.log())
+        return torch.where(noise, 1.0, (1 + sigma**2).rsqrt()), self.time_scale * t

@@ -22,6 +22,7 @@ from ..preconditioning import (
 )
 from ..schedules import VP, iDDPM
 from .layers import KeepsBuffers
+from .remembered import Remembered
 
 # what other people's models call a sample's class index
 INDEX_ARGUMENTS = ("class_labels", "y", "labels")
@@ -47,7 +48,7 @@ def index_argument(model) -> str | None:
     return next((name for name in INDEX_ARGUMENTS if name in arguments), any_keyword)
 
 
-class Preconditioned(KeepsBuffers):
+class Preconditioned(Remembered, KeepsBuffers):
     """A network as a denoiser in EDM's state; every wrapper here is one.
 
     A subclass sets `preconditioning` and gives `input_scaling(sigma) -> (c_in, c_noise)` for sigma
@@ -77,6 +78,21 @@ class Preconditioned(KeepsBuffers):
         self.index_argument = index_argument(model)
         # of an `MLP`: a batch holds as many samples for each
         self.num_models = getattr(model, "num_models", 1)
+
+    @property
+    def img_resolution(self) -> int:
+        """Height and width in pixels, as EDM's networks have it."""
+        return unwrapped(self.model).img_resolution
+
+    @property
+    def img_channels(self) -> int:
+        """Channels of the image."""
+        return unwrapped(self.model).in_channels
+
+    @property
+    def label_dim(self) -> int:
+        """Width of the class labels, 0 for none."""
+        return unwrapped(self.model).label_dim
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(c_in, c_noise) at noise levels [B], in their dtype."""
@@ -210,16 +226,21 @@ class Preconditioned(KeepsBuffers):
 class EDMPrecond(Preconditioned):
     """EDM: c_skip = sd^2/(s^2+sd^2), c_out = s sd/sqrt(s^2+sd^2), c_in = 1/sqrt(s^2+sd^2).
 
-    c_noise = ln(s)/4; sd is `sigma_data`.
+    c_noise = ln(s)/4; sd is `sigma_data`. `sigma_min` and `sigma_max` are the noise levels that it
+    is sampled at.
     """
 
-    sigma_min, sigma_max = 0.0, inf
-
     def __init__(
-        self, model: nn.Module, sigma_data: float = 0.5, *, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.0,
+        sigma_max: float = inf,
+        *,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(model, dtype=dtype)
-        self.sigma_data = sigma_data
+        self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.preconditioning = EDM(sigma_data)
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:

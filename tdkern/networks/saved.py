@@ -1,6 +1,12 @@
-"""Networks as they are stored: what a file says of one, and what it takes to make it again."""
+"""Networks as they are stored: what a file says of one, and what it takes to make it again.
+
+A file of one network is a safetensors file of its state dict, with JSON under "tdkern" in its
+metadata: format, network (`NetworkSpec.to_json`, or null for tensors of a network that tdkern has
+not), source.
+"""
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -10,16 +16,21 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..data.files import FileError, brief, check_file
+from ..data.files import FileError, brief, check_file, write_atomic
+from ..preconditioning import unwrapped
 from ..schedules import DDPM
 from .precond import Preconditioned
+from .remembered import Remembered
 from .unet import UNet
 
 # the dtype of the image inside the network, None being the image's own
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMAT = 1  # of a file of one network
 MAX_HEADER = 1 << 23  # bytes of a safetensors header: a hundred times what a large network's takes
 MOST_TIMES = 1_000_000  # noise levels of a wrapper that keeps a table of them
-LONGEST = 100  # numbers in a list of a network's arguments
+LONGEST = 100  # numbers in a list of a network's arguments, but for a table of noise levels
+# what torch's wrappers inside a network put into its tensors' names
+WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # what comes of a description that is none
 UNFIT = (
     LookupError,
@@ -109,6 +120,106 @@ def _one_of(name: str, value, known: dict):
     return known[value]
 
 
+def describe(net: Preconditioned) -> NetworkSpec:
+    """How to make a network of tdkern's again, from what it and its U-Net were made with.
+
+    Raises:
+        ValueError: it is no `Preconditioned` network around a U-Net of tdkern's, or was made with
+            an argument that JSON does not hold.
+    """
+    model = unwrapped(getattr(net, "model", None))
+    if not isinstance(net, Preconditioned) or not isinstance(model, UNet):
+        inside = f" around {type(model).__name__}" if model is not None else ""
+        raise ValueError(
+            "save_network: net must be a network of tdkern.networks around a SongUNet or "
+            f"DhariwalUNet, got {type(net).__name__}{inside}"
+        )
+    dtypes = {dtype: name for name, dtype in PRECISIONS.items()}
+    if net.dtype not in dtypes:
+        raise ValueError(f"save_network: net.dtype must be half precision or None, got {net.dtype}")
+    return NetworkSpec(
+        wrapper=_class_of(net).__name__,
+        model=_class_of(model).__name__,
+        img_resolution=model.img_resolution,
+        img_channels=model.in_channels,
+        label_dim=model.label_dim,
+        arguments=_plain_arguments(net, but=("dtype",)),
+        model_arguments=_plain_arguments(model),
+        precision=dtypes[net.dtype],
+    )
+
+
+def _class_of(module: nn.Module) -> type:
+    """A module's own class, below that which `fully_shard` makes of it."""
+    return next(each for each in type(module).__mro__ if not each.__module__.startswith("torch."))
+
+
+def _plain_arguments(module: Remembered, but: tuple[str, ...] = ()) -> dict:
+    """What a module was made with, as JSON holds it: tensors and tuples as lists."""
+    plain = {}
+    for name, value in module.init_arguments.items():
+        if hasattr(value, "tolist"):
+            value = value.tolist()
+        if name in but or value == math.inf:  # a default, which JSON does not hold
+            continue
+        try:
+            plain[name] = json.loads(json.dumps(value))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"save_network: {type(module).__name__}'s {name} must be plain numbers or text, "
+                f"got {type(value).__name__}"
+            ) from error
+    return plain
+
+
+def state_of(net: Preconditioned) -> dict[str, Tensor]:
+    """A network's state dict under the names it has without torch's wrappers, whole on this
+    process: of a network under `fully_shard` all processes must ask together.
+    """
+    own = {name: value for name, value in net.state_dict().items() if not name.startswith("model.")}
+    own |= {f"model.{name}": value for name, value in unwrapped(net.model).state_dict().items()}
+    state = {}
+    for name, value in own.items():
+        for wrapping in WRAPPINGS:
+            name = name.replace(wrapping, "")
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value
+        state[name] = value.detach().cpu().contiguous()
+    return state
+
+
+def save_network(net: nn.Module, path: str | Path) -> None:
+    """Write a network that was trained in any loop, for `tdkern generate`, `fid` and
+    `load_network`.
+
+    Args:
+        net: a network of `tdkern.networks` around a `SongUNet` or `DhariwalUNet`, as it is or
+            inside DistributedDataParallel, `torch.compile` or `fully_shard`, or an average of one,
+            such as `EMA`. Under `fully_shard` every process must call this; then as else, one path
+            is one process's.
+        path: a .safetensors file, in a directory that exists. A kill at any moment leaves what was
+            there or the new file.
+
+    Raises:
+        ValueError: `net` is none of these, or `path` ends otherwise. Nothing is written then.
+    """
+    import safetensors.torch
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"save_network: path must end in .safetensors, got {path}")
+    net = unwrapped(net)
+    if not isinstance(net, Preconditioned):  # an average holds its copy as `module`
+        net = unwrapped(getattr(net, "module", net))
+    network, tensors = describe(net).to_json(), state_of(net)
+    write_atomic(path, safetensors.torch.save(tensors, file_metadata(network, path.name)))
+
+
+def file_metadata(network: dict | None, source: str, **more) -> dict[str, str]:
+    """The metadata of a file of one network."""
+    meta = {"format": FORMAT, "network": network, "source": source, **more}
+    return {"format": "pt", "tdkern": json.dumps(meta)}
+
+
 def load(network: dict, tensors: dict[str, Tensor], path: Path) -> Preconditioned:
     """The network that a file describes, with the tensors of the file.
 
@@ -148,12 +259,13 @@ def _check_size(spec: NetworkSpec, count: int) -> None:
         count: of the tensors.
     """
     arguments, model = spec.arguments, spec.model_arguments
+    levels = arguments.get("alphas_cumprod", ())
     lists = (value for value in [*arguments.values(), *model.values()] if type(value) is list)
-    if any(len(value) > LONGEST for value in lists):
+    if any(len(value) > LONGEST and value is not levels for value in lists):
         raise ValueError(f"a list of more than {LONGEST} numbers")
     # a block of the encoder and one of the decoder have 20 tensors
     least = 20 * int(model.get("num_blocks", 0)) * len(model.get("channel_mult", ()))
-    times = max(arguments.get("M", 0), arguments.get("schedule", {}).get("T", 0))
+    times = max(arguments.get("M", 0), arguments.get("schedule", {}).get("T", 0), len(levels))
     if least > count or times > MOST_TIMES:
         raise ValueError("more blocks than its tensors make, or more times than a million")
 

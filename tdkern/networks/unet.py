@@ -21,9 +21,10 @@ from .layers import (
     PositionalEmbedding,
     ResBlock,
 )
+from .remembered import Remembered
 
 
-class UNet(nn.Module):
+class UNet(Remembered):
     """The encoder and decoder that both networks share.
 
     Set `checkpointing` to recompute blocks in the backward pass instead of keeping their

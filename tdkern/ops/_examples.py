@@ -52,13 +52,7 @@ def noise_pair(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:
             "sigma_p": (0.05, 1.0),
         }.items()
     }
-    return {
-        "x0": _numbers(1, shape, dtype, device)[0],
-        **level,
-        "seed": 3,
-        "c_in": level["alpha"],
-        "c_in_p": level["alpha_p"],
-    }
+    return {"x0": _numbers(1, shape, dtype, device)[0], **level, "seed": 3}
 
 
 def heun_step(shape=SHAPE, dtype=torch.float32, device="cpu") -> dict:

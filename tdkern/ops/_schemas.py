@@ -22,8 +22,7 @@ SCHEMAS = {
     "noise_pair": (
         "(Tensor x0, Tensor alpha, Tensor sigma, Tensor alpha_p, Tensor sigma_p, bool shared, "
         "SymInt seed, Tensor? seed_at, "
-        "SymInt offset, Tensor? offset_at, Tensor? c_in, Tensor? c_in_p, ScalarType net_dtype) "
-        "-> (Tensor x_t, Tensor x_tp, Tensor in_t, Tensor in_tp)"
+        "SymInt offset, Tensor? offset_at, SymInt first_sample) -> (Tensor x_t, Tensor x_tp)"
     ),
     "td_loss": f"({_TD_LOSS}, bool want_grad) -> (Tensor loss, Tensor grad)",
     "td_loss_backward_": f"(Tensor(a!) grad, Tensor upstream, {_TD_LOSS}) -> ()",

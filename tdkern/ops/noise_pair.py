@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from . import _backends, _modes
 from ._checks import check_tensor, kind_of
-from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS
+from ._dtypes import FLOAT_NAMES, FLOATS
 
 COUPLINGS = ("markov", "shared")
 
@@ -23,11 +23,9 @@ def noise_pair(
     coupling: str = "markov",
     seed: int | Tensor,
     offset: int | Tensor = 0,
-    c_in: Tensor | None = None,
-    c_in_p: Tensor | None = None,
-    net_dtype: torch.dtype | None = None,
+    first_sample: int = 0,
     backend: str = "auto",
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor]:
     """The coupled pair (x_t, x_t') of noisy data, x_t' nearer to the data.
 
     x_tp = alpha_p x0 + sigma_p n1, and for "markov" the forward transition from there,
@@ -46,20 +44,16 @@ def noise_pair(
         alpha_p, sigma_p: as alpha and sigma, the level of x_tp; alpha_p is not 0.
         coupling: "markov" or "shared".
         seed: the key. An int in [-2^63, 2^64), of which the 64 bits count, or an int64 tensor [1]
-            on x0's device, which a CUDA graph reads anew in each replay. Processes that train
-            together need different seeds.
+            on x0's device, which a CUDA graph reads anew in each replay.
         offset: the step: another offset is an independent draw. An int in [0, 2^63), or a tensor as
             seed (63 bits count).
-        c_in, c_in_p: [B] float64, scales of the network's inputs at the two levels; both or
-            neither.
-        net_dtype: dtype of the network's inputs; x0's if None, else x0's, or bfloat16 or float16
-            beside a float32 x0.
+        first_sample: the index of x0's first sample in a larger batch, in [0, 2^32 - B]. Parts of a
+            batch, on one device or on many, draw with one seed what the whole batch would draw.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Returns:
-        (x_t, x_tp), as x0; with c_in (x_t, x_tp, c_in x_t, c_in_p x_tp), the last two of net_dtype.
-        Their layout is x0's where its channels come first or last, else contiguous. Half precision
-        is rounded once, on writing.
+        (x_t, x_tp), as x0, in x0's layout where its channels come first or last, else contiguous.
+        Half precision is rounded once, on writing.
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or range, or names nothing.
@@ -73,9 +67,8 @@ def noise_pair(
     seed_given, offset_given = seed, offset
     try:
         backend = _backends.resolve("noise_pair", backend, x0.device)
-        net_dtype = net_dtype or x0.dtype
         if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # they check too
-            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, c_in, c_in_p, net_dtype)
+            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, first_sample)
         if coupling not in COUPLINGS:
             raise ValueError(
                 f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}"
@@ -101,23 +94,18 @@ def noise_pair(
             seed_at,
             offset,
             offset_at,
-            c_in,
-            c_in_p,
-            net_dtype,
+            first_sample,
         )
         with torch.no_grad():  # leaves tangents be: in forward mode the reference gives them too
             if backend == "reference":
-                pair = _pair_of_reference(*args)
-            else:
-                pair = _backends.call("noise_pair", backend, args)
+                return _reference(*args)
+            return _backends.call("noise_pair", backend, args)
     except _backends.REFUSED:
         _check_integer("seed", seed_given)
         _check_integer("offset", offset_given)
-        _check(
-            x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, c_in, c_in_p, net_dtype
-        )  # says in full which argument is wrong
+        # says in full which argument is wrong
+        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, first_sample)
         raise
-    return pair[:2] if c_in is None else pair
 
 
 def _seed_bits(seed: int) -> int:
@@ -139,6 +127,13 @@ def _check_integer(name: str, value: int | Tensor) -> None:
         )
 
 
+def _check_first(value: int, batch: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
+        raise ValueError(f"noise_pair: first_sample must be an int, got {kind_of(value)}")
+    if not 0 <= value <= 2**32 - batch:
+        raise ValueError(f"noise_pair: first_sample must be in [0, 2^32 - B], got {value}")
+
+
 def _check(
     x0: Tensor,
     alpha: Tensor,
@@ -147,59 +142,29 @@ def _check(
     sigma_p: Tensor,
     seed: int | Tensor | None,
     offset: int | Tensor | None,
-    c_in: Tensor | None,
-    c_in_p: Tensor | None,
-    net_dtype: torch.dtype | None,
+    first_sample: int,
 ) -> None:
-    needed = (
-        ("x0", x0),
-        ("alpha", alpha),
-        ("sigma", sigma),
-        ("alpha_p", alpha_p),
-        ("sigma_p", sigma_p),
-    )
-    given = (
-        (name, value) for name, value in (("c_in", c_in), ("c_in_p", c_in_p)) if value is not None
-    )
-    integers = (
-        (name, value)
-        for name, value in (("seed", seed), ("offset", offset))
-        if isinstance(value, Tensor)
-    )
-    for name, tensor in (*needed, *given, *integers):
+    levels = {"alpha": alpha, "sigma": sigma, "alpha_p": alpha_p, "sigma_p": sigma_p}
+    integers = {"seed": seed, "offset": offset}
+    for name, tensor in {"x0": x0, **levels}.items():
         check_tensor("noise_pair", name, tensor)
-    for name, value in (("seed", seed), ("offset", offset)):
+    for name, value in integers.items():
+        if isinstance(value, Tensor):
+            check_tensor("noise_pair", name, value)
         if value is not None:
             _check_integer(name, value)
-    net_dtype = net_dtype or x0.dtype
     if x0.ndim < 1:
         raise ValueError("noise_pair: x0 must have shape [B, ...], got []")
+    _check_first(first_sample, len(x0))
     if x0.dtype not in FLOATS:
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
-    if (net_dtype, x0.dtype) not in STORAGE_PAIRS:
-        raise ValueError(
-            "noise_pair: net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 "
-            f"x0, got {net_dtype} beside {x0.dtype}"
-        )
-    if (c_in is None) != (c_in_p is None):
-        raise ValueError("noise_pair: c_in and c_in_p must be given together, got one of them")
-    columns = [
-        (name, column, x0.shape[:1], torch.float64)
-        for name, column in (
-            ("alpha", alpha),
-            ("sigma", sigma),
-            ("alpha_p", alpha_p),
-            ("sigma_p", sigma_p),
-            ("c_in", c_in),
-            ("c_in_p", c_in_p),
-        )
+    columns = [(name, level, x0.shape[:1], torch.float64) for name, level in levels.items()]
+    columns += [
+        (name, value, (1,), torch.int64)
+        for name, value in integers.items()
+        if isinstance(value, Tensor)
     ]
-    integers = [
-        (name, value, (1,), torch.int64) for name, value in (("seed", seed), ("offset", offset))
-    ]
-    for name, tensor, shape, dtype in columns + integers:
-        if not isinstance(tensor, Tensor):
-            continue
+    for name, tensor, shape, dtype in columns:
         if tensor.shape != shape:
             raise ValueError(
                 f"noise_pair: {name} must have shape {list(shape)}, got {list(tensor.shape)}"
@@ -210,64 +175,28 @@ def _check(
             raise ValueError(f"noise_pair: {name} must be on {x0.device}, got {tensor.device}")
 
 
-def output_like(x0: Tensor, dtype: torch.dtype) -> Tensor:
+def output_like(x0: Tensor) -> Tensor:
     """An output before it is written: in x0's own layout if its channels come first or last, else
     contiguous."""
-    own = torch.empty_like(x0, dtype=dtype)
+    own = torch.empty_like(x0)
     kept = own.is_contiguous() or (own.ndim >= 3 and own.movedim(1, -1).is_contiguous())
-    return own if kept else torch.empty(x0.shape, dtype=dtype, device=x0.device)
+    return own if kept else torch.empty(x0.shape, dtype=x0.dtype, device=x0.device)
 
 
 def _fake(
-    x0,
-    alpha,
-    sigma,
-    alpha_p,
-    sigma_p,
-    shared,
-    seed,
-    seed_at,
-    offset,
-    offset_at,
-    c_in,
-    c_in_p,
-    net_dtype,
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
 ):
-    _check(
-        x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, c_in, c_in_p, net_dtype
-    )  # a tensor on "meta" brings an eager call here too
-    inputs = (
-        (x0.new_empty(0, dtype=net_dtype) for _ in range(2))
-        if c_in is None
-        else (output_like(x0, net_dtype) for _ in range(2))
-    )
-    return output_like(x0, x0.dtype), output_like(x0, x0.dtype), *inputs
+    # a tensor on "meta" brings an eager call here too
+    _check(x0, alpha, sigma, alpha_p, sigma_p, seed_at, offset_at, first_sample)
+    return output_like(x0), output_like(x0)
 
 
-def _reference(*args):
-    x0, net_dtype = args[0], args[-1]
-    pair = _pair_of_reference(*args)
-    return (*pair, *(x0.new_empty(0, dtype=net_dtype) for _ in range(4 - len(pair))))
-
-
-def _pair_of_reference(
-    x0,
-    alpha,
-    sigma,
-    alpha_p,
-    sigma_p,
-    shared,
-    seed,
-    seed_at,
-    offset,
-    offset_at,
-    c_in,
-    c_in_p,
-    net_dtype,
+def _reference(
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
 ):
     seed, offset = seed if seed_at is None else seed_at, offset if offset_at is None else offset_at
     return reference.noise_pair(
-        x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, c_in, c_in_p, net_dtype
+        x0, alpha, sigma, alpha_p, sigma_p, shared, seed, offset, first_sample
     )
 
 

@@ -15,13 +15,9 @@ def noise_pair(
     shared: bool,
     seed: int | Tensor,
     offset: int | Tensor,
-    c_in: Tensor | None,
-    c_in_p: Tensor | None,
-    net_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    """(x_t, x_tp) or, with c_in, (x_t, x_tp, c_in x_t, c_in_p x_tp): the forward transition from
-    x_tp to x_t, or one noise for both.
-    """
+    first_sample: int,
+) -> tuple[Tensor, Tensor]:
+    """(x_t, x_tp): the forward transition from x_tp to x_t, or one noise for both."""
     clean = x0.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
 
     def column(values: Tensor) -> Tensor:
@@ -30,7 +26,7 @@ def noise_pair(
     def noise(stream: int) -> Tensor:
         n = x0[0:1].numel() if len(x0) else 0
         return (
-            philox.normals(len(x0), n, seed, offset, stream, x0.device)
+            philox.normals(len(x0), n, seed, offset, stream, x0.device, first_sample)
             .to(clean.dtype)
             .reshape(x0.shape)
         )
@@ -44,9 +40,4 @@ def noise_pair(
         x_t = column(a) * x_tp + column(
             (sigma**2 - (a * sigma_p) ** 2).clamp(min=0).sqrt()
         ) * noise(1)
-    inputs = (
-        ()
-        if c_in is None
-        else ((column(c_in) * x_t).to(net_dtype), (column(c_in_p) * x_tp).to(net_dtype))
-    )
-    return x_t.to(x0.dtype), x_tp.to(x0.dtype), *inputs
+    return x_t.to(x0.dtype), x_tp.to(x0.dtype)

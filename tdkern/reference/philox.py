@@ -55,6 +55,7 @@ def words(
     offset: int | Tensor = 0,
     stream: int = 0,
     device: torch.device | str = "cpu",
+    first_sample: int = 0,
 ) -> Tensor:
     """[batch, blocks, 4] int64: Philox at the counters (block, sample, offset, offset >> 32 << 1 |
     stream), with the 64 bits of `seed` as its key.
@@ -63,7 +64,8 @@ def words(
     def number(value: int | Tensor) -> Tensor:
         return torch.as_tensor(value & WORD, device=device).reshape(())
 
-    block, sample = torch.arange(blocks, device=device), torch.arange(batch, device=device)[:, None]
+    block = torch.arange(blocks, device=device)
+    sample = first_sample + torch.arange(batch, device=device)[:, None]
     counter = torch.stack(
         torch.broadcast_tensors(block, sample, number(offset), number(offset >> 32 << 1 | stream)),
         -1,
@@ -78,9 +80,10 @@ def normals(
     offset: int | Tensor = 0,
     stream: int = 0,
     device: torch.device | str = "cpu",
+    first_sample: int = 0,
 ) -> Tensor:
     """[batch, n] float64 unit normals; element k of a sample comes from word k % 4 of block k
     // 4.
     """
-    w0, w1, w2, w3 = words(batch, -(-n // 4), seed, offset, stream, device).unbind(-1)
+    w0, w1, w2, w3 = words(batch, -(-n // 4), seed, offset, stream, device, first_sample).unbind(-1)
     return torch.stack([*box_muller(w0, w1), *box_muller(w2, w3)], -1).flatten(1)[:, :n]

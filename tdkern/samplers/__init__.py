@@ -12,6 +12,12 @@ The state is EDM's, x = x0 + sigma eps, for every family: x_t = alpha_t x0 + sig
 x, at sigma = sigma_t / alpha_t. In it no sampler needs alpha, so DDPM's, DDIM's and DPM-Solver's
 steps serve any network that gives its D there (`networks`).
 
+The first level may be infinite, where no signal is left: t = 1 of flow matching, or the end of a
+schedule with zero terminal SNR. The state there, the start `x` and what the denoiser is asked
+about, is the unit noise itself; the first step goes to D + sigma noise. `Denoiser` answers there
+for "x0", "v" and "velocity"; what predicts eps or a score, EDM's and consistency models' networks
+and `ablation` refuse it.
+
 A callback is called once in each step with a dict of step, x (the state of which the denoiser is
 asked, before noise is added to it), sigma (its level) and denoised.
 
@@ -49,6 +55,7 @@ class Sampler(NamedTuple):
         ends_at_sigma_min: whether its last level is the network's lowest, where a consistency model
             gives back what it gets, rather than 0.
         has_range: whether its arguments are the ends of the levels too.
+        on_flow: its options for flow matching's own levels.
         choices: whether the user has more to choose than the number of steps.
     """
 
@@ -59,12 +66,13 @@ class Sampler(NamedTuple):
     from_one_level: bool = False
     ends_at_sigma_min: bool = False
     has_range: bool = False
+    on_flow: tuple[tuple[str, str], ...] = ()
     choices: bool = False
 
 
 SAMPLERS = {
     # EDM's samplers take equal levels, as in EDM: a step between them changes nothing
-    "heun": Sampler(heun, lambda steps: 2 * steps - 1, repeats=True),
+    "heun": Sampler(heun, lambda steps: 2 * steps - 1, repeats=True, on_flow=(("time", "flow"),)),
     "euler": Sampler(euler, repeats=True),
     "ddim": Sampler(ddim),
     "ddpm": Sampler(ddpm),
@@ -73,7 +81,12 @@ SAMPLERS = {
     "onestep": Sampler(onestep, lambda steps: 1, from_one_level=True, choices=True),
     "multistep": Sampler(multistep, least_steps=1, ends_at_sigma_min=True),
     "ablation": Sampler(
-        ablation, lambda steps: 2 * steps - 1, repeats=True, has_range=True, choices=True
+        ablation,
+        lambda steps: 2 * steps - 1,
+        repeats=True,
+        has_range=True,
+        on_flow=(("schedule", "flow"), ("scaling", "flow")),
+        choices=True,
     ),
 }
 

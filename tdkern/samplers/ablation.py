@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schedules import EDM, VE, VP, iDDPM
+from ..schedules import EDM, VE, VP, FlowMatching, iDDPM
 from .base import checked_levels, denoise, unit_noise
 from .edm import raised_levels
 
@@ -58,11 +58,19 @@ def _linear_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaO
     return SigmaOfTime(float, float, lambda t: 1.0)
 
 
+def _flow_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
+    def sigma(t: float) -> float:
+        return t / (1 - t)
+
+    return SigmaOfTime(sigma, lambda sigma: sigma / (1 + sigma), lambda t: (1 - t) ** -2)
+
+
 RANGES = {
     "vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()),
     "ve": (0.02, 100.0),
     "iddpm": (0.002, 81.0),
     "edm": (0.002, 80.0),
+    "flow": tuple(FlowMatching().sigma_hat([1e-3, 0.999]).tolist()),
 }
 
 
@@ -79,10 +87,11 @@ def ablation_sigmas(
 
     Args:
         discretization: "vp", evenly spread times of the VP path that fits the range; "ve", a
-            geometric sequence; "iddpm", of `schedules.iDDPM`; "edm", of `schedules.EDM`.
+            geometric sequence; "iddpm", of `schedules.iDDPM`; "edm", of `schedules.EDM`; "flow",
+            evenly spread times of `schedules.FlowMatching`.
         steps: >= 2.
         sigma_min, sigma_max: lowest positive level and highest; None is the discretization's own,
-            see RANGES.
+            see RANGES. Of "flow" the highest may be infinite.
         rho: of "edm".
 
     Raises:
@@ -95,7 +104,11 @@ def ablation_sigmas(
         )
     lo, hi = RANGES[discretization]
     lo, hi = lo if sigma_min is None else sigma_min, hi if sigma_max is None else sigma_max
-    edm = EDM(steps, lo, hi, rho)  # checks them all
+    flow = discretization == "flow"
+    edm = EDM(steps, lo, 2 * lo if flow and hi == math.inf else hi, rho)  # checks them all
+    if flow:
+        t_min, t_max = FlowMatching().time([lo, hi]).tolist()
+        return FlowMatching(t_min, t_max).sigmas(steps)
     if discretization == "vp":
         return _vp(lo, hi).sigmas(steps)
     if discretization == "iddpm":
@@ -104,8 +117,26 @@ def ablation_sigmas(
 
 
 # for a range of levels
-SCHEDULES = {"vp": _vp_schedule, "ve": _ve_schedule, "linear": _linear_schedule}
-SCALINGS = ("vp", "none")
+SCHEDULES = {
+    "vp": _vp_schedule,
+    "ve": _ve_schedule,
+    "linear": _linear_schedule,
+    "flow": _flow_schedule,
+}
+
+
+class Scaling(NamedTuple):
+    """A scaling as the sampler needs it."""
+
+    s: Callable[[float], float]  # of sigma
+    shrink: Callable[[float], float]  # -s' / s over sigma', of sigma
+
+
+SCALINGS = {
+    "vp": Scaling(lambda sigma: 1 / math.sqrt(1 + sigma**2), lambda sigma: sigma / (1 + sigma**2)),
+    "none": Scaling(lambda sigma: 1.0, lambda sigma: 0.0),
+    "flow": Scaling(lambda sigma: 1 / (1 + sigma), lambda sigma: 1 / (1 + sigma)),
+}
 SOLVERS = ("euler", "heun")
 
 
@@ -140,7 +171,8 @@ def ablation(
     | --- | --- | --- | --- | --- |
     | "vp" | sqrt(exp(beta_d t^2/2 + beta_min t) - 1) | | "vp" | 1/sqrt(1 + sigma(t)^2) |
     | "ve" | sqrt(t) | | "none" | 1 |
-    | "linear" | t |
+    | "linear" | t | | "flow" | 1/(1 + sigma(t)) |
+    | "flow" | t/(1 - t) |
 
     Args:
         denoiser, x, sigmas, callback: see the module; its states are x/s. 2 steps - 1 calls with
@@ -162,23 +194,20 @@ def ablation(
 
     Deterministic without churn, and with it for one state of the generator.
     """
-    levels = checked_levels("ablation", sigmas, falling=False)
-    _check(solver, schedule, scaling, alpha)
-    path = SCHEDULES[schedule](sigma_min, sigma_max)
+    levels = checked_levels("ablation", sigmas, denoiser, falling=False)
+    _check(levels, solver, schedule, scaling, alpha)
+    path, (s, shrink_of) = SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling]
     draw = unit_noise(generator, randn_like)
-
-    def s(sigma: float) -> float:
-        return 1 / math.sqrt(1 + sigma**2) if scaling == "vp" else 1.0
 
     def derivative(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
         sigma, slope = path.sigma(t), path.slope(t)
         growth = slope / sigma  # sigma' / sigma
-        shrink = sigma * slope / (1 + sigma**2) if scaling == "vp" else 0.0  # -s' / s
+        shrink = slope * shrink_of(sigma)  # -s' / s
         denoised = denoise(denoiser, x / s(sigma), sigma)
         return (growth - shrink) * x - growth * s(sigma) * denoised, denoised
 
     x = s(levels[0]) * x
-    hats = raised_levels("ablation", levels, S_churn, S_min, S_max)
+    hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         sigma_hat = hats[step]
         t_hat = path.time(sigma_hat)
@@ -197,7 +226,12 @@ def ablation(
     return x / s(levels[-1])
 
 
-def _check(solver: str, schedule: str, scaling: str, alpha: float) -> None:
+def _check(levels: list[float], solver: str, schedule: str, scaling: str, alpha: float) -> None:
+    if levels[0] == math.inf:
+        raise ValueError(
+            'ablation: sigmas must be finite; from an infinite level take heun with time="flow", '
+            "got inf"
+        )
     for name, value, known in (
         ("solver", solver, SOLVERS),
         ("schedule", schedule, SCHEDULES),

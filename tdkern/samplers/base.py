@@ -19,23 +19,46 @@ from ..ops import heun_step
 from ..preconditioning import unwrapped
 
 
-def checked_levels(sampler: str, sigmas, *, falling: bool = True) -> list[float]:
-    """A sampler's levels as numbers; raises ValueError for what are none."""
+def checked_levels(
+    sampler: str, sigmas, denoiser, *, falling: bool = True, least: int = 2
+) -> list[float]:
+    """A sampler's levels as numbers; raises ValueError for what are none.
+
+    The first may be infinite, where the denoiser does not say that it knows nothing there.
+    """
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
-    if levels.ndim != 1 or len(levels) < 2:
+    if levels.ndim != 1 or len(levels) < least:
         raise ValueError(
             f"{sampler}: sigmas must have shape [steps + 1] with at least one step, "
             f"got {list(levels.shape)}"
         )
     levels = levels.tolist()  # the sampler's only host synchronisation
-    positive = all(0 < sigma < math.inf for sigma in levels[:-1])
-    if not (positive and 0 <= levels[-1] < math.inf):
-        raise ValueError(
-            f"{sampler}: sigmas must be positive and finite, the last may be 0, got {levels}"
-        )
-    if falling and not all(sigma > sigma_next for sigma, sigma_next in pairwise(levels)):
-        raise ValueError(f"{sampler}: sigmas must fall from step to step, got {levels}")
+    last = len(levels) - 1
+    for i, sigma in enumerate(levels):
+        positive = sigma > 0 or (i == last > 0 and sigma == 0)
+        if not positive or (sigma == math.inf and i > 0):
+            raise ValueError(
+                f"{sampler}: sigmas must be positive and finite, but for an infinite first and a "
+                f"last of 0, got {sigma:g} at {i} of {len(levels)}"
+            )
+    for sigma, sigma_next in pairwise(levels):
+        if falling and not sigma > sigma_next:
+            raise ValueError(
+                f"{sampler}: sigmas must fall from step to step, got {sigma_next:g} after {sigma:g}"
+            )
+    if levels[0] == math.inf:
+        _check_reaches_noise(sampler, denoiser)
     return levels
+
+
+def _check_reaches_noise(sampler: str, denoiser) -> None:
+    net = unwrapped(network_of(denoiser)[0])
+    preconditioning = getattr(net, "preconditioning", None)
+    if preconditioning is not None and not preconditioning.reaches_noise:
+        raise ValueError(
+            f"{sampler}: sigmas must begin at a finite level with {type(net).__name__}, as its "
+            f"output of {type(preconditioning).__name__} says nothing of x0 in pure noise, got inf"
+        )
 
 
 def unit_noise(generator, randn_like):
@@ -59,8 +82,12 @@ class Step(NamedTuple):
 
     1. Increase noise: x_hat = x + raised n, which takes x from sigma to sigma_hat.
     2. Euler step: d = (x_hat - D(x_hat, sigma_hat)) / sigma_hat, x = x_hat + h d, at sigma_next.
-    3. 2nd order correction: x = x_hat + h (d + d') / 2 with d' = (x - D(x, sigma_next))/sigma_next.
+    3. 2nd order correction: x = x_hat + h ((1 - w/2) d + w/2 d'), w = `correct`, with
+       d' = (x - D(x, sigma_next)) / sigma_next.
     4. Add noise: x + added n.
+
+    From an infinite level, where x is the unit noise itself, d is x_hat, and D takes the place of
+    x_hat in 2 and 3: with x = D + sigma d its h is sigma + h.
     """
 
     sigma: float
@@ -68,7 +95,7 @@ class Step(NamedTuple):
     h: float
     sigma_hat: float
     raised: float | None = None  # None leaves 1 out and draws nothing
-    correct: bool = False  # whether there is a 3
+    correct: float | None = None  # None leaves 3 out
     added: float | None = None  # None leaves 4 out and draws nothing
 
 
@@ -80,15 +107,16 @@ def run(denoiser, x: Tensor, steps: list[Step], draw, callback) -> Tensor:
         steps: at least one.
         draw: `draw(x) -> unit noise` like x.
     """
-    net, labels = _network(denoiser)
+    net, labels = network_of(denoiser)
     inner = unwrapped(net)
     own = isinstance(inner, Preconditioned) and type(inner).forward is Preconditioned.forward
-    if own and callback is None and x.dtype in (torch.float32, torch.float64):
+    wide = x.dtype in (torch.float32, torch.float64)
+    if own and wide and callback is None and steps[0].sigma < math.inf:
         return _fused(net, labels, x, steps, draw)
     return _plain(denoiser, x, steps, draw, callback)
 
 
-def _network(denoiser) -> tuple:
+def network_of(denoiser) -> tuple:
     """What a denoiser calls, and the labels that it gives."""
     if isinstance(denoiser, partial) and not denoiser.args:
         return denoiser.func, denoiser.keywords
@@ -103,11 +131,15 @@ def _plain(denoiser, x: Tensor, steps: list[Step], draw, callback) -> Tensor:
         denoised = denoise(denoiser, x_hat, step.sigma_hat)
         if callback is not None:
             callback({"step": number, "x": x, "sigma": step.sigma, "denoised": denoised})
-        d = (x_hat - denoised) / step.sigma_hat
-        x = x_hat + step.h * d
-        if step.correct:
+        if step.sigma_hat == math.inf:
+            start, d = denoised, x_hat
+        else:
+            start, d = x_hat, (x_hat - denoised) / step.sigma_hat
+        x = start + step.h * d
+        if step.correct is not None:
             d_next = (x - denoise(denoiser, x, step.sigma_next)) / step.sigma_next
-            x = x_hat + step.h * (d + d_next) / 2
+            half = step.correct / 2
+            x = start + step.h * ((1 - half) * d + half * d_next)
         if step.added is not None:
             x = x + step.added * draw(x)
     return x
@@ -120,7 +152,7 @@ class Launch(NamedTuple):
     h: float
     noise: float | None  # added to the state that the launch makes; None draws nothing
     sigma_after: float  # the level of that state
-    corrects: bool  # whether it is a step's 2nd order correction
+    corrects: float | None = None  # the share w of a step's 2nd order correction, if it is one
 
 
 def _launches(steps: list[Step]) -> list[Launch]:
@@ -131,11 +163,12 @@ def _launches(steps: list[Step]) -> list[Launch]:
         if following is not None:
             noise = step.added if following.raised is None else following.raised
             sigma_after = following.sigma_hat
-        if step.correct:
-            launches.append(Launch(step.sigma_hat, step.h, None, step.sigma_next, False))
-            launches.append(Launch(step.sigma_next, step.h, noise, sigma_after, True))
-        else:
-            launches.append(Launch(step.sigma_hat, step.h, noise, sigma_after, False))
+        if step.correct is None:
+            launches.append(Launch(step.sigma_hat, step.h, noise, sigma_after))
+            continue
+        w = step.correct
+        launches.append(Launch(step.sigma_hat, step.h, None, step.sigma_next))
+        launches.append(Launch(step.sigma_next, w * step.h, noise, sigma_after, w))
     return launches
 
 
@@ -161,14 +194,25 @@ def _fused(net, labels: dict, x: Tensor, steps: list[Step], draw) -> Tensor:
     scaled = x_hat = None
     for launch, row in zip(launches, coef, strict=True):
         F = net(x, row[0], raw=True, scaled=scaled, **labels)
-        if not launch.corrects:
+        begin = None
+        if launch.corrects is None:
             x_hat = x
+        else:
+            begin = _begin(x, x_hat, launch.corrects)
         x, scaled = heun_step(
             F,
             x,
             row,
-            x_hat if launch.corrects else None,
+            begin,
             None if launch.noise is None else draw(x),
             net_dtype=None if launch is launches[-1] else inner.input_dtype(x),
         )
     return x
+
+
+def _begin(x: Tensor, x_hat: Tensor, share: float) -> Tensor:
+    """The state from which `heun_step` corrects x, with h times the share w.
+
+    Its (b + x + w h d') / 2 with b = w x_hat + (1 - w) x is Step's part 3.
+    """
+    return x_hat if share == 1 else torch.lerp(x, x_hat, share)

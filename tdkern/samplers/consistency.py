@@ -40,12 +40,12 @@ def multistep(
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
-            which may be 0, or sigma_min is negative.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the first of
+            which may be infinite and the last 0, or sigma_min is negative.
 
     Deterministic for one state of the generator.
     """
-    levels = checked_levels("multistep", sigmas)
+    levels = checked_levels("multistep", sigmas, denoiser)
     if not sigma_min >= 0:
         raise ValueError(f"multistep: sigma_min must be at least 0, got {sigma_min}")
     return _sample(
@@ -59,11 +59,10 @@ def onestep(denoiser, x: Tensor, sigmas, *, clip_denoised: bool = False, callbac
 
     It is `multistep` that stops after its first call. Arguments as there.
 
-    Only sigmas[0] is used. Deterministic.
+    Only sigmas[0] is used, and may be alone, [80.0]. Deterministic.
     """
-    return _sample(
-        denoiser, x, [checked_levels("onestep", sigmas)[0], 0.0], 0.0, clip_denoised, None, callback
-    )
+    first = checked_levels("onestep", sigmas, denoiser, least=1)[0]
+    return _sample(denoiser, x, [first, 0.0], 0.0, clip_denoised, None, callback)
 
 
 def _sample(

@@ -9,22 +9,40 @@ from torch import Tensor
 from ..schedules import two_moment
 from .base import Step, checked_levels, run, unit_noise
 
+VARIANCES = ("small", "large")
 
-def ddim_steps(sampler: str, sigmas, eta: float) -> list[Step]:
+
+def ddim_steps(sampler: str, sigmas, denoiser, eta: float, variance: str = "small") -> list[Step]:
     """x_tau = (1 - kappa) D + kappa x + s noise: eq. 12 and 16 of arXiv 2010.02502."""
-    levels = checked_levels(sampler, sigmas)
+    levels = checked_levels(sampler, sigmas, denoiser)
     if not 0 <= eta <= 1:
         raise ValueError(f"{sampler}: eta must be in [0, 1], got {eta}")
     kappas = two_moment(1.0, levels[:-1], 1.0, levels[1:], eta=eta)[1].tolist()
     steps = []
     for (sigma, sigma_next), kappa in zip(pairwise(levels), kappas, strict=True):
-        # (1 - kappa) D + kappa x = x + h d with d = (x - D) / sigma
-        h = sigma * (kappa - 1)
+        if sigma < math.inf:
+            # (1 - kappa) D + kappa x = x + h d with d = (x - D) / sigma
+            h = sigma * (kappa - 1)
+        else:
+            # D + kappa sigma d, with kappa sigma as sigma grows
+            h = sigma_next * math.sqrt(1 - eta**2)
         s = None
         if eta > 0 and sigma_next > 0:
-            s = eta * sigma_next * math.sqrt(1 - (sigma_next / sigma) ** 2)
+            s = eta * _deviation(sigma, sigma_next, variance)
         steps.append(Step(sigma, sigma_next, h, sigma_hat=sigma, added=s))
     return steps
+
+
+def _deviation(sigma: float, sigma_next: float, variance: str) -> float:
+    """Of a step's new noise, in EDM's state.
+
+    beta-tilde / alpha_tau^2 = sigma_tau^2 (1 - r^2), r = sigma_tau / sigma_t, or, "large",
+    beta / alpha_tau^2 = (1 - r^2) (1 + sigma_tau^2) / (1 + 1/sigma_t^2) on a VP path.
+    """
+    share = 1 - (sigma_next / sigma) ** 2
+    if variance == "large":
+        return math.sqrt(share * (1 + sigma_next**2) / (1 + sigma**-2))
+    return sigma_next * math.sqrt(share)
 
 
 @torch.no_grad()
@@ -56,20 +74,40 @@ def ddim(
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
-            which may be 0, or eta is out of its range.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the first of
+            which may be infinite and the last 0, or eta is out of its range.
 
     Deterministic with eta = 0, and otherwise for one state of the generator.
     """
-    steps = ddim_steps("ddim", sigmas, eta)
+    steps = ddim_steps("ddim", sigmas, denoiser, eta)
     return run(denoiser, x, steps, unit_noise(generator, randn_like), callback)
 
 
 @torch.no_grad()
-def ddpm(denoiser, x: Tensor, sigmas, *, generator=None, randn_like=None, callback=None) -> Tensor:
+def ddpm(
+    denoiser,
+    x: Tensor,
+    sigmas,
+    *,
+    variance: str = "small",
+    generator=None,
+    randn_like=None,
+    callback=None,
+) -> Tensor:
     """DDPM's ancestral sampler (arXiv 2006.11239, eq. 7): `ddim` with eta = 1.
 
-    Its variance is the lower one, beta-tilde. Arguments as there.
+    Arguments as there, and
+
+    Args:
+        variance: of a step's noise: "small", beta-tilde = beta (1 - abar_tau) / (1 - abar_t), or
+            "large", beta = 1 - abar_t / abar_tau, which is that of a variance-preserving path
+            (section 3.2 there; diffusers' fixed_small and fixed_large). The last step, to 0, adds
+            none.
+
+    Raises:
+        ValueError: as `ddim`, or variance is neither.
     """
-    steps = ddim_steps("ddpm", sigmas, 1.0)
+    if variance not in VARIANCES:
+        raise ValueError(f"ddpm: variance must be one of {', '.join(VARIANCES)}, got {variance!r}")
+    steps = ddim_steps("ddpm", sigmas, denoiser, 1.0, variance)
     return run(denoiser, x, steps, unit_noise(generator, randn_like), callback)

@@ -21,7 +21,7 @@ from .base import checked_levels, denoise
 
 
 @torch.no_grad()
-def dpmpp(denoiser, x: Tensor, sigmas, *, callback=None) -> Tensor:
+def dpmpp(denoiser, x: Tensor, sigmas, *, lower_order_final: bool = False, callback=None) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): second order, one call in each step.
 
     x <- e^-h x + (1 - e^-h) (D + (D - D_before) / (2 r)),  h = ln(sigma / sigma_next),  r =
@@ -29,21 +29,34 @@ def dpmpp(denoiser, x: Tensor, sigmas, *, callback=None) -> Tensor:
 
     Args:
         denoiser, x, sigmas, callback: see the module; one call in each step. The levels fall.
+        lower_order_final: take the last step in first order also where it ends at a positive level,
+            as diffusers does with few steps. On a plain VP grid down to sigma_min that step is by
+            far the longest in lambda, and which order is the better depends on the data; a list
+            that ends at 0 is better than both.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
-            which may be 0.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the first of
+            which may be infinite and the last 0.
 
     Deterministic.
     """
-    return _sample("dpmpp", denoiser, x, sigmas, 2, False, callback)
+    levels = checked_levels("dpmpp", sigmas, denoiser)
+    return _sample(denoiser, x, levels, 2, False, lower_order_final, callback)
 
 
 @torch.no_grad()
-def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tensor:
+def unipc(
+    denoiser,
+    x: Tensor,
+    sigmas,
+    *,
+    order: int = 2,
+    lower_order_final: bool = False,
+    callback=None,
+) -> Tensor:
     """UniPC of data prediction with B(h) = e^h - 1 (arXiv 2302.04867, section 3).
 
     Predictor and corrector take one call in each step.
@@ -56,26 +69,30 @@ def unipc(denoiser, x: Tensor, sigmas, *, order: int = 2, callback=None) -> Tens
         denoiser, x, sigmas, callback: see the module; one call in each step. The levels fall. The
             callback is shown the predicted state.
         order: of the predictor, 1, 2 or 3.
+        lower_order_final: lower the order of the last steps also where the list ends at a positive
+            level, as diffusers does: the last has order 1, the one before it at most 2. See
+            `dpmpp`.
 
     Returns:
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two falling positive levels, the last of
-            which may be 0, or order is none of 1, 2, 3.
+        ValueError: `sigmas` is not a list of at least two falling positive levels, the first of
+            which may be infinite and the last 0, or order is none of 1, 2, 3.
 
     Deterministic.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"unipc: order must be 1, 2 or 3, got {order}")
-    return _sample("unipc", denoiser, x, sigmas, order, True, callback)
+    levels = checked_levels("unipc", sigmas, denoiser)
+    return _sample(denoiser, x, levels, order, True, lower_order_final, callback)
 
 
 def _sample(
-    sampler: str, denoiser, x: Tensor, sigmas, order: int, correct: bool, callback
+    denoiser, x: Tensor, levels: list[float], order: int, correct: bool, lower: bool, callback
 ) -> Tensor:
-    levels = checked_levels(sampler, sigmas)
     lambdas = [-math.log(sigma) if sigma > 0 else math.inf for sigma in levels]
+    lower = lower or levels[-1] == 0
     known = []  # (lambda, D), the newest first
     begin, values = x, 0  # the state and the number of values that the last prediction took
     for step, (lam, lam_next) in enumerate(pairwise(lambdas)):
@@ -84,8 +101,13 @@ def _sample(
             callback({"step": step, "x": x, "sigma": levels[step], "denoised": denoised})
         if correct and known:
             x = _advance(begin, lam, [*known[:values], (lam, denoised)])
+        if lam == -math.inf:
+            # the state is the unit noise: x = D + sigma noise, and no polynomial passes through
+            # values that are infinitely far apart
+            x = denoised + levels[1] * x
+            continue
         known = [(lam, denoised), *known[: order - 1]]
-        values = min(len(known), order if levels[-1] > 0 else len(levels) - 1 - step)
+        values = min(len(known), len(levels) - 1 - step if lower else order)
         begin = x
         x = _advance(begin, lam_next, known[:values])
     return x

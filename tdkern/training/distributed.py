@@ -1,13 +1,21 @@
 """The processes of a run: those that torchrun started, or this one alone."""
 
+import math
 import os
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+BEAT = 2.0  # seconds between two signs of life
+SILENCE = 40.0  # seconds without one after which a process counts as lost
 
 
 class Process(NamedTuple):
@@ -18,25 +26,53 @@ class Process(NamedTuple):
     device: torch.device
 
 
+def _numbers(*names: str) -> list[int]:
+    """Variables of the environment that torchrun sets, as numbers.
+
+    Raises:
+        ValueError: one is missing, or none.
+    """
+    values = {name: os.environ.get(name, "") for name in names}
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise ValueError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']!r} in the environment, so {name} must be "
+                f"a number there, got {value!r}: start with torchrun, or unset WORLD_SIZE"
+            )
+    return [int(value) for value in values.values()]
+
+
 def this_process() -> Process:
     """Rank, number of processes and device, from the environment that torchrun sets.
 
-    Without it they are (0, 1, device).
+    Without WORLD_SIZE they are (0, 1, device).
+
+    Raises:
+        ValueError: WORLD_SIZE is there without the others, as when it was left over, or they do
+            not fit together.
     """
-    rank, world, local = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
-    return Process(
-        rank,
-        world,
-        torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu"),
-    )
+    rank, world, local = 0, 1, 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        rank, world, local = _numbers("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if rank >= world:
+            raise ValueError(
+                f"RANK must be below WORLD_SIZE, {world}, got {rank}: start with torchrun"
+            )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local)
+    return Process(rank, world, device)
 
 
 @contextmanager
 def joined() -> Iterator[Process]:
-    """This process, joined with the run's others while the context lasts."""
+    """This process, joined with the run's others while the context lasts.
+
+    It ends within a minute of the loss of one of the others.
+
+    Raises:
+        ValueError: the environment does not say where the others are.
+    """
     process = this_process()
     if process.device.type == "cuda":
         torch.cuda.set_device(process.device)
@@ -45,25 +81,130 @@ def joined() -> Iterator[Process]:
     if process.world == 1:
         yield process
         return
-    dist.init_process_group("nccl" if process.device.type == "cuda" else "gloo")
+    _numbers("MASTER_PORT")
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError(
+            "MASTER_ADDR must be the first process's host, got none: start with torchrun"
+        )
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if process.device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("run", store),
+        rank=process.rank,
+        world_size=process.world,
+    )
     try:
-        yield process
+        with watched(process, dist.PrefixStore("watch", store.clone())):
+            yield process
     finally:
         dist.destroy_process_group()
 
 
-def sum_(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors of one dtype by their sums over all processes, in one exchange."""
-    tensors = list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, total in zip(
-        tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True
-    ):
-        tensor.copy_(total.view_as(tensor))
+@contextmanager
+def watched(process: Process, store: dist.Store) -> Iterator[None]:
+    """While it is entered, this process gives signs of life, and ends when another gives none.
+
+    Whoever waits for a process that was stopped would otherwise wait for ever: the operating system
+    keeps its connections open.
+    """
+    done = threading.Event()
+    heard = {rank: time.monotonic() for rank in range(process.world) if rank != process.rank}
+    threads = [
+        threading.Thread(target=_beat, args=(process, store, heard, done), daemon=True),
+        threading.Thread(target=_judge, args=(process, heard, done), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+        _leave(process, store, heard)  # not after an error: then the others are to end too
+    finally:
+        done.set()
+        threads[0].join(2 * BEAT)  # it may be in the store, which goes with the process group
 
 
-def broadcast_(module: torch.nn.Module) -> None:
-    """Give every process the first one's parameters and buffers."""
-    for tensor in module.state_dict().values():
-        dist.broadcast(tensor, 0)
+def _leave(process: Process, store: dist.Store, heard: dict) -> None:
+    """Tell the others that this process is done; the first, which may hold the store, waits for
+    them.
+    """
+    try:
+        store.add(f"{process.rank} has left", 1)
+    except dist.DistError:
+        return  # the first has left already
+    while process.rank == 0 and any(math.isfinite(when) for when in heard.values()):
+        time.sleep(BEAT / 4)
+
+
+def _beat(process: Process, store: dist.Store, heard: dict, done: threading.Event) -> None:
+    """Say that this process lives, and note when the others last did."""
+    counts = dict.fromkeys(heard, 0)
+    try:
+        while not done.wait(BEAT):
+            store.add(f"{process.rank}", 1)
+            for rank in heard:
+                count = store.add(f"{rank}", 0)
+                if count != counts[rank]:
+                    counts[rank], heard[rank] = count, time.monotonic()
+                if store.add(f"{rank} has left", 0):
+                    heard[rank] = math.inf
+    except dist.DistError:  # the first process, which holds the store, is gone
+        return
+
+
+def _judge(process: Process, heard: dict, done: threading.Event) -> None:
+    """End this process when another has been silent for too long."""
+    while not done.wait(BEAT):
+        silent = [rank for rank, when in heard.items() if time.monotonic() - when > SILENCE]
+        if silent:
+            print(
+                f"Error: process {process.rank} of {process.world} ends: process {silent[0]} gave "
+                f"no sign of life for {SILENCE:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(1)  # the main thread waits for the other process, and cannot be woken
+
+
+def agree(process: Process, **facts: object) -> None:
+    """See that all processes were started alike.
+
+    Args:
+        process: this one.
+        facts: what must be equal in all, by name.
+
+    Raises:
+        ValueError: in every process, naming what differs and where.
+    """
+    if process.world == 1:
+        return
+    everyone: list = [None] * process.world
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        for name, value in everyone[0].items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"all processes must have the same {name}, got {value!r} in process 0 and "
+                    f"{theirs.get(name)!r} in process {rank}"
+                )
+
+
+def data_parallel(net: nn.Module, process: Process) -> nn.Module:
+    """The network as the loss calls it: its backward leaves the mean of all processes' gradients.
+
+    The first process's weights become everyone's.
+    """
+    if process.world == 1:
+        return net
+    return DistributedDataParallel(
+        net,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        static_graph=True,
+    )
+
+
+def sum_(tensor: Tensor, process: Process) -> None:
+    """Replace a tensor by its sum over all processes."""
+    if process.world > 1:
+        dist.all_reduce(tensor)

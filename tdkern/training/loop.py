@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from .._version import __version__
 from ..data import (
     AugmentPipe,
     ImageDataset,
@@ -33,10 +35,11 @@ from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES, default_sampler
 from ..losses import Loss
 from ..networks.saved import PRECISIONS, NetworkSpec, restore
-from ..optim import AdamEMA
+from ..ops._schemas import digest
+from ..optim import OPTIMIZERS
 from ..samplers import SAMPLERS
 from . import checkpoint
-from .distributed import Process, broadcast_, sum_
+from .distributed import Process, agree, data_parallel, sum_
 from .formats import as_json
 from .lock import locked
 from .options import Options
@@ -96,6 +99,15 @@ def learning_rate(options: Options, nimg: int) -> float:
     return lr
 
 
+def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
+    """By what to multiply gradients so that their common norm is at most `largest`, [].
+
+    It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
+
+
 class Trainer:
     """Data, networks, averages and optimizer of a run, and one step of it.
 
@@ -112,6 +124,8 @@ class Trainer:
     def __init__(self, options: Options, process: Process, state: Path | None = None):
         self.options, self.process, self.step = options, process, 0
         self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
+        self.data = self.dataset.fingerprint()
+        self._agree()
         self.augment_pipe = make_augment_pipe(options)
         if self.augment_pipe:
             self.augment_pipe.to(process.device)
@@ -124,8 +138,8 @@ class Trainer:
         if options.transfer and state is None:
             source, _ = checkpoint.load_network(options.transfer)
             restore(self.net, source.state_dict(), Path(options.transfer))
-        if process.world > 1:
-            broadcast_(self.net)  # before the copies below, which must start equal in all processes
+        # before the copies below, as it gives all processes the first one's weights
+        self.online = data_parallel(self.net, process)
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.has_target else None
         if self.target and options.target_precision:
@@ -133,11 +147,12 @@ class Trainer:
                 options.target_precision
             ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.optimizer = AdamEMA(
+        self.optimizer = OPTIMIZERS[options.optim](
             self.net.parameters(),
             lr=options.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
+            weight_decay=options.weight_decay,
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
             averages=[average.module.parameters() for average in self.averages],
         )
@@ -148,9 +163,30 @@ class Trainer:
         self.whole = True  # whether all parts are of the same step
         self.idle = 0  # ticks in a row without a step that was taken
         self.warnings = []  # for the first process to tell
-        self.data = self.dataset.fingerprint()
         if state is not None:
             self._restore(state)
+        if process.world > 1:
+            self._settle_buckets()
+
+    def _agree(self) -> None:
+        """Raises ValueError where the processes of the run were not started alike."""
+        own = asdict(self.options)
+        own |= {name: None for name in ("data", "transfer", "workers")}  # a machine's own
+        versions = {"tdkern": __version__, "torch": torch.__version__, "ops": digest()}
+        agree(self.process, **own, versions=versions, images=self.data)
+
+    def _settle_buckets(self) -> None:
+        """A backward of which nothing is kept.
+
+        DistributedDataParallel puts its buckets in order by its first backward, and with them the
+        order in which several processes' numbers are added up. So the first step of a resumed run
+        would be in another order than the same step of a run in one go.
+        """
+        images = torch.zeros(1, *self.dataset.image_shape, dtype=torch.uint8)
+        labels = torch.zeros(1, self.dataset.label_dim)
+        place = (image.to(self.process.device) for image in (images, labels))
+        self._backward(self.loss.at(self.step), *place, first=0)
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _network_spec(self) -> NetworkSpec:
         options = self.options
@@ -181,53 +217,61 @@ class Trainer:
             labels: [B, label_dim].
         """
         options, device = self.options, self.process.device
-        # The loss's draws and dropout all take the global generators of the CPU and of CUDA, which
-        # this sets both: what a step draws depends on nothing before it, so a resumed run needs no
-        # generator's state. Each process draws its own noise.
-        torch.manual_seed(derive_seed(options.seed, "step", self.step, self.process.rank))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         loss = self.loss.at(self.step)
-        size = options.batch_gpu
-        sums = torch.zeros_like(
-            self.sums
-        )  # a step that fails halfway has no part in the statistics
-        for part in zip(images.split(size), labels.split(size), strict=True):
-            sums += self._backward(loss, *part)
-        if self.process.world > 1:
-            sum_([param.grad for param in self.net.parameters() if param.grad is not None])
+        # a step that fails halfway has no part in the statistics
+        sums = torch.zeros_like(self.sums)
+        share = options.batch // self.process.world
+        for done in range(0, share, options.batch_gpu):
+            part = slice(done, done + options.batch_gpu)
+            # the processes exchange gradients during the backward of the last part
+            last = part.stop >= share
+            with nullcontext() if last or self.process.world == 1 else self.online.no_sync():
+                first = self.process.rank * share + done
+                sums += self._backward(loss, images[part], labels[part], first)
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
         # on the device, which alone knows of skipped steps
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
         # empty where there is no target network
         self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
-        self.optimizer.step()
+        self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
         for average in self.averages:
             average.copy_buffers(self.net)
         self.sums += sums
         self.step += 1
         self.whole = True
 
-    def _backward(self, loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
+    def _backward(self, loss: Loss, images: Tensor, labels: Tensor, first: int) -> Tensor:
         """Add the gradient of a part of the batch; arguments as `train_step`'s.
+
+        Args:
+            first: the index of the part's first sample in the whole batch.
 
         Returns:
             [4] float64, the sums of the terms over the part.
         """
-        x0, augment_labels = to_float(images), None
-        if self.augment_pipe:
-            x0, augment_labels = self.augment_pipe(x0)
+        options = self.options
+        batch = (first, options.batch)
+        # All draws take the global generators of the CPU and of CUDA, which this sets both: what a
+        # step draws depends on nothing before it, so a resumed run needs no generator's state. A
+        # sample's draws belong to its place in the batch: any number of processes makes the same.
+        torch.manual_seed(derive_seed(options.seed, "step", self.step))
+        x0, augment_labels = self._augmented(to_float(images), *batch)
+        pair = loss.part_of(*batch).pair(x0)
+        torch.manual_seed(derive_seed(options.seed, "dropout", self.step, first))
         # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over
-        # the whole batch
-        scale = x0[0].numel() / self.options.batch
+        # the whole batch, and those of several processes are averaged
+        scale = x0[0].numel() / (options.batch // self.process.world)
         terms = loss.evaluate(
-            self.net,
+            self.online,
             self.target and self.target.module,
-            loss.pair(x0),
+            pair,
             labels if labels.shape[1] else None,
             augment_labels,
             gradient_scale=scale,
@@ -237,13 +281,20 @@ class Trainer:
         sums[:3] /= scale  # loss, td and base are reported as means over elements
         return sums
 
+    def _augmented(self, x0: Tensor, first: int, samples: int) -> tuple[Tensor, Tensor | None]:
+        """A part of a batch after augmentation, and what the networks are told of it."""
+        if not self.augment_pipe:
+            return x0, None
+        draws = self.augment_pipe.draw(x0[:1].expand(samples, *x0.shape[1:]))
+        own = slice(first, first + len(x0))
+        return self.augment_pipe(x0, {name: draw[..., own] for name, draw in draws.items()})
+
     def statistics(self) -> dict[str, float]:
         """Means over the samples since the last call, over all processes, and the steps skipped.
 
         It is the one place that waits for the device.
         """
-        if self.process.world > 1:
-            sum_([self.sums])
+        sum_(self.sums, self.process)
         loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
         skipped = self.optimizer.skipped.item()
         steps = (self.nimg - self.counted) // self.options.batch
@@ -314,6 +365,9 @@ class Trainer:
     def _restore_statistics(self, saved: dict, path: Path) -> None:
         try:
             self.counted, sums, skipped = saved["counted"], saved["sums"], saved["skipped"]
+            if len(sums) != self.process.world:  # of a run in another number of processes
+                total = torch.tensor(sums, dtype=torch.float64).sum(0)
+                sums = [total.tolist(), *[[0.0] * 4] * (self.process.world - 1)]
             self.sums.copy_(torch.tensor(sums[self.process.rank], dtype=torch.float64))
             self.optimizer.skipped.fill_(skipped)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:

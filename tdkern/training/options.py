@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
@@ -10,6 +11,7 @@ from ..losses import Loss
 from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
+from ..optim import OPTIMIZERS
 
 CURRICULA = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
@@ -25,6 +27,10 @@ FREE = (
     "time_limit",
     "workers",
 )
+
+
+# what may change besides, as it changes rounding alone, and dropout's masks
+SPLIT = ("gpus", "batch_gpu")
 
 
 def _consistency(family: Family) -> bool:
@@ -77,6 +83,18 @@ class Options:
     )
     lr_decay: str = flag(
         "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+    )
+    optim: str = flag("adam", "Optimizer.", choices=OPTIMIZERS)
+    weight_decay: float = flag(
+        0.0, "Weight decay, by its own step and not by the gradient.", within=NOT_NEGATIVE
+    )
+    clip: float | None = flag(
+        None,
+        "Largest norm of the gradient, a sum over elements and a mean over the batch; a larger one "
+        "is scaled to it.",
+        within=POSITIVE,
+        metavar="NORM",
+        default_help="none",
     )
     ema: float = flag(
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
@@ -317,9 +335,9 @@ class Options:
         Raises:
             ValueError: one that would make it another run.
         """
-        free = FREE
+        free = set(FREE) | set(SPLIT)
         if self.lr_decay != "none":
-            free = tuple(name for name in FREE if name != "duration")
+            free -= {"duration"}
         for name, value in given.items():
             own = vars(self).get(name, self.loss.get(name))
             if name not in free and value != own:
@@ -328,6 +346,8 @@ class Options:
                     "start a new run"
                 )
         changes = {name: value for name, value in given.items() if name in vars(self)}
+        if "gpus" in changes and "batch_gpu" not in changes:
+            changes["batch_gpu"] = math.gcd(self.batch_gpu, max(self.batch // changes["gpus"], 1))
         return dataclasses.replace(self, **changes)
 
 

@@ -3,10 +3,8 @@
 What a source leaves out is a default.
 
 Sources: EDM (arXiv 2206.00364, table 6 and its published commands), TD+EDM and TD+CT (2606.15048
-    and
-the published commands), CT (2303.01469), improved CT (2310.14189), easy consistency tuning
-(2406.14548 and the published command). Consistency models were trained
-with RAdam; the driver has Adam, so those runs are not repeated to the letter.
+and the published commands), CT (2303.01469), improved CT (2310.14189), easy consistency tuning
+(2406.14548 and the published command).
 """
 
 EDM_CIFAR10 = {"family": "edm", "td": False, "cond": True, "arch": "ddpmpp", "batch": 512}
@@ -41,6 +39,7 @@ CT_CIFAR10 = {
     "td": False,
     "arch": "ncsnpp",
     "batch": 512,
+    "optim": "radam",
     "lr": 2e-4,
     "augment": 0.0,
     "loss": {"base_norm": "lpips"},
@@ -63,6 +62,7 @@ ECT_CIFAR10 = {
     "arch": "ddpmpp",
     "batch": 128,
     "duration": 25.6,
+    "optim": "radam",
     "lr": 1e-4,
     "dropout": 0.2,
     "augment": 0.0,

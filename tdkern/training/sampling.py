@@ -28,7 +28,8 @@ def sampling_levels(
 ) -> tuple[Tensor, dict]:
     """The noise levels of so many steps of a sampler, all of which the network knows.
 
-    With them come those of the sampler's options that follow from them.
+    With them come those of the sampler's options that follow from them: for the levels of flow
+    matching `heun` and `ablation` step in its own time.
 
     Where several levels are one to the network (`iDDPMPrecond`, from 61 steps on), a sampler that
     must descend at each step takes fewer steps.
@@ -47,7 +48,8 @@ def sampling_levels(
         sigmas = sigmas.unique_consecutive()
     if kind.ends_at_sigma_min:
         return sigmas[:-1], {"sigma_min": sigmas[-2].item()}
-    return sigmas, {"sigma_min": lo, "sigma_max": hi} if kind.has_range else {}
+    follow = dict(kind.on_flow) if disc == "flow" else {}
+    return sigmas, {"sigma_min": lo, "sigma_max": hi} | follow if kind.has_range else follow
 
 
 PREVIEW_STEPS = 18  # of the grids of images that training writes
@@ -107,7 +109,9 @@ def sample(
     def run(wrap) -> Tensor:
         draws = Draws(seeds, next(net.parameters()).device)
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
-        x = draws.normal(torch.empty(len(seeds), *shape, dtype=torch.float64)) * float(sigmas[0])
+        x = draws.normal(torch.empty(len(seeds), *shape, dtype=torch.float64))
+        if sigmas[0] < float("inf"):  # else the state is the unit noise itself
+            x = x * float(sigmas[0])
         given = labels
         if network["label_dim"] and labels is None:
             given = draws.labels(network["label_dim"], class_idx, classes)

@@ -1,5 +1,5 @@
 """noise_pair in Triton: a program a block of a sample's elements, a lane a Philox call. The
-formulas are those of csrc/include/noise_math.h.
+formulas are those of csrc/include/noise_pair_math.h.
 """
 
 import torch
@@ -69,31 +69,26 @@ def _normals(seed, block, sample, offset_low, offset_high, T: tl.constexpr, BLOC
 
 # Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are
 # read in place of seed and offset unless None.
-@triton.jit(do_not_specialize=["seed", "offset"])
+@triton.jit(do_not_specialize=["seed", "offset", "first_sample"])
 def pair_kernel(
     x0,
     x_t,
     x_tp,
-    in_t,
-    in_tp,
     x0_row,
     out_row,
     alpha,
     sigma,
     alpha_p,
     sigma_p,
-    c_in,
-    c_in_p,
     alpha_step,
     sigma_step,
     alpha_p_step,
     sigma_p_step,
-    c_in_step,
-    c_in_p_step,
     seed,
     seed_at,
     offset,
     offset_at,
+    first_sample,
     n,
     plane,
     step,
@@ -122,7 +117,8 @@ def pair_kernel(
     clean = tl.load(x0 + b * x0_row + at, inside, other=0.0).to(T)
     block = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(block)
-    sample, offset_low = zero + b.to(tl.uint32), zero + (counter & 0xFFFFFFFF).to(tl.uint32)
+    sample = zero + (first_sample + b).to(tl.uint32)
+    offset_low = zero + (counter & 0xFFFFFFFF).to(tl.uint32)
     offset_high = zero + (counter >> 31 & 0xFFFFFFFE).to(tl.uint32)
     n1 = _normals(key, block, sample, offset_low, offset_high, T, BLOCK)
     # An fma by name: which of the two products the compiler would fuse depends on the code around.
@@ -135,58 +131,33 @@ def pair_kernel(
     at += b * out_row
     tl.store(x_t + at, clean_t.to(x_t.dtype.element_ty), inside)
     tl.store(x_tp + at, clean_p.to(x_tp.dtype.element_ty), inside)
-    if in_t is not None:
-        tl.store(
-            in_t + at,
-            (tl.load(c_in + b * c_in_step).to(T) * clean_t).to(in_t.dtype.element_ty),
-            inside,
-        )
-        tl.store(
-            in_tp + at,
-            (tl.load(c_in_p + b * c_in_p_step).to(T) * clean_p).to(in_tp.dtype.element_ty),
-            inside,
-        )
 
 
 def noise_pair(
-    x0,
-    alpha,
-    sigma,
-    alpha_p,
-    sigma_p,
-    shared,
-    seed,
-    seed_at,
-    offset,
-    offset_at,
-    c_in,
-    c_in_p,
-    net_dtype,
+    x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at, offset, offset_at, first_sample
 ):
-    x_t, x_tp = (output_like(x0, x0.dtype) for _ in range(2))
-    in_t, in_tp = (None, None) if c_in is None else (output_like(x0, net_dtype) for _ in range(2))
+    x_t, x_tp = output_like(x0), output_like(x0)
     if x0.numel() > 0:
         if any(x0.size(d) > 1 and x0.stride(d) != x_t.stride(d) for d in range(1, x0.ndim)):
             x0 = torch.empty_like(x_t).copy_(x0)
         n = x0[0].numel()
         step = 1 if x_t.is_contiguous() else x0.size(1)
-        columns = (alpha, sigma, alpha_p, sigma_p, c_in, c_in_p)
+        columns = (alpha, sigma, alpha_p, sigma_p)
         chunks = triton.cdiv(n, BLOCK)
         with torch.cuda.device_of(x0):
             pair_kernel[(len(x0) * chunks,)](
                 x0,
                 x_t,
                 x_tp,
-                in_t,
-                in_tp,
                 x0.stride(0),
                 n,
                 *columns,
-                *(None if column is None else column.stride(0) for column in columns),
+                *(column.stride(0) for column in columns),
                 seed,
                 seed_at,
                 offset,
                 offset_at,
+                first_sample,
                 n,
                 n // step,
                 step,
@@ -196,9 +167,7 @@ def noise_pair(
                 BLOCK,
                 **OPTIONS,
             )
-    if in_t is None:
-        in_t, in_tp = (x_t.new_empty(0, dtype=net_dtype) for _ in range(2))
-    return x_t, x_tp, in_t, in_tp
+    return x_t, x_tp
 
 
 _backends.library.impl("noise_pair.triton", noise_pair, _backends.triton_key())

@@ -172,40 +172,31 @@ def td_coef(capability: int):
 def noise_pair(capability: int):
     from tdkern.triton.noise_pair import BLOCK, OPTIONS, pair_kernel
 
-    def pair(
-        data: str, net: str | None = None, *, shared=False, flat=True, stride="i32!", **constants
-    ):
+    def pair(data: str, *, shared=False, flat=True, stride="i32!", **constants):
         types = {
             **dict.fromkeys(pair_kernel.arg_names, "i32"),
             **dict.fromkeys(("x0_row", "out_row", "n", "plane"), stride),
             "x0": data,
             "x_t": data,
             "x_tp": data,
-            "in_t": net,
-            "in_tp": net,
             "seed": "i64",
             "offset": "i64",
             "seed_at": "*i64",
             "offset_at": "*i64",
-            **dict.fromkeys(("alpha", "sigma", "alpha_p", "sigma_p", "c_in", "c_in_p"), "*fp64"),
+            **dict.fromkeys(("alpha", "sigma", "alpha_p", "sigma_p"), "*fp64"),
         }
-        no_inputs = (
-            {}
-            if net
-            else dict.fromkeys(("in_t", "in_tp", "c_in", "c_in_p", "c_in_step", "c_in_p_step"))
-        )
         return compile_kernel(
             pair_kernel,
             capability,
             types,
-            {"SHARED": shared, "FLAT": flat, "BLOCK": BLOCK, **no_inputs, **constants},
+            {"SHARED": shared, "FLAT": flat, "BLOCK": BLOCK, **constants},
             OPTIONS,
         )
 
     yield "float32, seed and offset given", pair("*fp32", seed_at=None, offset_at=None)
-    yield "shared, with inputs in bfloat16", pair("*fp32", "*bf16", shared=True)
-    yield "float16 in a plane", pair("*fp16", "*fp16", flat=False, stride="i64")
-    yield "float64 in a plane", pair("*fp64", "*fp64", flat=False)
+    yield "bfloat16, shared", pair("*bf16", shared=True)
+    yield "float16 in a plane", pair("*fp16", flat=False, stride="i64")
+    yield "float64 in a plane", pair("*fp64", flat=False)
 
 
 def heun_step(capability: int):

@@ -121,13 +121,13 @@ def flags(options):
     return words
 
 
-def _as_torchrun(rank, port, work, args):
+def _as_torchrun(rank, world, port, work, args):
     import torch
 
     os.environ.update(
         {
             "RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": str(world),
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
@@ -139,22 +139,34 @@ def _as_torchrun(rank, port, work, args):
     work(rank, *args)
 
 
-def in_two_processes(work, *args):
-    """Calls work(rank, *args) in two processes, under the environment that torchrun sets; both must
-    end well. work: of a module.
+def started_processes(count, work, *args):
+    """Processes that call work(rank, *args), under the environment that torchrun sets.
+
+    work: of a module.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ranks = [
-        children.Process(target=_as_torchrun, args=(rank, port, work, args)) for rank in range(2)
+        children.Process(target=_as_torchrun, args=(rank, count, port, work, args))
+        for rank in range(count)
     ]
     for process in ranks:
         process.start()
+    return ranks
+
+
+def in_processes(count, work, *args, seconds=100):
+    """Calls work(rank, *args) in so many processes, which must all end well."""
+    ranks = started_processes(count, work, *args)
     for process in ranks:
-        process.join(60)
+        process.join(seconds)
         process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    assert [process.exitcode for process in ranks] == [0] * count
+
+
+def in_two_processes(work, *args):
+    in_processes(2, work, *args)
 
 
 def pixels(count=10, shape=(3, 8, 8), seed=0):

@@ -6,7 +6,6 @@ import math
 from contextlib import nullcontext
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -76,7 +75,8 @@ def test_edm_index_is_held_at_the_ends():
         ({"steps": 1}, "EDM: steps must be at least 2, got 1"),
         (
             {"sigma_min": 0.0},
-            "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 0.0 and 80.0",
+            "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.0 "
+            "and 80.0",
         ),
         ({"sigma_max": 0.001}, "EDM: sigma_min and sigma_max must"),
         ({"rho": 0.0}, "EDM: rho must be positive, got 0.0"),
@@ -225,17 +225,25 @@ def test_golden_levels():
         (lambda: DDPM(1), "DDPM: T must be a whole number, at least 2, got 1"),
         (
             lambda: DDPM(10, "sigmoid"),
-            r"DDPM: beta_schedule must be 'linear', 'cosine' or a tuple of 10 numbers in \(0, "
-            r"1\), got 'sigmoid'",
+            r"DDPM: beta_schedule must be 'linear', 'cosine' or 10 numbers in \(0, 1\), the last "
+            "of which may be 1, got 'sigmoid'",
         ),
-        (lambda: DDPM(2, (0.1, 1.0)), "DDPM: beta_schedule must be"),
+        (
+            lambda: DDPM(2, (1.0, 0.1)),
+            "DDPM: beta_schedule must be .* got numbers from 0.1 to 1.0$",
+        ),
+        (lambda: DDPM(2, (0.1, 1.1)), "DDPM: beta_schedule must be"),
+        (lambda: DDPM(2, (0.1, math.nan)), "DDPM: beta_schedule must be"),
         (lambda: DDPM(10).times(11), "DDPM: steps must be from 1 to T = 10, got 11"),
         (
             lambda: iDDPM().sigmas(2000),
             "iDDPM: steps must be from 1 to 9.., the levels between 0.002 and 81.0, got 2000",
         ),
         (lambda: DDPM(10.0), "DDPM: T must be a whole number, at least 2, got 10.0"),
-        (lambda: DDPM(2, np.array([0.1, 0.2])), "DDPM: beta_schedule must be"),
+        (
+            lambda: DDPM(10, torch.full((1000,), 0.1)),
+            r"DDPM: beta_schedule must be .* got numbers of shape \[1000\]$",
+        ),
         (
             lambda: VP(beta_min=-0.1),
             "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got -0.1 with beta_d "
@@ -253,8 +261,8 @@ def test_golden_levels():
         (lambda: VE().sigmas(0), "VE: steps must be at least 1, got 0"),
         (lambda: FlowMatching().sigmas(-1), "FlowMatching: steps must be at least 1, got -1"),
         (
-            lambda: FlowMatching(t_max=1.0),
-            "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max < 1, got 0.001 and 1.0",
+            lambda: FlowMatching(t_max=1.1),
+            "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max <= 1, got 0.001 and 1.1",
         ),
     ],
 )

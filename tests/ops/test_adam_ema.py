@@ -497,31 +497,37 @@ def saved(value):
     return torch.load(file, weights_only=False)
 
 
+@pytest.mark.parametrize("takes_grad_scale", [False, True])
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__
 )
-def test_a_copy_steps_as_the_optimizer(how):
+def test_a_copy_steps_as_the_optimizer(how, takes_grad_scale):
     """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a
     scheduler.
     """
     net, average = network(), network()
     optimizer = AdamEMA(
-        net.parameters(), 0.01, averages=[average.parameters()], decays=[0.9], backend="reference"
+        net.parameters(),
+        0.01,
+        averages=[average.parameters()],
+        decays=[0.9],
+        backend="reference",
+        takes_grad_scale=takes_grad_scale,
     )
     train(net, optimizer, 2)
     for copied in (how(optimizer), how(torch.optim.lr_scheduler.StepLR(optimizer, 1)).optimizer):
         params = copied.param_groups[0]["params"]
         for param in params:
             param.grad = torch.ones_like(param)
-        before = [avg.clone() for param in params for avg in copied._averages[param]]
+        averages = copied._averages[0][0]
+        before = [avg.clone() for avg in averages]
         copied.step()
         assert (
-            copied._step_supports_amp_scaling
+            copied._step_supports_amp_scaling is takes_grad_scale
             and copied.backend == "reference"
             and copied.skipped.item() == 0
         )
-        after = [avg for param in params for avg in copied._averages[param]]
-        assert len(after) == 4 and not any(map(torch.equal, before, after))
+        assert len(averages) == 4 and not any(map(torch.equal, before, averages))
 
 
 def test_averages_follow_the_decays():
@@ -551,31 +557,35 @@ def test_a_bad_gradient_in_one_group_skips_all_and_is_counted_once():
     assert all(state["step"].item() == 1 for state in optimizer.state.values())
 
 
-def test_grad_scaler():
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("takes_grad_scale", [False, True])
+def test_grad_scaler(unscale, takes_grad_scale):
     """As torch.optim.AdamW with the same scaler, through a step that overflows; also with gradients
     unscaled before.
     """
-    for unscale in (False, True):
-        results = []
-        for kind in (AdamEMA, torch.optim.AdamW):
-            net = network()
-            optimizer = kind(net.parameters(), lr=0.01, weight_decay=0.1)
-            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-            for it in range(5):
-                optimizer.zero_grad()
-                scaler.scale(
-                    net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum()
-                    * (math.inf if it == 2 else 1)
-                ).backward()
-                if unscale:
-                    scaler.unscale_(optimizer)
-                scaler.step(optimizer)
-                scaler.update()
-            results.append((net, scaler.get_scale()))
-            if kind is AdamEMA:
-                assert optimizer.skipped.item() == 1
-        assert results[0][1] == results[1][1]
-        same(results[0][0], results[1][0])
+    results = []
+    for kind, options in (
+        (AdamEMA, {"takes_grad_scale": takes_grad_scale}),
+        (torch.optim.AdamW, {}),
+    ):
+        net = network()
+        optimizer = kind(net.parameters(), lr=0.01, weight_decay=0.1, **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+        for it in range(5):
+            optimizer.zero_grad()
+            scaler.scale(
+                net(torch.full((2, 4), 0.5, dtype=torch.float64)).square().sum()
+                * (math.inf if it == 2 else 1)
+            ).backward()
+            if unscale:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append((net, scaler.get_scale()))
+        if kind is AdamEMA:  # a step that GradScaler does not call is no step
+            assert optimizer.skipped.item() == (1 if takes_grad_scale else 0)
+    assert results[0][1] == results[1][1]
+    same(results[0][0], results[1][0])
 
 
 def test_clip_and_closure():
@@ -618,16 +628,19 @@ def test_optimizer_refuses():
         r"parameters, in their order",
     ):
         AdamEMA(params, averages=[params[::-1]], decays=[0.9])
+    with pytest.raises(ValueError, match="AdamEMA: averages must be an argument, in the order of"):
+        AdamEMA([{"params": params, "averages": [params]}], decays=[0.9])
     optimizer = AdamEMA(
         params, averages=[[param.detach().clone() for param in params]], decays=[0.9]
     )
     added = torch.zeros(2, requires_grad=True)
-    optimizer.add_param_group({"params": [added]})
-    added.grad = torch.ones(2)
-    with pytest.raises(
-        ValueError, match="AdamEMA: a parameter that was added later has no averages"
+    for averages, message in (
+        ((), "AdamEMA: decays must hold one decay for each of the 0 averages, got 1"),
+        ([[torch.zeros(3)]], r"AdamEMA: averages\[0\] must hold a tensor of the shape of each of"),
     ):
-        optimizer.step()
+        with pytest.raises(ValueError, match=message):
+            optimizer.add_param_group({"params": [added], "averages": averages})
+        assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -82,8 +82,6 @@ def noise_pair():
                 level / 3,
                 level / 2,
                 seed=1,
-                c_in=level,
-                c_in_p=level,
                 backend="cuda",
             )
             yield from tdkern.noise_pair(

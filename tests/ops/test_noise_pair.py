@@ -32,7 +32,7 @@ from helpers.cases import (
 )
 from tdkern import reference
 from tdkern.ops import _backends
-from tdkern.ops._dtypes import STORAGE_PAIRS as DTYPES
+from tdkern.ops._dtypes import FLOATS
 from tdkern.ops.noise_pair import output_like
 from tdkern.reference import philox
 
@@ -107,6 +107,41 @@ def draws(n_samples, n, dtype=F32, seed=SEED, step=0, coupling="markov"):
 def truncates(backend, dtype):
     """Triton's interpreter cuts bfloat16 off instead of rounding it."""
     return backend == "triton" and _backends.interpreted() and dtype == BF16
+
+
+@pytest.mark.parametrize("name", ["odd", "a tile and one", "two", "several chunks"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("coupling", ["markov", "shared"])
+def test_parts_of_a_batch_draw_what_the_whole_draws(backend, name, layout, coupling):
+    """A sample's noise belongs to its index in the whole batch, so that any number of processes,
+    and any split of a batch, sees the same."""
+    shape = (7, *SHAPES[name][1:])
+    if layout == "channels_last" and len(shape) != 4:
+        pytest.skip("of images alone")
+    device = device_of(backend)
+    x0 = LAYOUTS[layout](clean(shape, device=device))
+    columns = levels(7, device)
+    options = {"seed": SEED, "offset": STEP, "coupling": coupling, "backend": backend}
+    whole = tdkern.noise_pair(x0, *columns, **options)
+    for first, end in ((0, 3), (3, 4), (4, 7)):
+        columns_of_part = (column[first:end] for column in columns)
+        part = tdkern.noise_pair(x0[first:end], *columns_of_part, first_sample=first, **options)
+        for one, all_ in zip(part, whole, strict=True):
+            assert torch.equal(one, all_[first:end])
+
+
+def test_the_last_sample_there_can_be(backend):
+    x0 = clean((1, 5), device=device_of(backend))
+    columns = levels(1, device_of(backend))
+    draw = lambda first, backend: tdkern.noise_pair(
+        x0, *columns, seed=SEED, first_sample=first, backend=backend
+    )
+    last = draw(2**32 - 1, backend)
+    for one, expected in zip(last, draw(2**32 - 1, "reference"), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+    for first in (-1, 2**32):
+        with pytest.raises(ValueError, match="first_sample must be"):
+            draw(first, backend)
 
 
 # ---- the reference ------------------------------------------------------------------------------
@@ -198,46 +233,16 @@ def test_reference_is_the_two_equations():
 # ---- every backend against it -------------------------------------------------------------------
 
 
-def judge(backend, x0, coupling, net_dtype):
-    batch, device = len(x0), x0.device
-    args, scales = (
-        levels(batch, device),
-        (
-            torch.linspace(0.5, 2, batch, dtype=F64, device=device),
-            torch.linspace(1, 0.3, batch, dtype=F64, device=device),
-        ),
-    )
-    got = tdkern.noise_pair(
-        x0,
-        *args,
-        coupling=coupling,
-        seed=SEED,
-        offset=STEP,
-        c_in=scales[0],
-        c_in_p=scales[1],
-        net_dtype=net_dtype,
-        backend=backend,
-    )
-    expected = reference.noise_pair(
-        x0.double(), *args, coupling == "shared", SEED, STEP, *scales, F64
-    )
-    alone = tdkern.noise_pair(x0, *args, coupling=coupling, seed=SEED, offset=STEP, backend=backend)
-    assert (
-        all(torch.equal(one, other) for one, other in zip(got, alone, strict=False))
-        and len(alone) == 2
-    )
-    for actual, target, dtype in zip(
-        got, expected, (x0.dtype, x0.dtype, net_dtype, net_dtype), strict=True
-    ):
-        assert (
-            actual.dtype == dtype
-            and actual.shape == x0.shape
-            and actual.stride() == output_like(x0, dtype).stride()
-        )
-        once = EPS[dtype] * (2 if truncates(backend, dtype) else 1)
-        wide = (
-            EPS[F64] if x0.dtype == F64 else EPS[F32]
-        )  # of the arithmetic, some roundings on numbers below 32
+def judge(backend, x0, coupling):
+    args, dtype = levels(len(x0), x0.device), x0.dtype
+    got = tdkern.noise_pair(x0, *args, coupling=coupling, seed=SEED, offset=STEP, backend=backend)
+    expected = reference.noise_pair(x0.double(), *args, coupling == "shared", SEED, STEP)
+    once = EPS[dtype] * (2 if truncates(backend, dtype) else 1)
+    # of the arithmetic, some roundings on numbers below 32
+    wide = EPS[F64] if dtype == F64 else EPS[F32]
+    for actual, target in zip(got, expected, strict=True):
+        assert actual.dtype == dtype and actual.shape == x0.shape
+        assert actual.stride() == output_like(x0).stride()
         torch.testing.assert_close(
             actual.double(),
             target,
@@ -246,27 +251,23 @@ def judge(backend, x0, coupling, net_dtype):
         )
 
 
-@pytest.mark.parametrize(
-    "net_dtype, dtype", sorted(DTYPES, key=str), ids=lambda dtype: str(dtype)[6:]
-)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", SHAPES)
-def test_noise_pair(compiled, name, net_dtype, dtype):
-    judge(compiled, clean(SHAPES[name], dtype, device_of(compiled)), "markov", net_dtype)
+def test_noise_pair(compiled, name, dtype):
+    judge(compiled, clean(SHAPES[name], dtype, device_of(compiled)), "markov")
 
 
-@pytest.mark.parametrize(
-    "net_dtype, dtype", [(F32, F32), (F64, F64), (BF16, F32)], ids=lambda dtype: str(dtype)[6:]
-)
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", ["odd", "a tile and one", "two"])
-def test_noise_pair_shared(compiled, name, net_dtype, dtype):
-    judge(compiled, clean(SHAPES[name], dtype, device_of(compiled)), "shared", net_dtype)
+def test_noise_pair_shared(compiled, name, dtype):
+    judge(compiled, clean(SHAPES[name], dtype, device_of(compiled)), "shared")
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 5, 7), (3, 5, 8, 8)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_noise_pair_layouts_agree_to_the_bit(compiled, layout, shape):
     x0 = LAYOUTS[layout](clean(shape, F32, device_of(compiled)))
-    judge(compiled, x0, "markov", BF16)
+    judge(compiled, x0, "markov")
     args = levels(shape[0], x0.device)
     for lain, plain in zip(
         *(tdkern.noise_pair(x, *args, seed=5, backend=compiled) for x in (x0, x0.contiguous())),
@@ -381,8 +382,8 @@ def test_noise_pair_transition_without_noise_and_nan(backend):
 def test_noise_pair_has_no_gradient(backend):
     x0 = clean((2, 5), F32, device_of(backend)).requires_grad_()
     args = [column.clone().requires_grad_() for column in levels(2, x0.device)]
-    pair = tdkern.noise_pair(x0, *args, seed=1, c_in=args[0], c_in_p=args[1], backend=backend)
-    assert len(pair) == 4 and not any(tensor.requires_grad for tensor in pair)
+    pair = tdkern.noise_pair(x0, *args, seed=1, backend=backend)
+    assert len(pair) == 2 and not any(tensor.requires_grad for tensor in pair)
 
 
 # ---- distribution: fixed seeds, bounds of about five standard deviations ------------------------
@@ -476,15 +477,14 @@ def test_distribution_of_the_pair(coupling, alpha, sigma, alpha_p, sigma_p):
 # ---- as an op -----------------------------------------------------------------------------------
 
 
-def op_arguments(x0, shared=False, net_dtype=F32, tensors=True, scales=True):
-    batch, device = len(x0), x0.device
+def op_arguments(x0, shared=False, tensors=True):
+    device = x0.device
     integers = (
         (0, torch.tensor([SEED - 2**64], device=device), 0, torch.tensor([STEP], device=device))
         if tensors
         else (5, None, 6, None)
     )
-    c_in = torch.linspace(0.5, 2, batch, dtype=F64, device=device) if scales else None
-    return x0, *levels(batch, device), shared, *integers, c_in, c_in, net_dtype
+    return x0, *levels(len(x0), device), shared, *integers
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "swapped", "gaps"])
@@ -492,8 +492,7 @@ def test_noise_pair_opcheck(compiled, layout):
     x0 = LAYOUTS[layout](clean((4, 3, 5, 7), F32, device_of(compiled)))
     torch.library.opcheck(_backends.op("noise_pair", compiled), op_arguments(x0))
     torch.library.opcheck(
-        _backends.op("noise_pair", compiled),
-        op_arguments(x0, True, BF16, tensors=False, scales=False),
+        _backends.op("noise_pair", compiled), op_arguments(x0, True, tensors=False)
     )
     torch.library.opcheck(_backends.op("noise_pair", compiled), op_arguments(x0[:0]))
 
@@ -501,17 +500,8 @@ def test_noise_pair_opcheck(compiled, layout):
 def test_noise_pair_in_torch_compile(compiled):
     torch._dynamo.reset()
 
-    def step(x0, args, seed, offset, c_in):
-        return tdkern.noise_pair(
-            x0 * 2,
-            *args,
-            seed=seed,
-            offset=offset,
-            c_in=c_in,
-            c_in_p=c_in,
-            net_dtype=F16,
-            backend=compiled,
-        )
+    def step(x0, args, seed, offset):
+        return tdkern.noise_pair(x0 * 2, *args, seed=seed, offset=offset, backend=compiled)
 
     x0 = channels_last(clean((4, 3, 5, 7), F32, device_of(compiled)))
     args = levels(4, x0.device)
@@ -520,16 +510,12 @@ def test_noise_pair_in_torch_compile(compiled):
         for value in (1, 2, 2**40):
             integer = torch.tensor([value], device=x0.device)
             for eager, other in zip(
-                step(x0, args, integer, integer, args[0]),
-                traced(x0, args, integer, integer, args[0]),
-                strict=True,
+                step(x0, args, integer, integer), traced(x0, args, integer, integer), strict=True
             ):
                 assert torch.equal(eager, other) and eager.stride() == other.stride()
     torch._dynamo.reset()
     for seed in (1, 2**63 + 1):
-        assert torch.equal(
-            step(x0, args, seed, 7, args[0])[0], traced(x0, args, seed, 7, args[0])[0]
-        )
+        assert torch.equal(step(x0, args, seed, 7)[0], traced(x0, args, seed, 7)[0])
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -554,7 +540,7 @@ for shape in ((7, 3, 40, 40), (7, 2), (7, 77)):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x0 = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         for coupling in ("markov", "shared"):
-            options = dict(coupling=coupling, seed=3, c_in=t, c_in_p=t, backend="cpp")
+            options = dict(coupling=coupling, seed=3, backend="cpp")
             for tensor in tdkern.noise_pair(x0, 1 - t / 2, 2 * t, 1 - t / 4, t, **options):
                 digest.update(tensor.float().numpy().tobytes())
 print(digest.hexdigest())
@@ -601,7 +587,6 @@ GOOD = dict.fromkeys(("alpha", "sigma", "alpha_p", "sigma_p"), torch.ones(2, dty
     "x0": torch.zeros(2, 3),
     "seed": 1,
 }
-BESIDE = "net_dtype must be x0's dtype, or bfloat16 or float16 beside a float32 x0, got"
 BAD = {
     "a scalar": ({"x0": torch.zeros(())}, "x0 must have shape [B, ...], got []"),
     "integers": (
@@ -627,19 +612,6 @@ BAD = {
     "alpha elsewhere": (
         {"alpha": torch.ones(2, dtype=F64, device="meta")},
         "alpha must be on cpu, got meta",
-    ),
-    "c_in alone": (
-        {"c_in": torch.ones(2, dtype=F64)},
-        "c_in and c_in_p must be given together, got one of them",
-    ),
-    "c_in_p of another dtype": (
-        {"c_in": torch.ones(2, dtype=F64), "c_in_p": torch.ones(2)},
-        "c_in_p must be torch.float64, got torch.float32",
-    ),
-    "net_dtype wider": ({"net_dtype": F64}, f"{BESIDE} torch.float64 beside torch.float32"),
-    "net_dtype of two halves": (
-        {"x0": torch.zeros(2, 3, dtype=F16), "net_dtype": BF16},
-        f"{BESIDE} torch.bfloat16 beside torch.float16",
     ),
     "no such coupling": (
         {"coupling": "ddim"},

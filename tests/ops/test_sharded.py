@@ -1,9 +1,9 @@
 """AdamEMA, EMA and the list ops where parameters are shards: FSDP2, tensor-parallel layouts, FSDP1
 and ZeroRedundancyOptimizer, on gloo."""
 
+import contextlib
 import math
-import os
-import tempfile
+import traceback
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 import tdkern
 from tdkern.ema import EMA
 from tdkern.ops import adam_ema_, found_inf
-from tdkern.optim import AdamEMA
+from tdkern.optim import AdamEMA, RAdamEMA
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
@@ -21,20 +21,33 @@ pytestmark = pytest.mark.skipif(
 DECAYS = [0.9, 0.0]
 
 
-def run(rank, world, file, check):
+def run(rank, world, folder):
+    """All checks in one process after another, as processes are long to start; the first that
+    fails ends them."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world
+    )
     try:
-        globals()[check](rank, world)
+        for check in CHECKS:
+            name = f"{check.__name__}-{rank}"
+            try:
+                check(rank, world)
+            except BaseException:
+                (folder / f"{name}.error").write_text(traceback.format_exc())
+                raise
+            (folder / name).touch()
     finally:
         dist.destroy_process_group()
 
 
-def processes(check, world):
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            run, (world, os.path.join(folder, "meet"), check.__name__), world
-        )
+@pytest.fixture(scope="module", params=[2, 3])
+def world(request, tmp_path_factory):
+    """A number of processes, and the folder where they have left what passed."""
+    folder = tmp_path_factory.mktemp(f"world-{request.param}")
+    with contextlib.suppress(torch.multiprocessing.ProcessRaisedException):
+        torch.multiprocessing.spawn(run, (request.param, folder), request.param)
+    return request.param, folder
 
 
 def network():
@@ -44,9 +57,9 @@ def network():
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 2)).double()
 
 
-def trained(net, averages, steps=4, bad_step=1):
+def trained(net, averages, steps=4, bad_step=1, kind=AdamEMA):
     """The optimizer after some steps, one of whose gradients has an element that is not finite."""
-    optimizer = AdamEMA(
+    optimizer = kind(
         net.parameters(),
         0.02,
         weight_decay=0.1,
@@ -104,6 +117,60 @@ def fully_sharded(rank, world):
         param._version > version
         for param, version in zip(averages[0].module.parameters(), versions, strict=True)
     )
+
+
+def radam_fully_sharded(rank, world):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    plain, net = network(), network()
+    averages, plain_averages = [EMA(net)], [EMA(plain)]
+    for module in (net, averages[0].module):
+        fully_shard(module, mesh=init_device_mesh("cpu", (world,)))
+    # past the five steps that are not rectified
+    expected = trained(plain, plain_averages, steps=9, kind=RAdamEMA)
+    optimizer = trained(net, averages, steps=9, kind=RAdamEMA)
+    assert optimizer.skipped.item() == expected.skipped.item() == 1
+    same(net.parameters(), plain.parameters())
+    same(averages[0].module.parameters(), plain_averages[0].module.parameters())
+
+
+def target_of_a_sharded_network(rank, world):
+    """A target is only ever called forward, after which FSDP2's root keeps its whole parameters:
+    an update must reach the next call, whoever made it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    x = torch.ones(3, 5, dtype=torch.float64)
+    for by_optimizer in (False, True):
+        plain, net = network(), network()
+        targets = EMA(plain), EMA(net)
+        fully_shard(net, mesh=mesh)
+        fully_shard(targets[1].module, mesh=mesh)
+        with pytest.raises(ValueError, match="EMA: net must be copied before fully_shard"):
+            EMA(net)
+        optimizers = [
+            AdamEMA(each.parameters(), 0.1, averages=[target.module.parameters()], decays=[0.5])
+            for each, target in zip((plain, net), targets, strict=True)
+        ]
+        for _ in range(2):
+            answers = []
+            for each, target, optimizer in zip((plain, net), targets, optimizers, strict=True):
+                with torch.no_grad():
+                    answers.append(target.module(x))
+                optimizer.zero_grad()
+                each(x).square().sum().backward()
+                if by_optimizer:
+                    optimizer.step()
+                    target.copy_buffers(each)
+                else:
+                    torch.optim.SGD(each.parameters(), 0.1).step()
+                    with torch.no_grad():
+                        each(x)  # now the network's parameters are whole too
+                    target.update(each, 0.5)
+            torch.testing.assert_close(answers[1], answers[0], rtol=1e-12, atol=1e-14)
+        assert not torch.equal(answers[0], network()(x))
 
 
 def tensor_parallel(rank, world):
@@ -180,7 +247,8 @@ def flags_of_all_processes(rank, world):
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), AdamEMA, lr=1e-2)
+    together = {"flag_group": dist.group.WORLD}
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), AdamEMA, lr=1e-2, **together)
     for bad in (True, False):
         optimizer.zero_grad()
         net(torch.ones(3, 4)).sum().backward()
@@ -193,23 +261,48 @@ def flags_of_all_processes(rank, world):
 
     # one parameter for two or three processes: some have none, and count all the same
     one = nn.Parameter(torch.ones(2))
-    optimizer = ZeroRedundancyOptimizer([one], AdamEMA, lr=1e-2)
+    optimizer = ZeroRedundancyOptimizer([one], AdamEMA, lr=1e-2, **together)
     one.grad = torch.tensor([1.0, math.inf])
     optimizer.step()
     assert optimizer.optim.skipped.item() == 1 and one.tolist() == [1, 1]
 
-    # alone, where that is asked for
+
+def plain_parameters_ask_nobody(rank, world):
+    """Gradients that are no shards are this process's own: the others need not step at all."""
     param = nn.Parameter(torch.ones(2))
     param.grad = torch.full((2,), math.nan if rank == 0 else 1.0)
-    AdamEMA([param], 0.1, flag_group=None).step()
-    assert (param.tolist() == [1, 1]) == (rank == 0)
+    if rank < 2:
+        AdamEMA([param], 0.1).step()
+    assert (param.tolist() == [1, 1]) == (rank != 1)
+
+    net = nn.parallel.DistributedDataParallel(network())  # the same in all processes, as they come
+    optimizer = AdamEMA(net.parameters(), 0.1)
+    calls = []
+    real = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs)
+    try:
+        x = torch.ones(3, 5, dtype=torch.float64)
+        (net(x) * (math.nan if rank == world - 1 else 1.0)).sum().backward()
+        optimizer.step()
+    finally:
+        dist.all_reduce = real
+    assert optimizer.skipped.item() == 1 and not calls
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(
-    "check",
-    [fully_sharded, tensor_parallel, flags_of_all_processes],
-    ids=lambda check: check.__name__,
-)
+CHECKS = [
+    fully_sharded,
+    radam_fully_sharded,
+    target_of_a_sharded_network,
+    tensor_parallel,
+    flags_of_all_processes,
+    plain_parameters_ask_nobody,
+]
+
+
+@pytest.mark.xdist_group("sharded")
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_in_processes(check, world):
-    processes(check, world)
+    count, folder = world
+    passed = [(folder / f"{check.__name__}-{rank}").exists() for rank in range(count)]
+    errors = [file.read_text() for file in sorted(folder.glob("*.error"))]
+    assert all(passed), "\n".join(errors)

@@ -237,11 +237,13 @@ BAD = {
     "one step": ({"steps": 1}, "EDM: steps must be at least 2, got 1"),
     "sigma_min of 0": (
         {"sigma_min": 0.0},
-        "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 0.0 and 80.0",
+        "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.0 and "
+        "80.0",
     ),
     "sigma_max below sigma_min": (
         {"sigma_max": 0.001},
-        "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max, got 0.002 and 0.001",
+        "EDM: sigma_min and sigma_max must satisfy 0 < sigma_min < sigma_max < inf, got 0.002 and "
+        "0.001",
     ),
     "rho of 0": ({"rho": 0.0}, "EDM: rho must be positive, got 0.0"),
     "sigma_data of 0": (

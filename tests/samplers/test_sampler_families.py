@@ -27,7 +27,7 @@ from tdkern.samplers import (
     unipc,
 )
 from tdkern.samplers.ablation import RANGES
-from tdkern.schedules import EDM
+from tdkern.schedules import EDM, FlowMatching
 
 
 def recorded(noises):
@@ -227,6 +227,12 @@ def test_multistep_adds_no_noise_at_the_end():
     assert torch.equal(clipped, x)
 
 
+def test_onestep_takes_its_one_level_alone():
+    x = 80 * torch.ones(2, 1, dtype=torch.float64)
+    for sigmas in ([80.0], torch.tensor([80.0])):
+        assert torch.equal(onestep(halving, x, sigmas), onestep(halving, x, [80.0, 0.0]))
+
+
 # DPM-Solver++(2M), UniPC
 
 
@@ -302,7 +308,11 @@ def ablated(golden, discretization, **options):
     )
 
 
-@pytest.mark.parametrize("discretization", RANGES)
+# the discretizations, schedules and scalings of the published code
+PUBLISHED = ("vp", "ve", "iddpm", "edm")
+
+
+@pytest.mark.parametrize("discretization", PUBLISHED)
 def test_ablation_golden(discretization):
     """Every solver, schedule and scaling."""
     golden = golden_of("heun_ablation")
@@ -363,7 +373,7 @@ def test_ablation_sigmas_golden():
     than 1e-3.
     """
     golden = golden_of("heun_ablation")
-    for discretization in RANGES:
+    for discretization in PUBLISHED:
         sigmas = ablation_sigmas(discretization, 6)
         torch.testing.assert_close(
             sigmas[:-1], golden[f"sigma_steps__{discretization}"], rtol=1e-11, atol=0
@@ -389,9 +399,25 @@ def test_ablation_sigmas_golden():
         ablation_sigmas("vp", 6, 0.3, 20.0)
     with pytest.raises(
         ValueError,
-        match="ablation_sigmas: discretization must be one of vp, ve, iddpm, edm, got 'cosine'",
+        match="ablation_sigmas: discretization must be one of vp, ve, iddpm, edm, flow, got "
+        "'cosine'",
     ):
         ablation_sigmas("cosine", 6)
+
+
+def test_ablation_sigmas_of_flow():
+    """Evenly spread times, up to t = 1 where it is asked for; of no other discretization."""
+    torch.testing.assert_close(ablation_sigmas("flow", 6), FlowMatching().sigmas(6))
+    to_noise = ablation_sigmas("flow", 6, 0.25, math.inf)
+    t = torch.linspace(1, 0.2, 6, dtype=torch.float64)
+    torch.testing.assert_close(to_noise[:-1], t / (1 - t))
+    for discretization in PUBLISHED:
+        with pytest.raises(
+            ValueError, match=r"EDM: sigma_min and sigma_max must .* got 0.25 and inf"
+        ):
+            ablation_sigmas(discretization, 6, 0.25, math.inf)
+    with pytest.raises(ValueError, match="EDM: sigma_min and sigma_max must"):
+        ablation_sigmas("flow", 6, 3.0, 2.0)
 
 
 # all
@@ -451,7 +477,7 @@ def test_noise_comes_from_the_generator(sampler):
 def test_bad_arguments(sampler):
     name = sampler.__name__
     for sigmas in (
-        [80.0],
+        [] if sampler is onestep else [80.0],
         [[1.0, 0.0]],
         [1.0, 0.0, 0.0],
         [1.0, math.nan],
@@ -471,9 +497,10 @@ def test_bad_arguments(sampler):
         (
             ablation,
             {"schedule": "cosine"},
-            "ablation: schedule must be one of vp, ve, linear, got 'cosine'",
+            "ablation: schedule must be one of vp, ve, linear, flow, got 'cosine'",
         ),
-        (ablation, {"scaling": "ve"}, "ablation: scaling must be one of vp, none, got 've'"),
+        (ablation, {"scaling": "ve"}, "ablation: scaling must be one of vp, none, flow, got 've'"),
+        (heun, {"time": "t"}, "heun: time must be one of sigma, flow, got 't'"),
         (ablation, {"schedule": "vp", "sigma_min": 0.3}, "ablation: no VP path rises from"),
         (ablation, {"S_churn": -1.0}, "ablation: S_churn must be a number >= 0, got -1.0"),
         (heun, {"S_churn": math.nan}, "heun: S_churn must be a number >= 0, got nan"),

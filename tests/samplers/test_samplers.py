@@ -12,7 +12,7 @@ from helpers import golden_of
 from helpers.analytic import gmm, iso
 from helpers.heun_step import Steps
 from tdkern.networks import EDMPrecond, VEPrecond, VPPrecond, iDDPMPrecond
-from tdkern.samplers import euler, heun
+from tdkern.samplers import ablation, euler, heun
 from tdkern.schedules import EDM
 
 
@@ -175,9 +175,12 @@ def test_a_network_and_a_callable_of_it_give_the_same(sampler, precond, precisio
                     **kwargs,
                 ), calls.count
 
-        plain, none = run(lambda x, sigma: net(x, sigma, labels))
-        fused, count = run(partial(net, class_labels=labels))
         shown, other = run(partial(net, class_labels=labels), callback=lambda seen: None)
+        # a callable that does not say which levels the network knows is asked at the raised ones
+        plain, none = shown, other
+        if not (churn and precond is iDDPMPrecond):
+            plain, none = run(lambda x, sigma: net(x, sigma, labels))
+        fused, count = run(partial(net, class_labels=labels))
         assert none == other == 0 and torch.equal(plain, shown)
         assert count == (len(sigmas) - 1) * (2 if sampler is heun else 1) - (
             sampler is heun and sigmas[-1] == 0
@@ -281,6 +284,44 @@ def test_generator_and_global_generator():
     assert not torch.equal(seeded[0], seeded[2])
 
 
+@pytest.mark.parametrize("sampler", [heun, euler, ablation])
+def test_raised_levels_are_those_of_the_network(sampler):
+    """sigma_hat = net.round_sigma((1 + gamma) sigma), on both paths (arXiv 2206.00364, line 5).
+
+    The noise is as much as the rounded level needs, and a step that is not raised is left alone.
+    """
+    net, sigmas, asked = iDDPMPrecond(Small(8).double()).double(), EDM(6, 0.01).sigmas(), []
+    sigmas = net.round_sigma(sigmas)
+    gamma = 3.0 / 6
+    asked_by_forward = []
+    net.model.register_forward_pre_hook(
+        lambda module, given: asked_by_forward.append(net.u[int(net.M - 1 - given[1][0])].item())
+    )
+    named = partial(net, class_labels=torch.eye(3))
+    x = sigmas[0] * torch.ones(3, 4, dtype=torch.float64)
+    raised = [
+        net.round_sigma(sigma * (1 + min(gamma, math.sqrt(2) - 1))) if sigma <= 5 else sigma
+        for sigma in sigmas[:-1]
+    ]
+    assert any(
+        hat != 1.4142135623730951 * sigma for hat, sigma in zip(raised, sigmas, strict=False)
+    )
+    noise = []
+
+    def randn_like(x):
+        noise.append(torch.ones_like(x))
+        return noise[-1]
+
+    options = {"S_churn": 3.0, "S_max": 5.0, "randn_like": randn_like}
+    shown = sampler(named, x, sigmas, callback=asked.append, **options)
+    fused = sampler(named, x, sigmas, **options)
+    torch.testing.assert_close(fused, shown, rtol=1e-10, atol=1e-10)
+    per_step = 1 if sampler is euler else 2
+    assert asked_by_forward[: 2 * 6 * per_step : per_step][:6] == pytest.approx(
+        [float(hat) for hat in raised], rel=1e-12
+    )
+
+
 @pytest.mark.parametrize("S_max", [0.0, 1.0, math.inf])
 def test_noise_of_a_step_does_not_depend_on_the_window(S_max):
     draws = []
@@ -318,9 +359,13 @@ def test_bad_sigmas(sampler):
         [[1.0, 0.0]],
         [1.0, 0.0, 0.0],
         [-1.0, 0.0],
-        [math.inf, 1.0],
+        [2.0, math.inf],
+        [math.inf, math.inf, 1.0],
         [1.0, math.nan],
+        [math.nan, 1.0],
         [1.0, -0.5],
+        [1.0, -0.5, *[0.3] * 1000],
     ):
-        with pytest.raises(ValueError, match=f"{sampler.__name__}: sigmas must"):
+        with pytest.raises(ValueError, match=f"{sampler.__name__}: sigmas must") as caught:
             sampler(lambda x, sigma: x, torch.ones(1, 1), sigmas)
+        assert len(str(caught.value)) < 160

@@ -580,7 +580,7 @@ class Server(HTTPServer):
 def test_a_download_ends(monkeypatch, pause, message):
     import tdkern.evaluation.fid as fid
 
-    monkeypatch.setattr(fid, "MAX_STATISTICS", 1 << 24)
+    monkeypatch.setattr(fid, "MAX_DOWNLOAD", 1 << 24)
     monkeypatch.setattr(fid, "PATIENCE", 1)
     server = Server(pause)
     try:

@@ -170,6 +170,8 @@ def test_numbers_of_generate_are_finite(tmp_path, flag, value):
         "td-share",
         "target-ema-tau",
         "time-limit",
+        "weight-decay",
+        "clip",
     ],
 )
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

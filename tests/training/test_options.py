@@ -149,6 +149,9 @@ def test_flags_count_before_a_file(tmp_path, data):
         ({"duration": None}, "duration must be a finite number, got None"),
         ({"duration": float("inf")}, "duration must be positive, got inf"),
         ({"lr": "fast"}, "lr must be a finite number, got 'fast'"),
+        ({"optim": "sgd"}, "optim must be adam or radam, got 'sgd'"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+        ({"clip": 0}, "clip must be positive, got 0"),
         ({"lr_decay": "linear"}, "lr_decay must be none or cosine, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, got 'fp8'"),
         ({"td": "yes"}, "td must be true or false, got 'yes'"),
@@ -263,6 +266,8 @@ def test_what_presets_say():
         loss("ict-cifar10").num_scales(0) == 11 and loss("ict-cifar10").num_scales(399_999) == 1281
     )
     assert loss("td-ct-cifar10").base_norm == "lpips"
+    by_radam = {name for name in PRESETS if Options(data="", **PRESETS[name]).optim == "radam"}
+    assert by_radam == {"ct-cifar10", "ict-cifar10", "td-ct-cifar10"}
 
 
 def test_a_preset_on_the_command_line(data):

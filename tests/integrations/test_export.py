@@ -92,8 +92,9 @@ def test_folder(adm, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
 
 
-def test_diffusers_computes_the_same(adm, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+def test_diffusers_computes_the_same(adm, tmp_path, torchvision_operators):
+    import diffusers
+
     net, path = adm
     export_diffusers(load_network(path)[0], tmp_path / "unet", name=str(path))
     theirs, loading = diffusers.UNet2DModel.from_pretrained(
@@ -110,8 +111,9 @@ def test_diffusers_computes_the_same(adm, tmp_path):
     )
 
 
-def test_denoiser_takes_a_model_of_diffusers():
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+def test_denoiser_takes_a_model_of_diffusers(torchvision_operators):
+    import diffusers
+
     torch.manual_seed(0)
     model = diffusers.UNet2DModel(
         8,

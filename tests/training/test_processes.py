@@ -1,0 +1,190 @@
+"""Runs in several processes: what they draw, how they are started, and how they end."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from helpers.tiny import TINY, in_processes, options_of, started_processes, two_steps
+from tdkern.training import Options, Trainer, distributed, loop, train
+from tdkern.training.checkpoint import STATE, find, read_options
+from tdkern.training.distributed import joined, this_process
+
+pytestmark = pytest.mark.usefixtures("short_previews")
+# of 12 images a step; every second step is a tick
+TWELVE = TINY | {"batch": 12, "tick": 0.024, "snap": 0, "dump": 0, "augment": 0.3, "seed": 5}
+FAMILIES = {
+    "edm": {"cond": True},
+    "edm, shared": {"td_coupling": "shared"},
+    "edm without TD": {"td": False},
+    "ct": {"family": "ct"},
+    "ict": {"family": "ct", "scale_mode": "exponential", "total_training_steps": 1000},
+    "ddpm": {"family": "ddpm"},
+    "vp": {"family": "vp"},
+}
+
+
+def changes_of(family):
+    names = {"td_coupling": "coupling"}
+    return {names.get(name, name): value for name, value in FAMILIES[family].items()}
+
+
+def _rank(rank, run_dir, options, resumed):
+    loop.preview_levels = two_steps
+    with joined() as process:
+        state = find(run_dir, STATE) if resumed else None
+        train(Trainer(options, process, state), run_dir if rank == 0 else None)
+
+
+def run(run_dir, options, resumed=False):
+    """Train in as many processes as the options say: the losses of its ticks."""
+    run_dir.mkdir(exist_ok=True)
+    in_processes(options.gpus, _rank, run_dir, options, resumed)
+    lines = (run_dir / "stats.jsonl").read_text().splitlines()
+    return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_number_of_processes_sees_the_same_losses(tmp_path, data, family):
+    changes = TWELVE | changes_of(family)
+    losses = [
+        run(tmp_path / f"{gpus}", options_of(data=data, duration=72e-6, gpus=gpus, **changes))
+        for gpus in (1, 3)
+    ]
+    assert len(losses[0]) == 3
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def test_fifty_steps_in_one_two_three_and_four_processes(tmp_path, data):
+    """With a ramp as long as published ones: Adam makes much of the rounding of gradients that are
+    next to zero.
+    """
+    changes = TWELVE | {"lr_rampup_kimg": 10}
+    losses = [
+        run(tmp_path / f"{gpus}", options_of(data=data, duration=6e-4, gpus=gpus, **changes))
+        for gpus in (1, 2, 3, 4)
+    ]
+    assert len(losses[0]) == 25
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-5, atol=0)
+
+
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, data):
+    """Also from the middle of a tick, of which each process has its part."""
+    straight = run(tmp_path / "straight", options_of(data=data, duration=96e-6, **TWELVE))
+    run_dir = tmp_path / "run"
+    short = TWELVE | {"gpus": 2, "batch_gpu": 3}
+    first = run(run_dir, options_of(data=data, duration=36e-6, **short))
+    for gpus, duration in ((3, 72e-6), (1, 96e-6)):
+        options = Options(**read_options(run_dir / "training_options.json"))
+        options = options.resumed(gpus=gpus, duration=duration)
+        assert options.batch // gpus % options.batch_gpu == 0
+        losses = run(run_dir, options, resumed=True)
+    assert len(first) == 2 and len(losses) >= 4
+    torch.testing.assert_close(losses[-1], straight[-1], rtol=1e-5, atol=0)
+
+
+def test_a_state_in_the_middle_of_a_tick_keeps_its_sums(data):
+    trainer = Trainer(options_of(data=data, duration=96e-6, **TWELVE), this_process())
+    trainer._restore_statistics({"counted": 12, "sums": [[1.0] * 4, [2.0] * 4], "skipped": 0}, "x")
+    assert trainer.sums.tolist() == [3.0] * 4
+
+
+# ---- how they are started -----------------------------------------------------------------------
+
+
+def _differing(rank, data, name, value):
+    changes = TWELVE | ({name: value} if rank == 1 else {})
+    options = options_of(data=data, duration=24e-6, gpus=2, **changes)
+    with joined() as process, pytest.raises(ValueError, match=f"same {name}, got .* in process 1"):
+        Trainer(options, process)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 0.5), ("seed", 6), ("loss", {"k_idx": 2.0}), ("cbase", 8)]
+)
+def test_processes_that_were_started_otherwise_are_refused(data, name, value):
+    if name == "loss":
+        name, value = "k_idx", 2.0
+        in_processes(2, _differing_loss, data)
+    else:
+        in_processes(2, _differing, data, name, value)
+
+
+def _differing_loss(rank, data):
+    changes = TWELVE | ({"k_idx": 2.0} if rank == 1 else {})
+    options = options_of(data=data, duration=24e-6, gpus=2, **changes)
+    with joined() as process, pytest.raises(ValueError, match="same loss, got"):
+        Trainer(options, process)
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        {"WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "4", "RANK": "1"},
+        {"WORLD_SIZE": "x", "RANK": "1", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "-1", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"},
+    ],
+)
+def test_an_environment_without_the_others_is_refused(monkeypatch, env):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="start with torchrun"), joined():
+        pass
+
+
+# ---- how they end -------------------------------------------------------------------------------
+
+
+def _until_lost(rank, run_dir, options, lost, way):
+    loop.preview_levels = two_steps
+    distributed.BEAT, distributed.SILENCE = 0.1, 2.0
+    real = Trainer.train_step
+
+    def train_step(self, *args):
+        if rank == lost and self.step == 2:
+            (run_dir / "lost").touch()
+            if way == "fails":
+                raise OSError("images.zip: image 7 is damaged")
+            os.kill(os.getpid(), way)
+        real(self, *args)
+
+    Trainer.train_step = train_step
+    with joined() as process:
+        train(Trainer(options, process), run_dir if rank == 0 else None)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("way", [signal.SIGSTOP, signal.SIGKILL, "fails"])
+def test_a_process_that_is_lost_ends_the_others(tmp_path, data, lost, way):
+    """Whether it was stopped, killed or failed by itself."""
+    options = options_of(data=data, duration=1e-3, gpus=2, **TWELVE)
+    ranks = started_processes(2, _until_lost, tmp_path, options, lost, way)
+    try:
+        other = ranks[1 - lost]
+        other.join(60)
+        assert (tmp_path / "lost").exists() and other.exitcode not in (None, 0)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _leaves_at(rank, seconds):
+    distributed.BEAT, distributed.SILENCE = 0.1, 1.0
+    with joined():
+        time.sleep(seconds[rank])
+
+
+@pytest.mark.parametrize("seconds", [(0, 3), (3, 0)])
+def test_one_that_is_done_may_leave_before_the_others(seconds):
+    in_processes(2, _leaves_at, seconds)
