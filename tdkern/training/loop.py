@@ -335,7 +335,7 @@ class Trainer:
         if self.options.td:
             terms |= {"td": td, "base": base, "valid": valid}
         if FAMILIES[self.options.family].consistency:
-            terms["scales"] = self.loss.at(self.step - 1).num_scales
+            terms["scales"] = self.loss.at(self.step - 1).scales
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
