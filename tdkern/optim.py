@@ -331,9 +331,9 @@ def _factor(
     """By what to multiply gradients, and whether the step is taken, scalars on the device."""
     factor = torch.ones((), dtype=torch.float64, device=found_inf.device)
     if clip is not None:
-        factor = factor * clip
+        factor = factor * _shards.local_of(clip)
     if grad_scale is not None:
-        factor = factor / grad_scale
+        factor = factor / _shards.local_of(grad_scale)
     return factor, (found_inf == 0) & factor.isfinite()
 
 

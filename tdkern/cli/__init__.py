@@ -1,9 +1,9 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert`, `bench` and `demo`."""
+"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert`, `ema`, `bench`, `demo`."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "bench", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "bench", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

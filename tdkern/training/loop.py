@@ -31,7 +31,7 @@ from ..data import (
     to_float,
 )
 from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
-from ..ema import EMA, consistency_decay, copy_decay, edm_decay
+from ..ema import EMA, PowerFunctionEMA, consistency_decay, copy_decay, edm_decay
 from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES, default_sampler
 from ..losses import Loss
@@ -115,6 +115,8 @@ def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
     It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
     """
     norm = torch.nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
 
 
@@ -163,6 +165,9 @@ class Trainer:
                 options.target_precision
             ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.power = PowerFunctionEMA(self.net, options.power_ema) if options.power_ema else None
+        if self.power:
+            self.averages += self.power.averages.values()
         if saved:
             self._restore_averages(saved)
         if self.sharded:
@@ -256,8 +261,11 @@ class Trainer:
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
         # on the device, which alone knows of skipped steps
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
-        # empty where there is no target network
-        self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        if self.target:
+            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
+        if self.power:
+            decays = torch.tensor(self.power.decays(self.step + 1))
+            self.optimizer.decays[-len(decays) :] = decays
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
@@ -266,6 +274,8 @@ class Trainer:
             average.copy_buffers(self.net)
         self.sums += sums
         self.step += 1
+        if self.power:
+            self.power.step = float(self.step)
         self.whole = True
 
     def _exchange(self, last: bool) -> AbstractContextManager:
@@ -348,9 +358,11 @@ class Trainer:
         return self._modules_tensors() | moments
 
     def _modules_tensors(self) -> dict[str, Tensor]:
-        modules = {"net": self.net, "ema": self.ema.module} | (
-            {"target": self.target.module} if self.target else {}
-        )
+        modules = {"net": self.net, "ema": self.ema.module}
+        if self.target:
+            modules["target"] = self.target.module
+        if self.power:
+            modules["power"] = self.power.profiles
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in modules.items()
@@ -373,6 +385,9 @@ class Trainer:
         restore(self.ema.module, saved.parts["ema"], saved.path)
         if self.target:
             restore(self.target.module, saved.parts["target"], saved.path)
+        if self.power:
+            restore(self.power.profiles, saved.parts["power"], saved.path)
+            self.power.step = float(saved.meta["step"])
         check_tensors(self._modules_tensors(), saved.tensors, saved.path)
 
     def _restore_rest(self, saved: "_Saved") -> None:
@@ -536,10 +551,13 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
         raise Diverged(_diagnosis(trainer, statistics, record))
     snap = crossed(trainer, options.snap) and trainer.idle < 2
     weights = whole(trainer.ema.module.state_dict(), trainer.process) if snap else {}
+    power = whole(trainer.power.state_dict(), trainer.process) if snap and trainer.power else {}
     tensors = whole(trainer.tensors(), trainer.process) if due else {}
     if record:
         if snap:
             record.snapshot(weights)
+            if power:
+                record.averages(power)
         if due:
             record.state(tensors)
         record.time = time.monotonic()  # what was saved is no part of the next tick
@@ -657,6 +675,11 @@ class Record:
             self.warn(f"{grid.name} is not written: {error}")
         else:
             checkpoint.forget_same(grid)
+
+    def averages(self, tensors: dict[str, Tensor]) -> None:
+        """Save the averages of --power-ema; tensors: their state dict."""
+        nimg = self.trainer.nimg
+        checkpoint.write(self.run_dir, checkpoint.AVERAGES, nimg, tensors, self._meta())
 
     def _images(self, weights: dict[str, Tensor]) -> Tensor:
         """The EMA network's images of the seeds from 0."""

@@ -6,7 +6,18 @@ import math
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
-from ..fields import AT_LEAST_1, BELOW_1, EVEN, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
+from ..fields import (
+    AT_LEAST_1,
+    BELOW_1,
+    EVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    WIDTH,
+    check,
+    flag,
+    flags_of,
+)
 from ..losses import Loss
 from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
@@ -98,6 +109,13 @@ class Options:
     )
     ema: float = flag(
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
+    )
+    power_ema: list[float] | None = flag(  # noqa: RUF009  (its default is None)
+        None,
+        "Relative widths of averages by EDM2's power function, such as 0.05,0.10. They are saved "
+        "beside each snapshot, and tdkern ema makes averages of other widths of them.",
+        within=WIDTH,
+        default_help="none",
     )
     dropout: float | None = flag(
         None, "Dropout probability.", within=BELOW_1, default_help="by --family"

@@ -10,7 +10,7 @@ import torch
 
 from helpers.tiny import TINY, in_processes, options_of, started_processes, two_steps
 from tdkern.training import Options, Trainer, distributed, loop, train
-from tdkern.training.checkpoint import SNAPSHOT, STATE, find, read, read_options
+from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, read_options
 from tdkern.training.distributed import joined, this_process
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -90,7 +90,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, data):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {"power_ema": [0.05, 0.1]},
         {"family": "ct", "optim": "radam", "total_training_steps": 1000},
         {"clip": 0.5, "batch_gpu": 2, "cond": True},
     ],
@@ -109,7 +109,7 @@ def test_shards_are_the_same_run(tmp_path, data, changes):
         options = options.resumed(gpus=gpus, shard=shard, duration=duration)
         found = run(run_dir, options, resumed=True)
     torch.testing.assert_close(found, losses, rtol=1e-5, atol=0)
-    for kind in (STATE, SNAPSHOT):
+    for kind in (STATE, SNAPSHOT, *([AVERAGES] if "power_ema" in changes else [])):
         (_, ours), (_, theirs) = (read(find(path, kind), kind) for path in (run_dir, straight))
         assert ours.keys() == theirs.keys()
         worst = max((ours[name].double() - theirs[name].double()).abs().max() for name in ours)
