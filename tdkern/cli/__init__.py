@@ -10,7 +10,7 @@ try:
     import click
 except ModuleNotFoundError:
 
-    def main():
+    def main(**_: object) -> None:
         sys.exit("tdkern: click is not installed; run: pip install 'tdkern[train]'")
 else:
     from .errors import one_line_errors, open_standard_streams
