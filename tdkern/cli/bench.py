@@ -10,7 +10,7 @@ import click
 import torch
 from torch import nn
 
-from .. import __version__
+from .. import info
 from ..benchmark.clock import PARTS
 from ..benchmark.picture import draw_rows
 from ..benchmark.rounds import measure
@@ -78,6 +78,7 @@ def bench(model, shape, batch, seconds, device, no_compile, outdir):
     net = _network(model).to(device).train()
     setting = _setting(model, net, shape, batch, device)
     Path(outdir).mkdir(parents=True, exist_ok=True)  # before the work
+    _tell_backends(device)
     steps = steps_of(setting)
     if no_compile:
         del steps[COMPILED]
@@ -88,9 +89,8 @@ def bench(model, shape, batch, seconds, device, no_compile, outdir):
         "batch": batch,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "tdkern": __version__,
         "seconds": seconds,
+        "info": info(),
     }
     click.echo("\n".join(_table(rows)))
     title = f"{model}, {batch} of {'x'.join(map(str, shape))}, {about['device']}"
@@ -155,6 +155,15 @@ def _setting(
             "tdkern.networks.Denoiser makes one of a network that predicts eps, v or a velocity"
         )
     return Setting(net, EMA(net), images, labels)
+
+
+def _tell_backends(device: torch.device) -> None:
+    """Say so where tdkern's ops would be measured without their kernels."""
+    kernels = ("cuda", "triton") if device.type == "cuda" else ("cpp",)
+    missing = info()["backends"]
+    if all(missing[name] for name in kernels):
+        reasons = "; ".join(f"{name}: {missing[name]}" for name in kernels)
+        click.echo(f"Warning: tdkern's ops are plain PyTorch here ({reasons})", err=True)
 
 
 def _wrong(model: str, what: str, error: Exception) -> click.ClickException:

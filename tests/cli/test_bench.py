@@ -1,7 +1,9 @@
 """`tdkern bench`, on tiny networks of one's own."""
 
+import importlib
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tdkern.ema import EMA
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.networks import EDMPrecond
 
+module = importlib.import_module("tdkern.cli.bench")
 NETWORKS = '''
 import torch
 from tdkern.networks import EDMPrecond
@@ -88,7 +91,7 @@ def bench(tmp_path, monkeypatch):
     (tmp_path / "their_networks.py").write_text(NETWORKS)
     (tmp_path / "broken_module.py").write_text("import tdkern\nraise OSError('no disk\\nat all')\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(__import__("sys").path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     # what it compiles is torch's affair, and takes seconds
     monkeypatch.setattr(torch, "compile", lambda module: module)
 
@@ -97,7 +100,7 @@ def bench(tmp_path, monkeypatch):
         return invoked("bench", "--model", model, *args, code=code)
 
     yield bench
-    __import__("sys").modules.pop("their_networks", None)
+    sys.modules.pop("their_networks", None)
 
 
 @pytest.mark.parametrize("name", ["Own", "Labelled", "Makers.edm", "network"])
@@ -160,6 +163,15 @@ def test_a_wrong_network_is_one_line(bench, tmp_path, model, message):
     last = bench(model, code=2 if model == "nothing" else 1).output.strip().splitlines()[-1]
     assert last.startswith("Error: ") and message in last and len(last) < 350
     assert not (tmp_path / "tdkern-bench").exists()
+
+
+@pytest.mark.parametrize("missing", ["", "build it again"])
+def test_it_says_where_there_are_no_kernels(bench, monkeypatch, missing):
+    backends = {"cpp": missing, "cuda": "no GPU", "triton": "no GPU"}
+    monkeypatch.setattr(module, "info", lambda: {"backends": backends})
+    stderr = bench("their_networks:Own", "--no-compile").stderr
+    said = "Warning: tdkern's ops are plain PyTorch here (cpp: build it again)" in stderr
+    assert said == bool(missing)
 
 
 def test_compiling_may_be_left_out(bench, tmp_path):
