@@ -1,4 +1,4 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert`, `ema`, `bench`, `demo`."""
+"""The command line, `tdkern`: each of COMMANDS is a module of its own."""
 
 import importlib
 import sys
