@@ -37,6 +37,7 @@ from ..data.files import (
     write_atomic,
 )
 from ..integrations import load_converted
+from ..networks.precond import Preconditioned
 from ..networks.saved import CheckpointError, DescriptionError, check_header, load
 from . import formats
 from .formats import FORMAT, NEXT_FORMAT
@@ -62,7 +63,9 @@ def kimg(nimg: int) -> str:
 def images_of(path: Path, form: re.Pattern = NAME) -> int | None:
     """The images trained on that a name says; None if it is not one that tdkern gives."""
     match = form.fullmatch(path.name)
-    return match and int(match[match.re.groups - 1] + match[match.re.groups])
+    if match is None:
+        return None
+    return int(match[match.re.groups - 1] + match[match.re.groups])
 
 
 def checkpoints(run_dir: Path, kind: str) -> list[Path]:
@@ -353,7 +356,7 @@ def read_options(path: Path) -> dict:
 
 def load_network(
     path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[torch.nn.Module, dict]:
+) -> tuple[Preconditioned, dict]:
     """The EMA network of a network snapshot, ready to sample from, and the snapshot's meta.
 
     Args:

@@ -22,7 +22,7 @@ from ..networks.layers import ResBlock
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one after which a process counts as lost
-START = timedelta(minutes=3)  # in which all processes have to come together
+START = timedelta(seconds=90)  # for all processes to come together, tried twice
 
 
 class Process(NamedTuple):

@@ -268,7 +268,7 @@ class Trainer:
             self.optimizer.decays[-len(decays) :] = decays
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
-        # nothing, if a gradient is not finite: EDM would set its elements to 0 and go on
+        # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
         self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
         for average in self.averages:
             average.copy_buffers(self.net)
@@ -345,7 +345,7 @@ class Trainer:
         if self.options.td:
             terms |= {"td": td, "base": base, "valid": valid}
         if FAMILIES[self.options.family].consistency:
-            terms["scales"] = self.loss.at(self.step - 1).num_scales
+            terms["scales"] = self.loss.at(self.step - 1).scales
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:

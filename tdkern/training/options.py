@@ -19,12 +19,12 @@ from ..fields import (
     flags_of,
 )
 from ..losses import Loss
-from ..losses.curricula import Exponential, Progressive
+from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
 from ..optim import OPTIMIZERS
 
-CURRICULA = {"progressive": Progressive, "exponential": Exponential}
+CURRICULA = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
 # see `resumed`), and have no part in checksums
 FREE = (
@@ -148,14 +148,16 @@ class Options:
     )
     scale_mode: str | None = flag(
         None,
-        "How the number of noise levels grows.",
+        "How the number of noise levels grows; easy is easy consistency tuning's, whose t' comes "
+        "nearer to t.",
         choices=("fixed", *CURRICULA),
         only=_consistency,
         filled="progressive",
     )
     start_scales: int | None = flag(
         None,
-        "Noise levels at the start of training: steps between them, or with fixed all levels.",
+        "Noise levels at the start of training: steps between them, with fixed all levels, with "
+        "easy q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
@@ -167,7 +169,7 @@ class Options:
     )
     total_training_steps: int | None = flag(
         None,
-        "Training steps to the end of that growth.",
+        "Training steps to the end of that growth, or with easy of each of its stages.",
         only=_consistency,
         default_help="those of the duration",
     )
@@ -276,6 +278,11 @@ class Options:
         """Fill in how the number of noise levels grows, which a longer duration then keeps."""
         if self.target_ema_mode == "adaptive" and self.start_ema == 0:
             raise ValueError("start_ema must be above 0 with target_ema_mode adaptive, got 0")
+        if self.target_ema_mode == "adaptive" and self.scale_mode == "easy":
+            raise ValueError(
+                "target_ema_mode must be fixed with scale_mode easy, which counts no noise levels, "
+                "got adaptive"
+            )
         scales = {"start_scales": 40, "end_scales": None, "total_training_steps": None}
         if self.scale_mode != "fixed":
             curriculum = CURRICULA[self.scale_mode]
@@ -288,8 +295,10 @@ class Options:
             if getattr(self, name) is None:
                 setattr(self, name, default)
             elif default is None:
-                known = ", ".join(CURRICULA)
-                raise ValueError(f"{name} is for scale_mode {known}, got scale_mode fixed")
+                known = ", ".join(mode for mode in CURRICULA if getattr(CURRICULA[mode], name, 1))
+                raise ValueError(
+                    f"{name} is for scale_mode {known}, got scale_mode {self.scale_mode}"
+                )
 
     def _complete_loss(self) -> None:
         """Check the losses' options and give those that are not there their defaults."""
