@@ -390,7 +390,7 @@ def _radam(
 def _average(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
     """average <- average + weight (value - average), in place; a weight of 0 changes nothing.
 
-    The other form's 1 - weight would be 1 in bfloat16.
+    As torch.lerp; 1 - weight, of the other form, is 1 in bfloat16.
     """
     gaps = torch._foreach_sub(values, averages)
     torch._foreach_mul_(gaps, weight)

@@ -276,7 +276,7 @@ def test_radam_is_torchs(dtype, decoupled, betas, weight_decay):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_radam_in_half_precision_loses_no_more_than_torchs(dtype):
-    """Against float64; decays next to 1 are not rounded to it."""
+    """Against float64, from the same gradients."""
     errors = []
     for kind in (RAdamEMA, torch.optim.RAdam):
         nets = [network().to(dtype), network().to(dtype).double()]
