@@ -164,7 +164,7 @@ def ablation(
 
     It solves dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma).
 
-    `sigmas` is the discretization, as of `ablation_sigmas`: t_i = t(sigma_i). It is `heun` by default.
+    `sigmas` is the discretization, as of `ablation_sigmas`: t_i = t(sigma_i). Default: `heun`.
 
     | schedule | sigma(t) | | scaling | s(t) |
     | --- | --- | --- | --- | --- |
