@@ -26,6 +26,7 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu csrc/*/*.cpp)
 
 # One wheel for this Python, in dist/; torch's libraries are torch's, and left out.
