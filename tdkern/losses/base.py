@@ -260,31 +260,27 @@ class Loss(ABC):
         gradient_scale: float = 1.0,
         **conditions,
     ) -> TDTerms:
-        """The loss of a given pair, in its parts.
+        """The loss of a given pair, in its parts; docs/losses.md says more of each argument.
 
         Args:
             net: the online network, `net(x, sigma, labels, augment_labels=, **conditions) -> D`
                 with x [B, ...] and sigma [B] in x's dtype, and behind them what is given and
-                nothing else: a plain `callable(x, sigma)` will do. It may answer as
-                `preconditioning.tensor_of` says. One whose `preconditioning` equals the loss's is
-                called with `raw=True` too and gives F: its preconditioning is then part of the one
-                fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
-                under `fully_shard`.
+                nothing else. It may answer as `preconditioning.tensor_of` says. One whose
+                `preconditioning` equals the loss's, also inside DistributedDataParallel or
+                torch.compile or under `fully_shard`, is called with `raw=True` too and gives F: its
+                preconditioning is then part of the one fused launch.
             target_net: the same for the target network, or its `EMA`; it runs without gradients,
-                and not at all without a TD term. A module that serves the TD term alone runs on
-                just the samples that have one where no device need be waited for: on the CPU, and
-                not under `torch.compile`, a transform or a trace. Where there are none it runs on
-                one sample, so that every process calls it as often as the others, as a network
-                under `fully_shard` needs.
+                and not at all without a TD term. On the CPU a module that serves the TD term alone
+                runs on the samples that have one, and at least on one; see `_may_count`.
             batch: from `pair`.
             labels: class labels, one-hot [B, classes] or indices [B], as the networks take them.
-            augment_labels: [B, ...], by their name.
+            augment_labels: [B, ...], passed on by their name.
             uncertainty: u(sigma) [B] of noise levels [B], such as `weighting.Uncertainty`: a
                 sample's loss L becomes exp(-u) L + u.
-            gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
-                with `terms.loss.sum().backward()` the gradient that the launch has written is then
-                handed out as it is, where a factor behind the loss is a second pass over it.
-                EDM's is the number of elements of a sample over the batch size.
+            gradient_scale: a factor of all terms, > 0, in the weights before the launch: the
+                gradient of `terms.loss.sum()` is then handed out as the launch has written it. A
+                factor behind the loss is a second pass over it. EDM's is a sample's elements over
+                the batch size.
             conditions: handed to both networks by their names. Tensors begin with the batch.
 
         Returns:
@@ -303,14 +299,29 @@ class Loss(ABC):
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
         target_net = target_net.module if isinstance(target_net, EMA) else target_net
         coef = batch.coef.clone()
-        chosen = None
-        if batch.x_tp is not None:
-            chosen = self._choose(coef, batch.sigma, target_net)
-        u = None if uncertainty is None else uncertainty(batch.sigma)
+        chosen = None if batch.x_tp is None else self._choose(coef, batch.sigma, target_net)
         coef[:, W_TD:] *= gradient_scale
-        if u is not None:
+        if uncertainty is not None:
+            u = uncertainty(batch.sigma)
             coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
-        out, x_t, out_target, x_tp = self._outputs(net, target_net, batch, given, chosen)
+        outputs = self._outputs(net, target_net, batch, given, chosen)
+        terms = self._weighed_terms(batch, coef, *outputs)
+        loss, (td, base) = terms.sum(1), terms.unbind(1)
+        if uncertainty is not None:
+            # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
+            loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+        return TDTerms(loss, td, base, coef[:, W_TD] != 0)
+
+    def _weighed_terms(
+        self,
+        batch: TDBatch,
+        coef: Tensor,
+        out: Tensor,
+        x_t: Tensor | None,
+        out_target: Tensor,
+        x_tp: Tensor | None,
+    ) -> Tensor:
+        """[B, 2], td and base, of outputs that are D where their x is None, else F."""
         if x_t is None:
             coef[:, SKIP].fill_(0)
             coef[:, SCALE].fill_(1)
@@ -318,13 +329,7 @@ class Loss(ABC):
             coef[:, SKIP_P].fill_(0)
             coef[:, SCALE_P].fill_(1)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
-        terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
-        td, base = terms.unbind(1)
-        loss = terms.sum(1)
-        if u is not None:
-            # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
-            loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
-        return TDTerms(loss, td, base, coef[:, W_TD] != 0)
+        return self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
 
     def _terms(self, *args: Tensor | None) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
