@@ -1,12 +1,13 @@
-// The part without torch: what this build is, and td_math.h over NumPy arrays, so that a test
-// compares the formulas themselves.
+// The part without torch: what this build is, and td_coef_math.h and td_loss_math.h over NumPy
+// arrays, so that a test compares the formulas themselves.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <string>
 #include <tuple>
 
-#include "td_math.h"
+#include "td_coef_math.h"
+#include "td_loss_math.h"
 
 namespace py = pybind11;
 using namespace tdkern;
@@ -55,8 +56,9 @@ std::tuple<double, double, Doubles> td_sample(Doubles coef,
                           std::to_string(coef.size()));
   for (const Doubles* array : {&F_p, &x0, &x_t, &x_tp})
     if (array->size() != n) throw py::value_error("td_sample: every array must have F's size");
+  const auto& row = *reinterpret_cast<const Coef*>(coef.data());
   const Sample<double> sample =
-      make_sample<double>(l1 ? Norm::l1 : Norm::l2, coef.data(), n, 1, 1, true, true);
+      make_sample<double>(l1 ? Norm::l1 : Norm::l2, row, n, {1, 1}, true, true);
   const auto element = consistency ? (l1 ? td_element<true, Norm::l1, true, double, double>
                                          : td_element<true, Norm::l2, true, double, double>)
                                    : (l1 ? td_element<true, Norm::l1, false, double, double>
@@ -73,7 +75,7 @@ std::tuple<double, double, Doubles> td_sample(Doubles coef,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Build facts of tdkern and csrc/include/td_math.h over NumPy arrays; no torch.";
+  m.doc() = "Build facts of tdkern and the formulas of csrc/include over NumPy arrays; no torch.";
   m.def("build", &build, "What this build was made with and for.");
   m.def("two_moment_A", py::vectorize(two_moment_A), py::arg("alpha_t"), py::arg("sigma_t"),
         py::arg("alpha_tau"), py::arg("sigma_tau"), py::arg("eta"));

@@ -50,7 +50,7 @@ class Family:
     loss: type[Loss]
     td_loss: type[Loss]
     wrapper: type[Preconditioned]
-    arguments: Callable[[Loss, bool], dict] = lambda loss, fourier: {}
+    arguments: Callable[..., dict] = lambda loss, fourier: {}
     sampler: str = "heun"
     sampler_with_steps: str = "heun"
     fixed: dict = field(default_factory=dict)

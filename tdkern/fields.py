@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LARGEST = 2**53  # up to which a float is exact: no count of images or steps is more
 KINDS = {
@@ -34,6 +34,7 @@ NOT_NEGATIVE = Range("must be at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1 = Range("must be at least 1", lambda value: 1 <= value < math.inf)
 UNIT = Range("must be in [0, 1]", lambda value: 0 <= value <= 1)
 EVEN = Range("must be positive and even", lambda value: value > 0 and value % 2 == 0)
+WIDTH = Range("must be above 0 and at most 12^-0.5", lambda value: 0 < value <= 12**-0.5)
 BELOW_1 = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 
 
@@ -47,7 +48,7 @@ def flag(
     default_help: str | None = None,
     only: Callable | None = None,
     filled=None,
-    kw_only: bool = dataclasses.MISSING,
+    kw_only: Any = dataclasses.MISSING,
 ):
     """A dataclass field that is a flag of `tdkern train` too.
 

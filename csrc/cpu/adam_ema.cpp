@@ -9,7 +9,7 @@
 
 namespace tdkern {
 
-using Finite = bool (*)(const void* data, int64_t begin, int64_t n);
+using Finite = bool (*)(const void* data, double grad_factor, int64_t begin, int64_t n);
 using AdamChunk = void (*)(void* const* row,
                            const AdamStep<double>& step,
                            int64_t begin,
@@ -17,17 +17,22 @@ using AdamChunk = void (*)(void* const* row,
 
 namespace TDKERN_ISA {
 
+// Whether every element's square is finite as the second moment is stored.
 template <typename N>
-bool finite(const void* data, int64_t begin, int64_t n) {
+bool finite(const void* data, double grad_factor, int64_t begin, int64_t n) {
   using T = std::conditional_t<std::is_same_v<N, double>, double, float>;
   const N* grad = static_cast<const N*>(data) + begin;
-  Vec<T> zero[4] = {};  // NaN where an element is not finite; four, so that an addition need not
+  const T factor = static_cast<T>(grad_factor);
+  const auto stored_square = [&](auto... from) __attribute__((always_inline)) {
+    return widen<T, N>(narrow<T, N>(grad_square(load<T>(from...), factor)));
+  };
+  Vec<T> zero[4] = {};  // NaN where a square is not finite; four, so that an addition need not
                         // wait for the one before
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
-    for (int j = 0; j < 4; ++j) zero[j] += T(0) * load<T>(grad + i + j * kLanes<T>);
+    for (int j = 0; j < 4; ++j) zero[j] += T(0) * stored_square(grad + i + j * kLanes<T>);
   for (; i < n; i += kLanes<T>)
-    zero[0] += T(0) * load<T>(grad + i, std::min<int64_t>(kLanes<T>, n - i));
+    zero[0] += T(0) * stored_square(grad + i, std::min<int64_t>(kLanes<T>, n - i));
   return sum((zero[0] + zero[1]) + (zero[2] + zero[3])) == 0;
 }
 
@@ -38,23 +43,18 @@ void adam_chunk(void* const* row, const AdamStep<double>& wide, int64_t begin, i
   const N* grad = static_cast<const N*>(row[0]) + begin;
   N *exp_avg = static_cast<N*>(row[1]) + begin, *exp_avg_sq = static_cast<N*>(row[2]) + begin,
     *param = static_cast<N*>(row[3]) + begin;
-  const auto step =
-      [&](int64_t i, auto... count)
-          __attribute__((always_inline)) {  // count: where fewer than a vector is left
-            Vec<T> p = load<T>(param + i, count...), m = load<T>(exp_avg + i, count...),
-                   v = load<T>(exp_avg_sq + i, count...);
-            adam_element(s, load<T>(grad + i, count...), p, m, v);
-            store<T>(exp_avg + i, m, count...);
-            store<T>(exp_avg_sq + i, v, count...);
-            store<T>(param + i, p, count...);
-          };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
-  if (i < n) step(i, n - i);
+  for_each_vector<T>(0, n, [&](int64_t i, auto... count) __attribute__((always_inline)) {
+    Vec<T> p = load<T>(param + i, count...), m = load<T>(exp_avg + i, count...),
+           v = load<T>(exp_avg_sq + i, count...);
+    adam_element(s, load<T>(grad + i, count...), p, m, v);
+    store<T>(exp_avg + i, m, count...);
+    store<T>(exp_avg_sq + i, v, count...);
+    store<T>(param + i, p, count...);
+  });
 }
 
-#define TDKERN_ADAM(N)                                    \
-  template bool finite<N>(const void*, int64_t, int64_t); \
+#define TDKERN_ADAM(N)                                            \
+  template bool finite<N>(const void*, double, int64_t, int64_t); \
   template void adam_chunk<N>(void* const*, const AdamStep<double>&, int64_t, int64_t);
 TDKERN_ADAM(float)
 TDKERN_ADAM(double)
@@ -64,22 +64,25 @@ TDKERN_ADAM(Half)
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
-namespace avx2 {
-template <typename N>
-bool finite(const void*, int64_t, int64_t);
-template <typename N>
-void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
-}  // namespace avx2
-namespace avx512 {
-template <typename N>
-bool finite(const void*, int64_t, int64_t);
-template <typename N>
-void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);
-}  // namespace avx512
+TDKERN_EACH_ISA(template <typename N> bool finite(const void*, double, int64_t, int64_t);
+                template <typename N>
+                void adam_chunk(void* const*, const AdamStep<double>&, int64_t, int64_t);)
 
 namespace {
 
-Tensor found_inf(std::vector<Tensor> grads) {
+// Of scalars that are on the CPU, as its launchers need them.
+GradFactor grad_factor(const char* op,
+                       const std::optional<Tensor>& grad_scale,
+                       const std::optional<Tensor>& clip) {
+  for (const auto* scalar : {&grad_scale, &clip})
+    STD_TORCH_CHECK(!*scalar || (*scalar)->is_cpu(), op,
+                    ": a scalar must be on the CPU or on the gradients' device");
+  return {number(op, "grad_scale", grad_scale), number(op, "clip", clip)};
+}
+
+Tensor found_inf(std::vector<Tensor> grads,
+                 std::optional<Tensor> grad_scale,
+                 std::optional<Tensor> clip) {
   STD_TORCH_CHECK(!grads.empty(), "found_inf: grads must hold a tensor");
   TensorLists lists(1, grads.size());
   std::vector<Finite> check;
@@ -90,9 +93,11 @@ Tensor found_inf(std::vector<Tensor> grads) {
         "found_inf", grad.scalar_type(), grad.scalar_type(),
         [&](auto storage, auto) { check.push_back(TDKERN_PICK(finite<decltype(storage)>)); });
   }
+  const double factor = grad_factor("found_inf", grad_scale, clip).value();
   std::atomic<bool> all{true};
   each_list_chunk(lists, [&](size_t row, int64_t begin, int64_t count) {
-    if (!check[row](lists.row(row)[0], begin, count)) all.store(false, std::memory_order_relaxed);
+    if (!check[row](lists.row(row)[0], factor, begin, count))
+      all.store(false, std::memory_order_relaxed);
   });
   Tensor found = torch::stable::new_empty(grads[0], {}, ScalarType::Float);
   *static_cast<float*>(found.data_ptr()) = all ? 0 : 1;
@@ -119,13 +124,13 @@ void adam_ema_(std::vector<Tensor> params,
   const Tensor wide = list_decays("adam_ema_", decays);
   const int64_t K = wide.size(0);
   TensorLists lists = adam_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages, K);
-  for (const auto& scalar : {std::optional(wide), std::optional(lr), std::optional(found_inf),
-                             grad_scale, clip, skipped})
+  for (const auto& scalar :
+       {std::optional(wide), std::optional(lr), std::optional(found_inf), skipped})
     STD_TORCH_CHECK(!scalar || scalar->is_cpu(),
                     "adam_ema_: a scalar must be on the CPU or on the parameters' device");
   int64_t* count = skipped ? counter(*skipped) : nullptr;
-  const double factor = number("clip", clip).value() / number("grad_scale", grad_scale).value();
-  if (number("found_inf", found_inf).value() != 0 || !std::isfinite(factor)) {
+  const double factor = grad_factor("adam_ema_", grad_scale, clip).value();
+  if (number("adam_ema_", "found_inf", found_inf).value() != 0 || !std::isfinite(factor)) {
     if (count) ++*count;
     return;
   }
@@ -135,8 +140,12 @@ void adam_ema_(std::vector<Tensor> params,
       compute.push_back(TDKERN_PICK(adam_chunk<decltype(param)>));
     });
   const std::vector<EmaChunk> average = ema_chunks("adam_ema_", lists);
-  const AdamOptions options = {beta1, beta2, eps, weight_decay, decoupled};
-  const double rate = number("lr", lr).value();
+  const AdamOptions options = {.beta1 = beta1,
+                               .beta2 = beta2,
+                               .eps = eps,
+                               .weight_decay = weight_decay,
+                               .decoupled = decoupled};
+  const double rate = number("adam_ema_", "lr", lr).value();
   std::vector<AdamStep<double>> constants;  // nothing can fail from here on: the steps count
   for (size_t i = 0; i < params.size(); ++i)
     constants.push_back(

@@ -7,18 +7,8 @@
 namespace tdkern {
 
 // row[0]: the parameter; row[1 + k]: its average k. Defined in ema_update.cpp.
-#define TDKERN_EMA_CHUNK            \
-  template <typename N, typename D> \
-  void ema_chunk(void* const* row, const double* decays, int64_t K, int64_t begin, int64_t n);
-namespace base {
-TDKERN_EMA_CHUNK
-}
-namespace avx2 {
-TDKERN_EMA_CHUNK
-}
-namespace avx512 {
-TDKERN_EMA_CHUNK
-}
+TDKERN_EACH_ISA(template <typename N, typename D> void ema_chunk(
+                    void* const* row, const double* decays, int64_t K, int64_t begin, int64_t n);)
 
 using EmaChunk = void (*)(void* const*, const double*, int64_t, int64_t, int64_t);
 

@@ -15,15 +15,11 @@ void ema_chunk(void* const* row, const double* decays, int64_t K, int64_t begin,
   for (int64_t k = 0; k < K; ++k) {
     D* avg = static_cast<D*>(row[1 + k]) + begin;
     const T weight = static_cast<T>(1 - decays[k]);
-    const auto step = [&](int64_t i, auto... count) __attribute__((
-                          always_inline)) {  // count: where fewer than a vector is left
+    for_each_vector<T>(0, n, [&](int64_t i, auto... count) __attribute__((always_inline)) {
       store<T>(avg + i,
                ema_element<T>(load<T>(avg + i, count...), load<T>(param + i, count...), weight),
                count...);
-    };
-    int64_t i = 0;
-    for (; i + kLanes<T> <= n; i += kLanes<T>) step(i);
-    if (i < n) step(i, n - i);
+    });
   }
 }
 

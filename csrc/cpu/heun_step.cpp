@@ -16,8 +16,7 @@ TDKERN_INLINE void loop(const HeunArrays<N, D, I>& in,
                         int64_t end) {
   const HeunArrays<N, D, I> a = in;
   const Step<D> s = step;
-  const auto element = [&](int64_t i, auto... count) __attribute__((
-                           always_inline)) {  // count: where fewer than a vector is left
+  for_each_vector<D>(begin, end, [&](int64_t i, auto... count) __attribute__((always_inline)) {
     Vec<D> x_hat = {}, noise = {};
     if (a.x_hat) x_hat = load<D>(a.x_hat + i, count...);
     if (a.noise) noise = load<D>(a.noise + i, count...);
@@ -30,10 +29,7 @@ TDKERN_INLINE void loop(const HeunArrays<N, D, I>& in,
       store<D>(a.x_next + i, x_next, count...);
       if (a.net_input) store<D>(a.net_input + i, s.c_in * x_next, count...);
     }
-  };
-  int64_t i = begin;
-  for (; i + kLanes<D> <= end; i += kLanes<D>) element(i);
-  if (i < end) element(i, end - i);
+  });
 }
 
 template <typename N, typename D, typename I>
@@ -55,22 +51,14 @@ TDKERN_RUN_NETS(double)
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
-namespace avx2 {
-template <typename N, typename D, typename I>
-void run(const HeunArrays<N, D, I>&, const Step<D>&, bool, int64_t, int64_t);
-}  // namespace avx2
-namespace avx512 {
-template <typename N, typename D, typename I>
-void run(const HeunArrays<N, D, I>&, const Step<D>&, bool, int64_t, int64_t);
-}  // namespace avx512
+TDKERN_EACH_ISA(template <typename N, typename D, typename I>
+                void run(const HeunArrays<N, D, I>&, const Step<D>&, bool, int64_t, int64_t);)
 
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements; a thread's share is a whole number of them, so that
                                   // it starts at a full cache line
 constexpr int64_t kGrain = 8;     // chunks worth a thread
-constexpr int64_t kStream =
-    1024 * 1024;  // bytes of x_next that no core's own cache would keep anyway
 
 std::tuple<Tensor, Tensor> heun_step(Tensor F,
                                      Tensor x,
@@ -84,9 +72,9 @@ std::tuple<Tensor, Tensor> heun_step(Tensor F,
     using D = decltype(state);
     using I = decltype(input);
     const HeunArrays<N, D, I> arrays = heun_arrays<N, D, I>(tensors);
-    const Step<D> step = make_step<D>(arrays.coef, arrays.x_hat != nullptr);
+    const Step<D> step = make_step<D>(*arrays.coef, arrays.x_hat != nullptr);
     const auto aligned = [](const void* to) { return reinterpret_cast<uintptr_t>(to) % 64 == 0; };
-    const bool streamed = arrays.n * static_cast<int64_t>(sizeof(D)) >= kStream &&
+    const bool streamed = arrays.n * static_cast<int64_t>(sizeof(D)) >= kNonTemporalBytes &&
                           aligned(arrays.x_next) && aligned(arrays.net_input);
     const auto compute = TDKERN_PICK(run<N, D, I>);
     if (arrays.n <= kChunk) return compute(arrays, step, false, 0, arrays.n);

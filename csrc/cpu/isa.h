@@ -35,6 +35,18 @@ inline Isa isa() {
 
 }  // namespace tdkern
 
+// Declares kernels in the namespace of every set.
+#define TDKERN_EACH_ISA(...) \
+  namespace base {           \
+  __VA_ARGS__                \
+  }                          \
+  namespace avx2 {           \
+  __VA_ARGS__                \
+  }                          \
+  namespace avx512 {         \
+  __VA_ARGS__                \
+  }
+
 // TDKERN_PICK(kernel<...>): the pointer to the chosen set's.
 #if defined(__x86_64__)
 #define TDKERN_PICK(...)                                      \

@@ -29,7 +29,7 @@ constexpr int kWidth = 4;
 #define TDKERN_MM(op) _mm_##op
 #endif
 
-struct Lanes {  // the operations of Lane (noise_math.h) on a register
+struct Lanes {  // the operations of Lane (noise_pair_math.h) on a register
   using F = VecOf<float, kWidth>::type;
   using I = VecOf<int32_t, kWidth>::type;
   using U = VecOf<uint32_t, kWidth>::type;
@@ -169,26 +169,21 @@ TDKERN_INLINE void row(const PairRows<D>& in, int64_t b, int64_t begin, int64_t 
     for (int lane = 0; lane < kCalls; ++lane)
       tile.block[lane] = static_cast<uint32_t>(k / 4) + call_of(lane);
     tile.draw_both(offset, key, kShared);
-    const auto step =
-        [&](int64_t v, auto... count)
-            __attribute__((always_inline)) {  // count: where fewer than a vector is left
-              Vec<T> t, t_p;
-              pair_element(s, kShared, load<T>(x0 + k + v, count...), load<T>(tile.n1 + v),
-                           load<T>(tile.n2 + v), t, t_p);
-              const auto put = [&](auto* to, Vec<T> value) __attribute__((always_inline)) {
-                if constexpr (kStreamed && sizeof...(count) == 0) {
-                  stream<T>(to + k + v, value);
-                } else {
-                  store<T>(to + k + v, value, count...);
-                }
-              };
-              put(x_t, t);
-              put(x_tp, t_p);
-            };
     const int64_t left = std::min<int64_t>(kTile, end - k);
-    int64_t v = 0;
-    for (; v + kLanes<T> <= left; v += kLanes<T>) step(v);
-    if (v < left) step(v, left - v);
+    for_each_vector<T>(0, left, [&](int64_t v, auto... count) __attribute__((always_inline)) {
+      Vec<T> t, t_p;
+      pair_element(s, kShared, load<T>(x0 + k + v, count...), load<T>(tile.n1 + v),
+                   load<T>(tile.n2 + v), t, t_p);
+      const auto put = [&](auto* to, Vec<T> value) __attribute__((always_inline)) {
+        if constexpr (kStreamed && sizeof...(count) == 0) {
+          stream<T>(to + k + v, value);
+        } else {
+          store<T>(to + k + v, value, count...);
+        }
+      };
+      put(x_t, t);
+      put(x_tp, t_p);
+    });
   }
 }
 
@@ -263,25 +258,15 @@ TDKERN_PAIR(Half)
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
-namespace avx2 {
-template <typename D>
-void pair_row(const PairRows<D>&, int64_t, int64_t, int64_t, bool);
-template <typename D>
-void pair_calls(const PairRows<D>&, int64_t, int64_t, int64_t);
-}  // namespace avx2
-namespace avx512 {
-template <typename D>
-void pair_row(const PairRows<D>&, int64_t, int64_t, int64_t, bool);
-template <typename D>
-void pair_calls(const PairRows<D>&, int64_t, int64_t, int64_t);
-}  // namespace avx512
+TDKERN_EACH_ISA(template <typename D>
+                void pair_row(const PairRows<D>&, int64_t, int64_t, int64_t, bool);
+                template <typename D>
+                void pair_calls(const PairRows<D>&, int64_t, int64_t, int64_t);)
 
 namespace {
 
 constexpr int64_t kChunk = 8192;   // elements a task
 constexpr int64_t kGrain = 16384;  // elements worth a thread
-constexpr int64_t kStream =
-    1024 * 1024;  // bytes of an output that no core's own cache would keep anyway
 
 template <typename D>
 void each_row(const PairRows<D>& in) {
@@ -290,7 +275,7 @@ void each_row(const PairRows<D>& in) {
     return reinterpret_cast<uintptr_t>(rows.data) % 64 == 0 &&
            rows.stride * static_cast<int64_t>(sizeof(D)) % 64 == 0;
   };
-  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(D)) >= kStream &&
+  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(D)) >= kNonTemporalBytes &&
                         aligned(in.x_t) && aligned(in.x_tp);
   const int64_t chunks = (in.n + kChunk - 1) / kChunk;
   torch::stable::parallel_for(
@@ -324,8 +309,7 @@ PairTensors noise_pair(Tensor x0,
                        std::optional<Tensor> offset_at,
                        int64_t first_sample) {
   return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at,
-                                         offset, offset_at, first_sample,
-                                         [](const auto& view) {
+                                         offset, offset_at, first_sample, [](const auto& view) {
                                            if (view.step == 1 && view.n >= kTile)
                                              return each_row(view);
                                            each_call(view);

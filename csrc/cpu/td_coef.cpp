@@ -28,11 +28,11 @@ std::tuple<Tensor, Tensor> td_coef(Tensor noise,
       coef_options(from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx,
                    lambda_base, precond, base_weight, eta, weight, td_lo, td_hi);
   const auto [from, coef, levels] = td_coef_tensors(noise);
-  const double* noises = static_cast<const double*>(from.data_ptr());
-  double *to_coef = static_cast<double*>(coef.data_ptr()),
-         *to_levels = static_cast<double*>(levels.data_ptr());
+  const auto* noises = static_cast<const double*>(from.data_ptr());
+  auto* to_coef = static_cast<Coef*>(coef.data_ptr());
+  auto* to_levels = static_cast<Levels*>(levels.data_ptr());
   for (int64_t b = 0; b < noise.size(0); ++b)
-    td_coef_sample(options, noises[b], to_coef + 8 * b, to_levels + 4 * b);
+    td_coef_sample(options, noises[b], to_coef[b], to_levels[b]);
   return {coef, levels};
 }
 

@@ -23,7 +23,7 @@ struct Chunk {  // elements [0, n) of one sample
   Sample<T> sample;
   bool td, base, consistency;
   Store store;
-  double sum_td = 0, sum_base = 0;  // out
+  Terms<double> sums = {0, 0};  // out
 };
 
 namespace TDKERN_ISA {
@@ -33,8 +33,7 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
   using T = typename Chunk<N, D>::T;
   const Chunk<N, D> c = chunk;
   Vec<T> sum_td = {}, sum_base = {};
-  const auto step = [&](int64_t i, auto... count) __attribute__((
-                        always_inline)) {  // count: where fewer than a vector is left
+  for_each_vector<T>(0, c.n, [&](int64_t i, auto... count) __attribute__((always_inline)) {
     Vec<T> F_p = {}, x_tp = {};
     if constexpr (TD || CONSISTENCY) {
       F_p = load<T>(c.F_p + i, count...);
@@ -49,12 +48,8 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
     } else if constexpr (kStore != Store::none) {
       store<T>(c.dF + i, dF, count...);
     }
-  };
-  int64_t i = 0;
-  for (; i + kLanes<T> <= c.n; i += kLanes<T>) step(i);
-  if (i < c.n) step(i, c.n - i);
-  chunk.sum_td = sum(sum_td);
-  chunk.sum_base = sum(sum_base);
+  });
+  chunk.sums = {sum(sum_td), sum(sum_base)};
 }
 
 template <Norm NORM, Store kStore, typename N, typename D>
@@ -93,50 +88,44 @@ template void scale<double>(double*, int64_t, double);
 }  // namespace TDKERN_ISA
 
 #if defined(TDKERN_LAUNCHER)
-namespace avx2 {
-template <Norm, typename N, typename D>
-void run(Chunk<N, D>&);
-template <typename T>
-void scale(T*, int64_t, T);
-}  // namespace avx2
-namespace avx512 {
-template <Norm, typename N, typename D>
-void run(Chunk<N, D>&);
-template <typename T>
-void scale(T*, int64_t, T);
-}  // namespace avx512
+TDKERN_EACH_ISA(template <Norm, typename N, typename D> void run(Chunk<N, D>&);
+                template <typename T>
+                void scale(T*, int64_t, T);)
 
 namespace {
 
-constexpr int64_t kChunk = 8192;          // elements; sets the order of summation
-constexpr int64_t kGrain = 32768;         // elements worth a thread
-constexpr int64_t kStream = 1024 * 1024;  // bytes of dF that no core's own cache would keep anyway
+constexpr int64_t kChunk = 8192;   // elements; sets the order of summation
+constexpr int64_t kGrain = 32768;  // elements worth a thread
+
+// count: the elements of all of dF, which begins somewhere before `part`.
+template <typename N>
+Store how_to_store(const N* part, int64_t count) {
+  if (part == nullptr) return Store::none;
+  const bool large = count * static_cast<int64_t>(sizeof(N)) >= kNonTemporalBytes;
+  const bool aligned = reinterpret_cast<uintptr_t>(part) % 64 == 0;
+  return large && aligned ? Store::streamed : Store::cached;
+}
 
 // Elements from `begin` of sample b.
 template <typename N, typename D>
 Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, Norm norm, int64_t b, int64_t begin) {
   using T = typename Chunk<N, D>::T;
   const auto at = [&](const auto& rows) { return rows.data + b * rows.stride + begin; };
-  const double* coef = in.coef + 8 * b;
-  const double g_td = in.upstream ? in.upstream[2 * b] : 1,
-               g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
+  const Coef& coef = in.coef[b];
+  const Terms<double> upstream = in.gradient(b);
   N* dF = in.dF.data ? at(in.dF) : nullptr;
-  const bool streamed = in.batch * in.n * static_cast<int64_t>(sizeof(N)) >= kStream &&
-                        reinterpret_cast<uintptr_t>(dF) % 64 == 0;
-  return {at(in.F),
-          at(in.F_p),
-          at(in.x0),
-          at(in.x_t),
-          at(in.x_tp),
-          dF,
-          std::min(in.n - begin, kChunk),
-          make_sample<T>(norm, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp),
-          coef[6] != 0 && g_td != 0,
-          coef[7] != 0 && g_base != 0,
-          in.consistency,
-          dF == nullptr ? Store::none
-          : streamed    ? Store::streamed
-                        : Store::cached};
+  return {.F = at(in.F),
+          .F_p = at(in.F_p),
+          .x0 = at(in.x0),
+          .x_t = at(in.x_t),
+          .x_tp = at(in.x_tp),
+          .dF = dF,
+          .n = std::min(in.n - begin, kChunk),
+          .sample = make_sample<T>(norm, coef, in.n, upstream, in.has_x_t, in.has_x_tp),
+          .td = coef.w_td != 0 && upstream.td != 0,
+          .base = coef.w_base != 0 && upstream.base != 0,
+          .consistency = in.consistency,
+          .store = how_to_store(dF, in.batch * in.n)};
 }
 
 int64_t chunks_per_sample(int64_t n) { return (n + kChunk - 1) / kChunk; }
@@ -169,7 +158,7 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out,
       out, {in.batch, 2},
       x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
   const int64_t chunks = chunks_per_sample(in.n);
-  const auto sums = std::make_unique<double[]>(2 * in.batch * chunks);
+  const auto sums = std::make_unique<Terms<double>[]>(in.batch * chunks);
   by_storage<BFloat16, Half>(
       "td_loss", out.scalar_type(), x0.scalar_type(), [&](auto net, auto data) {
         using N = decltype(net);
@@ -180,18 +169,16 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out,
         each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
           Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
           compute(chunk);
-          sums[2 * (b * chunks + c)] = chunk.sum_td;
-          sums[2 * (b * chunks + c) + 1] = chunk.sum_base;
+          sums[b * chunks + c] = chunk.sums;
         });
-        auto* to = rows<typename Chunk<N, D>::T>(loss).data;
+        auto* to = static_cast<Terms<typename Chunk<N, D>::T>*>(loss.data_ptr());
         for (int64_t b = 0; b < in.batch; ++b) {
-          for (int64_t term = 0; term < 2; ++term) {
-            double sum = 0;
-            for (int64_t c = 0; c < chunks; ++c) sum += sums[2 * (b * chunks + c) + term];
-            const double weight = view.coef[8 * b + 6 + term];
-            to[2 * b + term] =
-                weight == 0 || in.n == 0 ? 0 : weight * sum / static_cast<double>(in.n);
+          Terms<double> sum = {0, 0};
+          for (int64_t c = 0; c < chunks; ++c) {
+            sum.td += sums[b * chunks + c].td;
+            sum.base += sums[b * chunks + c].base;
           }
+          to[b] = weighted_mean<typename Chunk<N, D>::T>(view.coef[b], sum, in.n);
         }
       });
   return {loss, grad};
@@ -221,12 +208,12 @@ void td_loss_backward_(Tensor grad,
         const auto compute = in.norm == Norm::l1 ? TDKERN_PICK(run<Norm::l1, N, D>)
                                                  : TDKERN_PICK(run<Norm::l2, N, D>);
         each_chunk(in.batch, in.n, [&](int64_t b, int64_t c) {
-          const T g_td = view.upstream[2 * b], g_base = view.upstream[2 * b + 1];
-          if (g_td == 1 && g_base == 1) return;
+          const Terms<T> g = view.upstream[b];
+          if (g.td == 1 && g.base == 1) return;
           Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
           if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss
                                                  // scale, dF may have underflowed
-            if (g_td == g_base && g_td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g_td);
+            if (g.td == g.base && g.td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g.td);
           }
           compute(chunk);
         });

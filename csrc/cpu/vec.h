@@ -107,6 +107,18 @@ TDKERN_INLINE void store(S* to, Vec<T> value, int64_t count) {
   memcpy(to, &raw, count * sizeof(S));
 }
 
+// Bytes of a result from which on it is written past the caches: no core's own would keep it.
+constexpr int64_t kNonTemporalBytes = 1024 * 1024;
+
+// step(i) for whole vectors from `begin` on, then step(i, count) for what is left before `end`:
+// `step` hands `count...` on to load and store.
+template <typename T, typename Step>
+TDKERN_INLINE void for_each_vector(int64_t begin, int64_t end, const Step& step) {
+  int64_t i = begin;
+  for (; i + kLanes<T> <= end; i += kLanes<T>) step(i);
+  if (i < end) step(i, end - i);
+}
+
 // The sum of the lanes in float64, as a tree: a chain of scalar adds between two samples would hold
 // up the loads behind it.
 TDKERN_INLINE double sum(Vec<double> v) {

@@ -10,16 +10,21 @@ namespace {
 // So few elements that the averages find the parameter, which they read anew, still in the cache.
 constexpr int kPiece = 2048;
 
-// Every thread that finds an element that is not finite writes the same 1.
+// Every thread that finds an element whose square, as the second moment is stored, is not finite
+// writes the same 1.
 template <typename N>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    finite_kernel(const __grid_constant__ TensorTable table, float* found) {
+    finite_kernel(const __grid_constant__ TensorTable table, GradFactor factor, float* found) {
+  using T = std::conditional_t<std::is_same_v<N, double>, double, float>;
+  const T grad_factor = static_cast<T>(factor.value());
   const TableChunk c = table_chunk(table);
   const N* grad = static_cast<const N*>(c.row[0]) + c.begin;
   constexpr int vec = 16 / sizeof(N);
   const int packed = packs_start(grad) ? c.count / vec * vec : 0;
   bool bad = false;
-  const auto look = [&](auto x) { bad = bad || !(x - x == 0); };
+  const auto look = [&](T grad) {
+    bad = bad || !isfinite(widen(narrow<N, T>(grad_square(grad, grad_factor))));
+  };
 #pragma unroll 4
   for (int i = threadIdx.x * vec; i < packed; i += kThreads * vec) {
     const Pack<N, vec> pack = load_pack<vec>(grad + i);
@@ -34,16 +39,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 struct AdamArguments {
   AdamOptions options;
   Decays decays;
-  // Of lr, grad_scale and clip each is on the device, or else has its value below.
-  Number found_inf, lr, grad_scale, clip;
-  double host_lr, host_grad_scale, host_clip;
+  Number found_inf, lr;
+  GradFactor grad_factor;
   int averages;  // that this launch updates
 
-  __device__ __forceinline__ double grad_factor() const {
-    return clip.value(host_clip) / grad_scale.value(host_grad_scale);
-  }
   __device__ __forceinline__ bool skip() const {
-    return found_inf.value(0) != 0 || !isfinite(grad_factor());
+    return found_inf.value() != 0 || !isfinite(grad_factor.value());
   }
 };
 
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<D, double> ? 2 : kBlo
   const TableChunk c = table_chunk(table);
   __shared__ AdamStep<double> shared;  // two powers in float64: once a block
   if (threadIdx.x == 0)
-    shared = make_adam_step(a.options, a.lr.value(a.host_lr), a.grad_factor(),
+    shared = make_adam_step(a.options, a.lr.value(), a.grad_factor.value(),
                             *static_cast<const float*>(c.row[table.columns - 1]) + 1.0f);
   __syncthreads();
   const AdamStep<T> s = narrow_step<T>(shared);
@@ -120,7 +121,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     ++*static_cast<float*>(table.pointers[i * table.columns + table.columns - 1]);
 }
 
-Tensor found_inf(std::vector<Tensor> grads) {
+// As the kernels take a scalar: where it is on the device, or else its value.
+Number scalar(const char* op,
+              const char* name,
+              const std::optional<Tensor>& tensor,
+              const Tensor& beside) {
+  const Number number = tdkern::number(op, name, tensor);
+  if (!tensor || tensor->is_cpu()) return {nullptr, false, number.value()};
+  STD_TORCH_CHECK(tensor->device() == beside.device(), op, ": ", name,
+                  " must be on the CPU or on the gradients' device");
+  return number;
+}
+
+Tensor found_inf(std::vector<Tensor> grads,
+                 std::optional<Tensor> grad_scale,
+                 std::optional<Tensor> clip) {
   STD_TORCH_CHECK(!grads.empty(), "found_inf: grads must hold a tensor");
   const Launch launch(grads[0]);
   TensorLists lists(1, grads.size());
@@ -129,26 +144,17 @@ Tensor found_inf(std::vector<Tensor> grads) {
     STD_TORCH_CHECK(grad.device() == grads[0].device(), "found_inf: grads must be on one device");
     lists.add("found_inf", row);
   }
+  const GradFactor factor = {scalar("found_inf", "grad_scale", grad_scale, grads[0]),
+                             scalar("found_inf", "clip", clip, grads[0])};
   const Tensor found = torch::stable::new_zeros(grads[0], {}, ScalarType::Float);
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
     if (table.first[table.tensors] == 0) return;
     by_storage<__nv_bfloat16, __half>("found_inf", row.first, row.last, [&](auto grad, auto) {
-      launch("found_inf", finite_kernel<decltype(grad)>, table.first[table.tensors], table,
+      launch("found_inf", finite_kernel<decltype(grad)>, table.first[table.tensors], table, factor,
              static_cast<float*>(found.data_ptr()));
     });
   });
   return found;
-}
-
-// The scalar's place if that is on the device; else null, and its value.
-std::pair<Number, double> on_device(const char* name,
-                                    const std::optional<Tensor>& scalar,
-                                    const Tensor& param) {
-  const Number given = number(name, scalar);
-  if (!scalar || scalar->is_cpu()) return {{nullptr, false}, given.value()};
-  STD_TORCH_CHECK(scalar->device() == param.device(), "adam_ema_: ", name,
-                  " must be on the CPU or on the parameters' device");
-  return {given, 0};
 }
 
 void adam_ema_(std::vector<Tensor> params,
@@ -179,19 +185,18 @@ void adam_ema_(std::vector<Tensor> params,
                   "there or on the CPU");
   const Launch launch(params[0]);
   TensorLists lists = adam_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages, K);
-  const auto [device_lr, host_lr] = on_device("lr", lr, params[0]);
-  const auto [device_scale, host_scale] = on_device("grad_scale", grad_scale, params[0]);
-  const auto [device_clip, host_clip] = on_device("clip", clip, params[0]);
-  const AdamArguments arguments = {{beta1, beta2, eps, weight_decay, decoupled},
-                                   make_decays(wide, 0, K),
-                                   number("found_inf", found_inf),
-                                   device_lr,
-                                   device_scale,
-                                   device_clip,
-                                   host_lr,
-                                   host_scale,
-                                   host_clip,
-                                   static_cast<int>(K)};
+  const AdamArguments arguments = {
+      .options = {.beta1 = beta1,
+                  .beta2 = beta2,
+                  .eps = eps,
+                  .weight_decay = weight_decay,
+                  .decoupled = decoupled},
+      .decays = make_decays(wide, 0, K),
+      .found_inf = number("adam_ema_", "found_inf", found_inf),
+      .lr = scalar("adam_ema_", "lr", lr, params[0]),
+      .grad_factor = {scalar("adam_ema_", "grad_scale", grad_scale, params[0]),
+                      scalar("adam_ema_", "clip", clip, params[0])},
+      .averages = static_cast<int>(K)};
   int64_t* count = skipped ? counter(*skipped) : nullptr;
   each_table(lists, [&](const TensorLists::Row& row, const TensorTable& table) {
     by_storage<__nv_bfloat16, __half>(

@@ -2,7 +2,7 @@
 // at a time, so that their loads are in flight together.
 #pragma once
 
-#include "ema_math.h"
+#include "ema_update_math.h"
 #include "tensor_table.cuh"
 
 namespace tdkern {

@@ -46,7 +46,7 @@ __device__ __forceinline__ void elements(const HeunArrays<N, D, I>& in,
 // Whole packs first, the fewer than a pack that are left by the first threads.
 template <int vec, typename N, typename D, typename I>
 __global__ void __launch_bounds__(kThreads, kBlocks) heun_step_kernel(HeunArrays<N, D, I> in) {
-  const Step<D> step = make_step<D>(in.coef, in.x_hat != nullptr);
+  const Step<D> step = make_step<D>(*in.coef, in.x_hat != nullptr);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x,
                 packs = in.n / vec;
 #pragma unroll 1

@@ -9,10 +9,10 @@ namespace tdkern {
 namespace {
 
 __global__ void __launch_bounds__(kThreads, kBlocks) td_coef_kernel(
-    CoefOptions options, const double* noise, double* coef, double* levels, int64_t batch) {
+    CoefOptions options, const double* noise, Coef* coef, Levels* levels, int64_t batch) {
   for (int64_t b = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; b < batch;
        b += static_cast<int64_t>(gridDim.x) * kThreads)
-    td_coef_sample(options, noise[b], coef + 8 * b, levels + 4 * b);
+    td_coef_sample(options, noise[b], coef[b], levels[b]);
 }
 
 std::tuple<Tensor, Tensor> td_coef(Tensor noise,
@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> td_coef(Tensor noise,
   const auto [from, coef, levels] = td_coef_tensors(noise);
   const int64_t batch = noise.size(0);
   launch("td_coef", td_coef_kernel, grid_of((batch + kThreads - 1) / kThreads), options,
-         static_cast<const double*>(from.data_ptr()), static_cast<double*>(coef.data_ptr()),
-         static_cast<double*>(levels.data_ptr()), batch);
+         static_cast<const double*>(from.data_ptr()), static_cast<Coef*>(coef.data_ptr()),
+         static_cast<Levels*>(levels.data_ptr()), batch);
   return {coef, levels};
 }
 

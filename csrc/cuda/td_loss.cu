@@ -33,13 +33,13 @@ __device__ __forceinline__ Chunk<N, D> chunk_at(const TdLossRows<N, D>& in,
                                                 int64_t b,
                                                 int64_t begin) {
   const auto at = [=](const auto& rows) { return rows.data + b * rows.stride + begin; };
-  return {at(in.F),
-          at(in.F_p),
-          at(in.x0),
-          at(in.x_t),
-          at(in.x_tp),
-          in.dF.data ? at(in.dF) : nullptr,
-          static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
+  return {.F = at(in.F),
+          .F_p = at(in.F_p),
+          .x0 = at(in.x0),
+          .x_t = at(in.x_t),
+          .x_tp = at(in.x_tp),
+          .dF = in.dF.data ? at(in.dF) : nullptr,
+          .count = static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk)};
 }
 
 template <bool TD, Norm BASE, bool CONSISTENCY, int vec, typename N, typename D, typename T>
@@ -81,11 +81,11 @@ __device__ __forceinline__ void loop(const Chunk<N, D>& c,
 template <Norm NORM, int vec, typename N, typename D, typename T>
 __device__ __forceinline__ void compute(
     const TdLossRows<N, D>& in, const Chunk<N, D>& c, int64_t b, T& td, T& base) {
-  const double* coef = in.coef + 8 * b;
-  const double g_td = in.upstream ? in.upstream[2 * b] : 1,
-               g_base = in.upstream ? in.upstream[2 * b + 1] : 1;
-  const Sample<T> sample = make_sample<T>(NORM, coef, in.n, g_td, g_base, in.has_x_t, in.has_x_tp);
-  const bool has_td = coef[6] != 0 && g_td != 0, has_base = coef[7] != 0 && g_base != 0;
+  const Coef& coef = in.coef[b];
+  const Terms<double> upstream = in.gradient(b);
+  const Sample<T> sample = make_sample<T>(NORM, coef, in.n, upstream, in.has_x_t, in.has_x_tp);
+  const bool has_td = coef.w_td != 0 && upstream.td != 0,
+             has_base = coef.w_base != 0 && upstream.base != 0;
   if (has_td && has_base && in.consistency) return loop<true, NORM, true, vec>(c, sample, td, base);
   if (has_td && has_base) return loop<true, NORM, false, vec>(c, sample, td, base);
   if (has_td) return loop<true, Norm::none, false, vec>(c, sample, td, base);
@@ -95,19 +95,10 @@ __device__ __forceinline__ void compute(
     for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] = narrow<N, T>(0);
 }
 
-template <typename T>
-__device__ __forceinline__ void write_loss(
-    T* loss, const double* coef, int64_t b, int64_t n, double td, double base) {
-  const double w_td = coef[8 * b + 6], w_base = coef[8 * b + 7];
-  loss[2 * b] = static_cast<T>(w_td == 0 || n == 0 ? 0 : w_td * td / static_cast<double>(n));
-  loss[2 * b + 1] =
-      static_cast<T>(w_base == 0 || n == 0 ? 0 : w_base * base / static_cast<double>(n));
-}
-
-// sums: [tasks, 2], or null where a sample is one chunk and the loss can be written at once.
+// sums: [tasks], or null where a sample is one chunk and the loss can be written at once.
 template <Norm NORM, int vec, typename N, typename D, typename T>
 __global__ void __launch_bounds__(kThreads, kResident<D>)
-    forward_kernel(TdLossRows<N, D> in, T* loss, T* sums, int64_t chunks) {
+    forward_kernel(TdLossRows<N, D> in, Terms<T>* loss, Terms<T>* sums, int64_t chunks) {
   for (int64_t task = blockIdx.x; task < in.batch * chunks; task += gridDim.x) {
     const int64_t b = task / chunks;
     T td = 0, base = 0;
@@ -115,44 +106,47 @@ __global__ void __launch_bounds__(kThreads, kResident<D>)
     block_sum<kThreads>(td, base);
     if (threadIdx.x == 0) {
       if (sums) {
-        sums[2 * task] = td;
-        sums[2 * task + 1] = base;
+        sums[task] = {td, base};
       } else {
-        write_loss(loss, in.coef, b, in.n, td, base);
+        loss[b] = weighted_mean<T>(in.coef[b], {td, base}, in.n);
       }
     }
   }
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(
-    const T* sums, const double* coef, T* loss, int64_t batch, int64_t n, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sum_kernel(const Terms<T>* sums,
+                                                                const Coef* coef,
+                                                                Terms<T>* loss,
+                                                                int64_t batch,
+                                                                int64_t n,
+                                                                int64_t chunks) {
   for (int64_t b = blockIdx.x; b < batch; b += gridDim.x) {
     double td = 0, base = 0;
     for (int64_t c = threadIdx.x; c < chunks; c += kThreads) {
-      td += sums[2 * (b * chunks + c)];
-      base += sums[2 * (b * chunks + c) + 1];
+      td += sums[b * chunks + c].td;
+      base += sums[b * chunks + c].base;
     }
     block_sum<kThreads>(td, base);
-    if (threadIdx.x == 0) write_loss(loss, coef, b, n, td, base);
+    if (threadIdx.x == 0) loss[b] = weighted_mean<T>(coef[b], {td, base}, n);
   }
 }
 
 // Whether forward's dF, which is for an upstream gradient of 1, is not yet what is asked for.
 template <typename N, typename D>
 __device__ __forceinline__ bool differs(const TdLossRows<N, D>& in, int64_t b) {
-  return in.upstream[2 * b] != 1 || in.upstream[2 * b + 1] != 1;
+  return in.upstream[b].td != 1 || in.upstream[b].base != 1;
 }
 
 template <Norm NORM, int vec, typename N, typename D>
 __device__ __forceinline__ void correct(const TdLossRows<N, D>& in, int64_t b, int64_t begin) {
   using T = typename TdLossRows<N, D>::T;
   const Chunk<N, D> c = chunk_at(in, b, begin);
-  const T g_td = in.upstream[2 * b], g_base = in.upstream[2 * b + 1];
+  const Terms<T> g = in.upstream[b];
   if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF
                                          // may have underflowed
-    if (g_td == g_base && g_td != 0) {
-      for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g_td;
+    if (g.td == g.base && g.td != 0) {
+      for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g.td;
       return;
     }
   }
@@ -224,8 +218,8 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out,
         using D = decltype(data);
         using T = typename TdLossRows<N, D>::T;
         const TdLossRows<N, D> view = td_loss_rows<N, D>(in, want_grad ? &grad : nullptr, nullptr);
-        T* to = rows<T>(loss).data;
-        T* partial = chunks > 1 ? rows<T>(sums).data : nullptr;
+        auto* to = static_cast<Terms<T>*>(loss.data_ptr());
+        auto* partial = chunks > 1 ? static_cast<Terms<T>*>(sums.data_ptr()) : nullptr;
         const auto kernel =
             in.norm == Norm::l1 ? forward_of<Norm::l1>(view) : forward_of<Norm::l2>(view);
         launch("td_loss", kernel, grid_of(in.batch * chunks), view, to, partial, chunks);

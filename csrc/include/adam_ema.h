@@ -3,30 +3,37 @@
 
 #include <cmath>
 
-#include "adam_math.h"
+#include "adam_ema_math.h"
 #include "tensor_lists.h"
 
 namespace tdkern {
 
-// A number that is in memory, the host's or the device's, or that was not given.
+// A number that is in memory, the host's or the device's, or that travels with the arguments.
 struct Number {
-  const void* data;
-  bool wide;  // float64, else float32
-  TDKERN_HD double value(double otherwise = 1) const {
-    return data == nullptr ? otherwise
-           : wide          ? *static_cast<const double*>(data)
-                           : *static_cast<const float*>(data);
+  const void* data;  // null: `given`
+  bool wide;         // float64, else float32
+  double given;
+  TDKERN_HD double value() const {
+    if (data == nullptr) return given;
+    return wide ? *static_cast<const double*>(data) : *static_cast<const float*>(data);
   }
 };
 
-inline Number number(const char* name, const std::optional<Tensor>& tensor) {
-  if (!tensor) return {nullptr, false};
+// 1 where there is no tensor.
+inline Number number(const char* op, const char* name, const std::optional<Tensor>& tensor) {
+  if (!tensor) return {nullptr, false, 1};
   const ScalarType dtype = tensor->scalar_type();
   STD_TORCH_CHECK(
-      tensor->numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float),
-      "adam_ema_: ", name, " must be one float32 or float64");
-  return {tensor->data_ptr(), dtype == ScalarType::Double};
+      tensor->numel() == 1 && (dtype == ScalarType::Double || dtype == ScalarType::Float), op, ": ",
+      name, " must be one float32 or float64");
+  return {tensor->data_ptr(), dtype == ScalarType::Double, 1};
 }
+
+// What every gradient is multiplied by.
+struct GradFactor {
+  Number grad_scale, clip;
+  TDKERN_HD double value() const { return clip.value() / grad_scale.value(); }
+};
 
 inline int64_t* counter(const Tensor& skipped) {
   STD_TORCH_CHECK(skipped.numel() == 1 && skipped.scalar_type() == ScalarType::Long,

@@ -17,8 +17,6 @@
 #include <cstdint>
 #include <optional>
 
-#include "td_math.h"
-
 namespace tdkern {
 
 using torch::headeronly::ScalarType;

@@ -1,7 +1,7 @@
 // ema_update_'s arguments, checked: what the CPU's and CUDA's launchers share.
 #pragma once
 
-#include "ema_math.h"
+#include "ema_update_math.h"
 #include "tensor_lists.h"
 
 namespace tdkern {

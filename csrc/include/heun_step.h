@@ -48,14 +48,14 @@ inline HeunTensors heun_tensors(const Tensor& F,
   const auto laid = [&](const std::optional<Tensor>& tensor) {
     return tensor ? std::optional(laid_as(*tensor, x_next)) : std::nullopt;
   };
-  return {laid_as(F, x_next),
-          laid_as(x, x_next),
-          torch::stable::contiguous(coef),
-          laid(x_hat),
-          laid(noise),
-          x_next,
-          net_input,
-          net_dtype.value_or(ScalarType::Float)};
+  return {.F = laid_as(F, x_next),
+          .x = laid_as(x, x_next),
+          .coef = torch::stable::contiguous(coef),
+          .x_hat = laid(x_hat),
+          .noise = laid(noise),
+          .x_next = x_next,
+          .net_input = net_input,
+          .input_dtype = net_dtype.value_or(ScalarType::Float)};
 }
 
 // The same as plain pointers, for the kernels. N: storage of F, D: the state and the arithmetic, I:
@@ -65,8 +65,8 @@ struct HeunArrays {
   const N* F;
   const D *x, *x_hat, *noise;  // x_hat and noise are null where they are not given
   D* x_next;
-  I* net_input;  // null where none is wanted
-  const double* coef;
+  I* net_input;          // null where none is wanted
+  const StepCoef* coef;  // one
   int64_t n;
 };
 
@@ -76,14 +76,14 @@ HeunArrays<N, D, I> heun_arrays(const HeunTensors& t) {
     return tensor ? static_cast<const D*>(tensor->data_ptr()) : nullptr;
   };
   const bool wanted = t.net_input.numel() > 0;
-  return {static_cast<const N*>(t.F.data_ptr()),
-          static_cast<const D*>(t.x.data_ptr()),
-          state(t.x_hat),
-          state(t.noise),
-          static_cast<D*>(t.x_next.data_ptr()),
-          wanted ? static_cast<I*>(t.net_input.data_ptr()) : nullptr,
-          static_cast<const double*>(t.coef.data_ptr()),
-          t.x.numel()};
+  return {.F = static_cast<const N*>(t.F.data_ptr()),
+          .x = static_cast<const D*>(t.x.data_ptr()),
+          .x_hat = state(t.x_hat),
+          .noise = state(t.noise),
+          .x_next = static_cast<D*>(t.x_next.data_ptr()),
+          .net_input = wanted ? static_cast<I*>(t.net_input.data_ptr()) : nullptr,
+          .coef = static_cast<const StepCoef*>(t.coef.data_ptr()),
+          .n = t.x.numel()};
 }
 
 // Calls fn(N{}, D{}, I{}) with the storage types of F, the state and the network's input.

@@ -45,7 +45,12 @@ inline Span span_of(const Tensor& tensor, size_t row, bool written, bool dense) 
     elements = 1;
     for (int64_t d = 0; d < tensor.dim(); ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
   }
-  return {begin, begin + elements * tensor.element_size(), &tensor, row, written, dense};
+  return {.begin = begin,
+          .end = begin + elements * tensor.element_size(),
+          .tensor = &tensor,
+          .row = row,
+          .written = written,
+          .dense = dense};
 }
 
 // The first byte of every element, in ascending order. As large as the tensor: only for what is not

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "checks.h"
+#include "td_coef_math.h"
 
 namespace tdkern {
 
@@ -36,26 +37,26 @@ inline CoefOptions coef_options(bool from_index,
                                 double td_lo,
                                 double td_hi) {
   const double root_max = pow(sigma_max, 1.0 / rho), root_min = pow(sigma_min, 1.0 / rho);
-  return {from_index,
-          static_cast<double>(steps),
-          sigma_min,
-          sigma_max,
-          rho,
-          sigma_data,
-          k_idx,
-          one_idx,
-          lambda_base,
-          eta,
-          td_lo,
-          td_hi,
-          named<Precond>("precond", precond, {"edm", "ct"}),
-          named<BaseWeight>("base_weight", base_weight,
-                            {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
-          named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
-          root_max,
-          root_min,
-          pow(root_max, rho),
-          pow(root_min, rho)};
+  return {.from_index = from_index,
+          .steps = static_cast<double>(steps),
+          .sigma_min = sigma_min,
+          .sigma_max = sigma_max,
+          .rho = rho,
+          .sigma_data = sigma_data,
+          .k_idx = k_idx,
+          .one_idx = one_idx,
+          .lambda_base = lambda_base,
+          .eta = eta,
+          .td_lo = td_lo,
+          .td_hi = td_hi,
+          .precond = named<Precond>("precond", precond, {"edm", "ct"}),
+          .base_weight = named<BaseWeight>("base_weight", base_weight,
+                                           {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
+          .weight = named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
+          .root_max = root_max,
+          .root_min = root_min,
+          .end_max = pow(root_max, rho),
+          .end_min = pow(root_min, rho)};
 }
 
 struct CoefTensors {

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "overlap.h"
+#include "td_loss_math.h"
 
 namespace tdkern {
 
@@ -38,18 +39,18 @@ inline TdLossInputs td_loss_inputs(const Tensor& out,
   const Tensor coef_wide =
       coef.scalar_type() == ScalarType::Double ? coef : torch::stable::to(coef, ScalarType::Double);
   const Tensor x0_rows = as_rows(x0, layout);
-  return {as_rows(out, layout),
-          as_rows(out_target, layout),
-          x0_rows,
-          x_t ? as_rows(*x_t, layout) : x0_rows,
-          x_tp ? as_rows(*x_tp, layout) : x0_rows,
-          coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide),
-          out.size(0),
-          elements_per_sample(out),
-          x_t.has_value(),
-          x_tp.has_value(),
-          consistency,
-          l1 ? Norm::l1 : Norm::l2};
+  return {.F = as_rows(out, layout),
+          .F_p = as_rows(out_target, layout),
+          .x0 = x0_rows,
+          .x_t = x_t ? as_rows(*x_t, layout) : x0_rows,
+          .x_tp = x_tp ? as_rows(*x_tp, layout) : x0_rows,
+          .coef = coef_wide.is_contiguous() ? coef_wide : torch::stable::contiguous(coef_wide),
+          .batch = out.size(0),
+          .n = elements_per_sample(out),
+          .has_x_t = x_t.has_value(),
+          .has_x_tp = x_tp.has_value(),
+          .consistency = consistency,
+          .norm = l1 ? Norm::l1 : Norm::l2};
 }
 
 // The same as plain pointers, for the kernels. N: storage of the network's outputs and of dF, D: of
@@ -59,29 +60,33 @@ struct TdLossRows {
   using T = std::conditional_t<std::is_same_v<D, double>, double, float>;  // arithmetic and losses
   Rows<const N> F, F_p;
   Rows<const D> x0, x_t, x_tp;
-  Rows<N> dF;          // data is null where no gradient is wanted
-  const double* coef;  // [batch, 8]
-  const T* upstream;   // [batch, 2], or null for an upstream gradient of 1
+  Rows<N> dF;                // data is null where no gradient is wanted
+  const Coef* coef;          // [batch]
+  const Terms<T>* upstream;  // [batch], or null for an upstream gradient of 1
   int64_t batch, n;
   bool has_x_t, has_x_tp, consistency;
+
+  TDKERN_HD Terms<double> gradient(int64_t b) const {
+    return {upstream ? upstream[b].td : 1.0, upstream ? upstream[b].base : 1.0};
+  }
 };
 
 template <typename N, typename D>
 TdLossRows<N, D> td_loss_rows(const TdLossInputs& in, const Tensor* grad, const Tensor* upstream) {
   using T = typename TdLossRows<N, D>::T;
-  return {rows<const N>(in.F),
-          rows<const N>(in.F_p),
-          rows<const D>(in.x0),
-          rows<const D>(in.x_t),
-          rows<const D>(in.x_tp),
-          grad ? rows<N>(*grad) : Rows<N>{nullptr, 0},
-          rows<const double>(in.coef).data,
-          upstream ? rows<const T>(*upstream).data : nullptr,
-          in.batch,
-          in.n,
-          in.has_x_t,
-          in.has_x_tp,
-          in.consistency};
+  return {.F = rows<const N>(in.F),
+          .F_p = rows<const N>(in.F_p),
+          .x0 = rows<const D>(in.x0),
+          .x_t = rows<const D>(in.x_t),
+          .x_tp = rows<const D>(in.x_tp),
+          .dF = grad ? rows<N>(*grad) : Rows<N>{nullptr, 0},
+          .coef = static_cast<const Coef*>(in.coef.data_ptr()),
+          .upstream = upstream ? static_cast<const Terms<T>*>(upstream->data_ptr()) : nullptr,
+          .batch = in.batch,
+          .n = in.n,
+          .has_x_t = in.has_x_t,
+          .has_x_tp = in.has_x_tp,
+          .consistency = in.consistency};
 }
 
 inline void check_backward(const Tensor& grad, const Tensor& upstream, const TdLossInputs& in) {

@@ -264,33 +264,27 @@ class Loss(ABC):
 
         Args:
             net: the online network, `net(x, sigma, labels, augment_labels=, **conditions) -> D`
-                with x [B, ...] and sigma [B] in x's dtype, and behind them what is given and
-                nothing else. It may answer as `preconditioning.tensor_of` says. One whose
-                `preconditioning` equals the loss's, also inside DistributedDataParallel or
-                torch.compile or under `fully_shard`, is called with `raw=True` too and gives F: its
-                preconditioning is then part of the one fused launch.
+                with x [B, ...] and sigma [B] in x's dtype, then what is given and nothing else. It
+                may answer as `preconditioning.tensor_of` says. One whose `preconditioning` is the
+                loss's is called with `raw=True` too and gives F: its preconditioning is then part
+                of the one launch, also inside DDP, torch.compile or `fully_shard`.
             target_net: the same for the target network, or its `EMA`; it runs without gradients,
-                and not at all without a TD term. On the CPU a module that serves the TD term alone
-                runs on the samples that have one, and at least on one; see `_may_count`.
+                and only on samples with a TD term where no device is waited for (see `_choose`).
             batch: from `pair`.
             labels: class labels, one-hot [B, classes] or indices [B], as the networks take them.
             augment_labels: [B, ...], passed on by their name.
             uncertainty: u(sigma) [B] of noise levels [B], such as `weighting.Uncertainty`: a
                 sample's loss L becomes exp(-u) L + u.
-            gradient_scale: a factor of all terms, > 0, in the weights before the launch: the
-                gradient of `terms.loss.sum()` is then handed out as the launch has written it. A
-                factor behind the loss is a second pass over it. EDM's is a sample's elements over
-                the batch size.
+            gradient_scale: a factor of all terms, > 0, in the weights before the launch: behind the
+                loss it would be a second pass over the gradient. EDM's is elements over batch.
             conditions: handed to both networks by their names. Tensors begin with the batch.
 
         Returns:
-            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target
-            network may give NaN there. With `td_share` below 1 a sample that the target network had
-            no place for is as one without a TD term.
+            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out: there the
+            target network may give NaN. `td_share` below 1 takes a sample's TD term away.
 
         Raises:
-            ValueError: a TD term without a target network, a condition of another batch, or a
-                network's output is no tensor or has the wrong shape or dtype.
+            ValueError: no target network for a TD term, or a condition or output that does not fit.
 
         Gradient to `net`'s parameters and `uncertainty`'s only. Deterministic if the networks are.
         No host synchronisation.
@@ -299,29 +293,26 @@ class Loss(ABC):
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
         target_net = target_net.module if isinstance(target_net, EMA) else target_net
         coef = batch.coef.clone()
-        chosen = None if batch.x_tp is None else self._choose(coef, batch.sigma, target_net)
+        chosen = None
+        if batch.x_tp is not None:
+            chosen = self._choose(coef, batch.sigma, target_net)
         coef[:, W_TD:] *= gradient_scale
+        u = None
         if uncertainty is not None:
             u = uncertainty(batch.sigma)
             coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
         outputs = self._outputs(net, target_net, batch, given, chosen)
-        terms = self._weighed_terms(batch, coef, *outputs)
-        loss, (td, base) = terms.sum(1), terms.unbind(1)
-        if uncertainty is not None:
+        terms = self._weighted(outputs, batch, coef)
+        td, base = terms.unbind(1)
+        loss = terms.sum(1)
+        if u is not None:
             # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
             loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
         return TDTerms(loss, td, base, coef[:, W_TD] != 0)
 
-    def _weighed_terms(
-        self,
-        batch: TDBatch,
-        coef: Tensor,
-        out: Tensor,
-        x_t: Tensor | None,
-        out_target: Tensor,
-        x_tp: Tensor | None,
-    ) -> Tensor:
-        """[B, 2], td and base, of outputs that are D where their x is None, else F."""
+    def _weighted(self, outputs: tuple, batch: TDBatch, coef: Tensor) -> Tensor:
+        """[B, 2], td and base, of `_outputs`; an output without its x is D itself."""
+        out, x_t, out_target, x_tp = outputs
         if x_t is None:
             coef[:, SKIP].fill_(0)
             coef[:, SCALE].fill_(1)
@@ -331,12 +322,20 @@ class Loss(ABC):
         dtype = torch.promote_types(out.dtype, out_target.dtype)
         return self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
 
-    def _terms(self, *args: Tensor | None) -> Tensor:
+    def _terms(
+        self,
+        out: Tensor,
+        out_target: Tensor,
+        x0: Tensor,
+        coef: Tensor,
+        x_t: Tensor | None,
+        x_tp: Tensor | None,
+    ) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
 
         A family with another base loss overrides it.
         """
-        return td_loss(*args, backend=self.backend)
+        return td_loss(out, out_target, x0, coef, x_t, x_tp, backend=self.backend)
 
     def _base_weight(self, sigma: Tensor, scale: Tensor) -> Tensor:
         """w of the base loss [B] at noise levels [B], float64; scale: of D = skip x + scale F."""
@@ -365,9 +364,11 @@ class Loss(ABC):
         Of those with a TD term they are as many as `td_share` leaves room for, the largest sigma
         first. The others lose their TD term: in `coef` w_td = 0, and w_base gains the w that it
         would have had. Samples without a TD term fill what room is left, so that the number is
-        ceil(td_share B) wherever the device would have to be waited for; where it need not be
-        there is room for what has a TD term alone. Of a network of several models each runs on as
-        many.
+        ceil(td_share B) wherever the device would have to be waited for. Where it need not be (on
+        the CPU, outside `torch.compile`, transforms and traces, for a module that serves the TD
+        term alone) there is room for what has a TD term alone, and for one sample where nothing
+        has: every process then calls a network under `fully_shard` as often as the others.
+        Of a network of several models each runs on as many.
         """
         num_models = getattr(unwrapped(target_net), "num_models", 1)
         size = room = len(sigma) // num_models

@@ -292,6 +292,7 @@ class CTLoss(Loss):
         return coef
 
     def _draw_index(self, images: Tensor) -> Tensor:
+        assert not callable(self.num_scales)
         if self.lognormal is None:
             return self._draw(
                 images,
@@ -308,6 +309,7 @@ class CTLoss(Loss):
 
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
+        assert self.lognormal is not None
         mean, std = self.lognormal
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         return ndtr((ends.log() - mean) / std).tolist()

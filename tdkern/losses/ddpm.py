@@ -104,5 +104,5 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
         return 1.0, float(self.k)
 
     @property
-    def mean_matching(self) -> bool:
+    def mean_matching(self) -> bool:  # type: ignore[override]
         return self.terminal == "mean"

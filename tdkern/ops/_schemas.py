@@ -27,7 +27,7 @@ SCHEMAS = {
     "td_loss": f"({_TD_LOSS}, bool want_grad) -> (Tensor loss, Tensor grad)",
     "td_loss_backward_": f"(Tensor(a!) grad, Tensor upstream, {_TD_LOSS}) -> ()",
     "ema_update_": "(Tensor(a!)[] averages, Tensor[] params, Tensor decays) -> ()",
-    "found_inf": "(Tensor[] grads) -> Tensor",
+    "found_inf": "(Tensor[] grads, Tensor? grad_scale, Tensor? clip) -> Tensor",
     "adam_ema_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] steps, "

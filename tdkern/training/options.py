@@ -6,7 +6,18 @@ import math
 from dataclasses import dataclass, field
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
-from ..fields import AT_LEAST_1, BELOW_1, EVEN, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
+from ..fields import (
+    AT_LEAST_1,
+    BELOW_1,
+    EVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    WIDTH,
+    check,
+    flag,
+    flags_of,
+)
 from ..losses import Loss
 from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
@@ -30,7 +41,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu")
+SPLIT = ("gpus", "batch_gpu", "shard")
 
 
 def _consistency(family: Family) -> bool:
@@ -98,6 +109,13 @@ class Options:
     )
     ema: float = flag(
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
+    )
+    power_ema: list[float] | None = flag(  # noqa: RUF009  (its default is None)
+        None,
+        "Relative widths of averages by EDM2's power function, such as 0.05,0.10. They are saved "
+        "beside each snapshot, and tdkern ema makes averages of other widths of them.",
+        within=WIDTH,
+        default_help="none",
     )
     dropout: float | None = flag(
         None, "Dropout probability.", within=BELOW_1, default_help="by --family"
@@ -210,6 +228,10 @@ class Options:
     workers: int = flag(1, "Processes that read images.", within=NOT_NEGATIVE)
     transfer: str | None = flag(
         None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"
+    )
+    shard: bool = flag(
+        False,
+        "Each process keeps a share of weights, averages and optimizer (FSDP2); else all.",
     )
     gpus: int = flag(1, "Processes, which torchrun starts.", within=AT_LEAST_1)
 

@@ -1,5 +1,5 @@
-"""adam_ema_ in Triton: a launch a parameter, for its step and its averages. Whether it is skipped
-is read on the device.
+"""adam_ema_ in Triton: one launch per parameter, for its step and its averages. Whether it is
+skipped is read on the device.
 """
 
 import math
@@ -14,7 +14,7 @@ from .ema_update import block_of, update_averages
 from .lists import flat, on_device
 
 
-# s: AdamStep of adam_math.h, in float64.
+# s: AdamStep of adam_ema_math.h, in float64.
 @triton.jit
 def adam_kernel(
     grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr
@@ -43,14 +43,31 @@ def adam_kernel(
         update_averages(averages, decays, p, i, inside, T)
 
 
-def found_inf(grads):
-    """torch's own, which looks at a list in few launches: an element that is not finite makes its
-    tensor's largest so.
+def found_inf(grads, grad_scale, clip):
+    """By torch's own norms, which look at a list in few launches: the largest element of a tensor
+    has its largest square, and one that is NaN is the largest.
     """
-    some = [grad for grad in grads if grad.numel() > 0]
-    if not some:
-        return grads[0].new_zeros((), dtype=torch.float32)
-    return (~torch.stack(torch._foreach_norm(some, math.inf)).isfinite()).any().float()
+    device = grads[0].device
+    factor = _grad_factor(grad_scale, clip, device)
+    found = torch.zeros((), dtype=torch.bool, device=device)
+    for dtype in {grad.dtype for grad in grads}:
+        some = [grad for grad in grads if grad.dtype == dtype and grad.numel() > 0]
+        if not some:
+            continue
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        largest = torch.stack(torch._foreach_norm(some, math.inf)).to(wide) * factor.to(wide)
+        found |= ~(largest * largest).to(dtype).isfinite().all()
+    return found.float()
+
+
+def _grad_factor(grad_scale, clip, device):
+    """clip / grad_scale, in float64 on the device."""
+    one = torch.ones((), dtype=torch.float64, device=device)
+    clip, grad_scale = (
+        one if scalar is None else on_device(scalar.reshape(()), device)
+        for scalar in (clip, grad_scale)
+    )
+    return clip / grad_scale
 
 
 def adam_ema_(
@@ -75,12 +92,8 @@ def adam_ema_(
     if not params:
         return
     device = params[0].device
-    lr, clip, grad_scale = (
-        None if scalar is None else on_device(scalar.reshape(()), device)
-        for scalar in (lr, clip, grad_scale)
-    )
-    decays, one = on_device(decays, device), torch.ones_like(lr)
-    factor = (one if clip is None else clip) / (one if grad_scale is None else grad_scale)
+    lr, decays = on_device(lr.reshape(()), device), on_device(decays, device)
+    factor = _grad_factor(grad_scale, clip, device)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:
         skipped += skip.view_as(skipped)
@@ -88,6 +101,24 @@ def adam_ema_(
     torch._foreach_add_(
         steps, [counted.view_as(count) for count in steps]
     )  # of one tensor it would wait for its value
+    constants = _constants(steps, lr, factor, beta1, beta2, eps, weight_decay, decoupled)
+    flag = skip.to(torch.int32)
+    with torch.cuda.device_of(flag):
+        for i, tensors in enumerate(zip(grads, exp_avgs, exp_avg_sqs, params, strict=True)):
+            _step([*tensors, *averages[i :: len(params)]], decays, constants[i], flag)
+
+
+def _constants(
+    steps: list[Tensor],
+    lr: Tensor,
+    factor: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> Tensor:
+    """[P, 9] float64: each parameter's AdamStep, as adam_kernel reads it."""
     step = torch.stack([count.reshape(()) for count in steps]).double()
     shrink = 1 - lr * weight_decay if decoupled else 1.0
     values = (
@@ -101,35 +132,22 @@ def adam_ema_(
         eps,
         lr / (1 - beta1**step),
     )
-    constants = step.new_empty(len(params), len(values))
+    constants = step.new_empty(len(steps), len(values))
     for column, value in zip(constants.unbind(1), values, strict=True):
         column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
-    flag = skip.to(torch.int32)
-    with torch.cuda.device_of(flag):
-        for i, tensors in enumerate(zip(grads, exp_avgs, exp_avg_sqs, params, strict=True)):
-            n = tensors[0].numel()
-            if n == 0:
-                continue
-            with flat([*tensors, *averages[i :: len(params)]]) as (
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                param,
-                *row,
-            ):
-                block = block_of(param)
-                adam_kernel[(triton.cdiv(n, block),)](
-                    grad,
-                    exp_avg,
-                    exp_avg_sq,
-                    param,
-                    tuple(row) or None,
-                    decays,
-                    constants[i],
-                    flag,
-                    n,
-                    block,
-                )
+    return constants
+
+
+def _step(tensors: list[Tensor], decays: Tensor, constants: Tensor, flag: Tensor) -> None:
+    """One parameter's launch: its gradient, moments, the parameter itself and its averages."""
+    n = tensors[0].numel()
+    if n == 0:
+        return
+    with flat(tensors) as (grad, exp_avg, exp_avg_sq, param, *averages):
+        block = block_of(param)
+        grid = (triton.cdiv(n, block),)
+        row = (tuple(averages) or None, decays, constants, flag, n, block)
+        adam_kernel[grid](grad, exp_avg, exp_avg_sq, param, *row)
 
 
 _backends.library.impl("found_inf.triton", found_inf, _backends.triton_key())

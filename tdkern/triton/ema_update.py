@@ -12,7 +12,7 @@ BLOCK = 2048  # elements a program; float64 has half as many, which registers ho
 
 
 # lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not
-# finite, the average as it is (ema_math.h).
+# finite, the average as it is (ema_update_math.h).
 @triton.jit
 def ema_element(avg, param, weight):
     change = param - avg

@@ -3,6 +3,7 @@ without it.
 """
 
 import ctypes
+import inspect
 import itertools
 import json
 import os
@@ -22,7 +23,7 @@ import torch
 
 import tdkern
 from helpers import ROOT
-from tdkern import schedules
+from tdkern import columns, reference, schedules
 from tdkern.ops import _backends
 
 PACKAGE = Path(tdkern.__file__).parent
@@ -132,9 +133,9 @@ def test_noise_pair_is_short_enough_for_the_memory():
     import sass
 
     rounds = sass.pair_rounds(code)
-    assert len(rounds) == 6
-    for types, ops in rounds.items():
-        assert types == "dd" or len(ops) <= 4 * 92, (types, len(ops))
+    assert len(rounds) == 4
+    for storage, ops in rounds.items():
+        assert storage == "d" or len(ops) <= 4 * 92, (storage, len(ops))
 
 
 def test_python_part_alone_imports_and_trains(tmp_path):
@@ -213,8 +214,52 @@ def test_info():
     )
 
 
-def test_td_math_header_over_numpy():
-    """td_math.h itself against the public definitions."""
+def struct_members(header: str, name: str) -> list[str]:
+    text = (ROOT / "csrc/include" / header).read_text()
+    return re.split(r",\s*", re.search(rf"struct {name} {{.*?double ([^;]*);", text, re.S)[1])
+
+
+def test_csrcs_structs_are_the_columns_of_python():
+    every = set()
+    for struct, count in (("Coef", 8), ("Levels", 4)):
+        members = [member.upper() for member in struct_members("columns.h", struct)]
+        assert [getattr(columns, member) for member in members] == list(range(count))
+        every.update(members)
+    assert every == {name for name in vars(columns) if name.isupper()}
+    order = ", ".join(struct_members("heun_step_math.h", "StepCoef"))
+    assert f"{order} = coef.unbind(0)" in inspect.getsource(reference.heun_step)
+    assert order in re.sub(r"\s+", " ", tdkern.heun_step.__doc__)
+
+
+def parts_at_the_top(text: str) -> list[str]:
+    """What commas part in `text` from behind a brace to the brace that closes it."""
+    depth, parts = 0, [""]
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        if depth < 0:
+            break
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+def test_csrc_fills_no_more_than_four_members_by_place():
+    """Add a member to a struct that is filled by place, and the compiler may not notice."""
+    found = 0
+    for path in [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.c*")]:
+        text = re.sub(r"//.*", "", path.read_text())
+        for match in re.finditer(r"(?:return|[\w>]+ =) \{", text):
+            parts = parts_at_the_top(text[match.end() :])
+            found += len(parts) > 4
+            by_name = parts[0].lstrip().startswith(".")
+            assert by_name or len(parts) <= 4, (path, match[0], parts)
+    assert found >= 10
+
+
+def test_formulas_of_the_headers_over_numpy():
+    """td_coef_math.h and td_loss_math.h themselves against the public definitions."""
     from tdkern import _C
 
     rng = np.random.default_rng(0)

@@ -132,6 +132,9 @@ def test_more_wrong_kinds(backend):
         "betas": 0.9,
     }.items():
         refuses("adam_ema_", name, {**arguments, name: wrong}, backend)
+    arguments = OPS["found_inf"].example(device=device_of(backend))
+    for name, wrong in {"clip": 0.5, "grad_scale": 1.0}.items():
+        refuses("found_inf", name, {**arguments, name: wrong}, backend)
     refuses(
         "td_coef",
         "td_sigma",
@@ -156,7 +159,7 @@ def test_the_optimizer_and_the_average():
         AdamEMA(net.parameters(), averages=[ema.module.parameters()], decays=0.5)
     with pytest.raises(ValueError, match="AdamEMA: averages must hold K lists of tensors"):
         AdamEMA(net.parameters(), averages=[0.5], decays=[0.5])
-    with pytest.raises(ValueError, match="adam_ema_: clip must be a tensor, got float"):
+    with pytest.raises(ValueError, match="AdamEMA: clip must be a tensor, got float"):
         AdamEMA(net.parameters()).step(clip=0.5)
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()

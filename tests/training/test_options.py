@@ -152,6 +152,7 @@ def test_flags_count_before_a_file(tmp_path, data):
         ({"optim": "sgd"}, "optim must be adam or radam, got 'sgd'"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"clip": 0}, "clip must be positive, got 0"),
+        ({"power_ema": [0.05, 0.3]}, "power_ema must be above 0 and at most 12^-0.5, got [0.05"),
         ({"lr_decay": "linear"}, "lr_decay must be none or cosine, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, got 'fp8'"),
         ({"td": "yes"}, "td must be true or false, got 'yes'"),

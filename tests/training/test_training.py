@@ -220,12 +220,13 @@ def test_share_by_default():
         Options(data="", target_precision="fp8")
 
 
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(data, monkeypatch):
+@pytest.mark.parametrize("value", [math.nan, 1e25])
+def test_a_gradient_whose_square_is_not_finite_does_not_reach_the_weights(data, value):
     trainer = Trainer(
         options_of(data=data, duration=1e-3, **TINY | {"lr_rampup_kimg": 0}), this_process()
     )
     parameter = next(trainer.net.parameters())
-    parameter.register_hook(lambda gradient: torch.full_like(gradient, math.nan))
+    parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
     before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
     trainer.train_step(*batch(trainer))
     assert all(

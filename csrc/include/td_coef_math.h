@@ -1,106 +1,12 @@
-// The mathematics of the TD loss for one element and for one sample, without torch. CPU and CUDA
-// both call it: a formula stands here once. Names and equations are the design's (A, kappa, skip,
-// scale, delta).
+// The eight numbers of one sample and its noise levels, without torch; CPU and CUDA both call it.
+// The names are those of docs/mathematics.md.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <limits>
-#include <type_traits>
 
-#if defined(__CUDACC__)
-#define TDKERN_HD __host__ __device__ __forceinline__
-#else
-#define TDKERN_HD inline __attribute__((always_inline))
-#endif
+#include "columns.h"
 
 namespace tdkern {
-
-// ---- one element --------------------------------------------------------------------------------
-
-// a b + c. On the device rounded once, and by name: which products nvcc would fuse by itself
-// depends on the code around them, and with that the bits would. On the CPU the compiler's flags
-// decide.
-template <typename A, typename V>
-TDKERN_HD V multiply_add(A a, V b, V c) {
-#if defined(__CUDA_ARCH__)
-  return fma(static_cast<V>(a), b, c);
-#else
-  return a * b + c;
-#endif
-}
-
-enum class Norm : int { none, l2, l1 };  // of the base loss: off, base^2 or |base|
-
-// A sample's constants at the precision of its arithmetic. dF = grad_td delta + grad_base base, for
-// l1 sign(base).
-template <typename T>
-struct Sample {
-  T skip, scale, skip_p, scale_p, A, A_p, grad_td, grad_base;
-};
-
-// coef: the sample's eight numbers; n: its element count; g_td, g_base: the upstream gradients of
-// its two losses.
-template <typename T>
-TDKERN_HD Sample<T> make_sample(Norm base,
-                                const double* coef,
-                                int64_t n,
-                                double g_td,
-                                double g_base,
-                                bool has_x_t,
-                                bool has_x_tp) {
-  const double unit = -2.0 * coef[1] / static_cast<double>(n);
-  return {static_cast<T>(has_x_t ? coef[0] : 0.0),
-          static_cast<T>(coef[1]),
-          static_cast<T>(has_x_tp ? coef[2] : 0.0),
-          static_cast<T>(coef[3]),
-          static_cast<T>(coef[4]),
-          static_cast<T>(coef[5]),
-          static_cast<T>(unit * coef[6] * g_td * coef[4]),
-          static_cast<T>((base == Norm::l1 ? unit / 2 : unit) * coef[7] * g_base)};
-}
-
-// 0 at 0, and NaN at NaN, so that a step of it can be seen and skipped.
-template <typename T, typename V>
-TDKERN_HD V sign(V x) {
-  if constexpr (std::is_same_v<T, V>) {
-    return x > 0 ? 1 : x < 0 ? -1 : x;
-  } else {  // GCC takes a comparison of vectors wider than the processor's apart, but not this: |x|
-            // by its bits, and a division
-    using Bits = decltype(x > x);
-    using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    return x / (reinterpret_cast<V>(reinterpret_cast<Bits>(x) &
-                                    (Bits{} + std::numeric_limits<Int>::max())) +
-                std::numeric_limits<T>::min());
-  }
-}
-
-// Adds delta^2 and base^2, or |base|, to the sums and returns dF. V is T or a vector of T. A term
-// that is off is not computed at all.
-template <bool TD, Norm BASE, bool CONSISTENCY, typename T, typename V>
-TDKERN_HD V
-td_element(const Sample<T>& s, V F, V F_p, V x0, V x_t, V x_tp, V& sum_td, V& sum_base) {
-  V dF = {};
-  const V e = x0 - multiply_add(s.scale, F, s.skip * x_t);
-  V e_p = {};
-  if constexpr (TD || CONSISTENCY) e_p = x0 - multiply_add(s.scale_p, F_p, s.skip_p * x_tp);
-  if constexpr (TD) {
-    const V delta = multiply_add(s.A, e, -(s.A_p * e_p));
-    sum_td = multiply_add(delta, delta, sum_td);
-    dF = s.grad_td * delta;
-  }
-  if constexpr (BASE != Norm::none) {
-    V base = e;
-    if constexpr (CONSISTENCY) base = e - e_p;
-    V slope = base;
-    if constexpr (BASE == Norm::l1) slope = sign<T>(base);
-    sum_base = multiply_add(slope, base, sum_base);
-    dF = multiply_add(s.grad_base, slope, dF);
-  }
-  return dF;
-}
-
-// ---- one sample ---------------------------------------------------------------------------------
 
 // kappa = r sqrt(1 - eta^2 + (eta r alpha_t / alpha_tau)^2), r = sigma_tau / sigma_t; A = alpha_tau
 // - kappa alpha_t.
@@ -193,7 +99,7 @@ TDKERN_HD double index_of_sigma(const CoefOptions& o, double sigma) {
 }
 
 // The four levels (t, tau, t', tau') and the eight numbers of one sample from its sigma or index.
-TDKERN_HD void td_coef_sample(const CoefOptions& o, double noise, double* coef, double* levels) {
+TDKERN_HD void td_coef_sample(const CoefOptions& o, double noise, Coef& coef, Levels& levels) {
   const double index = o.from_index ? noise : index_of_sigma(o, noise);
   const double sigma = o.from_index ? sigma_of_index(o, index) : noise;
   const double sigma_tau = sigma_of_index(o, index + o.one_idx);
@@ -209,19 +115,19 @@ TDKERN_HD void td_coef_sample(const CoefOptions& o, double noise, double* coef, 
   const bool in_range = o.from_index ? index >= 0.0 : sigma >= o.sigma_min && sigma <= o.sigma_max;
   const bool valid = in_range && index <= o.steps - 1.0 - (o.k_idx + o.one_idx) &&
                      sigma >= o.td_lo && sigma <= o.td_hi;
-  coef[0] = skip;
-  coef[1] = scale;
-  coef[2] = skip_p;
-  coef[3] = scale_p;
-  coef[4] = A;
-  coef[5] = A_p;
-  coef[6] = valid ? td_weighting(o.weight, A, A_p, scale, scale_p) : 0.0;
-  coef[7] = base_weighting(o.base_weight, sigma, o.sigma_data) *
-            (valid ? o.lambda_base : 1.0 + o.lambda_base);
-  levels[0] = sigma;
-  levels[1] = sigma_tau;
-  levels[2] = sigma_p;
-  levels[3] = sigma_tau_p;
+  coef.skip = skip;
+  coef.scale = scale;
+  coef.skip_p = skip_p;
+  coef.scale_p = scale_p;
+  coef.A = A;
+  coef.A_p = A_p;
+  coef.w_td = valid ? td_weighting(o.weight, A, A_p, scale, scale_p) : 0.0;
+  coef.w_base = base_weighting(o.base_weight, sigma, o.sigma_data) *
+                (valid ? o.lambda_base : 1.0 + o.lambda_base);
+  levels.sigma = sigma;
+  levels.sigma_tau = sigma_tau;
+  levels.sigma_p = sigma_p;
+  levels.sigma_tau_p = sigma_tau_p;
 }
 
 }  // namespace tdkern

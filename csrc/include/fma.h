@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #endif
 
-#include "td_math.h"
+#include "device.h"
 
 namespace tdkern {
 

@@ -1,7 +1,7 @@
 // The average of one element, without torch; CPU and CUDA both call it.
 #pragma once
 
-#include "fused.h"
+#include "fma.h"
 
 namespace tdkern {
 

@@ -8,17 +8,11 @@
 // takes the same words through float64 arithmetic, so both precisions draw the same numbers.
 #pragma once
 
+#include <cmath>
+#include <cstdint>
 #include <cstring>
 
-#include "td_math.h"
-
-#if defined(__CUDA_ARCH__)
-#define TDKERN_UNROLL _Pragma("unroll")
-#elif defined(__CUDACC__)  // the host's pass, in which nothing of this runs
-#define TDKERN_UNROLL
-#else
-#define TDKERN_UNROLL _Pragma("GCC unroll 16")
-#endif
+#include "device.h"
 
 namespace tdkern {
 
