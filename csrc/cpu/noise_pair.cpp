@@ -265,7 +265,7 @@ TDKERN_EACH_ISA(template <typename D>
 
 namespace {
 
-constexpr int64_t kChunk = 8192;   // elements a task
+constexpr int64_t kChunk = 8192;   // elements of a task
 constexpr int64_t kGrain = 16384;  // elements worth a thread
 
 template <typename D>
@@ -309,8 +309,7 @@ PairTensors noise_pair(Tensor x0,
                        std::optional<Tensor> offset_at,
                        int64_t first_sample) {
   return noise_pair_with<BFloat16, Half>(x0, alpha, sigma, alpha_p, sigma_p, shared, seed, seed_at,
-                                         offset, offset_at, first_sample,
-                                         [](const auto& view) {
+                                         offset, offset_at, first_sample, [](const auto& view) {
                                            if (view.step == 1 && view.n >= kTile)
                                              return each_row(view);
                                            each_call(view);

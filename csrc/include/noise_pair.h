@@ -23,7 +23,7 @@ struct PairRows {
   Rows<D> x_t, x_tp;
   Column alpha, sigma, alpha_p, sigma_p;
   int64_t seed, offset;
-  int64_t first_sample;  // index of x0's first sample, whose noise is its own
+  int64_t first_sample;                // index of x0's first sample, whose noise is its own
   const int64_t *seed_at, *offset_at;  // where the seed and the offset are instead, if not null
   int64_t batch, n, plane, step;
   bool shared;

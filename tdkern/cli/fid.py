@@ -255,7 +255,7 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
 
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
     its other flags use it and fid calc. Prints a table, where NFE is the number of network
-    evaluations an image, then the same as one line of JSON.
+    evaluations per image, then the same as one line of JSON.
     """
     with joined() as process:
         net, meta = load_network(network, process.device)

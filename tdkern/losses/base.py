@@ -277,8 +277,7 @@ class Loss(ABC):
         Raises:
             ValueError: no target network for a TD term, or a condition or output that does not fit.
 
-        Gradient to `net`'s parameters and `uncertainty`'s only. Deterministic if the networks are.
-        No host synchronisation.
+        Gradient to `net`'s and `uncertainty`'s parameters. Deterministic if they are. No host wait.
         """
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
