@@ -30,8 +30,8 @@ class AdamEMA(torch.optim.Adam):
     added brings "averages", K lists of tensors in the order of its parameters.
 
     Where several processes train together, each steps the parameters or shards that it has. Where
-    those are shards (DTensors of FSDP2 and tensor parallelism, FSDP1), a gradient that is not
-    finite in one process skips the step in all. DDP's gradients are the same in all processes, so
+    those are shards (DTensors of FSDP2 and tensor parallelism, FSDP1), what skips the step in one
+    process skips it in all. DDP's gradients are the same in all processes, so
     nothing is asked of the others there. ZeroRedundancyOptimizer and other optimizers that give
     each process some of the parameters need `flag_group=torch.distributed.group.WORLD` for it.
 
@@ -48,7 +48,7 @@ class AdamEMA(torch.optim.Adam):
         flag_group: a process group that skips a step together: every process of it must call
             `step`. None: where the parameters are shards, those that hold the others.
         takes_grad_scale: whether GradScaler leaves its scale and its check to this step, as to
-            torch's fused Adam: one pass over the gradients and one wait for the device fewer.
+            torch's fused Adam: one wait for the device fewer.
             Lightning's `gradient_clip_val` refuses every such optimizer; clip by `step(clip=)`.
 
     Raises:
@@ -166,6 +166,8 @@ class AdamEMA(torch.optim.Adam):
             with torch.enable_grad():
                 loss = closure()
         _refuse_options(self._name, self.param_groups)
+        if clip is not None and not isinstance(clip, Tensor):
+            raise ValueError(f"{self._name}: clip must be a tensor, got {kind_of(clip)}")
         try:
             self._step(clip)
         except ValueError:
@@ -174,7 +176,7 @@ class AdamEMA(torch.optim.Adam):
         return loss
 
     def _step(self, clip: Tensor | None) -> None:
-        found, grads = self._found_inf(), self._grads()
+        found, grads = self._found_inf(clip), self._grads()
         if grads and self.skipped.device != grads[0].device:  # the parameters have moved
             self.skipped = self.skipped.to(grads[0].device)
         skipped = self.skipped
@@ -249,12 +251,15 @@ class AdamEMA(torch.optim.Adam):
                     "SparseAdam instead"
                 ) from None
 
-    def _found_inf(self) -> Tensor | None:
-        """Whether any process that this one must skip with has a gradient that is not finite; None
-        where there is no gradient and no other process."""
-        found, grads = getattr(self, "found_inf", None), self._grads()  # GradScaler's protocol
-        if found is None and grads:
-            found = found_inf(grads, backend=self.backend)  # over the meshes of DTensors
+    def _found_inf(self, clip: Tensor | None) -> Tensor | None:
+        """Whether any process that this one must skip with has a gradient that no step can be taken
+        with; None where there is no gradient and no other process."""
+        # GradScaler's protocol; its flag is of the gradients alone, not of their squares
+        found, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        grads = self._grads()
+        if grads:  # over the meshes of DTensors
+            own = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=self.backend)
+            found = own if found is None else torch.maximum(own, found.to(own.device))
         group = self.flag_group
         if group is None and not self._flat_shards():
             return found
@@ -282,7 +287,7 @@ class RAdamEMA(AdamEMA):
     """RAdam (arXiv 1908.03265) with averages, in PyTorch's own operations and `ema_update_`.
 
     The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
-    the skipping of steps whose gradients are not all finite are `AdamEMA`'s. The variance that
+    the skipping of steps are `AdamEMA`'s. The variance that
     Adam's first steps divide by is of few gradients: RAdam leaves it out while rho_t <= 5, and
     then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
     rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
@@ -326,9 +331,9 @@ def _factor(
     """By what to multiply gradients, and whether the step is taken, scalars on the device."""
     factor = torch.ones((), dtype=torch.float64, device=found_inf.device)
     if clip is not None:
-        factor = factor * clip
+        factor = factor * _shards.local_of(clip)
     if grad_scale is not None:
-        factor = factor / grad_scale
+        factor = factor / _shards.local_of(grad_scale)
     return factor, (found_inf == 0) & factor.isfinite()
 
 

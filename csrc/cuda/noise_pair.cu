@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(kThreads,
 
     __syncthreads();  // the keys are there, and the last task's sample has been read
     if (threadIdx.x == 0) s = in.sample(b);
-#pragma unroll 1
-    for (int first = 0; first < count; first += kRound) {
+#pragma unroll 1  // x_tp goes on here: all three behind the stores, and nvcc copies them first
+    for (int first = 0; first < count; first += kRound, x_tp += kRound) {
       const int call = first / 4 + static_cast<int>(threadIdx.x), left = count - 4 * call;
       Elements<D> e{};
       int64_t at[4];
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kThreads,
       if constexpr (packed) {
         store_pack<4>(x_t, e.x_t);
         store_pack<4>(x_tp, e.x_tp);
-        x0 += kRound, x_t += kRound, x_tp += kRound;
+        x0 += kRound, x_t += kRound;
       } else {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {

@@ -1,9 +1,9 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert` and `demo`."""
+"""The command line, `tdkern`: each of COMMANDS is a module of its own."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "bench", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

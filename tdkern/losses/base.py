@@ -3,7 +3,7 @@
 The evaluation is the same for every family, prediction and coupling.
 """
 
-import dataclasses
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE, W_TD
 from ..ema import EMA
-from ..fields import flag
+from ..fields import flag, short
 from ..ops import noise_pair, td_loss
 from ..ops._modes import can_check_values
 from ..ops.td_coef import BASE_WEIGHTS
@@ -203,7 +203,16 @@ class Loss(ABC):
             first: index of the part's first sample in the batch.
             samples: of the whole batch.
         """
-        return dataclasses.replace(self, place=(first, samples))
+        return self._with(place=(first, samples))
+
+    def _with(self, **changes) -> "Loss":
+        """This loss with other values of its fields, which are not checked anew: a curriculum's
+        first steps may have what is refused of a whole run, such as no TD term yet.
+        """
+        loss = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(loss, name, value)
+        return loss
 
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
@@ -338,7 +347,14 @@ class Loss(ABC):
         if not callable(self.base_weight) and self.base_weight not in self.base_weights:
             raise ValueError(
                 f"{type(self).__name__}: base_weight must be one of "
-                f"{', '.join(self.base_weights)}, or a callable, got {self.base_weight!r}"
+                f"{', '.join(self.base_weights)}, or a callable, got {short(self.base_weight)}"
+            )
+
+    def _check_lambda_base(self) -> None:
+        value = self.lambda_base
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}: lambda_base must be a number >= 0, got {short(value)}"
             )
 
     def _choose(self, coef: Tensor, sigma: Tensor, target_net) -> Tensor | None:

@@ -164,8 +164,8 @@ def ablation(
 
     It solves dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma).
 
-    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The
-    defaults are `heun`.
+    `sigmas` is the discretization, as of `ablation_sigmas`: t_i = t(sigma_i). By default this is
+    `heun`.
 
     | schedule | sigma(t) | | scaling | s(t) |
     | --- | --- | --- | --- | --- |
@@ -196,47 +196,48 @@ def ablation(
     """
     levels = checked_levels("ablation", sigmas, denoiser, falling=False)
     _check(levels, solver, schedule, scaling, alpha)
-    ode = _ODE(denoiser, SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling])
-    hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
+    ode = Ode(denoiser, SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling])
     draw = unit_noise(generator, randn_like) if S_churn > 0 else None
-    midpoint = alpha if solver == "heun" else None
-    return _solve(ode, x, levels, hats, draw, S_noise, midpoint, callback)
+    hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
+    return _solve(
+        ode, x, levels, hats, alpha if solver == "heun" else None, S_noise, draw, callback
+    )
 
 
-class _ODE(NamedTuple):
-    """dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma)."""
+class Ode(NamedTuple):
+    """dx/dt along a schedule and a scaling."""
 
     denoiser: Callable
     path: SigmaOfTime
     scaling: Scaling
 
     def derivative(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        """dx/dt, and the denoised image that it is made of."""
+        """dx/dt, and the D in it."""
         sigma, slope = self.path.sigma(t), self.path.slope(t)
-        scale = self.scaling.s(sigma)
+        s = self.scaling.s(sigma)
         growth = slope / sigma  # sigma' / sigma
         shrink = slope * self.scaling.shrink(sigma)  # -s' / s
-        denoised = denoise(self.denoiser, x / scale, sigma)
-        return (growth - shrink) * x - growth * scale * denoised, denoised
+        denoised = denoise(self.denoiser, x / s, sigma)
+        return (growth - shrink) * x - growth * s * denoised, denoised
 
 
 def _solve(
-    ode: _ODE,
+    ode: Ode,
     x: Tensor,
     levels: list[float],
     hats: list[float],
-    draw: Callable | None,
-    S_noise: float,
     alpha: float | None,
-    callback: Callable | None,
+    S_noise: float,
+    draw,
+    callback,
 ) -> Tensor:
-    """The steps from level to level, each from its raised level; Euler's where alpha is None."""
-    s, time = ode.scaling.s, ode.path.time
+    """The state after all steps: of second order with an alpha, and of raised noise with a draw."""
+    path, s = ode.path, ode.scaling.s
     x = s(levels[0]) * x
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         sigma_hat = hats[step]
-        t_hat = time(sigma_hat)
-        t_next = time(sigma_next) if sigma_next > 0 else 0.0
+        t_hat = path.time(sigma_hat)
+        t_next = path.time(sigma_next) if sigma_next > 0 else 0.0
         x_hat = s(sigma_hat) / s(sigma) * x
         if draw is not None:
             x_hat = x_hat + s(sigma_hat) * S_noise * math.sqrt(sigma_hat**2 - sigma**2) * draw(x)

@@ -1,9 +1,10 @@
 """Checkpoints on disk: what is saved is whole or not there, and reading one executes nothing.
 
-A run directory holds two kinds, each a directory named by its kimg, as EDM numbers them, to the
+A run directory holds these kinds, each a directory named by its kimg, as EDM numbers them, to the
 image:
 
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
+    averages-snapshot-002500.096/  with --power-ema, the averages that `tdkern ema` needs; all kept
     training-state-002500.096/     what training needs to go on to the same weights, bit for bit
 
 In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its
@@ -42,9 +43,9 @@ from . import formats
 from .formats import FORMAT, NEXT_FORMAT
 from .options import FREE
 
-SNAPSHOT, STATE = "network-snapshot", "training-state"
+SNAPSHOT, AVERAGES, STATE = "network-snapshot", "averages-snapshot", "training-state"
 TENSORS, META = "tensors.safetensors", "meta.json"
-NAME = re.compile(rf"({SNAPSHOT}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
+NAME = re.compile(rf"({SNAPSHOT}|{AVERAGES}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
 GRID = re.compile(r"fakes-(\d{6,})\.(\d{3})\.png", re.ASCII)
 ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
 # what tdkern writes into a run directory, beside checkpoints and grids
@@ -88,7 +89,7 @@ def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta:
 
     Args:
         run_dir: the run's directory.
-        kind: SNAPSHOT or STATE.
+        kind: SNAPSHOT, AVERAGES or STATE.
         nimg: images trained on, which names the checkpoint.
         tensors: by name, on any device.
         meta: anything JSON can hold.
@@ -164,7 +165,7 @@ def keep_newest(
     Args:
         run_dir: the run's directory. All its checkpoints are whole, so nothing is lost at any
             moment.
-        kind: SNAPSHOT or STATE.
+        kind: SNAPSHOT, AVERAGES or STATE.
         count: so many stay.
         kept: of the images trained on, whether an older one stays too.
     """

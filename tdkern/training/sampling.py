@@ -124,8 +124,7 @@ def sample(
         draws = Draws(seeds, next(net.parameters()).device)
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
         x = draws.normal(torch.empty(len(seeds), *shape, dtype=torch.float64))
-        if sigmas[0] < float("inf"):  # else the state is the unit noise itself
-            x = x * float(sigmas[0])
+        x = x * _start(sigmas)
         given = labels
         if network["label_dim"] and labels is None:
             given = draws.labels(network["label_dim"], class_idx, classes)
@@ -139,6 +138,11 @@ def sample(
     if not images.isfinite().all():
         raise NotFinite(_where_it_began(run, sigmas))
     return to_uint8(images)
+
+
+def _start(sigmas: Tensor) -> float:
+    """The factor of unit noise in a sampler's first state, which in pure noise is the noise."""
+    return float(sigmas[0]) if sigmas[0] < float("inf") else 1.0
 
 
 class Draws:

@@ -12,7 +12,7 @@ import torch
 from helpers.adam_ema import DECAYS, LIE, SHAPES, close, flatten, problem, widened
 from helpers.cases import DTYPES, device_of
 from tdkern.ops import _backends, adam_ema_, found_inf
-from tdkern.optim import AdamEMA
+from tdkern.optim import AdamEMA, RAdamEMA
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -225,7 +225,7 @@ def test_opcheck_and_compile(compiled_backend):
     )
     torch.library.opcheck(
         _backends.op("found_inf", compiled_backend),
-        (lists[1],),
+        (lists[1], scalar, None),
         test_utils=("test_schema", "test_faketensor"),
     )
     expected = widened(lists)
@@ -555,6 +555,38 @@ def test_a_bad_gradient_in_one_group_skips_all_and_is_counted_once():
     assert optimizer.skipped.item() == 1
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(state["step"].item() == 1 for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("takes_grad_scale", [False, True])
+@pytest.mark.parametrize("scaled", [False, True], ids=["alone", "GradScaler"])
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
+def test_a_gradient_whose_square_overflows_holds_no_parameter(kind, scaled, takes_grad_scale):
+    """Once 1e25: that step is left out and counted, and the parameter goes on as if it had not
+    been."""
+    ends = []
+    for huge in (False, True):
+        param = torch.nn.Parameter(torch.ones(3))
+        average = param.detach().clone()
+        optimizer = kind(
+            [param],
+            0.1,
+            averages=[[average]],
+            decays=[0.5],
+            takes_grad_scale=takes_grad_scale,
+        )
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        for it in range(4):
+            if it == 2 and not huge:
+                continue
+            optimizer.zero_grad()
+            factor = torch.tensor([1.0, 1e25, 1.0]) if it == 2 else torch.ones(3)
+            scaler.scale((param * factor).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert optimizer.skipped.item() == huge
+        assert optimizer.state[param]["step"].item() == 3
+        ends.append((param.detach(), average))
+    assert all(map(torch.equal, *ends)) and (ends[1][0] < 0.71).all()
 
 
 @pytest.mark.parametrize("unscale", [False, True])

@@ -159,7 +159,7 @@ def test_the_optimizer_and_the_average():
         AdamEMA(net.parameters(), averages=[ema.module.parameters()], decays=0.5)
     with pytest.raises(ValueError, match="AdamEMA: averages must hold K lists of tensors"):
         AdamEMA(net.parameters(), averages=[0.5], decays=[0.5])
-    with pytest.raises(ValueError, match="adam_ema_: clip must be a tensor, got float"):
+    with pytest.raises(ValueError, match="AdamEMA: clip must be a tensor, got float"):
         AdamEMA(net.parameters()).step(clip=0.5)
     embedding = torch.nn.Embedding(10, 4, sparse=True)
     embedding(torch.tensor([1, 2])).sum().backward()

@@ -209,9 +209,8 @@ def test_share_by_default():
     )
     for td_sigma, share in (
         ([70.0, 80.0], 1e-4),
-        ([-1.0, 0.0], 1e-4),
         ([-1.0, 80.0], 1),
-    ):  # next to none, none, nearly all
+    ):  # next to none, nearly all
         assert options_of(data="", batch=512, td_sigma=td_sigma, td_share=None).loss[
             "td_share"
         ] == pytest.approx(share, abs=1e-12)
