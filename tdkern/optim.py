@@ -309,7 +309,7 @@ class RAdamEMA(AdamEMA):
         grad_scale = getattr(self, "grad_scale", None)
         factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
         exp_avgs, exp_avg_sqs, steps = state
-        rows = _shards.local_rows(
+        own, exp_avgs, exp_avg_sqs, grads = _shards.local_rows(
             self._name,
             params,
             {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
@@ -317,7 +317,7 @@ class RAdamEMA(AdamEMA):
         )
         for step in steps:
             step.add_(taken)
-        _radam(*rows, torch.stack(steps), factor, taken, group)
+        _radam(own, exp_avgs, exp_avg_sqs, grads, torch.stack(steps), factor, taken, group)
         if averages:
             if not isinstance(decays, Tensor):
                 decays = torch.tensor(decays, dtype=torch.float64)
@@ -382,13 +382,13 @@ def _radam(
     _average(exp_avg_sqs, grads, (1 - beta2) * kept)
 
     plain, rectified, by_variance = (vector.unbind() for vector in _rectified(steps, group))
-    weights = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(weights, group["eps"])
-    torch._foreach_reciprocal_(weights)
-    torch._foreach_mul_(weights, rectified)
+    by_spread = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(by_spread, group["eps"])
+    torch._foreach_reciprocal_(by_spread)
+    torch._foreach_mul_(by_spread, rectified)
     weights = [
         torch.where(by, weight, value.to(weight.dtype))
-        for by, weight, value in zip(by_variance, weights, plain, strict=True)
+        for by, weight, value in zip(by_variance, by_spread, plain, strict=True)
     ]
     torch._foreach_mul_(weights, exp_avgs)
     torch._foreach_mul_(weights, lr)
