@@ -212,6 +212,7 @@ def test_found_inf_looks_at_what_adam_squares(backend, dtype):
         ({"clip": 4.0, "grad_scale": 8.0}, 0),
         ({"clip": 8.0, "grad_scale": 4.0}, 1),
         ({"clip": math.nan}, 1),
+        ({"clip": 1e-30, "grad_scale": 1e-30}, 0),
     ):
         for device in dict.fromkeys(("cpu", device_of(backend))):
             given = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
