@@ -1,6 +1,7 @@
 # Everything from a fresh clone: `make demo` runs the main job, `make test` the tests. Each sets up what it needs.
 PYTHON ?= python3
 VENV ?= .venv
+# It is named in each install, as torch-fidelity's torchvision would bring the newest.
 # For a GPU: make TORCH=torch, or your own environment and `pip install --no-build-isolation .`
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
@@ -25,6 +26,7 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*/*.h csrc/*/*.cuh csrc/*/*.cu csrc/*/*.cpp)
 
 # One wheel for this Python, in dist/; torch's libraries are torch's, and left out.
@@ -39,14 +41,14 @@ test-oldest: wheel
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet $(TORCH_OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
-	$(OLDEST)/bin/python -m pip install --quiet "tdkern[test]"
+	$(OLDEST)/bin/python -m pip install --quiet "tdkern[test]" $(TORCH_OLDEST)
 	cd tests && ../$(OLDEST)/bin/python -m pytest $(PARALLEL) --ignore=house --ignore=gpu --ignore=ops/test_cuda_host.py
 
 $(VENV)/.ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "cmake>=3.24" ninja "pybind11>=2.12"
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,lint]" $(TORCH)
 	touch $@
 
 clean:

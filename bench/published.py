@@ -43,13 +43,16 @@ def eager_td_edm(
     *,
     sigma_data: float = 0.5,
     lambda_edm: float = 0.5,
+    denoised: bool = False,
 ) -> Tensor:
     """Per-sample TD+EDM loss [B]: online weight, Markov coupling, `levels` [B, 4] as `td_coef`
-    returns them.
+    returns them. denoised: whether F and F_p are the denoised images already.
     """
     sigma, sigma_tau, sigma_p, sigma_tau_p = (_column(level, x0) for level in levels.unbind(1))
 
     def denoise(x, F, sigma):
+        if denoised:
+            return F
         c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
         c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
         return c_skip * x + c_out * F

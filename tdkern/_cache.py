@@ -1,6 +1,7 @@
 """Tensors that are made once."""
 
 from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 
@@ -14,7 +15,6 @@ def tensor_cache(maxsize: int | None = None):
     def decorate(make):
         kept = lru_cache(maxsize)(make)
 
-        @wraps(make)
         def call(*args):
             real = (
                 not torch.compiler.is_compiling()
@@ -22,7 +22,8 @@ def tensor_cache(maxsize: int | None = None):
             )
             return kept(*args) if real else make(*args)
 
-        call.cache_clear = kept.cache_clear
-        return call
+        cached: Any = wraps(make)(call)
+        cached.cache_clear = kept.cache_clear
+        return cached
 
     return decorate

@@ -1,6 +1,7 @@
 """What this installation is and can do."""
 
 import platform
+from importlib import import_module
 
 import numpy
 import torch
@@ -19,9 +20,7 @@ def info() -> dict:
         "devices": names}. Plain values, ready for JSON.
     """
     try:
-        from . import _C
-
-        build = _C.build()
+        build = import_module("._C", __package__).build()
     except ImportError:
         build = None
     try:

@@ -50,7 +50,7 @@ class Family:
     loss: type[Loss]
     td_loss: type[Loss]
     wrapper: type[Preconditioned]
-    arguments: Callable[[Loss, bool], dict] = lambda loss, fourier: {}
+    arguments: Callable[..., dict] = lambda loss, fourier: {}
     sampler: str = "heun"
     sampler_with_steps: str = "heun"
     fixed: dict = field(default_factory=dict)
@@ -103,11 +103,12 @@ def _edm(loss: EDMLoss, fourier: bool) -> dict:
 
 
 def _ct(loss: CTLoss, fourier: bool) -> dict:
+    # easy consistency tuning goes on from EDM's weights, in EDM's preconditioning
     return {
         "sigma_data": loss.sigma_data,
-        "sigma_min": loss.sigma_min,
+        "sigma_min": 0.0 if loss.continuous else loss.sigma_min,
         "sigma_max": loss.sigma_max,
-        "time_scale": 0.25 if fourier else 250.0,
+        "time_scale": 0.25 if fourier or loss.continuous else 250.0,
     }
 
 
@@ -132,7 +133,7 @@ FAMILIES = {
         _ct,
         sampler="onestep",
         sampler_with_steps="multistep",
-        dropout=0.0,  # the target network, which the network is compared with, has none
+        dropout=0.0,
         consistency=True,
     ),
     "ddpm": Family(DDPMLoss, TDDDPMLoss, Denoiser, _ddpm),

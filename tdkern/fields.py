@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 LARGEST = 2**53  # up to which a float is exact: no count of images or steps is more
 KINDS = {
@@ -34,6 +34,7 @@ NOT_NEGATIVE = Range("must be at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1 = Range("must be at least 1", lambda value: 1 <= value < math.inf)
 UNIT = Range("must be in [0, 1]", lambda value: 0 <= value <= 1)
 EVEN = Range("must be positive and even", lambda value: value > 0 and value % 2 == 0)
+WIDTH = Range("must be above 0 and at most 12^-0.5", lambda value: 0 < value <= 12**-0.5)
 BELOW_1 = Range("must be in [0, 1)", lambda value: 0 <= value < 1)
 
 
@@ -47,7 +48,7 @@ def flag(
     default_help: str | None = None,
     only: Callable | None = None,
     filled=None,
-    kw_only: bool = dataclasses.MISSING,
+    kw_only: Any = dataclasses.MISSING,
 ):
     """A dataclass field that is a flag of `tdkern train` too.
 
@@ -91,22 +92,26 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
     for field in fields:
         name, value, rules = field.name, values[field.name], field.metadata
         if not _is_of(value, field.type, whole):
-            raise ValueError(f"{name} must be {_described(field.type)}, got {_short(value)}")
+            raise ValueError(f"{name} must be {_described(field.type)}, got {short(value)}")
         if value is None:
             continue
         if rules.get("choices") and isinstance(value, str) and value not in rules["choices"]:
-            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {_short(value)}")
+            raise ValueError(f"{name} must be {_listed(rules['choices'])}, got {short(value)}")
         _check_range(name, value, rules.get("within") or FINITE)
 
 
 def _check_range(name: str, value, within: Range) -> None:
     for number in value if isinstance(value, list | tuple) else (value,):
         if isinstance(number, int | float) and not within.holds(number):
-            raise ValueError(f"{name} {within.text}, got {_short(value)}")
+            raise ValueError(f"{name} {within.text}, got {short(value)}")
 
 
-def _short(value) -> str:
-    """The beginning of a value, which may be a file's."""
+def short(value) -> str:
+    """A value in an error message, in part of a line: the beginning of what is long, and what a
+    tensor or an array is rather than its numbers.
+    """
+    if hasattr(value, "shape"):
+        return f"{type(value).__name__} {list(value.shape)}"
     text = ascii(value)
     return text if len(text) < 80 else f"{text[:80]}..."
 
@@ -124,7 +129,9 @@ def base_type(hint):
 
 
 def _alternatives(hint) -> tuple:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    """The types that a value may have; a callable is for Python alone, no option is one."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(kind for kind in kinds if kind is not Callable)
 
 
 def _is_of(value, hint, whole: bool) -> bool:

@@ -245,10 +245,10 @@ class DDPM(VariancePreserving):
             if self.beta_schedule not in BETA_SCHEDULES:
                 raise self._wrong_betas(repr(self.beta_schedule))
             return
-        betas = as_float64(self.beta_schedule)
-        if betas.shape != (self.T,):
-            raise self._wrong_betas(f"numbers of shape {list(betas.shape)}")
-        betas = tuple(betas.tolist())
+        given = as_float64(self.beta_schedule)
+        if given.shape != (self.T,):
+            raise self._wrong_betas(f"numbers of shape {list(given.shape)}")
+        betas = tuple(given.tolist())
         if not (all(0 < beta < 1 for beta in betas[:-1]) and 0 < betas[-1] <= 1):
             raise self._wrong_betas(f"numbers from {min(betas)} to {max(betas)}")
         object.__setattr__(self, "beta_schedule", betas)  # hashable, also of a list or a tensor
@@ -264,7 +264,7 @@ class DDPM(VariancePreserving):
         return not isinstance(self.beta_schedule, str) and self.beta_schedule[-1] == 1
 
     @property
-    def t_max(self) -> float:
+    def t_max(self) -> float:  # type: ignore[override]
         return float(self.T)
 
     def _table(self, device: torch.device) -> Tensor:
@@ -383,7 +383,7 @@ class VP(VariancePreserving):
             )
 
     @property
-    def t_min(self) -> float:
+    def t_min(self) -> float:  # type: ignore[override]
         return self.epsilon_t
 
     t_end = t_min
@@ -456,12 +456,16 @@ class FlowMatching(Schedule):
     left and it is infinite. `samplers.heun` steps well along these levels in flow's own time,
     `time="flow"`.
 
+    A `shift` s above 1 moves times towards the noise (arXiv 2403.03206, eq. 23): the path's own
+    time, which is sigma and what a network is told, is s t / (1 + (s - 1) t).
+
     Raises:
-        ValueError: not 0 < t_min < t_max <= 1.
+        ValueError: not 0 < t_min < t_max <= 1, or `shift` is not above 0.
     """
 
     t_min: float = 1e-3
     t_max: float = 0.999
+    shift: float = 1.0
 
     def __post_init__(self):
         if not 0 < self.t_min < self.t_max <= 1:
@@ -469,24 +473,69 @@ class FlowMatching(Schedule):
                 "FlowMatching: t_min and t_max must satisfy 0 < t_min < t_max <= 1, got "
                 f"{self.t_min} and {self.t_max}"
             )
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"FlowMatching: shift must be a number above 0, got {self.shift}")
 
     @property
     def ends_in_noise(self) -> bool:
         return self.t_max == 1
 
     @property
-    def t_end(self) -> float:
+    def t_end(self) -> float:  # type: ignore[override]
         return self.t_min
 
     def alpha(self, t) -> Tensor:
-        return 1 - as_float64(t)
+        return (1 - as_float64(t)) / self._slowing(t)
 
     def sigma(self, t) -> Tensor:
-        return as_float64(t)
+        return self.shift * as_float64(t) / self._slowing(t)
+
+    def _slowing(self, t) -> Tensor:
+        return 1 + (self.shift - 1) * as_float64(t)
 
     def time(self, sigma_hat) -> Tensor:
-        return flow_time(as_float64(sigma_hat))
+        sigma = flow_time(as_float64(sigma_hat))
+        return sigma / (self.shift - (self.shift - 1) * sigma)
 
     def times(self, steps: int) -> Tensor:
         """[steps] times from t_max to t_min, evenly spread."""
         return torch.linspace(self.t_max, self.t_min, steps, dtype=torch.float64)
+
+
+# diffusers' words for what a network predicts
+DIFFUSERS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+
+
+def of_scheduler(scheduler) -> tuple[str, DDPM | FlowMatching]:
+    """What a diffusers scheduler says of the network and of the path that it is trained on.
+
+    Args:
+        scheduler: one with `betas`, such as DDPMScheduler and those of its kind, zero terminal SNR
+            (`rescale_betas_zero_snr`) among them, or of flow matching, with its `shift`, such as
+            FlowMatchEulerDiscreteScheduler.
+
+    Returns:
+        (prediction, path), prediction a name of `preconditioning.PREDICTIONS`. The path's times 1
+        to T are the scheduler's timesteps 0 to T - 1.
+
+    Raises:
+        ValueError: it is another, or predicts something else.
+    """
+    name, config = type(scheduler).__name__, scheduler.config
+    betas = getattr(scheduler, "betas", None)
+    if betas is None:
+        shift = getattr(config, "shift", None)
+        if not isinstance(shift, int | float) or getattr(config, "use_dynamic_shifting", False):
+            raise ValueError(
+                "from_scheduler: scheduler must have betas, or a fixed shift of flow matching, got "
+                f"{name}"
+            )
+        return "velocity", FlowMatching(shift=float(shift))
+    if config.prediction_type not in DIFFUSERS_PREDICTIONS:
+        known = ", ".join(DIFFUSERS_PREDICTIONS)
+        raise ValueError(
+            f"from_scheduler: the prediction_type of {name} must be one of {known}, got "
+            f"{config.prediction_type!r}"
+        )
+    betas = tuple(as_float64(betas).tolist())
+    return DIFFUSERS_PREDICTIONS[config.prediction_type], DDPM(len(betas), betas)

@@ -132,7 +132,7 @@ def processes(root: Path, data: Path, choose: random.Random, count: int) -> dict
         for rank in choose.choice([ranks[:1], ranks[1:], ranks]) if kill else ():
             rank.kill()
         for rank in ranks:
-            rank.join(300)
+            rank.join(400)
             assert rank.exitcode is not None, "a rank hangs"
         return any(rank.exitcode for rank in ranks)
 

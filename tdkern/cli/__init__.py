@@ -1,16 +1,16 @@
-"""The command line: `tdkern train`, `generate`, `fid`, `dataset`, `convert` and `demo`."""
+"""The command line, `tdkern`: each of COMMANDS is a module of its own."""
 
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "bench", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:
     import click
 except ModuleNotFoundError:
 
-    def main():
+    def main(**_: object) -> None:
         sys.exit("tdkern: click is not installed; run: pip install 'tdkern[train]'")
 else:
     from .errors import one_line_errors, open_standard_streams

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..data import save_grid, save_image
 from ..data.files import remove_leftovers
 from ..families import default_sampler
+from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..samplers.ddim import VARIANCES
@@ -151,8 +152,8 @@ def generate(
     """Draw images from a trained network, by default with EDM's second-order sampler.
 
     An image depends on its seed, not on the others. Its latent is drawn in float64, in which the
-    samplers run; EDM's generate.py draws float32, so there the same seed is another image. Start
-    with torchrun to use several GPUs.
+    samplers run; EDM's generate.py draws float32: there the same seed is another image. Start with
+    torchrun to use several GPUs.
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
@@ -164,22 +165,16 @@ def generate(
     if grid and process.world > 1:
         raise click.UsageError("--grid needs all images in one process; start without torchrun")
     net, meta = load_network(network, process.device)
-    if not sampler:
-        other_steps = disc not in (None, "flow")
-        ablation = other_steps or options["solver"] or options["schedule"] or options["scaling"]
-        sampler = "ablation" if ablation else default_sampler(net, on_command_line("steps"))
+    sampler = sampler or _default_sampler(net, disc, options)
     options = _options(sampler, disc, options)
-    least = SAMPLERS[sampler].least_steps
-    if steps < least:
-        raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
+    _check_steps(sampler, steps)
     sigmas, follow = sampling_levels(
         net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
     )
-    options = follow | options | {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
-    options |= choice(meta)
-    batches = [seeds[first : first + batch] for first in range(0, len(seeds), batch)][
-        process.rank :: process.world
-    ]
+    options = follow | options | choice(meta)
+    options |= {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
+    every = [seeds[first : first + batch] for first in range(0, len(seeds), batch)]
+    batches = every[process.rank :: process.world]
     paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
     _prepare(paths, grid)
     images = []
@@ -190,14 +185,23 @@ def generate(
         if grid:
             images.append(drawn)
     if grid:
-        images = torch.cat(images)
-        save_grid(grid, images, columns=round(len(images) ** 0.5))
+        save_grid(grid, torch.cat(images), columns=round(len(seeds) ** 0.5))
     if process.world > 1:
-        count = sum(map(len, batches))
-        click.echo(
-            f"Process {process.rank} of {process.world} drew {count} of the {len(seeds)} images",
-            err=True,
-        )
+        share = f"{sum(map(len, batches))} of the {len(seeds)} images"
+        click.echo(f"Process {process.rank} of {process.world} drew {share}", err=True)
+
+
+def _default_sampler(net: Preconditioned, disc: str | None, options: dict) -> str:
+    ablated = disc not in (None, "flow")
+    if ablated or options["solver"] or options["schedule"] or options["scaling"]:
+        return "ablation"
+    return default_sampler(net, on_command_line("steps"))
+
+
+def _check_steps(sampler: str, steps: int) -> None:
+    least = SAMPLERS[sampler].least_steps
+    if steps < least:
+        raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
 
 
 def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:

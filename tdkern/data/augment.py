@@ -33,6 +33,12 @@ TRANSFORMS = {
     "aniso": 2,
     "translate_frac": 2,
 }  # label columns of each
+RESAMPLING = ("scale", "rotate_frac", "aniso", "translate_frac")
+
+
+def gated(value: Tensor, gate: Tensor, probability: float) -> Tensor:
+    """A value where its gate is open, else 0."""
+    return torch.where(gate < probability, value, torch.zeros_like(value))
 
 
 def rotation(angle: Tensor) -> Tensor:
@@ -118,6 +124,8 @@ class AugmentPipe(nn.Module):
     Move it to the images' device like any module: then nothing waits for the host, and shapes never
     depend on draws.
     """
+
+    taps: Tensor
 
     def __init__(
         self,
@@ -216,50 +224,49 @@ class AugmentPipe(nn.Module):
                 "AugmentPipe: images must be [B, C, R, R] of float32 or float64, got "
                 f"{list(images.shape)} of {images.dtype}"
             )
-        draws = (
-            self.draw(images)
-            if draws is None
-            else {name: draw.to(images.dtype) for name, draw in draws.items()}
-        )
-
-        def gated(value: Tensor, gate: str, probability: float) -> Tensor:
-            return torch.where(draws[gate] < probability, value, torch.zeros_like(value))
-
-        labels, shift = [], images.new_zeros(len(images), 2)
+        if draws is None:
+            draws = self.draw(images)
+        else:
+            draws = {name: draw.to(images.dtype) for name, draw in draws.items()}
+        labels: list[Tensor] = []
         for name, axis in (("xflip", 3), ("yflip", 2)):
             if getattr(self, name) > 0:
-                flip = gated(draws[f"{name}_choice"], f"{name}_gate", getattr(self, name) * self.p)
+                gate = draws[f"{name}_gate"]
+                flip = gated(draws[f"{name}_choice"], gate, getattr(self, name) * self.p)
                 images = torch.where(flip.reshape(-1, 1, 1, 1) == 1, images.flip(axis), images)
                 labels.append(flip)
+        if any(getattr(self, name) > 0 for name in RESAMPLING):
+            linear, shift, more = self._transform(images, draws)
+            images = resample(images, linear, shift, self.taps.to(images))
+            labels += more
+        return images, torch.stack(labels, 1) if labels else images.new_zeros(len(images), 0)
+
+    def _transform(
+        self, images: Tensor, draws: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What the resampling does: linear maps [B, 2, 2], shifts [B, 2] in pixels, the labels."""
+        labels: list[Tensor] = []
+        shift = images.new_zeros(len(images), 2)
         linear = torch.eye(2, dtype=images.dtype, device=images.device).expand(len(images), 2, 2)
         if self.scale > 0:
-            w = gated(draws["scale_normal"], "scale_gate", self.scale * self.p)
+            w = gated(draws["scale_normal"], draws["scale_gate"], self.scale * self.p)
             linear = linear * torch.exp2(-self.scale_std * w).reshape(-1, 1, 1)
             labels.append(w)
         if self.rotate_frac > 0:
-            r = gated(
-                (2 * draws["rotate_uniform"] - 1) * math.pi * self.rotate_frac_max,
-                "rotate_gate",
-                self.rotate_frac * self.p,
-            )
+            r = (2 * draws["rotate_uniform"] - 1) * math.pi * self.rotate_frac_max
+            r = gated(r, draws["rotate_gate"], self.rotate_frac * self.p)
             linear = linear @ rotation(r)
             labels += [r.cos() - 1, r.sin()]
         if self.aniso > 0:
-            w = gated(draws["aniso_normal"], "aniso_gate", self.aniso * self.p)
-            r = gated(
-                (2 * draws["aniso_angle_uniform"] - 1) * math.pi,
-                "aniso_angle_gate",
-                self.aniso_rotate_prob,
-            )
+            w = gated(draws["aniso_normal"], draws["aniso_gate"], self.aniso * self.p)
+            r = (2 * draws["aniso_angle_uniform"] - 1) * math.pi
+            r = gated(r, draws["aniso_angle_gate"], self.aniso_rotate_prob)
             stretch = torch.exp2(self.aniso_std * torch.stack([-w, w], 1))
             linear = linear @ rotation(-r) @ (stretch[:, :, None] * rotation(r))
             labels += [w * r.cos(), w * r.sin()]
         if self.translate_frac > 0:
-            w = gated(draws["translate_normal"], "translate_gate", self.translate_frac * self.p)
+            gate = draws["translate_gate"]
+            w = gated(draws["translate_normal"], gate, self.translate_frac * self.p)
             shift = self.translate_frac_std * images.shape[3] * w.T
             labels += [w[0], w[1]]
-        if any(
-            getattr(self, name) > 0 for name in ("scale", "rotate_frac", "aniso", "translate_frac")
-        ):
-            images = resample(images, linear, shift, self.taps.to(images))
-        return images, torch.stack(labels, 1) if labels else images.new_zeros(len(images), 0)
+        return linear, shift, labels

@@ -116,7 +116,9 @@ def _cifar_files(path: Path, folder: Path, split: str) -> list[Path]:
         for member in archive:
             name = member.name.rpartition("/")[2]
             if name in wanted and member.isfile() and member.size <= MAX_IMAGE_FILE:
-                (folder / name).write_bytes(archive.extractfile(member).read())
+                content = archive.extractfile(member)
+                assert content is not None  # which only what is no file has
+                (folder / name).write_bytes(content.read())
     return sorted(folder.iterdir())
 
 

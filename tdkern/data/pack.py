@@ -35,7 +35,7 @@ class Settings(NamedTuple):
 class Report(NamedTuple):
     """What became of a collection."""
 
-    count: int  # images in the data set
+    count: int  # type: ignore[assignment]  # images in the data set; tuple.count is not needed
     shape: tuple[int, int, int]
     left_out: dict[str, list[str]]  # names by reason
 
@@ -108,6 +108,9 @@ def _begin(folder: Path, names: list[str], settings: Settings) -> None:
 
 def _part(folder: Path, span: tuple[int, int]) -> Path:
     return folder / f"part-{span[0]:09d}.npz"
+
+
+_work: tuple  # what all parts of a process are made of
 
 
 def _begin_work(*work) -> None:

@@ -123,14 +123,16 @@ class Zip:
     """The files of a zip; every process opens its own."""
 
     def __init__(self, path: Path):
-        self.path, self._file, self._pid = path, None, None
+        self.path = path
+        self._file: zipfile.ZipFile | None = None
+        self._pid: int | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_file": None, "_pid": None}
 
     def opened(self) -> zipfile.ZipFile:
         """This process' zip: a forked one would share its parent's place in the file."""
-        if self._pid != os.getpid():
+        if self._file is None or self._pid != os.getpid():
             try:
                 if not stat.S_ISREG(os.stat(self.path).st_mode):
                     raise OSError("it is not a regular file")
@@ -172,7 +174,9 @@ class Packed:
     """Pixels in a .npy file [N, C, H, W] uint8, mapped into memory; labels in a .json beside it."""
 
     def __init__(self, path: Path):
-        self.path, self._array, self._pid = path, None, None
+        self.path = path
+        self._array: np.ndarray | None = None
+        self._pid: int | None = None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_array": None, "_pid": None}
@@ -180,7 +184,7 @@ class Packed:
     @property
     def array(self) -> np.ndarray:
         """This process' view of the file."""
-        if self._pid != os.getpid():
+        if self._array is None or self._pid != os.getpid():
             try:
                 check_file(self.path)
                 self._array = np.load(self.path, mmap_mode="r", allow_pickle=False)
@@ -228,7 +232,7 @@ class Packed:
 
     def checksum(self, name: str) -> int:
         """The CRC-32 of an image's pixels."""
-        return zlib.crc32(self.image(name))
+        return zlib.crc32(self.image(name).data)
 
 
 def packed_name(i: int) -> str:

@@ -1,11 +1,19 @@
 """Networks that other programs saved, what other programs read, and their training loops.
 
-Each of `edm`, `published`, `consistency_models`, `diffusers` and `lightning` is a module of its
-own, imported by its name; docs/swap_in.md shows them in their loops.
+`edm`, `published`, `consistency_models`, `diffusers` and `lightning` are imported by their own
+names; docs/swap_in.md shows each in its loop.
 """
 
 from .convert import convert, load_converted
 from .export import export_diffusers
 from .pickles import PickleError, PickleFile
+from .targets import attach_target
 
-__all__ = ["PickleError", "PickleFile", "convert", "export_diffusers", "load_converted"]
+__all__ = [
+    "PickleError",
+    "PickleFile",
+    "attach_target",
+    "convert",
+    "export_diffusers",
+    "load_converted",
+]

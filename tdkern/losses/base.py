@@ -3,19 +3,19 @@
 The evaluation is the same for every family, prediction and coupling.
 """
 
-import dataclasses
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE, W_TD
 from ..ema import EMA
-from ..fields import flag
+from ..fields import flag, short
 from ..ops import noise_pair, td_loss
 from ..ops._modes import can_check_values
 from ..ops.td_coef import BASE_WEIGHTS
@@ -163,7 +163,7 @@ class Loss(ABC):
     # whether the target network serves the TD term alone: the base loss does not look at it
     target_for_td_alone = True
     # the losses have it as an argument
-    base_weight = OWN
+    base_weight: str | Callable = OWN
     base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property
@@ -203,7 +203,16 @@ class Loss(ABC):
             first: index of the part's first sample in the batch.
             samples: of the whole batch.
         """
-        return dataclasses.replace(self, place=(first, samples))
+        return self._with(place=(first, samples))
+
+    def _with(self, **changes) -> "Loss":
+        """This loss with other values of its fields, which are not checked anew: a curriculum's
+        first steps may have what is refused of a whole run, such as no TD term yet.
+        """
+        loss = copy.copy(self)
+        for name, value in changes.items():
+            object.__setattr__(loss, name, value)
+        return loss
 
     def at(self, step: int) -> "Loss":
         """The loss of a training step, from 0: this one, unless a curriculum changes it."""
@@ -228,7 +237,7 @@ class Loss(ABC):
         self,
         net,
         target_net=None,
-        images: Tensor | None = None,
+        images: Any = None,
         labels: Tensor | None = None,
         augment_pipe=None,
         **named,
@@ -251,44 +260,33 @@ class Loss(ABC):
         gradient_scale: float = 1.0,
         **conditions,
     ) -> TDTerms:
-        """The loss of a given pair, in its parts.
+        """The loss of a given pair, in its parts; docs/losses.md says more of each argument.
 
         Args:
             net: the online network, `net(x, sigma, labels, augment_labels=, **conditions) -> D`
-                with x [B, ...] and sigma [B] in x's dtype, and behind them what is given and
-                nothing else: a plain `callable(x, sigma)` will do. It may answer as
-                `preconditioning.tensor_of` says. One whose `preconditioning` equals the loss's is
-                called with `raw=True` too and gives F: its preconditioning is then part of the one
-                fused launch. So is one inside DistributedDataParallel, torch.compile, both, or
-                under `fully_shard`.
+                with x [B, ...] and sigma [B] in x's dtype, then what is given and nothing else. It
+                may answer as `preconditioning.tensor_of` says. One whose `preconditioning` is the
+                loss's is called with `raw=True` too and gives F: its preconditioning is then part
+                of the one launch, also inside DDP, torch.compile or `fully_shard`.
             target_net: the same for the target network, or its `EMA`; it runs without gradients,
-                and not at all without a TD term. A module that serves the TD term alone runs on
-                just the samples that have one where no device need be waited for: on the CPU, and
-                not under `torch.compile`, a transform or a trace. Where there are none it runs on
-                one sample, so that every process calls it as often as the others, as a network
-                under `fully_shard` needs.
+                and only on samples with a TD term where no device is waited for (see `_choose`).
             batch: from `pair`.
             labels: class labels, one-hot [B, classes] or indices [B], as the networks take them.
-            augment_labels: [B, ...], by their name.
+            augment_labels: [B, ...], passed on by their name.
             uncertainty: u(sigma) [B] of noise levels [B], such as `weighting.Uncertainty`: a
                 sample's loss L becomes exp(-u) L + u.
-            gradient_scale: a factor of all terms, > 0. It goes into the weights before the launch:
-                with `terms.loss.sum().backward()` the gradient that the launch has written is then
-                handed out as it is, where a factor behind the loss is a second pass over it.
-                EDM's is the number of elements of a sample over the batch size.
+            gradient_scale: a factor of all terms, > 0, in the weights before the launch: behind the
+                loss it would be a second pass over the gradient. EDM's is elements over batch.
             conditions: handed to both networks by their names. Tensors begin with the batch.
 
         Returns:
-            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out, so the target
-            network may give NaN there. With `td_share` below 1 a sample that the target network had
-            no place for is as one without a TD term.
+            `TDTerms`, times `gradient_scale`. A term whose weight is 0 is left out: there the
+            target network may give NaN. `td_share` below 1 takes a sample's TD term away.
 
         Raises:
-            ValueError: a TD term without a target network, a condition of another batch, or a
-                network's output is no tensor or has the wrong shape or dtype.
+            ValueError: no target network for a TD term, or a condition or output that does not fit.
 
-        Gradient to `net`'s parameters and `uncertainty`'s only. Deterministic if the networks are.
-        No host synchronisation.
+        Gradient to `net`'s and `uncertainty`'s parameters. Deterministic if they are. No host wait.
         """
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
@@ -297,19 +295,13 @@ class Loss(ABC):
         chosen = None
         if batch.x_tp is not None:
             chosen = self._choose(coef, batch.sigma, target_net)
-        u = None if uncertainty is None else uncertainty(batch.sigma)
         coef[:, W_TD:] *= gradient_scale
-        if u is not None:
+        u = None
+        if uncertainty is not None:
+            u = uncertainty(batch.sigma)
             coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
-        out, x_t, out_target, x_tp = self._outputs(net, target_net, batch, given, chosen)
-        if x_t is None:
-            coef[:, SKIP].fill_(0)
-            coef[:, SCALE].fill_(1)
-        if batch.x_tp is not None and x_tp is None:
-            coef[:, SKIP_P].fill_(0)
-            coef[:, SCALE_P].fill_(1)
-        dtype = torch.promote_types(out.dtype, out_target.dtype)
-        terms = self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
+        outputs = self._outputs(net, target_net, batch, given, chosen)
+        terms = self._weighted(outputs, batch, coef)
         td, base = terms.unbind(1)
         loss = terms.sum(1)
         if u is not None:
@@ -317,12 +309,32 @@ class Loss(ABC):
             loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
         return TDTerms(loss, td, base, coef[:, W_TD] != 0)
 
-    def _terms(self, *args: Tensor | None) -> Tensor:
+    def _weighted(self, outputs: tuple, batch: TDBatch, coef: Tensor) -> Tensor:
+        """[B, 2], td and base, of `_outputs`; an output without its x is D itself."""
+        out, x_t, out_target, x_tp = outputs
+        if x_t is None:
+            coef[:, SKIP].fill_(0)
+            coef[:, SCALE].fill_(1)
+        if batch.x_tp is not None and x_tp is None:
+            coef[:, SKIP_P].fill_(0)
+            coef[:, SCALE_P].fill_(1)
+        dtype = torch.promote_types(out.dtype, out_target.dtype)
+        return self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
+
+    def _terms(
+        self,
+        out: Tensor,
+        out_target: Tensor,
+        x0: Tensor,
+        coef: Tensor,
+        x_t: Tensor | None,
+        x_tp: Tensor | None,
+    ) -> Tensor:
         """[B, 2], td and base, of `td_loss`'s tensors.
 
         A family with another base loss overrides it.
         """
-        return td_loss(*args, backend=self.backend)
+        return td_loss(out, out_target, x0, coef, x_t, x_tp, backend=self.backend)
 
     def _base_weight(self, sigma: Tensor, scale: Tensor) -> Tensor:
         """w of the base loss [B] at noise levels [B], float64; scale: of D = skip x + scale F."""
@@ -335,7 +347,14 @@ class Loss(ABC):
         if not callable(self.base_weight) and self.base_weight not in self.base_weights:
             raise ValueError(
                 f"{type(self).__name__}: base_weight must be one of "
-                f"{', '.join(self.base_weights)}, or a callable, got {self.base_weight!r}"
+                f"{', '.join(self.base_weights)}, or a callable, got {short(self.base_weight)}"
+            )
+
+    def _check_lambda_base(self) -> None:
+        value = self.lambda_base  # type: ignore[attr-defined]  # of what has a TD term
+        if not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}: lambda_base must be a number >= 0, got {short(value)}"
             )
 
     def _choose(self, coef: Tensor, sigma: Tensor, target_net) -> Tensor | None:
@@ -344,9 +363,11 @@ class Loss(ABC):
         Of those with a TD term they are as many as `td_share` leaves room for, the largest sigma
         first. The others lose their TD term: in `coef` w_td = 0, and w_base gains the w that it
         would have had. Samples without a TD term fill what room is left, so that the number is
-        ceil(td_share B) wherever the device would have to be waited for; where it need not be
-        there is room for what has a TD term alone. Of a network of several models each runs on as
-        many.
+        ceil(td_share B) wherever the device would have to be waited for. Where it need not be (on
+        the CPU, outside `torch.compile`, transforms and traces, for a module that serves the TD
+        term alone) there is room for what has a TD term alone, and for one sample where nothing
+        has: every process then calls a network under `fully_shard` as often as the others.
+        Of a network of several models each runs on as many.
         """
         num_models = getattr(unwrapped(target_net), "num_models", 1)
         size = room = len(sigma) // num_models
@@ -400,6 +421,7 @@ class Loss(ABC):
         if target_net is None:
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         x, sigma = batch.x_tp, batch.sigma_p
+        assert x is not None
         with torch.no_grad():
             if chosen is None:
                 return self._predict("target_net", target_net, x, sigma, conditions)

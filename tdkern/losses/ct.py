@@ -1,6 +1,5 @@
 """Consistency training, alone and with a temporal-difference term."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch.special import ndtr, ndtri
 
 from .._cache import tensor_cache
 from ..columns import SCALE, SCALE_P, SIGMA, SIGMA_P, SKIP, SKIP_P, W_BASE
-from ..fields import NOT_NEGATIVE, flag
+from ..fields import NOT_NEGATIVE, flag, short
 from ..ops import td_coef, td_loss
 from ..ops._modes import can_check_values
 from ..ops.td_coef import WEIGHTS
@@ -34,7 +33,7 @@ from .masks import drawing_from, in_mode_of, random_state
 
 BASE_NORMS = ("l2", "l1", "huber", "lpips")
 LEAST_C = 1e-12  # of "huber" with c = 0: the norm has no slope at 0
-LEAST_LEVEL = 1e-8  # that a network is asked about where t' = 0
+LEAST_LEVEL = 1e-12  # that a network is asked about where t' = 0
 
 
 @dataclass(frozen=True)
@@ -131,19 +130,26 @@ class CTLoss(Loss):
         self._check_base_weight()
         if self.base_norm not in BASE_NORMS:
             known = ", ".join(BASE_NORMS)
-            raise ValueError(f"{name}: base_norm must be one of {known}, got {self.base_norm!r}")
+            raise ValueError(
+                f"{name}: base_norm must be one of {known}, got {short(self.base_norm)}"
+            )
         if self.lognormal is not None and not self.lognormal[1] > 0:
             raise ValueError(
-                f"{name}: lognormal must be (P_mean, P_std) with P_std > 0, got {self.lognormal}"
+                f"{name}: lognormal must be (P_mean, P_std) with P_std > 0, got "
+                f"{short(self.lognormal)}"
             )
-        if isinstance(self.num_scales, float) and self.num_scales % 1:
-            raise ValueError(f"{name}: num_scales must be a whole number, got {self.num_scales}")
+        if isinstance(self.num_scales, float):
+            if self.num_scales % 1:
+                raise ValueError(
+                    f"{name}: num_scales must be a whole number, got {self.num_scales}"
+                )
+            object.__setattr__(self, "num_scales", int(self.num_scales))
         # these two ops check the others
         steps = {"steps": 2} if callable(self.num_scales) else {}
         empty = torch.zeros(0, 8, dtype=torch.float32, device="cpu")
         td_coef(empty[:, 0], **self._coef_args() | steps, backend="reference")
         td_loss(empty, empty, empty, empty, **self._norm, backend="reference")
-        if isinstance(self.num_scales, Mapping) and self.lognormal is None:
+        if self.continuous and self.lognormal is None:
             raise ValueError(
                 f"{name}: lognormal must be given with a Mapping, which has no levels to draw "
                 "evenly, got None"
@@ -157,8 +163,13 @@ class CTLoss(Loss):
                 )
 
     @property
+    def continuous(self) -> bool:
+        """Whether t is any level, and t' its `Mapping`'s, at every step."""
+        return isinstance(self.num_scales, Mapping | Easy)
+
+    @property
     def preconditioning(self) -> Preconditioning:
-        if isinstance(self.num_scales, Mapping):
+        if self.continuous:
             return EDMPreconditioning(self.sigma_data)
         return CT(self.sigma_data, self.sigma_min)
 
@@ -169,7 +180,7 @@ class CTLoss(Loss):
 
     def _coef_args(self) -> dict:
         return {
-            "steps": self.num_scales if callable(self.num_scales) else int(self.num_scales),
+            "steps": self.num_scales,
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             "rho": self.rho,
@@ -201,9 +212,7 @@ class CTLoss(Loss):
         """The loss of a training step, from 0: this one with the curriculum's number of scales."""
         if not callable(self.num_scales) or isinstance(self.num_scales, Mapping):
             return self
-        loss = copy.copy(self)  # `replace` would refuse a first step that has no TD term yet
-        object.__setattr__(loss, "num_scales", self.num_scales(step))
-        return loss
+        return self._with(num_scales=self.num_scales(step))
 
     def pair(
         self,
@@ -260,7 +269,9 @@ class CTLoss(Loss):
         """coef and levels at t and the t' that the mapping has for it."""
         if t is None:
             mean, std = self.lognormal
-            normal = torch.randn(len(images), dtype=torch.float64, device=images.device)
+            normal = self._draw(
+                images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
+            )
             t = (mean + std * normal).exp()
         self._check_shape("t", t, images.shape[:1])
         t = t.double()
@@ -281,6 +292,7 @@ class CTLoss(Loss):
         return coef
 
     def _draw_index(self, images: Tensor) -> Tensor:
+        assert not callable(self.num_scales)
         if self.lognormal is None:
             return self._draw(
                 images,
@@ -297,6 +309,7 @@ class CTLoss(Loss):
 
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
+        assert self.lognormal is not None
         mean, std = self.lognormal
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         return ndtr((ends.log() - mean) / std).tolist()
@@ -375,11 +388,10 @@ class TDCTLoss(CTLoss):
     coupling: str = flag("markov", "Noise of the pair; shared noise is biased.", choices=ETA)
 
     def __post_init__(self):
-        if not self.lambda_base >= 0:
-            raise ValueError(f"TDCTLoss: lambda_base must be a number >= 0, got {self.lambda_base}")
+        self._check_lambda_base()
         eta_of(self.coupling)
         super().__post_init__()
-        if isinstance(self.num_scales, Mapping | Easy):
+        if self.continuous:
             raise ValueError(
                 "TDCTLoss: num_scales must be a number of noise levels, or a curriculum of them; "
                 f"a TD term has no index on a {type(self.num_scales).__name__}"

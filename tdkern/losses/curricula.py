@@ -151,7 +151,7 @@ class Easy:
         k, b: of `Mapping`.
     """
 
-    start_scales: float = 2.0
+    start_scales: float = 2
     end_scales: None = None
     total_steps: int = 25_000
     k: float = 8.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..fields import Range, flag
+from ..fields import Range, flag, short
 from ..ops._modes import can_check_values
 from ..schedules import BETA_SCHEDULES, DDPM
 from .path import PathLoss, TDPathLoss
@@ -50,7 +50,7 @@ class DDPMLoss(PathLoss):
         if self.prediction not in PREDICTIONS:
             raise ValueError(
                 f"{type(self).__name__}: prediction must be one of {', '.join(PREDICTIONS)}, "
-                f"got {self.prediction!r}"
+                f"got {short(self.prediction)}"
             )
         super().__post_init__()
 
@@ -95,12 +95,14 @@ class TDDDPMLoss(TDPathLoss, DDPMLoss):
             )
         if self.terminal not in TERMINALS:
             known = ", ".join(TERMINALS)
-            raise ValueError(f"TDDDPMLoss: terminal must be one of {known}, got {self.terminal!r}")
+            raise ValueError(
+                f"TDDDPMLoss: terminal must be one of {known}, got {short(self.terminal)}"
+            )
 
     @property
     def distances(self) -> tuple[float, float]:
         return 1.0, float(self.k)
 
     @property
-    def mean_matching(self) -> bool:
+    def mean_matching(self) -> bool:  # type: ignore[override]
         return self.terminal == "mean"

@@ -153,10 +153,7 @@ class TDEDMLoss(EDMLoss):
 
     def __post_init__(self):
         self._check_share()
-        if not self.lambda_base >= 0:
-            raise ValueError(
-                f"TDEDMLoss: lambda_base must be a number >= 0, got {self.lambda_base}"
-            )
+        self._check_lambda_base()
         super().__post_init__()
         if self.steps % 1:
             raise ValueError(f"TDEDMLoss: steps must be a whole number, got {self.steps}")

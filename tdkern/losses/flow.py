@@ -15,16 +15,18 @@ class FlowLoss(PathLoss):
 
     Args:
         t_min, t_max: of `schedules.FlowMatching`, 0 < t_min < t_max <= 1.
+        shift: of the same, above 0.
     """
 
     t_min: float = 1e-3
     t_max: float = 0.999
+    shift: float = 1.0
 
     prediction = "velocity"
 
     @property
     def schedule(self) -> FlowMatching:
-        return FlowMatching(self.t_min, self.t_max)
+        return FlowMatching(self.t_min, self.t_max, self.shift)
 
 
 @dataclass(frozen=True)

@@ -64,14 +64,15 @@ def in_mode_of(net, other):
     """
     modules = []
     if isinstance(net, nn.Module) and isinstance(other, nn.Module):
-        modules = [each for each in other.modules() if each.training != net.training]
+        training = unwrapped(net).training
+        modules = [each for each in other.modules() if each.training != training]
     for each in modules:
-        each.training = net.training
+        each.training = training
     try:
         yield
     finally:
         for each in modules:
-            each.training = not net.training
+            each.training = not training
 
 
 def draws(net) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..columns import SIGMA, SIGMA_P
-from ..fields import flag
+from ..fields import flag, short
 from ..ops._modes import can_check_values
 from ..ops.td_coef import WEIGHTS
 from ..preconditioning import PREDICTIONS, Preconditioning, append_dims
@@ -182,11 +182,10 @@ class TDPathLoss(PathLoss):
         super().__post_init__()
         self._check_share()
         name = type(self).__name__
-        if not 0 <= self.lambda_base < math.inf:
-            raise ValueError(f"{name}: lambda_base must be a number >= 0, got {self.lambda_base}")
+        self._check_lambda_base()
         if self.weight not in WEIGHTS:
             known = ", ".join(WEIGHTS)
-            raise ValueError(f"{name}: weight must be one of {known}, got {self.weight!r}")
+            raise ValueError(f"{name}: weight must be one of {known}, got {short(self.weight)}")
         eta_of(self.coupling)
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"{name}: eta must be in [0, 1], got {self.eta}")

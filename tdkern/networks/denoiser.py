@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..preconditioning import PREDICTIONS
-from ..schedules import flow_time, interpolated_index
+from ..schedules import flow_time, interpolated_index, of_scheduler
 from .precond import Preconditioned, index_argument
 from .unet import UNet
 
@@ -90,6 +90,25 @@ class Denoiser(Preconditioned):
             log_sigmas = (1 / squares - 1).log() / 2
             self.register_buffer("log_sigmas", log_sigmas, persistent=False)
             self.sigma_min, self.sigma_max = log_sigmas[0].exp().item(), log_sigmas[-1].exp().item()
+
+    @classmethod
+    def from_scheduler(cls, module: nn.Module, scheduler, **settings) -> "Denoiser":
+        """A model of diffusers under the scheduler that it is trained and sampled with.
+
+        Args:
+            module: as above.
+            scheduler: one with betas, such as diffusers' DDPMScheduler, or of flow matching; see
+                `schedules.of_scheduler`.
+            settings: the other arguments, such as `dtype`.
+
+        Raises:
+            ValueError: its levels or its prediction are none of these.
+        """
+        prediction, path = of_scheduler(scheduler)
+        if prediction == "velocity":  # its models are told of t T
+            scale = {"time_scale": float(scheduler.config.num_train_timesteps)}
+            return cls(module, prediction, **scale | settings)
+        return cls(module, prediction, alphas_cumprod=path.alphas_cumprod, **settings)
 
     def _check_squares(self, squares: Tensor) -> None:
         if (

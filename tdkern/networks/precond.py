@@ -253,7 +253,7 @@ class CTPrecond(Preconditioned):
     c_skip = sd^2/((s-s_min)^2+sd^2), c_out = (s-s_min) sd/sqrt(s^2+sd^2), c_in = 1/sqrt(s^2+sd^2),
     c_noise = time_scale ln(s + 1e-44); sd is `sigma_data`. `time_scale` is 250 for a U-Net's
     embedding of steps in the hundreds, and EDM's 1/4 for a network made for EDM's c_noise, such as
-    `MLP`.
+    `MLP`. With `sigma_min` 0 and 1/4 it is EDM's own, as easy consistency tuning has it.
     """
 
     def __init__(
@@ -269,7 +269,7 @@ class CTPrecond(Preconditioned):
         super().__init__(model, dtype=dtype)
         self.sigma_data, self.time_scale = sigma_data, time_scale
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.preconditioning = CT(sigma_data, sigma_min)
+        self.preconditioning = CT(sigma_data, sigma_min) if sigma_min else EDM(sigma_data)
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         c_in = (sigma**2 + self.sigma_data**2).rsqrt()

@@ -187,6 +187,10 @@ def state_of(net: Preconditioned) -> dict[str, Tensor]:
     return state
 
 
+def _is_sharded(net: nn.Module) -> bool:
+    return any(hasattr(parameter, "full_tensor") for parameter in net.parameters())
+
+
 def save_network(net: nn.Module, path: str | Path) -> None:
     """Write a network that was trained in any loop, for `tdkern generate`, `fid` and
     `load_network`.
@@ -194,8 +198,8 @@ def save_network(net: nn.Module, path: str | Path) -> None:
     Args:
         net: a network of `tdkern.networks` around a `SongUNet` or `DhariwalUNet`, as it is or
             inside DistributedDataParallel, `torch.compile` or `fully_shard`, or an average of one,
-            such as `EMA`. Under `fully_shard` every process must call this; then as else, one path
-            is one process's.
+            such as `EMA`. Under `fully_shard` every process must call this, and the first writes;
+            elsewhere one process must.
         path: a .safetensors file, in a directory that exists. A kill at any moment leaves what was
             there or the new file.
 
@@ -211,6 +215,8 @@ def save_network(net: nn.Module, path: str | Path) -> None:
     if not isinstance(net, Preconditioned):  # an average holds its copy as `module`
         net = unwrapped(getattr(net, "module", net))
     network, tensors = describe(net).to_json(), state_of(net)
+    if _is_sharded(net) and torch.distributed.get_rank() > 0:
+        return
     write_atomic(path, safetensors.torch.save(tensors, file_metadata(network, path.name)))
 
 

@@ -13,7 +13,7 @@ import ctypes
 import importlib.util
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -167,6 +167,14 @@ def resolve(op: str, backend: str, device: torch.device) -> str:
     if device.type != wanted:
         raise ValueError(f"{op}: backend {backend!r} takes tensors on {wanted}, got {device.type}")
     return "reference" if transformed() else backend
+
+
+def resolve_lists(op: str, backend: str, params: Sequence[Tensor]) -> str:
+    """`resolve` for an op that writes to lists, which TorchScript drops from a trace: there it is
+    the reference."""
+    device = params[0].device if len(params) > 0 else torch.device("cpu")
+    backend = resolve(op, backend, device)
+    return "reference" if backend == BY_DEVICE else backend
 
 
 def _first_that_fits(device: torch.device) -> str:

@@ -2,13 +2,18 @@
 is written overlaps."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ._modes import PLAIN, transformed
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.tensor import DTensor
 
 
 def kind_of(value: object) -> str:
@@ -55,7 +60,7 @@ def check_number(op: str, name: str, value: object) -> None:
         raise ValueError(f"{op}: {name} must be a number, got {kind_of(value)}")
 
 
-def is_distributed(value: object) -> bool:
+def is_distributed(value: object) -> "TypeGuard[DTensor]":
     """Whether a value is a DTensor."""
     if type(value) in PLAIN or not torch.distributed.is_available():
         return False

@@ -62,3 +62,9 @@ def can_check_values(*tensors: Tensor) -> bool:
         if type(tensor) not in PLAIN or not tensor.is_cpu:
             return False
     return not torch.compiler.is_compiling() and _count_of_modes() == 0 and ordinary()
+
+
+def written(tensors: list[Tensor]) -> None:
+    """Let autograd notice a write to tensors that it may have saved."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)

@@ -1,7 +1,7 @@
 """DTensors: the list ops work on each process's shards, and a flag is reduced over the mesh."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,8 @@ def local_rows(
     return local
 
 
-def local_of(scalar: Tensor | None) -> Tensor | None:
-    """This process's part of a scalar, which every process has."""
+def local_of(scalar: Any) -> Any:
+    """This process's part of a scalar, which every process has; anything else as it is."""
     return scalar.full_tensor() if is_distributed(scalar) else scalar
 
 

@@ -14,6 +14,12 @@ from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_
 from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
 from .ema_update import checked_decays, lists_of
 
+# params, grads, exp_avgs, exp_avg_sqs, steps
+Columns = tuple[
+    Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]
+]
+Options = tuple[float, float, float, float, bool]  # betas, eps, weight_decay, decoupled
+
 
 def found_inf(
     grads: Sequence[Tensor],
@@ -62,11 +68,9 @@ def found_inf(
 def _found_inf_of_shards(
     grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None, backend: str
 ) -> Tensor:
-    scalars = {"grad_scale": _shards.local_of(grad_scale), "clip": _shards.local_of(clip)}
-    return _shards.found_inf(grads, partial(found_inf, **scalars, backend=backend))
-
-
-_found_inf = found_inf  # adam_ema_'s argument has the op's name
+    local_scale, local_clip = _shards.local_of(grad_scale), _shards.local_of(clip)
+    op = partial(found_inf, grad_scale=local_scale, clip=local_clip, backend=backend)
+    return _shards.found_inf(grads, op)
 
 
 def adam_ema_(
@@ -89,106 +93,120 @@ def adam_ema_(
     skipped: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """One step of AdamW (arXiv 1711.05101) or Adam (arXiv 1412.6980), and the averages of the new
-    parameters, in place.
+    """A step of AdamW (arXiv 1711.05101) or Adam (1412.6980) and the weights' averages, in place.
 
     g = grad clip / grad_scale;  decoupled: p <- (1 - lr weight_decay) p,
-    else g <- g + weight_decay p;
-    m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
-    p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);
-    average_k <- decay_k average_k + (1 - decay_k) p, as `ema_update_`.
-
-    The C++ backend rounds where torch.optim.Adam(foreach=False) does, so float32 and float64 give
-    its bits, up to the square root, which torch's own (MKL's) does not always round correctly. If
-    the square of any element of g is not finite (`found_inf`), or clip / grad_scale is not, nothing
-    changes but `skipped`.
+    else g <- g + weight_decay p;  m <- beta1 m + (1 - beta1) g,  v <- beta2 v + (1 - beta2) g^2,
+    p <- p - lr/(1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps);  averages as `ema_update_`.
+    The C++ backend rounds where torch.optim.Adam(foreach=False) does: it gives its bits up to the
+    square root, which torch's (MKL's) does not always round correctly. If the square of any g
+    (`found_inf`) or clip / grad_scale is not finite, nothing changes but `skipped`.
 
     Args:
-        params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors; or of DTensors, the
-            state and the averages distributed as the parameters: each process steps its shards, and
-            what skips the step in one skips it in all. Those of one parameter have its shape,
-            device and dtype (float32, float64, bfloat16 or float16). Best where they lie in memory
-            alike: others go through copies. Half precision is computed in float32. No memory that
-            is written may overlap itself or another argument.
-        steps: P float32 scalars on the parameters' device, one tensor each: the count of a
-            parameter's steps, increased by 1.
+        params, grads, exp_avgs, exp_avg_sqs: lists or tuples of P tensors, those of one parameter
+            with its shape, device and dtype (float32, float64, bfloat16 or float16, computed in
+            float32), best alike in memory: others go through copies. Or of DTensors: each process
+            steps its shards. What is written may overlap nothing else.
+        steps: P float32 scalars on the parameters' device: a parameter's steps, increased by 1.
         averages, decays: as for `ema_update_`; on CUDA at most 16.
         lr: learning rate >= 0. A tensor is a float32 or float64 scalar, as are grad_scale and clip:
             on the CPU, read during the call, or on the parameters' device, where a CUDA graph reads
             it anew at each replay and nothing checks its range.
         betas, eps, weight_decay: as torch.optim.Adam's; betas in [0, 1), the others >= 0.
         decoupled: AdamW, else Adam.
-        grad_scale: what the loss was multiplied by (GradScaler), or None.
-        clip: a factor of every gradient, such as min(1, max_norm / norm), or None.
-        found_inf: not 0 where the step is to be skipped, a float32 scalar on the parameters'
-            device; None: `found_inf` looks at the gradients.
-        skipped: an int64 scalar on the parameters' device, increased by 1 if the step is skipped;
-            or None.
+        grad_scale, clip: what GradScaler multiplied the loss by, and a factor of every gradient,
+            such as min(1, max_norm / norm); or None.
+        found_inf: float32 scalar, not 0 to skip the step; None: `found_inf` looks at the gradients.
+        skipped: int64 scalar on the device, increased by 1 if the step is skipped; or None.
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype, device or range, or names
-            nothing. RuntimeError: no such backend here.
+        ValueError: a wrong length, shape, dtype, device or range. RuntimeError: no such backend.
 
     No gradient. Deterministic: every element by itself. No host synchronisation.
     """
     columns = (params, grads, exp_avgs, exp_avg_sqs, steps)
     options = (*_pair(betas), eps, weight_decay, decoupled)
+    rest = ((lr, found_inf, grad_scale, clip), skipped, options)
     try:
-        backend = _backends.resolve(
-            "adam_ema_", backend, params[0].device if len(params) > 0 else torch.device("cpu")
-        )
-        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list
-            backend = "reference"
-        decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
-        scalars = (lr, found_inf, grad_scale, clip)
-        lengths = len(averages) == decays.numel() and len(params) == len(grads) == len(
-            exp_avgs
-        ) == len(exp_avg_sqs) == len(steps)
-        checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
-        if not checks_itself or not lengths:
-            if _shards.any_distributed(params, grads, *averages):
-                return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
-            _check(*columns, averages, decays, scalars, skipped)
-        if not params:
-            return
-        with torch.no_grad():
-            flag = found_inf
-            if flag is None:
-                flag = _found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
-            rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
-            if backend == "reference":
-                return reference.adam_ema_(*columns, averages, *rest)
-            flat = [avg for average in averages for avg in average]
-            _backends.call("adam_ema_", backend, (*columns, flat, *rest))
+        _on_backend(columns, averages, decays, *rest, backend)
     except (*_backends.REFUSED, ValueError):
-        _check_lists(*columns, averages)
-        decays, lr = checked_decays("adam_ema_", decays), _checked_numbers(lr, *options[:4])
-        scalars = (lr, found_inf, grad_scale, clip)
+        if not _on_shards_or_refused(columns, averages, decays, *rest, backend):
+            raise
+
+
+def _on_backend(
+    columns: Columns,
+    averages: Sequence[Sequence[Tensor]],
+    decays: Sequence[float] | Tensor,
+    scalars: tuple,
+    skipped: Tensor | None,
+    options: Options,
+    backend: str,
+) -> None:
+    """`adam_ema_` on the backend that fits; what that one checks itself is not checked before."""
+    params, grads, exp_avgs, exp_avg_sqs, _ = columns
+    backend = _backends.resolve_lists("adam_ema_", backend, params)
+    decays = checked_decays("adam_ema_", decays)
+    scalars = (_checked_numbers(scalars[0], *options[:4]), *scalars[1:])
+    lengths = {len(column) for column in columns}
+    whole = len(averages) == decays.numel() and len(lengths) == 1
+    checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+    if not checks_itself or not whole:
         if _shards.any_distributed(params, grads, *averages):
             return _on_shards(columns, averages, decays, scalars, skipped, options, backend)
-        _check(*columns, averages, decays, scalars, skipped)  # says in full which argument is wrong
-        raise
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(
-            [*params, *exp_avgs, *exp_avg_sqs, *flat]
-        )  # autograd notices a write to what it saved
+        _check(*columns, averages, decays, scalars, skipped)
+    if not params:
+        return
+    lr, flag, grad_scale, clip = scalars
+    with torch.no_grad():
+        if flag is None:
+            flag = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
+        if backend == "reference":
+            return reference.adam_ema_(
+                *columns, averages, decays, lr, flag, grad_scale, clip, skipped, *options
+            )
+        flat = [avg for average in averages for avg in average]
+        rest = (decays, lr, flag, grad_scale, clip, skipped, *options)
+        _backends.call("adam_ema_", backend, (*columns, flat, *rest))
+    _modes.written([*params, *exp_avgs, *exp_avg_sqs, *flat])
+
+
+def _on_shards_or_refused(
+    columns: Columns,
+    averages: Sequence[Sequence[Tensor]],
+    decays: Sequence[float] | Tensor,
+    scalars: tuple,
+    skipped: Tensor | None,
+    options: Options,
+    backend: str,
+) -> bool:
+    """Where a backend has refused: the step of DTensors, else an error that says in full which
+    argument is wrong. Returns whether the step is done."""
+    _check_lists(*columns, averages)
+    decays = checked_decays("adam_ema_", decays)
+    scalars = (_checked_numbers(scalars[0], *options[:4]), *scalars[1:])
+    if _shards.any_distributed(*columns[:2], *averages):
+        _on_shards(columns, averages, decays, scalars, skipped, options, backend)
+        return True
+    _check(*columns, averages, decays, scalars, skipped)
+    return False
 
 
 def _on_shards(
-    columns: tuple,
+    columns: Columns,
     averages: Sequence,
     decays: Tensor,
     scalars: tuple,
     skipped: Tensor | None,
-    options: tuple,
+    options: Options,
     backend: str,
 ) -> None:
     """The step of this process's shards, skipped where `found_inf` is 1 in any process."""
     params, grads, exp_avgs, exp_avg_sqs, steps = columns
     lr, flag, grad_scale, clip = map(_shards.local_of, scalars)
     if flag is None:
-        flag = _found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
+        flag = found_inf(grads, grad_scale=grad_scale, clip=clip, backend=backend)
     written = {
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
@@ -218,16 +236,14 @@ def _on_shards(
         skipped=_shards.local_of(skipped),
         backend=backend,
     )
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(
-            [*params, *exp_avgs, *exp_avg_sqs, *(avg for average in averages for avg in average)]
-        )
+    flat = [avg for average in averages for avg in average]
+    _modes.written([*params, *exp_avgs, *exp_avg_sqs, *flat])
 
 
 def _pair(betas: tuple[float, float]) -> tuple[float, float]:
     if not isinstance(betas, list | tuple) or len(betas) != 2:
         raise ValueError(f"adam_ema_: betas must be a pair of numbers, got {kind_of(betas)}")
-    return tuple(betas)
+    return betas[0], betas[1]
 
 
 def _checked_numbers(

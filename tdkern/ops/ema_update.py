@@ -40,45 +40,46 @@ def ema_update_(
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
     Raises:
-        ValueError: an argument has the wrong length, shape, dtype, device or range, or names
-            nothing. RuntimeError: no such backend here.
+        ValueError: an argument has the wrong length, shape, dtype, device or range. RuntimeError:
+            no such backend here.
 
     No gradient. Deterministic: every element by itself. No host synchronisation. CUDA: one launch
     for up to 768 tensors of one dtype; Triton: one for every tensor.
     """
     try:
-        backend = _backends.resolve(
-            "ema_update_", backend, params[0].device if len(params) > 0 else torch.device("cpu")
-        )
-        if backend == _backends.BY_DEVICE:  # TorchScript drops an op that writes to a list
-            backend = "reference"
-        decays = checked_decays("ema_update_", decays)
-        if (
-            len(params) > 0
-            and type(params[0]) not in _modes.PLAIN
-            and _shards.any_distributed(params)
-        ):
-            return _on_shards(averages, params, decays, backend)
-        checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
-        if not checks_itself or len(averages) != decays.numel():
-            if _shards.any_distributed(params, *averages):
-                return _on_shards(averages, params, decays, backend)
-            _check(averages, params, decays)
-        with torch.no_grad():
-            if backend == "reference":
-                return reference.ema_update_(averages, params, decays)
-            flat = [avg for average in averages for avg in average]
-            _backends.call("ema_update_", backend, (flat, params, decays))
+        _on_backend(averages, params, decays, backend)
     except _backends.REFUSED:
         _check_lists(averages, params)
+        decays = checked_decays("ema_update_", decays)
+        if not _shards.any_distributed(params, *averages):
+            _check(averages, params, decays)  # says in full which argument is wrong
+            raise
+        _on_shards(averages, params, decays, backend)
+
+
+def _on_backend(
+    averages: Sequence[Sequence[Tensor]],
+    params: Sequence[Tensor],
+    decays: Sequence[float] | Tensor,
+    backend: str,
+) -> None:
+    """`ema_update_` on the backend that fits; what that one checks itself is not checked before."""
+    backend = _backends.resolve_lists("ema_update_", backend, params)
+    decays = checked_decays("ema_update_", decays)
+    sharded = len(params) > 0 and type(params[0]) not in _modes.PLAIN
+    if sharded and _shards.any_distributed(params):
+        return _on_shards(averages, params, decays, backend)
+    checks_itself = backend in ("cpp", "cuda") and not torch.compiler.is_compiling()
+    if not checks_itself or len(averages) != decays.numel():
         if _shards.any_distributed(params, *averages):
             return _on_shards(averages, params, decays, backend)
-        _check(
-            averages, params, checked_decays("ema_update_", decays)
-        )  # says in full which argument is wrong
-        raise
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(flat)  # autograd notices a write to what it saved
+        _check(averages, params, decays)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference.ema_update_(averages, params, decays)
+        flat = [avg for average in averages for avg in average]
+        _backends.call("ema_update_", backend, (flat, params, decays))
+    _modes.written(flat)
 
 
 def _on_shards(
@@ -90,8 +91,7 @@ def _on_shards(
     named = {f"averages[{k}]": average for k, average in enumerate(averages)}
     local_params, *local_averages = _shards.local_rows("ema_update_", params, named, {})
     ema_update_(local_averages, local_params, _shards.local_of(decays), backend=backend)
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([avg for average in averages for avg in average])
+    _modes.written([avg for average in averages for avg in average])
 
 
 def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:

@@ -56,41 +56,44 @@ def heun_step(
             or None.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing.
-            RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype, device or range. RuntimeError: no such
+            backend here.
 
     No gradients; in forward mode the tangents of all arguments. Deterministic. No host
     synchronisation.
     """
     try:
-        backend = _backends.resolve("heun_step", backend, x.device)
-        # in forward mode nothing is detached: the reference gives the tangents too
-        if (
-            torch.is_grad_enabled() or backend == _backends.BY_DEVICE
-        ) and not _modes.forward_mode():
-            F, x, coef, x_hat, noise = (
-                tensor if tensor is None else tensor.detach()
-                for tensor in (F, x, coef, x_hat, noise)
-            )
-        if backend not in ("cpp", "cuda"):  # these two check for themselves
-            _check(F, x, coef, x_hat, noise, net_dtype)
-        if (
-            _modes.can_check_values(coef)
-            and coef.shape == (6,)
-            and coef.dtype == torch.float64
-            and not coef.tolist()[0] > 0
-        ):
-            raise ValueError(
-                f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}"
-            )
-        if backend == "reference":
-            return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
-        x_next, net_input = _backends.call(
-            "heun_step", backend, (F, x, coef, x_hat, noise, net_dtype)
-        )
+        return _on_backend(F, x, coef, x_hat, noise, net_dtype, backend)
     except _backends.REFUSED:
         _check(F, x, coef, x_hat, noise, net_dtype)  # says in full which argument is wrong
         raise
+
+
+def _on_backend(
+    F: Tensor,
+    x: Tensor,
+    coef: Tensor,
+    x_hat: Tensor | None,
+    noise: Tensor | None,
+    net_dtype: torch.dtype | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """`heun_step` on the backend that fits."""
+    backend = _backends.resolve("heun_step", backend, x.device)
+    # in forward mode nothing is detached: the reference gives the tangents too
+    if (torch.is_grad_enabled() or backend == _backends.BY_DEVICE) and not _modes.forward_mode():
+        F, x, coef = F.detach(), x.detach(), coef.detach()
+        x_hat = None if x_hat is None else x_hat.detach()
+        noise = None if noise is None else noise.detach()
+    if backend not in ("cpp", "cuda"):  # these two check for themselves
+        _check(F, x, coef, x_hat, noise, net_dtype)
+    readable = _modes.can_check_values(coef) and coef.dtype == torch.float64
+    if readable and coef.shape == (6,) and not coef.tolist()[0] > 0:
+        raise ValueError(f"heun_step: coef[0], which is sigma, must be > 0, got {coef[0].item()}")
+    if backend == "reference":
+        return reference.heun_step(F, x, coef, x_hat, noise, net_dtype)
+    args = (F, x, coef, x_hat, noise, net_dtype)
+    x_next, net_input = _backends.call("heun_step", backend, args)
     return x_next, None if net_dtype is None else net_input
 
 
@@ -139,9 +142,8 @@ def _check(
 
 def _fake(F, x, coef, x_hat, noise, net_dtype):
     _check(F, x, coef, x_hat, noise, net_dtype)
-    return torch.empty_like(x), x.new_empty(0) if net_dtype is None else torch.empty_like(
-        x, dtype=net_dtype
-    )
+    net_input = x.new_empty(0) if net_dtype is None else torch.empty_like(x, dtype=net_dtype)
+    return torch.empty_like(x), net_input
 
 
 def _reference(F, x, coef, x_hat, noise, net_dtype):

@@ -30,11 +30,10 @@ def noise_pair(
 
     x_tp = alpha_p x0 + sigma_p n1, and for "markov" the forward transition from there,
     x_t = a x_tp + sqrt(max(sigma^2 - a^2 sigma_p^2, 0)) n2 with a = alpha / alpha_p; for "shared"
-    x_t = alpha x0 + sigma n1 (the design, section 1). n1 and n2 are unit normals from Philox4x32-10
+    x_t = alpha x0 + sigma n1 (docs/mathematics.md). n1 and n2 are unit normals from Philox4x32-10
     (Salmon et al., SC 2011) and Box-Muller, functions of (seed, offset, sample, element, n1 or n2)
     alone: every backend, precision, batch size and memory layout draws the same ones, and n1 is the
-        same
-    for both couplings.
+    same for both couplings.
 
     Args:
         x0: [B, ...], clean data. float32, float64, bfloat16 or float16; any strides. At most 2^32
@@ -56,56 +55,55 @@ def noise_pair(
         Half precision is rounded once, on writing.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype, device or range, or names nothing.
-            RuntimeError: no such backend here.
+        ValueError: a wrong shape, dtype, device or range. RuntimeError: no such backend here.
 
     No gradients; in forward mode the tangents of all arguments. Deterministic: "cpp" gives the same
-    bits with any number of threads and on every x86-64 processor. Backends draw the same 32-bit
-    words; their float32 normals lie within 5e-7 (1 + |n|) of the float64 ones, the float64 ones
-    within 1e-14 (1 + |n|). No host synchronisation.
+    bits with any number of threads and on every x86-64 processor. Backends draw the same words;
+    their float32 normals lie within 5e-7 (1 + |n|) of the float64 ones, these within 1e-14
+    (1 + |n|). No host synchronisation.
     """
-    seed_given, offset_given = seed, offset
+    tensors, draw = (x0, alpha, sigma, alpha_p, sigma_p), (seed, offset, first_sample)
     try:
-        backend = _backends.resolve("noise_pair", backend, x0.device)
-        if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # they check too
-            _check(x0, alpha, sigma, alpha_p, sigma_p, seed, offset, first_sample)
-        if coupling not in COUPLINGS:
-            raise ValueError(
-                f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}"
-            )
-        levels = (
-            (("sigma", sigma), ("sigma_p", sigma_p))
-            if _modes.can_check_values(sigma, sigma_p)
-            else ()
+        return _on_backend(*tensors, coupling, *draw, backend)
+    except _backends.REFUSED:
+        _check_integer("seed", seed)
+        _check_integer("offset", offset)
+        _check(*tensors, *draw)  # says in full which argument is wrong
+        raise
+
+
+def _on_backend(
+    x0: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    alpha_p: Tensor,
+    sigma_p: Tensor,
+    coupling: str,
+    seed: int | Tensor,
+    offset: int | Tensor,
+    first_sample: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """`noise_pair` on the backend that fits."""
+    tensors = (x0, alpha, sigma, alpha_p, sigma_p)
+    backend = _backends.resolve("noise_pair", backend, x0.device)
+    if backend not in ("cpp", "cuda") or torch.compiler.is_compiling():  # they check too
+        _check(*tensors, seed, offset, first_sample)
+    if coupling not in COUPLINGS:
+        raise ValueError(
+            f"noise_pair: coupling must be one of {', '.join(COUPLINGS)}, got {coupling!r}"
         )
-        for name, level in levels:
+    if _modes.can_check_values(sigma, sigma_p):
+        for name, level in (("sigma", sigma), ("sigma_p", sigma_p)):
             if level.numel() > 0 and level.min().item() < 0:
                 raise ValueError(f"noise_pair: {name} must be >= 0, got {level.min().item()}")
-        seed, seed_at = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
-        offset, offset_at = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
-        args = (
-            x0,
-            alpha,
-            sigma,
-            alpha_p,
-            sigma_p,
-            coupling == "shared",
-            seed,
-            seed_at,
-            offset,
-            offset_at,
-            first_sample,
-        )
-        with torch.no_grad():  # leaves tangents be: in forward mode the reference gives them too
-            if backend == "reference":
-                return _reference(*args)
-            return _backends.call("noise_pair", backend, args)
-    except _backends.REFUSED:
-        _check_integer("seed", seed_given)
-        _check_integer("offset", offset_given)
-        # says in full which argument is wrong
-        _check(x0, alpha, sigma, alpha_p, sigma_p, seed_given, offset_given, first_sample)
-        raise
+    key = (0, seed) if isinstance(seed, Tensor) else (_seed_bits(seed), None)
+    counter = (0, offset) if isinstance(offset, Tensor) else (_offset(offset), None)
+    args = (*tensors, coupling == "shared", *key, *counter, first_sample)
+    with torch.no_grad():  # leaves tangents be: in forward mode the reference gives them too
+        if backend == "reference":
+            return _reference(*args)
+        return _backends.call("noise_pair", backend, args)
 
 
 def _seed_bits(seed: int) -> int:
@@ -160,7 +158,7 @@ def _check(
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     columns = [(name, level, x0.shape[:1], torch.float64) for name, level in levels.items()]
     columns += [
-        (name, value, (1,), torch.int64)
+        (name, value, torch.Size([1]), torch.int64)
         for name, value in integers.items()
         if isinstance(value, Tensor)
     ]

@@ -33,7 +33,7 @@ def td_loss(
     e = x0 - (skip x_t + scale out),  e' = x0 - (skip' x_tp + scale' out_target),
     delta = A e - A' e',  td = w_td mean(delta^2),
     base = w_base mean(b^2),  b = e or, for "consistency", e - e'
-    (arXiv 2606.15048; the design, section 1). A term whose weight is 0 is left out: what it would
+    (arXiv 2606.15048; docs/mathematics.md). A term whose weight is 0 is left out: what it would
     have read may be NaN.
 
     Two more norms of the base loss: "l1", w_base mean(|b|), and "huber",
@@ -51,8 +51,7 @@ def td_loss(
         x_t: as `x0`, the noisy data at t; may be None where every skip is 0.
         x_tp: as `x0`, the noisy data at t'; may be None where every skip' is 0.
         base: "denoise" or "consistency".
-        base_norm: "l2", "l1" or "huber". Of "huber" dF needs the sample's sum: its backward pass is
-            a second pass over memory.
+        base_norm: "l2", "l1" or "huber", whose backward pass is a second pass over memory.
         huber_c: c > 0 of "huber"; None is the paper's 0.00054 sqrt(n).
         backend: "auto", "cuda", "triton", "cpp" or "reference".
 
@@ -60,8 +59,8 @@ def td_loss(
         [B, 2]: td and base. float64 for float64 data, else float32.
 
     Raises:
-        ValueError: an argument has the wrong shape, dtype or device, or names nothing.
-            RuntimeError: no such backend here.
+        ValueError: an argument has the wrong shape, dtype or device, or is not one of the names
+            above. RuntimeError: no such backend here.
 
     Gradient to `out` only, any number of times differentiable. It is computed in the forward pass,
     with unit upstream gradient, and corrected in the backward pass only for samples whose upstream
@@ -70,36 +69,49 @@ def td_loss(
     what must not count. Deterministic: the result does not depend on the number of threads or the
     launch shape. No host synchronisation.
     """
+    tensors, kind = (out, out_target, x0, coef, x_t, x_tp), (base, base_norm, huber_c)
     try:
-        backend = _backends.resolve("td_loss", backend, out.device)
-        if base_norm == "huber":
-            return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
-        compiling = torch.compiler.is_compiling()
-        one_device = (
-            out_target.device == x0.device == coef.device == out.device
-            and (x_t is None or x_t.device == out.device)
-            and (x_tp is None or x_tp.device == out.device)
-        )
-        known = base in BASES and base_norm in NORMS and huber_c is None
-        # Of the rest the C++ and the CUDA op check themselves.
-        if backend not in ("cpp", "cuda") or not known or compiling or not one_device:
-            _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
-        if backend == "reference":
-            return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, base_norm)
-        kind, recorded = (base == "consistency", base_norm == "l1"), backend == _backends.BY_DEVICE
-        want_grad = (
-            out.requires_grad and torch.is_grad_enabled() and not recorded
-        )  # a replay finds out in its backward pass
-        if want_grad and not compiling:
-            return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
-        return _backends.call(
-            "td_loss", backend, (out, *_fixed(out_target, x0, coef, x_t, x_tp), *kind, want_grad)
-        )[0]
+        return _on_backend(*tensors, *kind, backend)
     except _backends.REFUSED:
-        _check(
-            out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c
-        )  # says in full which argument is wrong
+        _check(*tensors, *kind)  # says in full which argument is wrong
         raise
+
+
+def _on_backend(
+    out: Tensor,
+    out_target: Tensor,
+    x0: Tensor,
+    coef: Tensor,
+    x_t: Tensor | None,
+    x_tp: Tensor | None,
+    base: str,
+    base_norm: str,
+    huber_c: float | None,
+    backend: str,
+) -> Tensor:
+    """`td_loss` on the backend that fits; what that one checks itself is not checked before."""
+    backend = _backends.resolve("td_loss", backend, out.device)
+    if base_norm == "huber":
+        return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
+    compiling = torch.compiler.is_compiling()
+    one_device = (
+        out_target.device == x0.device == coef.device == out.device
+        and (x_t is None or x_t.device == out.device)
+        and (x_tp is None or x_tp.device == out.device)
+    )
+    known = base in BASES and base_norm in NORMS and huber_c is None
+    # Of the rest the C++ and the CUDA op check themselves.
+    if backend not in ("cpp", "cuda") or not known or compiling or not one_device:
+        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
+    if backend == "reference":
+        return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, base_norm)
+    kind = (base == "consistency", base_norm == "l1")
+    recorded = backend == _backends.BY_DEVICE  # a replay finds out in its backward pass
+    want_grad = out.requires_grad and torch.is_grad_enabled() and not recorded
+    if want_grad and not compiling:
+        return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
+    fixed = _fixed(out_target, x0, coef, x_t, x_tp)
+    return _backends.call("td_loss", backend, (out, *fixed, *kind, want_grad))[0]
 
 
 def _huber(
@@ -129,12 +141,16 @@ def _huber(
     return torch.stack([td, w_base.to(mean.dtype) * mean / ((n * mean + c**2).sqrt() + c)], 1)
 
 
-def _fixed(*tensors: Tensor | None) -> list[Tensor | None]:
+def _fixed(
+    out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Without gradients; but in forward mode with their tangents, which would otherwise be dropped
     without a word."""
     if _modes.forward_mode():
-        return list(tensors)
-    return [tensor if tensor is None else tensor.detach() for tensor in tensors]
+        return out_target, x0, coef, x_t, x_tp
+    x_t = None if x_t is None else x_t.detach()
+    x_tp = None if x_tp is None else x_tp.detach()
+    return out_target.detach(), x0.detach(), coef.detach(), x_t, x_tp
 
 
 def _check(
@@ -182,6 +198,11 @@ def _check(
             raise ValueError(f"td_loss: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != out.device:
             raise ValueError(f"td_loss: {name} must be on {out.device}, got {tensor.device}")
+    _check_coef(coef, out)
+    _check_kind(base, base_norm, huber_c)
+
+
+def _check_coef(coef: Tensor, out: Tensor) -> None:
     if coef.shape != (out.shape[0], 8):
         raise ValueError(
             f"td_loss: coef must have shape [{out.shape[0]}, 8], got {list(coef.shape)}"
@@ -190,6 +211,9 @@ def _check(
         raise ValueError(f"td_loss: coef must be float32 or float64, got {coef.dtype}")
     if coef.device != out.device:
         raise ValueError(f"td_loss: coef must be on {out.device}, got {coef.device}")
+
+
+def _check_kind(base: str, base_norm: str, huber_c: float | None) -> None:
     if base not in BASES:
         raise ValueError(f"td_loss: base must be one of {', '.join(BASES)}, got {base!r}")
     if base_norm not in NORMS:
@@ -213,9 +237,8 @@ def gradient_like(out: Tensor) -> Tensor:
 
 def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    return out.new_empty(out.shape[0], 2, dtype=dtype), gradient_like(
-        out
-    ) if want_grad else out.new_empty(0)
+    grad = gradient_like(out) if want_grad else out.new_empty(0)
+    return out.new_empty(out.shape[0], 2, dtype=dtype), grad
 
 
 def _setup_context(ctx, inputs, output):

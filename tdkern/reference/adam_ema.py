@@ -1,13 +1,15 @@
 """Adam as its papers write it, one tensor at a time, then the averages. Nothing here depends on a
 tensor's value but by arithmetic."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .ema_update import ema_update_
 
 
-def found_inf(grads: list[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> Tensor:
+def found_inf(grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> Tensor:
     """1 where the square of any element of any gradient, as the second moment is stored, is not
     finite, else 0."""
     device = grads[0].device
@@ -21,12 +23,12 @@ def found_inf(grads: list[Tensor], grad_scale: Tensor | None, clip: Tensor | Non
 
 
 def adam_ema_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    averages: list[list[Tensor]],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    averages: Sequence[Sequence[Tensor]],
     decays: Tensor,
     lr: Tensor,
     found_inf: Tensor,
@@ -44,7 +46,6 @@ def adam_ema_(
     if not params:
         return
     device = params[0].device
-
     lr, factor = _number(lr, device), _number(clip, device) / _number(grad_scale, device)
     skip = (found_inf.reshape(()) != 0) | ~factor.isfinite()
     if skipped is not None:

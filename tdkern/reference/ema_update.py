@@ -1,10 +1,14 @@
 """Averages of a parameter list in plain PyTorch, one average and one tensor at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def ema_update_(averages: list[list[Tensor]], params: list[Tensor], decays: Tensor) -> None:
+def ema_update_(
+    averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decays: Tensor
+) -> None:
     """Every average k becomes lerp(average, parameter, 1 - decay_k), or with decay 0 the parameter,
     whatever the average held.
 

@@ -36,6 +36,7 @@ def td_coef(
 
     A, _ = two_moment(1, sigma, 1, sigma_tau, eta=eta)
     A_p, _ = two_moment(1, sigma_p, 1, sigma_tau_p, eta=eta)
+    output: preconditioning.Preconditioning
     if precond == "ct":
         output = preconditioning.CT(sigma_data, sigma_min)
     else:

@@ -164,8 +164,8 @@ def ablation(
 
     It solves dx/dt = (s'/s + sigma'/sigma) x - s sigma'/sigma D(x/s, sigma).
 
-    `sigmas` is the discretization, such as `ablation_sigmas` has them: t_i = t(sigma_i). The
-    defaults are `heun`.
+    `sigmas` is the discretization, as of `ablation_sigmas`: t_i = t(sigma_i). By default this is
+    `heun`.
 
     | schedule | sigma(t) | | scaling | s(t) |
     | --- | --- | --- | --- | --- |
@@ -189,39 +189,64 @@ def ablation(
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be
-            0, an argument is none of those it may be, or no VP path rises over the range.
+        ValueError: `sigmas` are not at least two positive levels, the last of which may be 0, an
+            argument is none of those it may be, or no VP path rises over the range.
 
     Deterministic without churn, and with it for one state of the generator.
     """
     levels = checked_levels("ablation", sigmas, denoiser, falling=False)
     _check(levels, solver, schedule, scaling, alpha)
-    path, (s, shrink_of) = SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling]
-    draw = unit_noise(generator, randn_like)
-
-    def derivative(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
-        sigma, slope = path.sigma(t), path.slope(t)
-        growth = slope / sigma  # sigma' / sigma
-        shrink = slope * shrink_of(sigma)  # -s' / s
-        denoised = denoise(denoiser, x / s(sigma), sigma)
-        return (growth - shrink) * x - growth * s(sigma) * denoised, denoised
-
-    x = s(levels[0]) * x
+    ode = Ode(denoiser, SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling])
+    draw = unit_noise(generator, randn_like) if S_churn > 0 else None
     hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
+    midpoint = alpha if solver == "heun" else None
+    return _solve(ode, x, levels, hats, midpoint, S_noise, draw, callback)
+
+
+class Ode(NamedTuple):
+    """dx/dt along a schedule and a scaling."""
+
+    denoiser: Callable
+    path: SigmaOfTime
+    scaling: Scaling
+
+    def derivative(self, x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+        """dx/dt, and the D in it."""
+        sigma, slope = self.path.sigma(t), self.path.slope(t)
+        s = self.scaling.s(sigma)
+        growth = slope / sigma  # sigma' / sigma
+        shrink = slope * self.scaling.shrink(sigma)  # -s' / s
+        denoised = denoise(self.denoiser, x / s, sigma)
+        return (growth - shrink) * x - growth * s * denoised, denoised
+
+
+def _solve(
+    ode: Ode,
+    x: Tensor,
+    levels: list[float],
+    hats: list[float],
+    alpha: float | None,
+    S_noise: float,
+    draw,
+    callback,
+) -> Tensor:
+    """The state after all steps: of second order with an alpha, and of raised noise with a draw."""
+    path, s = ode.path, ode.scaling.s
+    x = s(levels[0]) * x
     for step, (sigma, sigma_next) in enumerate(pairwise(levels)):
         sigma_hat = hats[step]
         t_hat = path.time(sigma_hat)
         t_next = path.time(sigma_next) if sigma_next > 0 else 0.0
         x_hat = s(sigma_hat) / s(sigma) * x
-        if S_churn > 0:
+        if draw is not None:
             x_hat = x_hat + s(sigma_hat) * S_noise * math.sqrt(sigma_hat**2 - sigma**2) * draw(x)
         h = t_next - t_hat
-        d, denoised = derivative(x_hat, t_hat)
+        d, denoised = ode.derivative(x_hat, t_hat)
         if callback is not None:
             callback({"step": step, "x": x / s(sigma), "sigma": sigma, "denoised": denoised})
         x = x_hat + h * d
-        if solver == "heun" and sigma_next > 0:
-            d_next, _ = derivative(x_hat + alpha * h * d, t_hat + alpha * h)
+        if alpha is not None and sigma_next > 0:
+            d_next, _ = ode.derivative(x_hat + alpha * h * d, t_hat + alpha * h)
             x = x_hat + h * ((1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_next)
     return x / s(levels[-1])
 

@@ -1,9 +1,10 @@
 """Checkpoints on disk: what is saved is whole or not there, and reading one executes nothing.
 
-A run directory holds two kinds, each a directory named by its kimg, as EDM numbers them, to the
+A run directory holds these kinds, each a directory named by its kimg, as EDM numbers them, to the
 image:
 
     network-snapshot-002500.096/   the EMA network and how to rebuild it; small, all kept
+    averages-snapshot-002500.096/  with --power-ema, the averages that `tdkern ema` needs; all kept
     training-state-002500.096/     what training needs to go on to the same weights, bit for bit
 
 In each, `tensors.safetensors` holds the tensors and `meta.json` the rest, with the number of its
@@ -36,14 +37,15 @@ from ..data.files import (
     write_atomic,
 )
 from ..integrations import load_converted
+from ..networks.precond import Preconditioned
 from ..networks.saved import CheckpointError, DescriptionError, check_header, load
 from . import formats
 from .formats import FORMAT, NEXT_FORMAT
 from .options import FREE
 
-SNAPSHOT, STATE = "network-snapshot", "training-state"
+SNAPSHOT, AVERAGES, STATE = "network-snapshot", "averages-snapshot", "training-state"
 TENSORS, META = "tensors.safetensors", "meta.json"
-NAME = re.compile(rf"({SNAPSHOT}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
+NAME = re.compile(rf"({SNAPSHOT}|{AVERAGES}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
 GRID = re.compile(r"fakes-(\d{6,})\.(\d{3})\.png", re.ASCII)
 ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
 # what tdkern writes into a run directory, beside checkpoints and grids
@@ -61,7 +63,9 @@ def kimg(nimg: int) -> str:
 def images_of(path: Path, form: re.Pattern = NAME) -> int | None:
     """The images trained on that a name says; None if it is not one that tdkern gives."""
     match = form.fullmatch(path.name)
-    return match and int(match[match.re.groups - 1] + match[match.re.groups])
+    if match is None:
+        return None
+    return int(match[match.re.groups - 1] + match[match.re.groups])
 
 
 def checkpoints(run_dir: Path, kind: str) -> list[Path]:
@@ -85,7 +89,7 @@ def write(run_dir: Path, kind: str, nimg: int, tensors: dict[str, Tensor], meta:
 
     Args:
         run_dir: the run's directory.
-        kind: SNAPSHOT or STATE.
+        kind: SNAPSHOT, AVERAGES or STATE.
         nimg: images trained on, which names the checkpoint.
         tensors: by name, on any device.
         meta: anything JSON can hold.
@@ -161,7 +165,7 @@ def keep_newest(
     Args:
         run_dir: the run's directory. All its checkpoints are whole, so nothing is lost at any
             moment.
-        kind: SNAPSHOT or STATE.
+        kind: SNAPSHOT, AVERAGES or STATE.
         count: so many stay.
         kept: of the images trained on, whether an older one stays too.
     """
@@ -352,7 +356,7 @@ def read_options(path: Path) -> dict:
 
 def load_network(
     path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[torch.nn.Module, dict]:
+) -> tuple[Preconditioned, dict]:
     """The EMA network of a network snapshot, ready to sample from, and the snapshot's meta.
 
     Args:

@@ -7,15 +7,22 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+from ..networks.layers import ResBlock
 
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one after which a process counts as lost
+START = timedelta(seconds=90)  # for all processes to come together, tried twice
 
 
 class Process(NamedTuple):
@@ -86,18 +93,18 @@ def joined() -> Iterator[Process]:
         raise ValueError(
             "MASTER_ADDR must be the first process's host, got none: start with torchrun"
         )
-    store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "nccl" if process.device.type == "cuda" else "gloo",
-        store=dist.PrefixStore("run", store),
-        rank=process.rank,
-        world_size=process.world,
-    )
-    try:
-        with watched(process, dist.PrefixStore("watch", store.clone())):
+    store, _, _ = next(dist.rendezvous("env://", timeout=START))
+    with watched(process, dist.PrefixStore("watch", store.clone())):
+        dist.init_process_group(
+            "nccl" if process.device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("run", store),
+            rank=process.rank,
+            world_size=process.world,
+        )
+        try:
             yield process
-    finally:
-        dist.destroy_process_group()
+        finally:
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -186,6 +193,44 @@ def agree(process: Process, **facts: object) -> None:
                     f"all processes must have the same {name}, got {value!r} in process 0 and "
                     f"{theirs.get(name)!r} in process {rank}"
                 )
+
+
+def broadcast_(module: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers."""
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, 0)
+
+
+def shard_(module: nn.Module, process: Process) -> None:
+    """Keep of a network's parameters this process's share, and gather a block's while it runs."""
+    mesh = init_device_mesh(process.device.type, (process.world,))
+    for part in module.modules():
+        if isinstance(part, ResBlock):
+            fully_shard(part, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+
+
+def shard_like(tensor: Tensor, param: Tensor) -> Tensor:
+    """This process's share of a tensor that every process has, where it has one of a parameter."""
+    if not isinstance(param, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(param.device), param.device_mesh, param.placements)
+
+
+def whole(tensors: dict[str, Tensor], process: Process) -> dict[str, Tensor]:
+    """Tensors whose shards the processes hold, as a whole in the first process, on the CPU.
+
+    Every process has to call it, with its own. The others get nothing of what is sharded.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+            if process.rank > 0:
+                continue
+            tensor = tensor.cpu()
+        found[name] = tensor
+    return found
 
 
 def data_parallel(net: nn.Module, process: Process) -> nn.Module:

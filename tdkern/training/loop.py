@@ -10,13 +10,15 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from .._version import __version__
@@ -30,16 +32,25 @@ from ..data import (
     to_float,
 )
 from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
-from ..ema import EMA, consistency_decay, copy_decay, edm_decay
+from ..ema import EMA, PowerFunctionEMA, consistency_decay, copy_decay, edm_decay
 from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES, default_sampler
 from ..losses import Loss
-from ..networks.saved import PRECISIONS, NetworkSpec, restore
+from ..networks.saved import PRECISIONS, NetworkSpec, load, restore
 from ..ops._schemas import digest
 from ..optim import OPTIMIZERS
 from ..samplers import SAMPLERS
 from . import checkpoint
-from .distributed import Process, agree, data_parallel, sum_
+from .distributed import (
+    Process,
+    agree,
+    broadcast_,
+    data_parallel,
+    shard_,
+    shard_like,
+    sum_,
+    whole,
+)
 from .formats import as_json
 from .lock import locked
 from .options import Options
@@ -81,7 +92,8 @@ def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor)
     if FAMILIES[options.family].consistency:
         if options.target_ema_mode == "fixed":
             return options.start_ema
-        return consistency_decay(options.start_ema, options.start_scales, loss.num_scales)
+        scales = loss.num_scales  # type: ignore[attr-defined]  # of every such family's loss
+        return consistency_decay(options.start_ema, options.start_scales, scales)
     if options.target_copy:
         return copy_decay(options.target_copy, updates)
     return ramped_decay(options.target_ema_tau, step)
@@ -105,6 +117,8 @@ def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
     It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
     """
     norm = torch.nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
 
 
@@ -134,12 +148,18 @@ class Trainer:
         spec = self._network_spec()
         self.network = spec.to_json()
         torch.manual_seed(derive_seed(options.seed, "init"))
-        self.net = spec.build().to(process.device)
+        self.net: Any = spec.build().to(process.device)  # an FSDPModule too where it is sharded
         if options.transfer and state is None:
             source, _ = checkpoint.load_network(options.transfer)
             restore(self.net, source.state_dict(), Path(options.transfer))
+        saved = _Saved(state) if state else None
+        if saved:
+            restore(self.net, saved.parts["net"], state)
+        self.sharded = options.shard and process.world > 1
         # before the copies below, as it gives all processes the first one's weights
-        self.online = data_parallel(self.net, process)
+        if self.sharded:
+            broadcast_(self.net)
+        self.online: Any = self.net if self.sharded else data_parallel(self.net, process)
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.has_target else None
         if self.target and options.target_precision:
@@ -147,6 +167,14 @@ class Trainer:
                 options.target_precision
             ]  # of its activations: the average itself stays float32
         self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.power = PowerFunctionEMA(self.net, options.power_ema) if options.power_ema else None
+        if self.power:
+            self.averages += self.power.averages.values()
+        if saved:
+            self._restore_averages(saved)
+        if self.sharded:
+            for module in (self.net, *(average.module for average in self.averages)):
+                shard_(module, process)
         self.optimizer = OPTIMIZERS[options.optim](
             self.net.parameters(),
             lr=options.lr,
@@ -163,9 +191,9 @@ class Trainer:
         self.whole = True  # whether all parts are of the same step
         self.idle = 0  # ticks in a row without a step that was taken
         self.warnings = []  # for the first process to tell
-        if state is not None:
-            self._restore(state)
-        if process.world > 1:
+        if saved:
+            self._restore_rest(saved)
+        if process.world > 1 and not self.sharded:
             self._settle_buckets()
 
     def _agree(self) -> None:
@@ -184,8 +212,8 @@ class Trainer:
         """
         images = torch.zeros(1, *self.dataset.image_shape, dtype=torch.uint8)
         labels = torch.zeros(1, self.dataset.label_dim)
-        place = (image.to(self.process.device) for image in (images, labels))
-        self._backward(self.loss.at(self.step), *place, first=0)
+        device = self.process.device
+        self._backward(self.loss.at(self.step), images.to(device), labels.to(device), first=0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _network_spec(self) -> NetworkSpec:
@@ -229,14 +257,17 @@ class Trainer:
             part = slice(done, done + options.batch_gpu)
             # the processes exchange gradients during the backward of the last part
             last = part.stop >= share
-            with nullcontext() if last or self.process.world == 1 else self.online.no_sync():
+            with self._exchange(last):
                 first = self.process.rank * share + done
                 sums += self._backward(loss, images[part], labels[part], first)
         self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
         # on the device, which alone knows of skipped steps
         updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
-        # empty where there is no target network
-        self.optimizer.decays[1:] = target_decay(options, loss, self.step, updates)
+        if self.target:
+            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
+        if self.power:
+            decays = torch.tensor(self.power.decays(self.step + 1))
+            self.optimizer.decays[-len(decays) :] = decays
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
@@ -245,7 +276,17 @@ class Trainer:
             average.copy_buffers(self.net)
         self.sums += sums
         self.step += 1
+        if self.power:
+            self.power.step = float(self.step)
         self.whole = True
+
+    def _exchange(self, last: bool) -> AbstractContextManager:
+        """Within it a backward adds up the processes' gradients, if it is the last of the step."""
+        if self.sharded:
+            self.net.set_requires_gradient_sync(last)
+        if last or self.sharded or self.process.world == 1:
+            return nullcontext()
+        return self.online.no_sync()
 
     def _backward(self, loss: Loss, images: Tensor, labels: Tensor, first: int) -> Tensor:
         """Add the gradient of a part of the batch; arguments as `train_step`'s.
@@ -306,7 +347,8 @@ class Trainer:
         if self.options.td:
             terms |= {"td": td, "base": base, "valid": valid}
         if FAMILIES[self.options.family].consistency:
-            terms["scales"] = self.loss.at(self.step - 1).num_scales
+            last = self.loss.at(self.step - 1)
+            terms["scales"] = last.scales  # type: ignore[attr-defined]
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -319,9 +361,11 @@ class Trainer:
         return self._modules_tensors() | moments
 
     def _modules_tensors(self) -> dict[str, Tensor]:
-        modules = {"net": self.net, "ema": self.ema.module} | (
-            {"target": self.target.module} if self.target else {}
-        )
+        modules = {"net": self.net, "ema": self.ema.module}
+        if self.target:
+            modules["target"] = self.target.module
+        if self.power:
+            modules["power"] = self.power.profiles
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in modules.items()
@@ -330,25 +374,34 @@ class Trainer:
 
     def not_finite(self) -> list[str]:
         """The names of the tensors that are not finite; waits for the device."""
-        tensors = self.tensors()
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-        return [name for name, good in zip(tensors, finite, strict=True) if not good]
+        own = {
+            name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.tensors().items()
+        }
+        bad = torch.stack([~tensor.isfinite().all() for tensor in own.values()]).int()
+        if self.sharded:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return [name for name, is_bad in zip(own, bad.tolist(), strict=True) if is_bad]
 
-    def _restore(self, path: Path) -> None:
-        meta, tensors = checkpoint.read(path, checkpoint.STATE)
-        check_step(meta, path)
-        parts = defaultdict(dict)
-        for name, tensor in tensors.items():
-            prefix, _, rest = name.partition(".")
-            parts[prefix][rest] = tensor
-        restore(self.net, parts["net"], path)
-        restore(self.ema.module, parts["ema"], path)
+    def _restore_averages(self, saved: "_Saved") -> None:
+        """Of a training state; the network has its part already."""
+        restore(self.ema.module, saved.parts["ema"], saved.path)
         if self.target:
-            restore(self.target.module, parts["target"], path)
-        check_tensors(self._modules_tensors(), tensors, path)
+            restore(self.target.module, saved.parts["target"], saved.path)
+        if self.power:
+            restore(self.power.profiles, saved.parts["power"], saved.path)
+            self.power.step = float(saved.meta["step"])
+        check_tensors(self._modules_tensors(), saved.tensors, saved.path)
+
+    def _restore_rest(self, saved: "_Saved") -> None:
+        """The optimizer, the place in the run, and what is told of a tick that was not over."""
+        meta, parts, path = saved.meta, saved.parts, saved.path
         named = list(self.net.named_parameters())
         check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
-        state = {i: {key: parts[key][name] for key in ADAM} for i, (name, _) in enumerate(named)}
+        state = {}
+        for i, (name, param) in enumerate(named):
+            state[i] = {key: shard_like(parts[key][name], param) for key in ADAM if key != "step"}
+            state[i]["step"] = parts["step"][name]
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         check_place(meta, self.options.batch, path)
@@ -382,8 +435,22 @@ class Trainer:
             dist.all_gather(sums, self.sums)
         else:
             sums = [self.sums]
-        sums = [part.tolist() for part in sums]
-        return {"counted": self.counted, "sums": sums, "skipped": self.optimizer.skipped.item()}
+        skipped = self.optimizer.skipped.item()
+        numbers = [part.tolist() for part in sums]
+        return {"counted": self.counted, "sums": numbers, "skipped": skipped}
+
+
+class _Saved:
+    """A training state as it was read, its tensors by the part of the run that they are of."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.meta, self.tensors = checkpoint.read(path, checkpoint.STATE)
+        check_step(self.meta, path)
+        self.parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in self.tensors.items():
+            prefix, _, rest = name.partition(".")
+            self.parts[prefix][rest] = tensor
 
 
 def crossed(trainer: Trainer, ticks: int) -> bool:
@@ -478,7 +545,7 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
             record.warn(
                 "no step was taken since image "
                 f"{trainer.nimg - options.batch * int(statistics['skipped'])}: "
-                "all had gradients that are not finite or whose squares are not"
+                "all had gradients that are not finite"
             )
     if trainer.idle >= IDLE_TICKS:
         raise Diverged(_diagnosis(trainer, statistics, record))
@@ -486,11 +553,17 @@ def _tick(trainer: Trainer, record: "Record | None", bar: tqdm) -> None:
     due = trainer.idle == 1 or (crossed(trainer, options.dump) and not trainer.idle)
     if due and trainer.not_finite():
         raise Diverged(_diagnosis(trainer, statistics, record))
+    snap = crossed(trainer, options.snap) and trainer.idle < 2
+    weights = whole(trainer.ema.module.state_dict(), trainer.process) if snap else {}
+    power = whole(trainer.power.state_dict(), trainer.process) if snap and trainer.power else {}
+    tensors = whole(trainer.tensors(), trainer.process) if due else {}
     if record:
-        if crossed(trainer, options.snap) and trainer.idle < 2:
-            record.snapshot()
+        if snap:
+            record.snapshot(weights)
+            if power:
+                record.averages(power)
         if due:
-            record.state()
+            record.state(tensors)
         record.time = time.monotonic()  # what was saved is no part of the next tick
 
 
@@ -505,9 +578,10 @@ def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record |
     lr = learning_rate(trainer.options, trainer.nimg)
     way = f"; {checkpoint.way_on(record.run_dir)}" if record else ""
     return (
-        f"training has diverged at image {trainer.nimg}: gradients or their squares are not "
-        f"finite, {what}, the loss is {statistics['loss']:.4g}, the learning rate {lr:.4g}, "
-        f"precision {trainer.options.precision}; "
+        f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the "
+        "loss is "
+        f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision "
+        f"{trainer.options.precision}; "
         f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}"
     )
 
@@ -515,9 +589,10 @@ def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: "Record |
 def _stop(trainer: Trainer, record: "Record | None", request: StopRequest, signum: int) -> None:
     """Save the state between two ticks and raise Stopped, in all processes."""
     statistics = trainer.unfinished_statistics()
+    tensors = whole(trainer.tensors(), trainer.process)
     message = f"stopped by {signal.Signals(signum).name} at image {trainer.nimg}"
     if record:
-        record.state(statistics)
+        record.state(tensors, statistics)
         record.log(message)
         message += f": {checkpoint.way_on(record.run_dir)}"
     request.meet()
@@ -590,23 +665,32 @@ class Record:
         if sys.stderr is not None:
             tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
 
-    def snapshot(self) -> None:
-        """Save the EMA network, and a grid of its images where that can be made."""
+    def snapshot(self, weights: dict[str, Tensor]) -> None:
+        """Save the EMA network, and a grid of its images where that can be made.
+
+        weights: the network's state dict.
+        """
         trainer = self.trainer
-        state = trainer.ema.module.state_dict()
-        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, state, self._meta())
+        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, weights, self._meta())
         grid = self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png"
         try:
-            save_grid(grid, self._images(), self.side)
+            save_grid(grid, self._images(weights), self.side)
         except (OSError, NotFinite) as error:
             self.warn(f"{grid.name} is not written: {error}")
         else:
             checkpoint.forget_same(grid)
 
-    def _images(self) -> Tensor:
+    def averages(self, tensors: dict[str, Tensor]) -> None:
+        """Save the averages of --power-ema; tensors: their state dict."""
+        nimg = self.trainer.nimg
+        checkpoint.write(self.run_dir, checkpoint.AVERAGES, nimg, tensors, self._meta())
+
+    def _images(self, weights: dict[str, Tensor]) -> Tensor:
         """The EMA network's images of the seeds from 0."""
         net, dataset = self.trainer.ema.module, self.trainer.dataset
-        choice = {"classes": dataset.classes}
+        if self.trainer.sharded:  # the other processes do not sample with this one
+            net = load(self.trainer.network, weights, self.run_dir).to(self.trainer.process.device)
+        choice: dict[str, Any] = {"classes": dataset.classes}
         if dataset.classes == []:  # labels are no classes that could be drawn
             choice = {"labels": self.labels}
         parts = []
@@ -627,9 +711,10 @@ class Record:
             )
         return torch.cat(parts)
 
-    def state(self, statistics: dict | None = None) -> None:
+    def state(self, tensors: dict[str, Tensor], statistics: dict | None = None) -> None:
         """Save the training state and, once that is durable, remove the older ones.
 
+        tensors: `Trainer.tensors()`, whole.
         statistics: of a tick that is not over, from `Trainer.unfinished_statistics`.
         """
         trainer = self.trainer
@@ -642,14 +727,14 @@ class Record:
         ):  # what was recorded up to here survives a power cut too
             if (self.run_dir / name).exists():
                 sync_file(self.run_dir / name)
-        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, trainer.tensors(), meta)
+        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, tensors, meta)
         self.saved = trainer.step
         self._keep_newest()
 
     def rescue(self) -> None:
         """Save the state before an error ends the run, where that can be done."""
         trainer = self.trainer
-        if not trainer.whole or trainer.step == self.saved or trainer.idle:
+        if not trainer.whole or trainer.step == self.saved or trainer.idle or trainer.sharded:
             return
         try:
             if trainer.not_finite():
@@ -658,7 +743,8 @@ class Record:
                 self.run_dir.mkdir(parents=True)
                 self._write_options()
             alone = trainer.process.world == 1  # the other processes may not answer any more
-            self.state(trainer.unfinished_statistics() if alone else None)
+            statistics = trainer.unfinished_statistics() if alone else None
+            self.state(trainer.tensors(), statistics)
         except Exception as error:
             print(f"Warning: the state could not be saved: {one_line(error)}", file=sys.stderr)
 

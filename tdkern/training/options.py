@@ -4,16 +4,28 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
-from ..fields import AT_LEAST_1, BELOW_1, EVEN, NOT_NEGATIVE, POSITIVE, UNIT, check, flag, flags_of
+from ..fields import (
+    AT_LEAST_1,
+    BELOW_1,
+    EVEN,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    WIDTH,
+    check,
+    flag,
+    flags_of,
+)
 from ..losses import Loss
-from ..losses.curricula import Exponential, Progressive
+from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
 from ..optim import OPTIMIZERS
 
-CURRICULA = {"progressive": Progressive, "exponential": Exponential}
+CURRICULA: dict[str, Any] = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
 # see `resumed`), and have no part in checksums
 FREE = (
@@ -30,7 +42,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu")
+SPLIT = ("gpus", "batch_gpu", "shard")
 
 
 def _consistency(family: Family) -> bool:
@@ -99,6 +111,13 @@ class Options:
     ema: float = flag(
         0.5, "Half-life of the averaged weights.", within=NOT_NEGATIVE, metavar="MIMG"
     )
+    power_ema: list[float] | None = flag(  # noqa: RUF009  (its default is None)
+        None,
+        "Relative widths of averages by EDM2's power function, such as 0.05,0.10. They are saved "
+        "beside each snapshot, and tdkern ema makes averages of other widths of them.",
+        within=WIDTH,
+        default_help="none",
+    )
     dropout: float | None = flag(
         None, "Dropout probability.", within=BELOW_1, default_help="by --family"
     )
@@ -130,14 +149,16 @@ class Options:
     )
     scale_mode: str | None = flag(
         None,
-        "How the number of noise levels grows.",
+        "How the number of noise levels grows; easy is easy consistency tuning's, whose t' comes "
+        "nearer to t.",
         choices=("fixed", *CURRICULA),
         only=_consistency,
         filled="progressive",
     )
     start_scales: int | None = flag(
         None,
-        "Noise levels at the start of training: steps between them, or with fixed all levels.",
+        "Noise levels at the start of training: steps between them, with fixed all levels, with "
+        "easy q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
@@ -149,7 +170,7 @@ class Options:
     )
     total_training_steps: int | None = flag(
         None,
-        "Training steps to the end of that growth.",
+        "Training steps to the end of that growth, or with easy of each of its stages.",
         only=_consistency,
         default_help="those of the duration",
     )
@@ -209,6 +230,10 @@ class Options:
     transfer: str | None = flag(
         None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"
     )
+    shard: bool = flag(
+        False,
+        "Each process keeps a share of weights, averages and optimizer (FSDP2); else all.",
+    )
     gpus: int = flag(1, "Processes, which torchrun starts.", within=AT_LEAST_1)
 
     def __post_init__(self):
@@ -254,6 +279,11 @@ class Options:
         """Fill in how the number of noise levels grows, which a longer duration then keeps."""
         if self.target_ema_mode == "adaptive" and self.start_ema == 0:
             raise ValueError("start_ema must be above 0 with target_ema_mode adaptive, got 0")
+        if self.target_ema_mode == "adaptive" and self.scale_mode == "easy":
+            raise ValueError(
+                "target_ema_mode must be fixed with scale_mode easy, which counts no noise levels, "
+                "got adaptive"
+            )
         scales = {"start_scales": 40, "end_scales": None, "total_training_steps": None}
         if self.scale_mode != "fixed":
             curriculum = CURRICULA[self.scale_mode]
@@ -266,8 +296,10 @@ class Options:
             if getattr(self, name) is None:
                 setattr(self, name, default)
             elif default is None:
-                known = ", ".join(CURRICULA)
-                raise ValueError(f"{name} is for scale_mode {known}, got scale_mode fixed")
+                known = ", ".join(mode for mode in CURRICULA if getattr(CURRICULA[mode], name, 1))
+                raise ValueError(
+                    f"{name} is for scale_mode {known}, got scale_mode {self.scale_mode}"
+                )
 
     def _complete_loss(self) -> None:
         """Check the losses' options and give those that are not there their defaults."""

@@ -3,7 +3,8 @@
 What a source leaves out is a default.
 
 Sources: EDM (arXiv 2206.00364, table 6 and its published commands), TD+EDM and TD+CT (2606.15048
-and the published commands), CT (2303.01469), improved CT (2310.14189).
+and the published commands), CT (2303.01469), improved CT (2310.14189), easy consistency tuning
+(2406.14548 and the published command).
 """
 
 EDM_CIFAR10 = {"family": "edm", "td": False, "cond": True, "arch": "ddpmpp", "batch": 512}
@@ -53,6 +54,30 @@ ICT_CIFAR10 = CT_CIFAR10 | {
     "start_ema": 0.0,
     "loss": {"base_norm": "huber", "base_weight": "inverse-step", "lognormal": [-1.1, 2.0]},
 }
+# from EDM's weights, by --transfer; the published command has --start-scales 2 and
+# --total-training-steps 25000, whose last stage is this one
+ECT_CIFAR10 = {
+    "family": "ct",
+    "td": False,
+    "arch": "ddpmpp",
+    "batch": 128,
+    "duration": 25.6,
+    "optim": "radam",
+    "lr": 1e-4,
+    "dropout": 0.2,
+    "augment": 0.0,
+    "ema": 0.127,  # half-life of the decay .9993
+    "scale_mode": "easy",
+    "start_scales": 256,
+    "target_ema_mode": "fixed",
+    "start_ema": 0.0,
+    "loss": {
+        "base_norm": "huber",
+        "huber_c": 0.0,
+        "base_weight": "inverse-step",
+        "lognormal": [-1.1, 2.0],
+    },
+}
 
 PRESETS = {
     # EDM, and with the paper's TD term
@@ -74,5 +99,6 @@ PRESETS = {
     # consistency training, improved, and with TD
     "ct-cifar10": CT_CIFAR10,
     "ict-cifar10": ICT_CIFAR10,
+    "ect-cifar10": ECT_CIFAR10,
     "td-ct-cifar10": CT_CIFAR10 | {"td": True},
 }

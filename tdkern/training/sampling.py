@@ -1,5 +1,6 @@
 """Images from a network, each a function of its own seed."""
 
+from collections.abc import Callable
 from functools import partial
 from inspect import signature
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from ..data import to_uint8
 from ..families import default_sampler
+from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS, ablation_sigmas, heun
 from ..samplers.ablation import RANGES
 
@@ -17,7 +19,7 @@ class NotFinite(ValueError):
 
 
 def sampling_levels(
-    net: torch.nn.Module,
+    net: Preconditioned,
     sampler: str,
     steps: int,
     *,
@@ -55,7 +57,7 @@ def sampling_levels(
 PREVIEW_STEPS = 18  # of the grids of images that training writes
 
 
-def preview_levels(net: torch.nn.Module) -> Tensor:
+def preview_levels(net: Preconditioned) -> Tensor:
     """The noise levels of the grids that training writes."""
     return sampling_levels(net, default_sampler(net), PREVIEW_STEPS)[0]
 
@@ -63,6 +65,18 @@ def preview_levels(net: torch.nn.Module) -> Tensor:
 def choice(meta: dict) -> dict:
     """What `sample` must be told of the labels of a network, by its snapshot's meta."""
     return {"classes": meta["classes"]} if meta.get("classes") is not None else {}
+
+
+def _where_it_began(run: Callable, sigmas: Tensor) -> str:
+    """The same run once more, watched."""
+    watched = []
+
+    def watch(denoiser):
+        watched.append(Watched(denoiser))
+        return watched[0]
+
+    run(watch)
+    return watched[0].report(sigmas)
 
 
 def sample(
@@ -82,12 +96,12 @@ def sample(
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives
+        seeds: one per image, in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives
             the latent, the class and the sampler's noise through a CPU generator of its own, so an
             image depends on its seed and not on its batch or device, beyond rounding.
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
-        class_idx: the class of all images; None draws one an image. For class-conditional networks.
+        class_idx: the class of all images; None draws one for each. For class-conditional networks.
         classes: those that the network was trained on; None for all, [] if its labels are no
             classes.
         labels: [B, label_dim], in place of drawn classes.
@@ -110,8 +124,7 @@ def sample(
         draws = Draws(seeds, next(net.parameters()).device)
         shape = (network["img_channels"], network["img_resolution"], network["img_resolution"])
         x = draws.normal(torch.empty(len(seeds), *shape, dtype=torch.float64))
-        if sigmas[0] < float("inf"):  # else the state is the unit noise itself
-            x = x * float(sigmas[0])
+        x = x * _start(sigmas)
         given = labels
         if network["label_dim"] and labels is None:
             given = draws.labels(network["label_dim"], class_idx, classes)
@@ -123,10 +136,13 @@ def sample(
 
     images = run(lambda denoiser: denoiser)
     if not images.isfinite().all():
-        watched = []  # the same once more, to see where it began
-        run(lambda denoiser: watched.append(Watched(denoiser)) or watched[0])
-        raise NotFinite(watched[0].report(sigmas))
+        raise NotFinite(_where_it_began(run, sigmas))
     return to_uint8(images)
+
+
+def _start(sigmas: Tensor) -> float:
+    """The factor of unit noise in a sampler's first state, which in pure noise is the noise."""
+    return float(sigmas[0]) if sigmas[0] < float("inf") else 1.0
 
 
 class Draws:

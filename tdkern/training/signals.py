@@ -41,7 +41,8 @@ class StopRequest:
         self.deadline = time.monotonic() + 60 * time_limit if time_limit else float("inf")
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # of the hosts alone
-        self.pending, self.before = None, {}
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
+        self.before: dict = {}
 
     def __enter__(self) -> "StopRequest":
         listens = threading.current_thread() is threading.main_thread()  # others cannot

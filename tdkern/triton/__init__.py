@@ -4,6 +4,9 @@ Importing this registers the `.triton` overloads, for CUDA tensors or, in Triton
 CPU tensors.
 """
 
-from . import adam_ema, ema_update, heun_step, noise_pair, td_coef, td_loss
+from importlib import import_module
 
-__all__ = ["adam_ema", "ema_update", "heun_step", "noise_pair", "td_coef", "td_loss"]
+from ..ops import OPS
+
+for _stem in sorted({op.stem for op in OPS.values() if "triton" in op.backends}):
+    import_module(f".{_stem}", __name__)

@@ -1,5 +1,5 @@
-"""adam_ema_ in Triton: a launch a parameter, for its step and its averages. Whether it is skipped
-is read on the device.
+"""adam_ema_ in Triton: one launch per parameter, for its step and its averages. Whether it is
+skipped is read on the device.
 """
 
 import math
@@ -101,6 +101,24 @@ def adam_ema_(
     torch._foreach_add_(
         steps, [counted.view_as(count) for count in steps]
     )  # of one tensor it would wait for its value
+    constants = _constants(steps, lr, factor, beta1, beta2, eps, weight_decay, decoupled)
+    flag = skip.to(torch.int32)
+    with torch.cuda.device_of(flag):
+        for i, tensors in enumerate(zip(grads, exp_avgs, exp_avg_sqs, params, strict=True)):
+            _step([*tensors, *averages[i :: len(params)]], decays, constants[i], flag)
+
+
+def _constants(
+    steps: list[Tensor],
+    lr: Tensor,
+    factor: Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> Tensor:
+    """[P, 9] float64: each parameter's AdamStep, as adam_kernel reads it."""
     step = torch.stack([count.reshape(()) for count in steps]).double()
     shrink = 1 - lr * weight_decay if decoupled else 1.0
     values = (
@@ -114,35 +132,22 @@ def adam_ema_(
         eps,
         lr / (1 - beta1**step),
     )
-    constants = step.new_empty(len(params), len(values))
+    constants = step.new_empty(len(steps), len(values))
     for column, value in zip(constants.unbind(1), values, strict=True):
         column.copy_(value) if isinstance(value, Tensor) else column.fill_(value)
-    flag = skip.to(torch.int32)
-    with torch.cuda.device_of(flag):
-        for i, tensors in enumerate(zip(grads, exp_avgs, exp_avg_sqs, params, strict=True)):
-            n = tensors[0].numel()
-            if n == 0:
-                continue
-            with flat([*tensors, *averages[i :: len(params)]]) as (
-                grad,
-                exp_avg,
-                exp_avg_sq,
-                param,
-                *row,
-            ):
-                block = block_of(param)
-                adam_kernel[(triton.cdiv(n, block),)](
-                    grad,
-                    exp_avg,
-                    exp_avg_sq,
-                    param,
-                    tuple(row) or None,
-                    decays,
-                    constants[i],
-                    flag,
-                    n,
-                    block,
-                )
+    return constants
+
+
+def _step(tensors: list[Tensor], decays: Tensor, constants: Tensor, flag: Tensor) -> None:
+    """One parameter's launch: its gradient, moments, the parameter itself and its averages."""
+    n = tensors[0].numel()
+    if n == 0:
+        return
+    with flat(tensors) as (grad, exp_avg, exp_avg_sq, param, *averages):
+        block = block_of(param)
+        grid = (triton.cdiv(n, block),)
+        row = (tuple(averages) or None, decays, constants, flag, n, block)
+        adam_kernel[grid](grad, exp_avg, exp_avg_sq, param, *row)
 
 
 _backends.library.impl("found_inf.triton", found_inf, _backends.triton_key())

@@ -1,4 +1,4 @@
-"""noise_pair in Triton: a program a block of a sample's elements, a lane a Philox call. The
+"""noise_pair in Triton: one program per block of a sample's elements, one lane per Philox call. The
 formulas are those of csrc/include/noise_pair_math.h.
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from ..ops import _backends
 from ..ops.noise_pair import output_like
 
-BLOCK = 512  # elements a program: four a thread, which float64 too holds in registers
+BLOCK = 512  # elements of a program: four of a thread, which float64 too holds in registers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
@@ -67,6 +67,14 @@ def _normals(seed, block, sample, offset_low, offset_high, T: tl.constexpr, BLOC
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
 
 
+# (a, s) of x_t = a x_tp + s n2, the step from the level of x_tp to that of x_t.
+@triton.jit
+def _transition(alpha, sigma, alpha_p, sigma_p):
+    a = alpha / alpha_p
+    variance = sigma * sigma - (a * sigma_p) * (a * sigma_p)
+    return a, tl.sqrt(tl.where(variance < 0, 0, variance))  # not maximum, which would drop a NaN
+
+
 # Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are
 # read in place of seed and offset unless None.
 @triton.jit(do_not_specialize=["seed", "offset", "first_sample"])
@@ -103,13 +111,10 @@ def pair_kernel(
     key = tl.load(seed_at) if seed_at is not None else seed.to(tl.int64)
     counter = tl.load(offset_at) if offset_at is not None else offset.to(tl.int64)
 
-    alpha_b, sigma_b = tl.load(alpha + b * alpha_step), tl.load(sigma + b * sigma_step)
+    a, s = tl.load(alpha + b * alpha_step), tl.load(sigma + b * sigma_step)
     alpha_p_b, sigma_p_b = tl.load(alpha_p + b * alpha_p_step), tl.load(sigma_p + b * sigma_p_step)
-    a, s = alpha_b, sigma_b
     if not SHARED:
-        a = alpha_b / alpha_p_b
-        variance = sigma_b * sigma_b - (a * sigma_p_b) * (a * sigma_p_b)
-        s = tl.sqrt(tl.where(variance < 0, 0, variance))  # not maximum, which would drop a NaN
+        a, s = _transition(a, s, alpha_p_b, sigma_p_b)
 
     k = begin + tl.arange(0, BLOCK)
     inside = k < n

@@ -11,6 +11,7 @@ from torch import Tensor
 ROWS, COLUMNS = 64, 64  # pixels and channels of a tile
 SUMS = 256  # of channels in tiles that groups_kernel, one warp, holds at a time; more would spill
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -165,45 +166,15 @@ def group_norm_silu(
     wide = {"dtype": torch.float32, "device": x.device}
     means, squares = torch.empty(2, batch, tiles, channels, **wide)
     mean_of, inverse_of = torch.empty(2, batch, groups, **wide)
-    grid = (batch * tiles * blocks,)
+    grid, counts = (batch * tiles * blocks,), (pixels, channels, tiles)
     size = triton.next_power_of_2(channels // groups)
     tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))
+    weights = (weight, bias, channels if weight.ndim == 2 else 0)
     with torch.cuda.device_of(x):
-        sums_kernel[grid](
-            x, add, means, squares, pixels, channels, tiles, blocks, ROWS, COLUMNS, **OPTIONS
-        )
-        groups_kernel[(batch * groups,)](
-            means,
-            squares,
-            mean_of,
-            inverse_of,
-            pixels,
-            channels,
-            tiles,
-            groups,
-            eps,
-            tiles_at_once,
-            size,
-            ROWS,
-            num_warps=1,
-            enable_fp_fusion=True,
-        )
-        result_kernel[grid](
-            x,
-            add,
-            y,
-            mean_of,
-            inverse_of,
-            weight,
-            bias,
-            channels if weight.ndim == 2 else 0,
-            pixels,
-            channels,
-            tiles,
-            blocks,
-            groups,
-            ROWS,
-            COLUMNS,
-            **OPTIONS,
-        )
+        sums_kernel[grid](x, add, means, squares, *counts, blocks, ROWS, COLUMNS, **OPTIONS)
+        sums = (means, squares, mean_of, inverse_of)
+        held = (tiles_at_once, size, ROWS)
+        groups_kernel[(batch * groups,)](*sums, *counts, groups, eps, *held, **ONE_WARP)
+        statistics, shape = (mean_of, inverse_of), (*counts, blocks, groups, ROWS, COLUMNS)
+        result_kernel[grid](x, add, y, *statistics, *weights, *shape, **OPTIONS)
     return y

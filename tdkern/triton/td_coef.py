@@ -1,4 +1,4 @@
-"""td_coef in Triton: float64 throughout, a lane a sample."""
+"""td_coef in Triton: float64 throughout, one lane per sample."""
 
 import torch
 import triton
@@ -29,6 +29,12 @@ def _pow(x, y):  # x >= 0, y > 0
 @triton.jit
 def _sigma(index, intervals, a, b, rho):
     return _pow(tl.minimum(tl.maximum(a + index / intervals * (b - a), _f64(b)), _f64(a)), rho)
+
+
+# The inverse, within the schedule.
+@triton.jit
+def _index(sigma, intervals, a, b, inverse_rho):
+    return tl.minimum(tl.maximum((_pow(sigma, inverse_rho) - a) / (b - a), 0), 1) * intervals
 
 
 # Of the two-moment mean with alpha = 1: A = 1 - kappa, kappa = r sqrt(1 - eta^2 + (eta r)^2), r =
@@ -76,6 +82,14 @@ def _td_weighting(A, A_p, scale, scale_p, WEIGHT: tl.constexpr):
     return w
 
 
+@triton.jit
+def _store_four(to, first, second, third, fourth, inside):
+    tl.store(to, first, inside)
+    tl.store(to + 1, second, inside)
+    tl.store(to + 2, third, inside)
+    tl.store(to + 3, fourth, inside)
+
+
 # The scalars' types are given, since Triton would pass a Python float as float32.
 @triton.jit
 def coef_kernel(
@@ -110,42 +124,24 @@ def coef_kernel(
         index, sigma = sample, _sigma(sample, intervals, a, b, rho)
         in_range = index >= 0
     else:
-        index, sigma = (
-            tl.minimum(tl.maximum((_pow(sample, inverse_rho) - a) / (b - a), 0), 1) * intervals,
-            sample,
-        )
+        index, sigma = _index(sample, intervals, a, b, inverse_rho), sample
         in_range = (sigma >= sigma_min) & (sigma <= sigma_max)
-    valid = (
-        in_range & (index <= intervals - (k_idx + one_idx)) & (sigma >= td_lo) & (sigma <= td_hi)
-    )
-    sigma_tau, sigma_p = (
-        _sigma(index + one_idx, intervals, a, b, rho),
-        _sigma(index + k_idx, intervals, a, b, rho),
-    )
+    in_window = (sigma >= td_lo) & (sigma <= td_hi)
+    valid = in_range & (index <= intervals - (k_idx + one_idx)) & in_window
+    sigma_tau = _sigma(index + one_idx, intervals, a, b, rho)
+    sigma_p = _sigma(index + k_idx, intervals, a, b, rho)
     sigma_tau_p = _sigma(index + (k_idx + one_idx), intervals, a, b, rho)
 
     A, A_p = _A(sigma, sigma_tau, eta), _A(sigma_p, sigma_tau_p, eta)
     skip, scale = _preconditioning(sigma, sigma_data, sigma_min, PRECOND)
     skip_p, scale_p = _preconditioning(sigma_p, sigma_data, sigma_min, PRECOND)
     w_td = tl.where(valid, _td_weighting(A, A_p, scale, scale_p, WEIGHT), 0)
-    w_base = _base_weighting(sigma, sigma_data, BASE_WEIGHT) * tl.where(
-        valid, _f64(lambda_base), 1 + _f64(lambda_base)
-    )
+    share = tl.where(valid, _f64(lambda_base), 1 + _f64(lambda_base))
+    w_base = _base_weighting(sigma, sigma_data, BASE_WEIGHT) * share
 
-    coef += 8 * i
-    tl.store(coef, skip, inside)
-    tl.store(coef + 1, scale, inside)
-    tl.store(coef + 2, skip_p, inside)
-    tl.store(coef + 3, scale_p, inside)
-    tl.store(coef + 4, A, inside)
-    tl.store(coef + 5, A_p, inside)
-    tl.store(coef + 6, w_td, inside)
-    tl.store(coef + 7, w_base, inside)
-    levels += 4 * i
-    tl.store(levels, sigma, inside)
-    tl.store(levels + 1, sigma_tau, inside)
-    tl.store(levels + 2, sigma_p, inside)
-    tl.store(levels + 3, sigma_tau_p, inside)
+    _store_four(coef + 8 * i, skip, scale, skip_p, scale_p, inside)
+    _store_four(coef + 8 * i + 4, A, A_p, w_td, w_base, inside)
+    _store_four(levels + 4 * i, sigma, sigma_tau, sigma_p, sigma_tau_p, inside)
 
 
 def td_coef(

@@ -1,4 +1,4 @@
-"""td_loss in Triton: a program a chunk of a sample; where a sample is several chunks, a second
+"""td_loss in Triton: one program per chunk of a sample; where a sample is several chunks, a second
 small kernel adds their sums in order.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..ops import _backends
 from ..ops.td_loss import gradient_like
 
-CHUNK = 8192  # most elements a program; this and the two blocks set the order of summation
+CHUNK = 8192  # most elements of a program; this and the two blocks set the order of summation
 BLOCK = 2048  # elements in registers at a time
 SUM_BLOCK = 1024
 OPTIONS = {
@@ -24,12 +24,17 @@ def _load(pointer, i, end, T: tl.constexpr):
     return tl.load(pointer + i, i < end, other=0.0).to(T)
 
 
+@triton.jit
+def _sign(x):  # 0 at 0, and NaN at NaN
+    return tl.where(x > 0, 1, tl.where(x < 0, -1, x))
+
+
 # Where a product feeds a sum it is an fma by name: which products the compiler would fuse by itself
 # depends on the code around them, such as whether dF is written, and so would the bits.
 #
-# One chunk of sample b, from element `begin`: its sums of delta^2 and of base^2 or |base|; writes
-# dF for the upstream gradient g_td, g_base. A term that is off adds exactly 0, whatever its error
-# is, and what only terms that are off need is not read.
+# One chunk of a sample, of which `rest` elements are left: its sums of delta^2 and of base^2 or
+# |base|; writes dF for the upstream gradient g_td, g_base. A term that is off adds exactly 0,
+# whatever its error is, and what only terms that are off need is not read.
 @triton.jit
 def _chunk(
     F,
@@ -41,34 +46,21 @@ def _chunk(
     coef,
     g_td,
     g_base,
-    n,
+    rest,
     inverse_n,
-    begin,
-    T: tl.constexpr,
     CONSISTENCY: tl.constexpr,
     L1: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    skip, scale, skip_p, scale_p = (
-        tl.load(coef).to(T),
-        tl.load(coef + 1).to(T),
-        tl.load(coef + 2).to(T),
-        tl.load(coef + 3).to(T),
-    )
-    A, A_p, w_td, w_base = (
-        tl.load(coef + 4).to(T),
-        tl.load(coef + 5).to(T),
-        tl.load(coef + 6),
-        tl.load(coef + 7),
-    )
+    T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    skip, scale = tl.load(coef).to(T), tl.load(coef + 1).to(T)
+    skip_p, scale_p = tl.load(coef + 2).to(T), tl.load(coef + 3).to(T)
+    A, A_p = tl.load(coef + 4).to(T), tl.load(coef + 5).to(T)
+    w_td, w_base = tl.load(coef + 6), tl.load(coef + 7)
     has_td, has_base = (w_td != 0) & (g_td != 0), (w_base != 0) & (g_base != 0)
-    rest = n - begin
-    td_end, base_end, end = (
-        tl.where(has_td, rest, 0),
-        tl.where(has_base, rest, 0),
-        tl.where(has_td | has_base, rest, 0),
-    )
+    td_end, base_end = tl.where(has_td, rest, 0), tl.where(has_base, rest, 0)
+    end = tl.where(has_td | has_base, rest, 0)
     target_end = end if CONSISTENCY else td_end
     unit = -2 * tl.load(coef + 1) * inverse_n
     grad_td = tl.where(has_td, unit * w_td * g_td * tl.load(coef + 4), 0).to(T)
@@ -89,14 +81,11 @@ def _chunk(
         delta = tl.where(i < td_end, tl.fma(A, e, -(A_p * e_p)), 0)
         base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
         sum_td = tl.fma(delta, delta, sum_td)
-        slope = (
-            tl.where(base > 0, 1, tl.where(base < 0, -1, base)) if L1 else base
-        )  # sign(base), which is 0 at 0 and NaN at NaN
+        slope = _sign(base) if L1 else base
         sum_base = tl.fma(slope, base, sum_base)
         if dF is not None:
-            tl.store(
-                dF + i, tl.fma(grad_td, delta, grad_base * slope).to(dF.dtype.element_ty), i < rest
-            )
+            gradient = tl.fma(grad_td, delta, grad_base * slope)
+            tl.store(dF + i, gradient.to(dF.dtype.element_ty), i < rest)
     return tl.sum(sum_td), tl.sum(sum_base)
 
 
@@ -104,6 +93,53 @@ def _chunk(
 def _store_loss(loss, coef, b, inverse_n, td, base):
     tl.store(loss + 2 * b, tl.load(coef + 6) * td * inverse_n)
     tl.store(loss + 2 * b + 1, tl.load(coef + 7) * base * inverse_n)
+
+
+# dF, which holds the gradient for an upstream gradient of 1, for the one at g.
+@triton.jit
+def _correct(
+    F,
+    F_p,
+    x0,
+    x_t,
+    x_tp,
+    dF,
+    coef,
+    g,
+    rest,
+    inverse_n,
+    CONSISTENCY: tl.constexpr,
+    L1: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
+    g_td, g_base = tl.load(g), tl.load(g + 1)
+    # Half precision is computed anew: before a loss scale, dF may have underflowed.
+    can_scale: tl.constexpr = dF.dtype.element_ty == T
+    if (g_td != 1) | (g_base != 1):
+        if can_scale & (g_td == g_base) & (g_td != 0):
+            for start in range(0, CHUNK, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                tl.store(dF + i, g_td * tl.load(dF + i, i < rest), i < rest)
+        else:
+            _chunk(
+                F,
+                F_p,
+                x0,
+                x_t,
+                x_tp,
+                dF,
+                coef,
+                g_td,
+                g_base,
+                rest,
+                inverse_n,
+                CONSISTENCY,
+                L1,
+                CHUNK,
+                BLOCK,
+            )
 
 
 # Forward, where upstream is None: writes dF unless it is None, and the sums, or at once the loss
@@ -135,7 +171,6 @@ def chunk_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * CHUNK
     F += b * F_row + begin
@@ -148,26 +183,11 @@ def chunk_kernel(
     if dF is not None:
         dF += b * dF_row + begin
     coef += 8 * b
+    rest = n - begin
 
     if upstream is None:
         td, base = _chunk(
-            F,
-            F_p,
-            x0,
-            x_t,
-            x_tp,
-            dF,
-            coef,
-            tl.full([], 1, T),
-            tl.full([], 1, T),
-            n,
-            inverse_n,
-            begin,
-            T,
-            CONSISTENCY,
-            L1,
-            CHUNK,
-            BLOCK,
+            F, F_p, x0, x_t, x_tp, dF, coef, 1, 1, rest, inverse_n, CONSISTENCY, L1, CHUNK, BLOCK
         )
         if sums is not None:
             tl.store(sums + 2 * task, td)
@@ -175,35 +195,8 @@ def chunk_kernel(
         else:
             _store_loss(loss, coef, b, inverse_n, td, base)
     else:
-        g_td, g_base = tl.load(upstream + 2 * b), tl.load(upstream + 2 * b + 1)
-        can_scale: tl.constexpr = (
-            dF.dtype.element_ty == T
-        )  # half precision is computed anew: before a loss scale, dF may have underflowed
-        if (g_td != 1) | (g_base != 1):
-            if can_scale & (g_td == g_base) & (g_td != 0):
-                for start in range(0, CHUNK, BLOCK):
-                    i = start + tl.arange(0, BLOCK)
-                    tl.store(dF + i, g_td * tl.load(dF + i, i < n - begin), i < n - begin)
-            else:
-                _chunk(
-                    F,
-                    F_p,
-                    x0,
-                    x_t,
-                    x_tp,
-                    dF,
-                    coef,
-                    g_td,
-                    g_base,
-                    n,
-                    inverse_n,
-                    begin,
-                    T,
-                    CONSISTENCY,
-                    L1,
-                    CHUNK,
-                    BLOCK,
-                )
+        g = upstream + 2 * b
+        _correct(F, F_p, x0, x_t, x_tp, dF, coef, g, rest, inverse_n, CONSISTENCY, L1, CHUNK, BLOCK)
 
 
 @triton.jit

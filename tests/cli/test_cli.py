@@ -10,23 +10,10 @@ import pytest
 import torch
 
 import tdkern.cli
-from helpers.tiny import by_flag, pixels, png, raw_data_set, tdkern_
+from helpers.tiny import by_flag, data_set, pixels, png, raw_data_set, tdkern_
 from tdkern.networks import MLP, iDDPMPrecond
 
-FLAGS = [
-    "--cbase",
-    "4",
-    "--cres",
-    "1",
-    "--batch",
-    "8",
-    "--tick",
-    "0.008",
-    "--workers",
-    "0",
-    "--lr-rampup-kimg",
-    "0",
-]
+FLAGS = "--cbase 4 --cres 1 --batch 8 --tick 0.008 --workers 0 --lr-rampup-kimg 0".split()
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 
@@ -37,20 +24,13 @@ def options_of(*args):
     return by_flag(json.loads(output[: output.index("\n}") + 2]))
 
 
+def image(path):
+    return np.array(PIL.Image.open(path)).astype(int)
+
+
 def test_train_then_generate(tmp_path, data):
-    output = tdkern_(
-        "train",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path / "runs",
-        "--cond",
-        "--duration",
-        "16e-6",
-        "--desc",
-        "try",
-        *FLAGS,
-    )
+    start = ["train", "--data", data, "--outdir", tmp_path / "runs", "--cond", "--desc", "try"]
+    output = tdkern_(*start, "--duration", "16e-6", *FLAGS)
     run_dir = tmp_path / "runs" / "00000-images-cond-ddpmpp-edm-td-gpus1-batch8-fp32-try"
     assert f"Training in {run_dir}, image 0 of 16" in output
     assert "10 images [3, 8, 8], 3 label columns" in output
@@ -67,119 +47,57 @@ def test_train_then_generate(tmp_path, data):
     }
 
     images = tmp_path / "images"
-    tdkern_(
-        "generate",
-        "--network",
-        run_dir,
-        "--outdir",
-        images,
-        "--seeds",
-        "0-2,1005",
-        "--steps",
-        "3",
-        "--batch",
-        "3",
-        "--grid",
-        tmp_path / "grid.png",
-    )
+    draw = ["generate", "--network", run_dir, "--outdir", images, "--seeds", "0-2,1005"]
+    tdkern_(*draw, "--steps", "3", "--batch", "3", "--grid", tmp_path / "grid.png")
     assert sorted(path.name for path in images.iterdir()) == [
         "000000.png",
         "000001.png",
         "000002.png",
         "001005.png",
     ]
-    grid = np.array(PIL.Image.open(tmp_path / "grid.png"))
+    grid = image(tmp_path / "grid.png")
     assert grid.shape == (16, 16, 3)
-    assert np.array_equal(grid[8:, 8:], np.array(PIL.Image.open(images / "001005.png")))
-    tdkern_(
-        "generate",
-        "--network",
-        run_dir / "network-snapshot-000000.016",
-        "--outdir",
-        tmp_path / "again",
-        "--seeds",
-        "1005",
-        "--steps",
-        "3",
-        "--subdirs",
-        "--S_churn",
-        "0",
-        "--sigma-min=0.002",
-        "--sigma_max=80",
-    )
-    again = np.array(PIL.Image.open(tmp_path / "again" / "001000" / "001005.png"))
-    assert np.abs(again.astype(int) - grid[8:, 8:]).max() <= 1
+    assert np.array_equal(grid[8:, 8:], image(images / "001005.png"))
+
+    snapshot = run_dir / "network-snapshot-000000.016"
+    draw = ["generate", "--network", snapshot, "--outdir", tmp_path / "again", "--seeds", "1005"]
+    defaults = ["--S_churn", "0", "--sigma-min=0.002", "--sigma_max=80"]
+    tdkern_(*draw, "--steps", "3", "--subdirs", *defaults)
+    again = image(tmp_path / "again" / "001000" / "001005.png")
+    assert np.abs(again - grid[8:, 8:]).max() <= 1
     assert "class must be one of the network's 3 classes" in tdkern_(
         "generate", "--network", run_dir, "--outdir", images, "--class", "3", code=1
     )
 
 
-def test_generate_with_every_sampler(tmp_path, data):
-    tdkern_(
-        "train",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path,
-        "--nosubdirs",
-        "--duration",
-        "8e-6",
-        "--lr",
-        "0.1",
-        *FLAGS,
-    )
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of one step."""
+    run = tmp_path_factory.mktemp("run")
+    data = data_set(run / "images.zip", pixels(), [i % 3 for i in range(10)])
+    start = ["train", "--data", data, "--outdir", run, "--nosubdirs", "--duration", "8e-6"]
+    tdkern_(*start, "--lr", "0.1", *FLAGS)
+    return run
+
+
+def test_generate_with_every_sampler(tmp_path, trained):
     images = {}
 
-    def generate(*args, name, code=0):
-        output = tdkern_(
-            "generate",
-            "--network",
-            tmp_path,
-            "--grid",
-            tmp_path / f"{name}.png",
-            "--seeds",
-            "0-3",
-            *args,
-            code=code,
-        )
-        images[name] = (
-            None if code else np.array(PIL.Image.open(tmp_path / f"{name}.png")).astype(int)
-        )
-        return output
+    def generate(name, words):
+        grid = ["--grid", tmp_path / "grid.png", "--seeds", "0-3"]
+        tdkern_("generate", "--network", trained, *grid, *words.split())
+        images[name] = image(tmp_path / "grid.png")
 
     for sampler in ("heun", "euler", "ddim", "ddpm", "dpmpp", "unipc", "multistep"):
-        generate("--sampler", sampler, "--steps", "5", name=sampler)
-    generate("--sampler", "onestep", name="onestep")
-    generate("--sampler", "ddim", "--steps", "5", "--eta", "1", name="ddim 1")
-    generate("--sampler", "unipc", "--steps", "5", "--order", "3", name="unipc 3")
-    generate(
-        "--sampler",
-        "multistep",
-        "--steps",
-        "5",
-        "--clip_denoised",
-        "--sigma_max",
-        "20",
-        name="clipped",
-    )
-    generate("--steps", "5", name="default")
-    generate("--steps", "5", "--solver", "heun", name="ablation")
-    generate("--steps", "5", "--disc", "iddpm", name="iddpm")
-    generate(
-        "--steps",
-        "5",
-        "--disc",
-        "vp",
-        "--schedule",
-        "vp",
-        "--scaling",
-        "vp",
-        "--solver",
-        "euler",
-        "--S_churn",
-        "1",
-        name="vp",
-    )
+        generate(sampler, f"--sampler {sampler} --steps 5")
+    generate("onestep", "--sampler onestep")
+    generate("ddim 1", "--sampler ddim --steps 5 --eta 1")
+    generate("unipc 3", "--sampler unipc --steps 5 --order 3")
+    generate("clipped", "--sampler multistep --steps 5 --clip_denoised --sigma_max 20")
+    generate("default", "--steps 5")
+    generate("ablation", "--steps 5 --solver heun")
+    generate("iddpm", "--steps 5 --disc iddpm")
+    generate("vp", "--steps 5 --disc vp --schedule vp --scaling vp --solver euler --S_churn 1")
     same = [
         (a, b)
         for a, b in itertools.combinations(images, 2)
@@ -192,27 +110,29 @@ def test_generate_with_every_sampler(tmp_path, data):
         ("ddpm", "ddim 1"),
         ("default", "ablation"),
     ]
-    refused = {
-        "heun": ("eta", "clip_denoised"),
-        "ddpm": ("eta",),
-        "ddim": ("S_churn", "scaling"),
-        "dpmpp": ("order",),
-        "onestep": ("steps", "rho", "disc"),
-    }
-    values = {"scaling": "vp", "disc": "vp", "steps": "2"}
-    for sampler, flag in ((sampler, flag) for sampler, flags in refused.items() for flag in flags):
-        output = generate(
-            "--sampler", sampler, f"--{flag}", values.get(flag, "1"), name="refused", code=2
-        )
-        assert f"--{flag} does nothing with --sampler {sampler}" in output
-    generate("--sampler", "multistep", "--steps", "1", name="one of multistep")
+    generate("one of multistep", "--sampler multistep --steps 1")
     assert np.array_equal(images["one of multistep"], images["onestep"])
-    assert "--steps must be at least 2 with heun, got 1" in generate(
-        "--steps", "1", name="refused", code=2
-    )
-    assert "--rho does nothing with --disc vp" in generate(
-        "--disc", "vp", "--rho", "7", name="refused", code=2
-    )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--sampler heun --eta 1", "--eta does nothing with --sampler heun"),
+        ("--sampler heun --clip_denoised", "--clip_denoised does nothing with --sampler heun"),
+        ("--sampler ddpm --eta 1", "--eta does nothing with --sampler ddpm"),
+        ("--sampler ddim --S_churn 1", "--S_churn does nothing with --sampler ddim"),
+        ("--sampler ddim --scaling vp", "--scaling does nothing with --sampler ddim"),
+        ("--sampler dpmpp --order 1", "--order does nothing with --sampler dpmpp"),
+        ("--sampler onestep --steps 2", "--steps does nothing with --sampler onestep"),
+        ("--sampler onestep --rho 1", "--rho does nothing with --sampler onestep"),
+        ("--sampler onestep --disc vp", "--disc does nothing with --sampler onestep"),
+        ("--steps 1", "--steps must be at least 2 with heun, got 1"),
+        ("--disc vp --rho 7", "--rho does nothing with --disc vp"),
+    ],
+)
+def test_generate_refuses_flags_that_do_nothing(tmp_path, trained, words, message):
+    grid = ["--grid", tmp_path / "grid.png", "--seeds", "0-3"]
+    assert message in tdkern_("generate", "--network", trained, *grid, *words.split(), code=2)
 
 
 def test_generate_keeps_to_the_networks_levels(tmp_path, monkeypatch):

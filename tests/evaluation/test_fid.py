@@ -252,6 +252,11 @@ def test_inception_from_a_file_of_weights(tmp_path, monkeypatch, evil):
         Inception(path)
 
 
+def calculated(images, ref, num, *flags):
+    """`tdkern fid calc` of a folder or a file."""
+    return invoked("fid", "calc", "--images", images, "--ref", ref, "--num", num, *flags)
+
+
 def test_ref_then_calc(tmp_path, stand_in):
     """A folder with subfolders as tdkern generate --subdirs writes them against a zip; grey images
     are RGB ones with equal channels.
@@ -261,16 +266,8 @@ def test_ref_then_calc(tmp_path, stand_in):
         (tmp_path / "images" / f"{i // 10 * 1000:06d}").mkdir(parents=True, exist_ok=True)
         save_image(tmp_path / "images" / f"{i // 10 * 1000:06d}" / f"{i:06d}.png", image)
     ref = tmp_path / "new" / "ref.npz"
-    invoked(
-        "fid",
-        "ref",
-        "--data",
-        data_set(tmp_path / "grey.zip", images),
-        "--dest",
-        ref,
-        "--batch",
-        "7",
-    )
+    grey = data_set(tmp_path / "grey.zip", images)
+    invoked("fid", "ref", "--data", grey, "--dest", ref, "--batch", "7")
     features = [
         StandIn()(torch.from_numpy(x).expand(-1, 3, -1, -1)).double().numpy()
         for x in (images, others)
@@ -278,43 +275,16 @@ def test_ref_then_calc(tmp_path, stand_in):
     np.testing.assert_allclose(np.load(ref)["mu"], features[0].mean(0), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(np.load(ref)["sigma"], np.cov(features[0].T), rtol=1e-5, atol=1e-7)
 
-    result = invoked(
-        "fid",
-        "calc",
-        "--images",
-        tmp_path / "images",
-        "--ref",
-        ref,
-        "--num",
-        "21",
-        "--batch",
-        "4",
-        "--workers",
-        "0",
-    )
+    result = calculated(tmp_path / "images", ref, 21, "--batch", "4", "--workers", "0")
     expected = frechet_distance(*(Statistics(x.mean(0), np.cov(x.T)) for x in features))
     assert float(result.stdout) == pytest.approx(expected, rel=1e-4)
     assert (
         "Warning: the FID of 21 images is biased upwards" in result.stderr
         and f"FID of 21 images in {tmp_path / 'images'} against {ref}" in result.stderr
     )
-    result = invoked("fid", "calc", "--images", tmp_path / "grey.zip", "--ref", ref, "--num", "30")
+    result = calculated(grey, ref, 30)
     assert abs(float(result.stdout)) < 1e-12 and "FID of 30 images (grey, as RGB)" in result.stderr
-    some = [
-        invoked(
-            "fid",
-            "calc",
-            "--images",
-            tmp_path / "grey.zip",
-            "--ref",
-            ref,
-            "--num",
-            "29",
-            "--seed",
-            seed,
-        ).stdout
-        for seed in (0, 0, 1)
-    ]
+    some = [calculated(grey, ref, 29, "--seed", seed).stdout for seed in (0, 0, 1)]
     assert some[0] == some[1] != some[2]
 
 
@@ -360,17 +330,16 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 
 
-@pytest.mark.parametrize(
-    "family, samplers", [("edm", {"heun": [3, 7], "dpmpp": [2, 4]}), ("ct", {"multistep": [2, 4]})]
-)
-def test_steps_measures_what_generate_draws(tmp_path, stand_in, family, samplers):
+@pytest.fixture
+def drawn_network(tmp_path, stand_in, request):
+    """A snapshot of a family's network in tmp_path, and the statistics beside it."""
     options = Options(
         data=str(data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])),
         cond=True,
         arch="ddpmpp",
         cbase=4,
         cres=[1],
-        family=family,
+        family=request.param,
     )
     trainer = Trainer(options, this_process())
     for parameter in trainer.ema.module.parameters():
@@ -378,89 +347,65 @@ def test_steps_measures_what_generate_draws(tmp_path, stand_in, family, samplers
     write(tmp_path, SNAPSHOT, 0, trainer.ema.module.state_dict(), {"network": trainer.network})
     ref = tmp_path / "ref.npz"
     invoked("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
-    few = ["fid", "steps", "--network", tmp_path, "--ref", ref, "--steps", "4,1", "--num", "8"]
-    if family == "edm":
-        assert "--steps must be at least 2 each with heun, got 1" in invoked(*few, code=2).output
-    else:
-        fid = json.loads(invoked(*few).stdout.splitlines()[-1])["results"][1][
-            "fid"
-        ]  # a consistency model's one step, by default
-        invoked("generate", "--network", tmp_path, "--outdir", tmp_path / "one", "--seeds", "0-7")
-        files = invoked(
-            "fid",
-            "calc",
-            "--images",
-            tmp_path / "one",
-            "--ref",
-            ref,
-            "--num",
-            "8",
-            "--workers",
-            "0",
-        ).stdout
-        assert float(files) == pytest.approx(fid, rel=1e-5)
-    for sampler, nfes in samplers.items():
-        flags = ["--network", tmp_path, "--sampler", sampler, "--batch", "3"]
-        result = invoked(
-            "fid", "steps", *flags, "--ref", ref, "--steps", "2,4", "--num", "8", "--seed", "5"
-        )
-        *table, line = result.stdout.splitlines()
-        measured = json.loads(line)
-        assert (measured["sampler"], measured["num"], measured["seed"], measured["ref"]) == (
-            sampler,
-            8,
-            5,
-            str(ref),
-        )
-        assert [row["steps"] for row in measured["results"]] == [2, 4] and [
-            row["nfe"] for row in measured["results"]
-        ] == nfes
-        assert table[0].split() == ["steps", "NFE", "FID"]
-        assert [[float(word) for word in row.split()] for row in table[1:]] == [
-            [*list(row.values())[:2], round(row["fid"], 4)] for row in measured["results"]
-        ]
-        for row in measured["results"]:
-            images = tmp_path / f"{sampler}{row['steps']}"
-            invoked(
-                "generate", *flags, "--outdir", images, "--steps", row["steps"], "--seeds", "5-12"
-            )
-            files = invoked(
-                "fid",
-                "calc",
-                "--images",
-                images,
-                "--ref",
-                ref,
-                "--num",
-                "8",
-                "--batch",
-                "3",
-                "--workers",
-                "0",
-            ).stdout
-            assert float(files) == pytest.approx(row["fid"], rel=1e-5)
-        assert measured["results"][0]["fid"] != pytest.approx(
-            measured["results"][1]["fid"], rel=1e-3
-        )
-    if family == "ct":  # with --steps, multistep is its sampler by default
-        invoked(
-            "generate",
-            "--network",
-            tmp_path,
-            "--outdir",
-            tmp_path / "few",
-            "--steps",
-            "2",
-            "--seeds",
-            "5-12",
-            "--batch",
-            "3",
-        )
-        few, asked = (
-            [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
-            for name in ("few", "multistep2")
-        )
-        assert len(few) == 8 and few == asked
+    return tmp_path, ref
+
+
+@pytest.mark.parametrize(
+    "drawn_network, sampler, nfes",
+    [
+        ("edm", "heun", [3, 7]),
+        ("edm", "dpmpp", [2, 4]),
+        ("ct", "multistep", [2, 4]),
+    ],
+    indirect=["drawn_network"],
+)
+def test_steps_measures_what_generate_draws(drawn_network, sampler, nfes):
+    network, ref = drawn_network
+    flags = ["--network", network, "--sampler", sampler, "--batch", "3"]
+    asked = ["--ref", ref, "--steps", "2,4", "--num", "8", "--seed", "5"]
+    *table, line = invoked("fid", "steps", *flags, *asked).stdout.splitlines()
+    measured = json.loads(line)
+    expected = {"sampler": sampler, "num": 8, "seed": 5, "ref": str(ref)}
+    assert {name: measured[name] for name in expected} == expected
+    rows = measured["results"]
+    assert [row["steps"] for row in rows] == [2, 4] and [row["nfe"] for row in rows] == nfes
+    assert table[0].split() == ["steps", "NFE", "FID"]
+    assert [[float(word) for word in row.split()] for row in table[1:]] == [
+        [row["steps"], row["nfe"], round(row["fid"], 4)] for row in rows
+    ]
+    for row in rows:
+        images = network / f"{sampler}{row['steps']}"
+        drawn = ["--outdir", images, "--steps", row["steps"], "--seeds", "5-12"]
+        invoked("generate", *flags, *drawn)
+        files = calculated(images, ref, 8, "--batch", "3", "--workers", "0").stdout
+        assert float(files) == pytest.approx(row["fid"], rel=1e-5)
+    assert rows[0]["fid"] != pytest.approx(rows[1]["fid"], rel=1e-3)
+
+
+@pytest.mark.parametrize("drawn_network", ["edm"], indirect=True)
+def test_one_step_is_too_few_for_heun(drawn_network):
+    network, ref = drawn_network
+    few = ["fid", "steps", "--network", network, "--ref", ref, "--steps", "4,1", "--num", "8"]
+    assert "--steps must be at least 2 each with heun, got 1" in invoked(*few, code=2).output
+
+
+@pytest.mark.parametrize("drawn_network", ["ct"], indirect=True)
+def test_a_consistency_model_draws_in_one_step_or_with_steps_in_several(drawn_network):
+    network, ref = drawn_network
+    few = ["fid", "steps", "--network", network, "--ref", ref, "--steps", "4,1", "--num", "8"]
+    one_step = json.loads(invoked(*few).stdout.splitlines()[-1])["results"][1]
+    invoked("generate", "--network", network, "--outdir", network / "one", "--seeds", "0-7")
+    files = calculated(network / "one", ref, 8, "--workers", "0").stdout
+    assert float(files) == pytest.approx(one_step["fid"], rel=1e-5)
+
+    folders = {"default": (), "asked": ("--sampler", "multistep")}
+    flags = ["--network", network, "--steps", "2", "--seeds", "5-12", "--batch", "3"]
+    for name, sampler in folders.items():
+        invoked("generate", *flags, "--outdir", network / name, *sampler)
+    default, asked = (
+        [path.read_bytes() for path in sorted((network / name).iterdir())] for name in folders
+    )
+    assert len(default) == 8 and default == asked
 
 
 def test_steps_shares_the_seeds_among_processes(tmp_path, stand_in, monkeypatch):

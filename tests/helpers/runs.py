@@ -62,8 +62,8 @@ class Stop(Exception):
 def start_and_stop(options, run_dir, monkeypatch):
     """A run that ends after the training state of its third step."""
 
-    def stop(record, real=loop.Record.state):
-        real(record)
+    def stop(record, *args, real=loop.Record.state):
+        real(record, *args)
         if record.trainer.step == 3:
             raise Stop
 

@@ -196,18 +196,36 @@ def test_a_network_that_tdkern_has_not(tmp_path, persistence):
         load_converted(tmp_path / "a.safetensors")
 
 
-def test_a_network_with_other_tensors_is_refused(tmp_path, persistence):
-    saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
-    saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | {
-        "model_channels": 4
-    }
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-    with pytest.raises(
-        CheckpointError,
-        match=r"a.pkl: does not match the network: model.dec.* must be \[.*\], got \[.*\]",
-    ):
-        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    for wrong in (
+@pytest.fixture
+def refused(tmp_path, persistence):
+    """A pickle of a network described by other arguments is refused, and nothing is written."""
+
+    def check(message, wrapper=EDMPrecond, error=CheckpointError, *, model=None, **wrapped):
+        kind, given = (SongUNet, SONG) if wrapper is EDMPrecond else (DhariwalUNet, ADM)
+        saved, _ = network_record(wrapper, kind, given, WRAPPED[wrapper])
+        state = saved.record["state"]
+        state.update(wrapped)
+        state["_modules"]["model"].record["state"]["_init_kwargs"] = given | (model or {})
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
+        with pytest.raises(error, match=message):
+            convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
+        assert list(tmp_path.iterdir()) == [tmp_path / "a.pkl"]
+
+    return check
+
+
+WRAPPED = {EDMPrecond: {"sigma_data": 0.5}, iDDPMPrecond: {"M": 10}}
+NO_NETWORK = "a.pkl: does not describe a network of tdkern .*"
+
+
+def test_a_network_with_other_tensors_is_refused(refused):
+    shapes = r"model.dec.* must be \[.*\], got \[.*\]"
+    refused(f"a.pkl: does not match the network: {shapes}", model={"model_channels": 4})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
         {"num_blocks": 10**9},
         {"unknown": 1},
         {"a\nb": 1},
@@ -218,47 +236,18 @@ def test_a_network_with_other_tensors_is_refused(tmp_path, persistence):
         {"model_channels": 10**30},
         {"channel_mult": "x"},
         {"channel_mult": 7},
-    ):
-        saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | wrong
-        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-        with pytest.raises(
-            CheckpointError, match=r"a.pkl: does not describe a network of tdkern .*\)$"
-        ):
-            convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
-    saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = SONG | {
-        "attn_resolutions": [4] * 101
-    }
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-    with pytest.raises(
-        CheckpointError,
-        match=r"a.pkl: does not describe a network of tdkern .*a list of more than 100 numbers",
-    ):
-        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    saved.record["state"]["_modules"]["model"].record["state"]["_init_kwargs"] = (
-        SONG | dict.fromkeys("abcdefghijklmnopqrstuvwxyz", [0] * 50_000)
-    )
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-    with pytest.raises(PickleError, match=r"a.pkl: refused: it has more than 1,000,000 operations"):
-        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    saved, _ = network_record(EDMPrecond, SongUNet, SONG, {"sigma_data": 0.5})
-    saved.record["state"]["sigma_data"] = "0.5"
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-    with pytest.raises(
-        CheckpointError,
-        match=r"a.pkl: does not describe a network of tdkern .*an argument of its preconditioning "
-        r"is not a number",
-    ):
-        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    saved, _ = network_record(iDDPMPrecond, DhariwalUNet, ADM, {"M": 10})
-    saved.record["state"]["M"] = 10**12
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"ema": saved}))
-    with pytest.raises(
-        CheckpointError,
-        match=r"a.pkl: does not describe a network of tdkern .*more times than a million",
-    ):
-        convert(tmp_path / "a.pkl", tmp_path / "a.safetensors")
-    assert list(tmp_path.iterdir()) == [tmp_path / "a.pkl"]
+    ],
+)
+def test_arguments_of_no_network_are_refused(refused, wrong):
+    refused(rf"{NO_NETWORK}\)$", model=wrong)
+
+
+def test_arguments_that_would_take_too_much_are_refused(refused):
+    refused(f"{NO_NETWORK}a list of more than 100 numbers", model={"attn_resolutions": [4] * 101})
+    lists = dict.fromkeys("abcdefghijklmnopqrstuvwxyz", [0] * 50_000)
+    refused("a.pkl: refused: it has more than 1,000,000 operations", error=PickleError, model=lists)
+    refused(f"{NO_NETWORK}an argument of its preconditioning is not a number", sigma_data="0.5")
+    refused(f"{NO_NETWORK}more times than a million", iDDPMPrecond, M=10**12)
 
 
 # --- state dicts

@@ -346,8 +346,9 @@ class Flat(nn.Module):
         return self.model(x.flatten(1), *args).view(x.shape)
 
 
-def test_bad_arguments():
-    for call, message in (
+@pytest.mark.parametrize(
+    "call, message",
+    [
         (
             lambda: CTLoss(base_norm="l3"),
             "CTLoss: base_norm must be one of l2, l1, huber, lpips, got 'l3'",
@@ -407,9 +408,11 @@ def test_bad_arguments():
             lambda: consistency_decay(0.9, 2, Halving(2, 1)(9)),
             r"consistency_decay: rate must be in \(0, 1\) and num_scales at least 2, got 0.9 and 1",
         ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # ---- what it does -------------------------------------------------------------------------------

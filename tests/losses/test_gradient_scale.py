@@ -89,14 +89,16 @@ def test_demo(upstreams, name):
 def test_readme(upstreams):
     """The example as it stands in README."""
     text = ROOT.joinpath("README.md").read_text()
-    (code,) = re.findall(r"```python\n(from tdkern\.ema.*?)```", text, re.DOTALL)
+    (code,) = re.findall(r"```python\n(from tdkern\.integrations.*?)```", text, re.DOTALL)
     net = EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1))
     names = {
         "net": net,
+        "ddp": net,
         "images": torch.randn(4, 3, 8, 8),
         "labels": None,
-        "batch_size": 4,
-        "step": 0,
+        "augment_pipe": None,
+        "loss_scaling": 1,
+        "batch_gpu_total": 4,
         "optimizer": torch.optim.Adam(net.parameters()),
     }
     exec(code, names)

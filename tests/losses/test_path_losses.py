@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.losses import check_path_golden
+from tdkern.columns import W_BASE
 from tdkern.losses import (
     DDPMLoss,
     EDMLoss,
@@ -306,10 +307,12 @@ def test_times_off_the_path_are_refused(loss):
             loss.pair(torch.zeros(2, 2), t=torch.tensor([1.0, 1.5]))
 
 
-def test_bad_arguments():
-    images = torch.zeros(2, 3)
-    pair = TDFlowLoss().pair
-    for call, message in (
+IMAGES = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
         (
             lambda: VPLoss(beta_min=-1.0),
             "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d",
@@ -358,22 +361,36 @@ def test_bad_arguments():
             "TDVPLoss: k_idx and one_idx must be positive numbers, got 1.0 and 0.0",
         ),
         (
-            lambda: pair(images.byte()),
+            lambda: TDFlowLoss().pair(IMAGES.byte()),
             r"TDFlowLoss: images must be \[B, ...\] of float32 or float64",
         ),
-        (lambda: pair(images, t=torch.ones(3)), r"TDFlowLoss: t must have shape \[2\], got \[3\]"),
         (
-            lambda: pair(images, noise=torch.ones(2)),
+            lambda: TDFlowLoss().pair(IMAGES, t=torch.ones(3)),
+            r"TDFlowLoss: t must have shape \[2\], got \[3\]",
+        ),
+        (
+            lambda: TDFlowLoss().pair(IMAGES, noise=torch.ones(2)),
             r"TDFlowLoss: noise must have shape \[2, 3\], got \[2\]",
         ),
         (
-            lambda: TDFlowLoss(coupling="shared").pair(images, noise_p=images),
+            lambda: TDFlowLoss(coupling="shared").pair(IMAGES, noise_p=IMAGES),
             "noise_p must be None with shared coupling",
         ),
         (
-            lambda: TDFlowLoss()(lambda x, sigma, **_: x, None, images),
+            lambda: TDFlowLoss()(lambda x, sigma, **_: x, None, IMAGES),
             "TDFlowLoss: target_net must be a network, got None",
         ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            call()
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("kind", [TDVPLoss, TDVELoss, TDFlowLoss, TDDDPMLoss])
+def test_every_weight_that_a_loss_takes(kind):
+    """By the noise level alone: a path loss knows no standard deviation of the data."""
+    for name in kind.base_weights:
+        torch.manual_seed(0)
+        coef = kind(base_weight=name).pair(torch.zeros(64, 3)).coef
+        assert coef[:, W_BASE].isfinite().all() and (coef[:, W_BASE] > 0).all(), name

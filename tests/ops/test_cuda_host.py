@@ -20,7 +20,7 @@ from helpers import adam_ema as adam_lists
 from helpers import ema_update as ema_lists
 from helpers import heun_step as heun_cases
 from helpers.cases import CASES, DTYPES, F64, inputs, offset, with_gradient
-from tdkern.ops import _backends, adam_ema_
+from tdkern.ops import OPS, _backends, adam_ema_
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")
 
@@ -121,23 +121,35 @@ def adam_ema():
             yield from adam_lists.flatten(lists)
 
 
-CALLS = {
+# Beside the example calls of every op: hard cases of layout, size and option.
+HARD = {
     function.__name__: function
     for function in (adam_ema, ema_update, heun_step, noise_pair, td_coef, td_loss)
 }
+STEMS = sorted({op.stem for op in OPS.values() if "cuda" in op.backends})
+
+
+def calls_of(stem):
+    """The results of calls that run every branch of a .cu file."""
+    for op in OPS.values():
+        if op.stem == stem:
+            for arguments in op.calls():
+                yield from op.results(arguments, "cuda")
+    if stem in HARD:
+        yield from HARD[stem]()
 
 
 @pytest.mark.skipif(not _backends.CUDA_HOST, reason="there is a GPU, on which the CUDA kernels run")
-@pytest.mark.parametrize("op", sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")))
+@pytest.mark.parametrize("op", STEMS)
 def test_no_result_depends_on_the_order_of_threads(op, monkeypatch):
     """A kernel without one of the barriers it needs, or whose blocks write one place, gives other
     bits in another order.
     """
-    by_index = list(CALLS[op]())
+    by_index = list(calls_of(op))
     for seed in "12":
         monkeypatch.setenv("TDKERN_HOST_ORDER", seed)
         assert all(
-            torch.equal(one, other) for one, other in zip(by_index, CALLS[op](), strict=True)
+            torch.equal(one, other) for one, other in zip(by_index, calls_of(op), strict=True)
         )
 
 
@@ -204,7 +216,7 @@ def test_address_and_undefined_behaviour_sanitizers():
         env=env,
         cwd=ROOT,
     )
-    assert done.returncode == 0 and f"{len(CALLS)} passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and f"{len(STEMS)} passed" in done.stdout, done.stdout + done.stderr
 
 
 # ---- the stand-in -------------------------------------------------------------------------------

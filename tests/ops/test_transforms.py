@@ -18,16 +18,21 @@ from tdkern.losses import CTLoss, EDMLoss, TDEDMLoss
 from tdkern.ops import OPS, _modes, tensors_of
 
 # An argument of each op that is a tensor of floats and along which a sample can be batched.
-BATCHED = {
+BATCHED = {  # of ops that take levels or counts beside what they work through
     "td_coef": ("noise",),
     "noise_pair": ("x0",),
     "td_loss": ("out",),
     "heun_step": ("F", "coef"),
     "ema_update_": ("averages", "params"),
-    "found_inf": ("grads",),
     "adam_ema_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "averages"),
 }
 NORMS = {"l2": {}, "l1": {"base_norm": "l1"}, "huber": {"base_norm": "huber", "huber_c": 0.3}}
+
+
+def batched(op):
+    """The arguments that are given one per batch element: all tensors, if nothing else is said."""
+    arguments = OPS[op].example()
+    return BATCHED.get(op, [name for name, value in arguments.items() if tensors_of(value)])
 
 
 def td_loss_of(backend, norm="l2", base="consistency"):
@@ -167,12 +172,12 @@ def test_transforms_of_gradients(backend):
 def test_vmap(backend, op):
     """As a loop over the slices."""
     calls = [OPS[op].example(shape=(3, 4), dtype=F64, device=device_of(backend)) for _ in range(2)]
-    for name in BATCHED[op]:
+    for name in batched(op):
         for tensor in tensors_of(calls[1][name]):
             tensor.mul_(1.5)
     expected = [OPS[op].results(copied(call), backend) for call in calls]
-    mapped = {name: stacked([call[name] for call in calls]) for name in BATCHED[op]}
-    rest = {name: value for name, value in calls[0].items() if name not in BATCHED[op]}
+    mapped = {name: stacked([call[name] for call in calls]) for name in batched(op)}
+    rest = {name: value for name, value in calls[0].items() if name not in batched(op)}
 
     def one(mapped):
         return [result + 0 for result in OPS[op].results({**rest, **mapped}, backend)]
@@ -269,7 +274,7 @@ def test_jit_trace_takes_the_backend_by_device(op):
     """A trace is saved, loaded and called; in it the ops have no backend's name, and in-place ops
     are not lost."""
     arguments = OPS[op].example()
-    names = BATCHED[op]
+    names = batched(op)
 
     def call(*flat):
         given, flat = {}, list(flat)

@@ -777,18 +777,6 @@ def test_what_to_do_about_a_network_that_is_none(tmp_path, monkeypatch, path, me
     assert message in line(tdkern_("generate", "--network", path, "--outdir", "a", code=1))
 
 
-def test_another_number_of_processes_is_named_as_that(tmp_path):
-    start(tmp_path / "run", duration=8e-6)
-    path = find(tmp_path / "run", STATE)
-    meta = json.loads((path / "meta.json").read_text())
-    meta["options"]["gpus"], meta["options"]["batch_gpu"] = 2, 4
-    meta["checksums"]["meta.json"] = checkpoint._digest(meta)
-    (path / "meta.json").write_text(json.dumps(meta))
-    assert "the run has 2 processes, got 1; start it by torchrun with --nproc_per_node=2" in line(
-        tdkern_("train", "--resume", tmp_path / "run", code=1)
-    )
-
-
 def test_generate_finds_out_before_the_work(tmp_path, monkeypatch):
     start(tmp_path / "run", duration=8e-6)
     monkeypatch.setattr(

@@ -152,6 +152,7 @@ def test_flags_count_before_a_file(tmp_path, data):
         ({"optim": "sgd"}, "optim must be adam or radam, got 'sgd'"),
         ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
         ({"clip": 0}, "clip must be positive, got 0"),
+        ({"power_ema": [0.05, 0.3]}, "power_ema must be above 0 and at most 12^-0.5, got [0.05"),
         ({"lr_decay": "linear"}, "lr_decay must be none or cosine, got 'linear'"),
         ({"precision": "fp8"}, "precision must be one of fp32, fp16, bf16, got 'fp8'"),
         ({"td": "yes"}, "td must be true or false, got 'yes'"),
@@ -173,8 +174,8 @@ def test_flags_count_before_a_file(tmp_path, data):
         ({"loss": {"T": 3}}, "T is for family ddpm, got family edm"),
         (
             {"loss": {"temperature": 3}},
-            "loss must hold lambda_base, steps, k_idx, one_idx, coupling, weight, td_sigma, "
-            "td_share, got 'temperature'",
+            "loss must hold base_weight, lambda_base, steps, k_idx, one_idx, coupling, weight, "
+            "td_sigma, td_share, got 'temperature'",
         ),
         ({"loss": {"k_idx": "far"}}, "k_idx must be a finite number, got 'far'"),
         ({"loss": {"k_idx": -1}}, "k_idx must be a positive number, got -1"),
@@ -255,7 +256,11 @@ def test_what_presets_say():
         return Options(data="", **PRESETS[name]).make_loss()
 
     assert loss("td-cifar10") == TDEDMLoss()
-    assert loss("td-cifar10-published") == TDEDMLoss(k_idx=3.0, one_idx=0.2, weight="online")
+    published = loss("td-cifar10-published")
+    assert 0.88 < published.td_share < 0.9  # where its schedule ends
+    assert published == TDEDMLoss(
+        k_idx=3.0, one_idx=0.2, weight="online", td_share=published.td_share
+    )
     window = loss("td-window")
     assert window.td_sigma == (0.3, 5.0) and 0.4 < window.td_share < 0.6
     assert (
@@ -263,7 +268,7 @@ def test_what_presets_say():
     )
     assert loss("td-ct-cifar10").base_norm == "lpips"
     by_radam = {name for name in PRESETS if Options(data="", **PRESETS[name]).optim == "radam"}
-    assert by_radam == {"ct-cifar10", "ict-cifar10", "td-ct-cifar10"}
+    assert by_radam == {"ct-cifar10", "ect-cifar10", "ict-cifar10", "td-ct-cifar10"}
 
 
 def test_a_preset_on_the_command_line(data):

@@ -43,6 +43,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
             "optim": "radam",
             "weight_decay": 0.1,
             "clip": 0.5,
+            "power_ema": [0.05, 0.1],
             "lr_rampup_kimg": 0,
             "duration": 72e-6,
         },
@@ -56,7 +57,7 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
     assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | (
         {"target"} if changes["td"] else set()
-    )
+    ) | ({"power"} if "power_ema" in changes else set())
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence

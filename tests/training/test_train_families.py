@@ -101,37 +101,27 @@ def test_a_run(tmp_path, data, monkeypatch, family, td):
         and net.preconditioning == trainer.net.preconditioning
         and meta["network"] == trainer.network
     )
+    check_images(straight, tmp_path / "grid.png", net, meta["network"], family)
+
+
+def check_images(run, grid, net, network, family):
+    """`generate` and the run's own preview draw what the family's sampler draws."""
     sampler = "onestep" if family == "ct" else "heun"
     assert default_sampler(net) == sampler
-    grid = tmp_path / "grid.png"
-    tdkern_(
-        "generate",
-        "--network",
-        straight,
-        "--grid",
-        grid,
-        "--seeds",
-        "0-3",
-        *(() if family == "ct" else ("--steps", 3)),
-    )
+    steps = () if family == "ct" else ("--steps", 3)
+    tdkern_("generate", "--network", run, "--grid", grid, "--seeds", "0-3", *steps)
     levels = net.round_sigma(EDM(3, max(0.002, net.sigma_min), min(80, net.sigma_max)).sigmas())
     for path, side, sigmas in (
         (grid, 2, levels),
-        (straight / "fakes-000000.056.png", 4, loop.preview_levels(net)),
+        (run / "fakes-000000.056.png", 4, loop.preview_levels(net)),
     ):
         images = sample(
-            net, meta["network"], list(range(side**2)), sigmas, sampler=getattr(samplers, sampler)
+            net, network, list(range(side**2)), sigmas, sampler=getattr(samplers, sampler)
         )
-        expected = (
-            images.unflatten(0, (side, side))
-            .permute(0, 3, 1, 4, 2)
-            .reshape(8 * side, 8 * side, 3)
-            .int()
-            .numpy()
-        )
-        assert (
-            np.abs(image(path) - expected).max() <= 1
-        )  # a batch of another size may round otherwise
+        tiles = images.unflatten(0, (side, side)).permute(0, 3, 1, 4, 2)
+        expected = tiles.reshape(8 * side, 8 * side, 3).int().numpy()
+        # A batch of another size may round otherwise.
+        assert np.abs(image(path) - expected).max() <= 1
     assert image(grid).std() > 1
 
 
@@ -402,7 +392,6 @@ OTHER = {
 }
 CT = (
     "base_norm",
-    "base_weight",
     "lognormal",
     "scale_mode",
     "start_scales",
@@ -448,11 +437,12 @@ def test_an_option_that_does_nothing_is_refused(family):
         ),
         (
             {"scale_mode": "fixed", "total_training_steps": 9},
-            "total_training_steps is for scale_mode progressive, exponential, got scale_mode fixed",
+            "total_training_steps is for scale_mode progressive, exponential, easy, got scale_mode "
+            "fixed",
         ),
         (
             {"scale_mode": "no"},
-            "scale_mode must be one of fixed, progressive, exponential, got 'no'",
+            "scale_mode must be one of fixed, progressive, exponential, easy, got 'no'",
         ),
         ({"target_ema_mode": "no"}, "target_ema_mode must be fixed or adaptive, got 'no'"),
         ({"start_ema": 1.0}, r"start_ema must be in \[0, 1\), got 1.0"),
@@ -484,81 +474,45 @@ def test_options_out_of_range_are_refused(changes, message):
         options_of(**{"data": "", "family": "ct", **changes}).make_loss()
 
 
-def test_flags_are_those_of_consistency_models(tmp_path, data):
-    flags = {
-        "precond": "ct",
-        "loss_norm": "huber",
-        "weight_schedule": "truncated-snr",
-        "lognormal": [-1.1, 2.0],
-        "scale_mode": "exponential",
-        "start_scales": 4,
-        "end_scales": 64,
-        "total_training_steps": 400,
-        "target_ema_mode": "fixed",
-        "start_ema": 0.5,
-        "td_weight": "pairwise",
-    }
-    args = [
-        word
-        for name, value in flags.items()
-        for word in (f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value)
-    ]
-    output = tdkern_(
-        "train",
-        "--dry-run",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path,
-        "--cbase",
-        4,
-        "--cres",
-        1,
-        "--batch",
-        8,
-        *args,
-    )
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {
+            "precond": "ct",
+            "loss_norm": "huber",
+            "weight_schedule": "truncated-snr",
+            "lognormal": [-1.1, 2.0],
+            "scale_mode": "exponential",
+            "start_scales": 4,
+            "end_scales": 64,
+            "total_training_steps": 400,
+            "target_ema_mode": "fixed",
+            "start_ema": 0.5,
+            "td_weight": "pairwise",
+        },
+        {
+            "precond": "ddpm",
+            "diffusion_steps": 20,
+            "noise_schedule": "cosine",
+            "prediction": "x0",
+            "td_eta": 0.25,
+            "k_idx": 2.0,
+        },
+    ],
+    ids=["ct", "ddpm"],
+)
+def test_flags_are_those_of_consistency_models(tmp_path, data, flags):
+    args = ["--cbase", 4, "--cres", 1, "--batch", 8]
+    for name, value in flags.items():
+        args += [f"--{name}", ",".join(map(str, value)) if isinstance(value, list) else value]
+    output = tdkern_("train", "--dry-run", "--data", data, "--outdir", tmp_path, *args)
     options = by_flag(json.loads(output[: output.index("\n}") + 2]))
     assert {name: options[name] for name in flags} == flags
-    others = {
-        "precond": "ddpm",
-        "diffusion_steps": 20,
-        "noise_schedule": "cosine",
-        "prediction": "x0",
-        "td_eta": 0.25,
-        "k_idx": 2.0,
-    }
-    args = [word for name, value in others.items() for word in (f"--{name}", value)]
-    output = tdkern_(
-        "train",
-        "--dry-run",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path,
-        "--cbase",
-        4,
-        "--cres",
-        1,
-        "--batch",
-        8,
-        *args,
-    )
-    options = by_flag(json.loads(output[: output.index("\n}") + 2]))
-    assert {name: options[name] for name in others} == others
-    output = tdkern_(
-        "train",
-        "--dry-run",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path,
-        "--precond",
-        "flow",
-        "--start_scales",
-        3,
-        code=1,
-    )
+
+
+def test_a_flag_of_another_family_is_refused(tmp_path, data):
+    start = ["train", "--dry-run", "--data", data, "--outdir", tmp_path]
+    output = tdkern_(*start, "--precond", "flow", "--start_scales", 3, code=1)
     assert output.strip() == "Error: start_scales is for family ct, got family flow"
 
 

@@ -1,0 +1,100 @@
+"""A target network that goes where an optimizer goes, for the loops that people already have."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..ema import EMA, target_decay
+from ..preconditioning import unwrapped
+
+RATE = 0.999  # of the target network, the paper's
+
+
+def paper_decay(step: int) -> float:
+    """The paper's target network: `target_decay` to 0.999."""
+    return target_decay(RATE, step)
+
+
+def attach_target(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    decay: float | Callable[[int], float] = paper_decay,
+    target: EMA | None = None,
+    name: str = "target",
+) -> EMA:
+    """A target network that follows `net` at each step of an optimizer and is saved with it.
+
+    A loop needs no line for its update, and none for saving it: behind every `optimizer.step()`
+    that is made (GradScaler and accumulation leave some out) the target takes `net` in, and
+    `optimizer.state_dict()` holds it, with its count of steps, for `load_state_dict`. A state
+    without it, of a run that had no target, warns, and the target begins as a copy of `net`.
+    torch.distributed.checkpoint's `get_optimizer_state_dict` leaves such entries out: save the
+    target's own `state_dict()` there. An optimizer's copies and pickles leave the target behind.
+
+    Args:
+        net: the network, as it is or inside DistributedDataParallel, `torch.compile` or what
+            Accelerate prepared, on its device.
+        optimizer: of `net`'s parameters, torch's or what Accelerate or Lightning made of it.
+        decay: of an update, in [0, 1], a number or by the count of updates so far.
+        target: the EMA to use. None: a copy of `net` is made. Under `fully_shard` it must be made
+            before `net` is sharded, then both alike.
+        name: it is "tdkern_" and this in the optimizer's state; another for each average.
+
+    Returns:
+        The target: `loss_fn(net, target, images)`.
+    """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's own
+    target = EMA(unwrapped(net)) if target is None else target
+    Follower(net, target, decay, f"tdkern_{name}").follow(optimizer)
+    return target
+
+
+class Follower:
+    """What moves a target, and what its state is under `key`. `step`: the updates so far."""
+
+    def __init__(
+        self, net: nn.Module, target: EMA, decay: float | Callable[[int], float], key: str
+    ):
+        self.net, self.target, self.decay, self.key, self.step = net, target, decay, key, 0
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Be called with each step of an optimizer, and be part of its state."""
+        optimizer.register_step_post_hook(lambda *_: self.update())
+        optimizer.register_state_dict_post_hook(self._into_optimizer)
+        optimizer.register_load_state_dict_pre_hook(self._from_optimizer)
+
+    def update(self) -> None:
+        """Take the network in, by the decay of this update."""
+        decay = self.decay(self.step) if callable(self.decay) else self.decay
+        self.target.update(self.net, decay)
+        self.step += 1
+
+    def state_dict(self) -> dict:
+        """The target's tensors, and its count of updates."""
+        return {"step": self.step, "module": self.target.module.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a state; raises what `Module.load_state_dict` does."""
+        self.target.module.load_state_dict(state["module"])
+        self.step = int(state["step"])
+
+    def _into_optimizer(self, _: torch.optim.Optimizer, state: dict) -> dict:
+        return {**state, self.key: self.state_dict()}
+
+    def _from_optimizer(self, _: torch.optim.Optimizer, state: dict) -> dict:
+        state = dict(state)
+        own = state.pop(self.key, None)
+        if own is None:
+            warnings.warn(
+                f"attach_target: the optimizer's state has no {self.key}, so it begins as a copy "
+                "of the network as it is now",
+                stacklevel=2,
+            )
+            self.target.update(self.net, 0.0)
+            self.step = 0
+        else:
+            self.load_state_dict(own)
+        return state

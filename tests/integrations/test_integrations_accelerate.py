@@ -1,0 +1,59 @@
+"""Accelerate: the example, its states, bfloat16 through the loss, two processes."""
+
+import pytest
+import torch
+
+from helpers.examples import example, lines_changed, same_tensors
+from helpers.tiny import in_two_processes
+
+
+@pytest.fixture(autouse=True)
+def own_state():
+    """Accelerate keeps a process's state in a class."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_example_runs_and_resumes(tmp_path):
+    loop = example("accelerate_loop")
+    torch.manual_seed(0)
+    net, target = loop.train(tmp_path)
+    assert not same_tensors(net, target.module)
+    resumed_net, resumed = loop.train(epochs=0, resume=tmp_path)
+    assert same_tensors(resumed_net, net) and same_tensors(resumed, target)
+    state = torch.load(tmp_path / "optimizer.bin", weights_only=False)
+    assert state["tdkern_target"]["step"] == 4  # of 8 batches, accumulated two by two
+
+
+def test_lines_changed():
+    assert lines_changed("accelerate_loop") == 4
+
+
+def test_mixed_precision_reaches_the_network_through_the_loss(monkeypatch):
+    loop = example("accelerate_loop")
+    seen, unet = [], loop.unet
+
+    def watched(*args, **kwargs):
+        model = unet(*args, **kwargs)
+        conv = next(layer for name, layer in model.named_modules() if name.endswith("conv0"))
+        conv.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+        return model
+
+    monkeypatch.setattr(loop, "unet", watched)
+    loop.train(epochs=1, mixed_precision="bf16")
+    assert torch.bfloat16 in seen
+
+
+def _train_in_two(rank, folder):
+    net, target = example("accelerate_loop").train(epochs=1)
+    torch.save({"net": net.module.state_dict(), "target": target.state_dict()}, folder / str(rank))
+
+
+def test_two_processes_have_one_network_and_one_target(tmp_path):
+    in_two_processes(_train_in_two, tmp_path)
+    first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
+    assert same_tensors(first["net"], second["net"])
+    assert same_tensors(first["target"], second["target"])
