@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,8 +162,8 @@ class Loss(ABC):
     td_share = 1.0
     # whether the target network serves the TD term alone: the base loss does not look at it
     target_for_td_alone = True
-    # the losses have it as an argument
-    base_weight: str | Callable = OWN
+    # the losses have it as an argument; annotated here it would be their first
+    base_weight = cast("str | Callable", OWN)
     base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property
