@@ -162,8 +162,9 @@ class Loss(ABC):
     td_share = 1.0
     # whether the target network serves the TD term alone: the base loss does not look at it
     target_for_td_alone = True
-    # the losses have it as an argument
-    base_weight: str | Callable = OWN
+    # The losses have it as an argument, each at its own place: annotated, it would be a field here,
+    # and the first argument of them all.
+    base_weight = OWN  # type: str | Callable
     base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property
