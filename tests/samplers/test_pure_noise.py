@@ -4,6 +4,7 @@ The state there is the unit noise.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,6 +26,7 @@ from tdkern.samplers import (
     unipc,
 )
 from tdkern.schedules import DDPM, FlowMatching
+from tdkern.weighting import Uncertainty
 
 BETAS = (0.1, 0.3, 0.6, 1.0)
 ALL = [
@@ -249,3 +251,17 @@ def test_losses_draw_for_themselves(loss, i):
     net, target = networks()[i], networks()[i]
     for dtype in (torch.float32, torch.float64):
         assert loss(net, target, random(64, 4).to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("weight", FlowLoss.base_weights)
+@pytest.mark.parametrize(("loss", "i"), LOSSES, ids=lambda value: type(value).__name__)
+def test_every_base_weight_is_finite_there(loss, i, weight):
+    """EDM2's learned uncertainty too, and so are all gradients."""
+    torch.manual_seed(0)
+    net, target, uncertainty = networks()[i], networks()[i], Uncertainty(8).double()
+    loss = replace(loss, base_weight=weight)
+    end = torch.full((5,), loss.schedule.t_max, dtype=torch.float64)
+    terms = loss.evaluate(net, target, loss.pair(random(5, 4), t=end), uncertainty=uncertainty)
+    assert terms.loss.isfinite().all()
+    terms.loss.sum().backward()
+    assert net.model.module.slope.grad.isfinite() and uncertainty.weight.grad.isfinite().all()
