@@ -3,6 +3,7 @@
 The state there is the unit noise.
 """
 
+import json
 import math
 from dataclasses import replace
 from functools import partial
@@ -79,7 +80,7 @@ def test_schedules():
     torch.testing.assert_close(
         ddpm_path.alphas_cumprod, (1 - torch.tensor(BETAS, dtype=torch.float64)).cumprod(0)
     )
-    for path, end in ((ddpm_path, 4), (flow, 1.0)):
+    for path, end in ((ddpm_path, 4), (flow, 1.0), (FlowMatching(t_max=1, shift=3.0), 1.0)):
         assert (path.alpha(end), path.sigma(end), path.sigma_hat(end)) == (0, 1, math.inf)
         assert path.time(math.inf) == end and path.ends_in_noise
         levels = path.sigmas(4)
@@ -102,6 +103,9 @@ def test_given_betas_are_kept(kind):
     path = DDPM(5, kind(betas))
     assert path.alphas_cumprod[-1].item() == pytest.approx(0.99**4 * 1e-6, rel=1e-9)
     assert path == DDPM(5, tuple(betas)) and hash(path) == hash(DDPM(5, tuple(betas)))
+    loss = DDPMLoss(5, beta_schedule=kind(betas))
+    assert loss.schedule == path and loss == DDPMLoss(5, beta_schedule=tuple(betas))
+    assert hash(loss) == hash(replace(loss, T=5)) and json.dumps(loss.beta_schedule)
     assert DDPM(5, "cosine").alphas_cumprod[-1] > 1e-6
 
 
