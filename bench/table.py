@@ -26,7 +26,7 @@ def markdown(path: Path) -> str:
 
 
 def competitors(rows: list[dict]) -> str:
-    """A row an op, size and competitor; ratios are to tdkern's median in the same run."""
+    """One row per op, size and competitor; ratios are to tdkern's median in the same run."""
     on_gpu = any("launches" in row for row in rows)
     columns = [
         ("slower than tdkern", "times_ours", "{:.2f}×"),

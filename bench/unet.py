@@ -6,8 +6,8 @@ from measure import TINY
 
 
 def unet_shapes() -> list[tuple[int, ...]]:
-    """Shapes in the order of a forward pass: widths 128 to 512, three blocks a level, attention at
-    the second; 354 tensors.
+    """Shapes in the order of a forward pass: widths 128 to 512, three blocks on each level,
+    attention at the second; 354 tensors.
     """
     shapes = []
 

@@ -6,12 +6,16 @@ import os
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .ops import ema_update_
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 POOR_FIT = 0.25  # of the norm of the profile that was asked for
 
@@ -35,6 +39,8 @@ class EMA(nn.Module):
     Raises:
         ValueError: `net` is sharded already.
     """
+
+    module: Any  # of the class that `net` has
 
     def __init__(self, net: nn.Module):
         super().__init__()
@@ -82,7 +88,7 @@ class EMA(nn.Module):
             copied.copy_(buffer)
 
 
-def _sharded(net: nn.Module) -> list[nn.Module]:
+def _sharded(net: nn.Module) -> "list[FSDPModule]":
     """The modules of `net` that FSDP2 shards."""
     if not torch.distributed.is_available():
         return []
@@ -92,7 +98,7 @@ def _sharded(net: nn.Module) -> list[nn.Module]:
 
 
 @torch.no_grad()
-def update(averages: Collection[EMA], net: nn.Module, decays: Collection[float]) -> None:
+def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float]) -> None:
     """Take `net` into several averages, each with its own decay, reading its parameters once."""
     for module in (net, *averages):
         for sharded in _sharded(module):
@@ -122,11 +128,11 @@ class PowerFunctionEMA(nn.Module):
         ValueError: a width is out of its range.
     """
 
-    def __init__(self, net: nn.Module, sigma_rel: tuple[float, ...] = (0.05, 0.10)):
+    def __init__(self, net: nn.Module, sigma_rel: Sequence[float] = (0.05, 0.10)):
         super().__init__()
         self.gammas = {width: power_function_gamma(width) for width in sigma_rel}
         self.step = 0.0
-        self.profiles = nn.ModuleDict({_key_of(width): EMA(net) for width in self.gammas})
+        self.profiles: Any = nn.ModuleDict({_key_of(width): EMA(net) for width in self.gammas})
 
     @property
     def averages(self) -> dict[float, EMA]:
@@ -183,9 +189,8 @@ def power_function_gamma(sigma_rel: float) -> float:
         raise ValueError(
             f"power_function_gamma: sigma_rel must be in (0, 12^-0.5], got {sigma_rel}"
         )
-    cubic = np.polysub(
-        np.polymul(np.polymul([1, 2], [1, 2]), [1, 3]), np.divide([1, 1], sigma_rel**2)
-    )
+    # (gamma + 2)^2 (gamma + 3) - (gamma + 1) / sigma_rel^2
+    cubic = [1, 7, 16 - 1 / sigma_rel**2, 12 - 1 / sigma_rel**2]
     return float(max(np.roots(cubic).real))
 
 

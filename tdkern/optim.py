@@ -105,7 +105,8 @@ class AdamEMA(torch.optim.Adam):
     def add_param_group(self, param_group: dict) -> None:
         """As every optimizer's, with "averages" where there are decays; refuses the options that
         are not implemented."""
-        if not isinstance(param_group, dict):
+        given: object = param_group
+        if not isinstance(given, dict):
             return super().add_param_group(param_group)  # which refuses it
         _refuse_options(self._name, [param_group])
         group = dict(param_group)
@@ -179,7 +180,7 @@ class AdamEMA(torch.optim.Adam):
         found, grads = self._found_inf(clip), self._grads()
         if grads and self.skipped.device != grads[0].device:  # the parameters have moved
             self.skipped = self.skipped.to(grads[0].device)
-        skipped = self.skipped
+        skipped: Tensor | None = self.skipped
         for group, own_averages in zip(self.param_groups, self._averages, strict=True):
             rows = [i for i, param in enumerate(group["params"]) if param.grad is not None]
             if not rows:
@@ -218,11 +219,16 @@ class AdamEMA(torch.optim.Adam):
             averages: lists in the parameters' order, and their decays.
             scalars: as of `adam_ema_`.
         """
+        exp_avgs, exp_avg_sqs, steps = state
+        columns, decays = averages
         adam_ema_(
             params,
-            [param.grad for param in params],
-            *state,
-            *averages,
+            [param.grad for param in params if param.grad is not None],
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            columns,
+            decays,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -230,7 +236,9 @@ class AdamEMA(torch.optim.Adam):
             decoupled=group["decoupled_weight_decay"],
             grad_scale=getattr(self, "grad_scale", None),  # GradScaler's protocol
             backend=self.backend,
-            **scalars,
+            clip=scalars["clip"],
+            found_inf=scalars["found_inf"],
+            skipped=scalars["skipped"],
         )
 
     def _grads(self) -> list[Tensor]:
@@ -301,7 +309,7 @@ class RAdamEMA(AdamEMA):
         grad_scale = getattr(self, "grad_scale", None)
         factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
         exp_avgs, exp_avg_sqs, steps = state
-        rows = _shards.local_rows(
+        own, exp_avgs, exp_avg_sqs, grads = _shards.local_rows(
             self._name,
             params,
             {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
@@ -309,7 +317,7 @@ class RAdamEMA(AdamEMA):
         )
         for step in steps:
             step.add_(taken)
-        _radam(*rows, torch.stack(steps), factor, taken, group)
+        _radam(own, exp_avgs, exp_avg_sqs, grads, torch.stack(steps), factor, taken, group)
         if averages:
             if not isinstance(decays, Tensor):
                 decays = torch.tensor(decays, dtype=torch.float64)
@@ -374,13 +382,13 @@ def _radam(
     _average(exp_avg_sqs, grads, (1 - beta2) * kept)
 
     plain, rectified, by_variance = (vector.unbind() for vector in _rectified(steps, group))
-    weights = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_add_(weights, group["eps"])
-    torch._foreach_reciprocal_(weights)
-    torch._foreach_mul_(weights, rectified)
+    by_spread = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(by_spread, group["eps"])
+    torch._foreach_reciprocal_(by_spread)
+    torch._foreach_mul_(by_spread, rectified)
     weights = [
         torch.where(by, weight, value.to(weight.dtype))
-        for by, weight, value in zip(by_variance, weights, plain, strict=True)
+        for by, weight, value in zip(by_variance, by_spread, plain, strict=True)
     ]
     torch._foreach_mul_(weights, exp_avgs)
     torch._foreach_mul_(weights, lr)
@@ -405,17 +413,17 @@ def _checked_averages(
 ) -> list[list[Tensor]]:
     """The averages as lists, as many as there are decays, each in the order of the parameters."""
     try:
-        averages = [list(average) for average in averages]
+        columns = [list(average) for average in averages]
     except TypeError:
         raise ValueError(
             f"{name}: averages must hold K lists of tensors, such as [ema.module.parameters()]"
         ) from None
-    if len(averages) != len(decays):
+    if len(columns) != len(decays):
         raise ValueError(
-            f"{name}: decays must hold one decay for each of the {len(averages)} averages, got "
+            f"{name}: decays must hold one decay for each of the {len(columns)} averages, got "
             f"{len(decays)}"
         )
-    for k, average in enumerate(averages):
+    for k, average in enumerate(columns):
         for i, avg in enumerate(average):
             if not isinstance(avg, Tensor):
                 raise ValueError(f"{name}: averages[{k}][{i}] must be a tensor, got {kind_of(avg)}")
@@ -424,7 +432,7 @@ def _checked_averages(
                 f"{name}: averages[{k}] must hold a tensor of the shape of each of the "
                 f"{len(params)} parameters, in their order"
             )
-    return averages
+    return columns
 
 
 def _refuse_options(name: str, groups: list[dict]) -> None:

@@ -245,10 +245,10 @@ class DDPM(VariancePreserving):
             if self.beta_schedule not in BETA_SCHEDULES:
                 raise self._wrong_betas(repr(self.beta_schedule))
             return
-        betas = as_float64(self.beta_schedule)
-        if betas.shape != (self.T,):
-            raise self._wrong_betas(f"numbers of shape {list(betas.shape)}")
-        betas = tuple(betas.tolist())
+        given = as_float64(self.beta_schedule)
+        if given.shape != (self.T,):
+            raise self._wrong_betas(f"numbers of shape {list(given.shape)}")
+        betas = tuple(given.tolist())
         if not (all(0 < beta < 1 for beta in betas[:-1]) and 0 < betas[-1] <= 1):
             raise self._wrong_betas(f"numbers from {min(betas)} to {max(betas)}")
         object.__setattr__(self, "beta_schedule", betas)  # hashable, also of a list or a tensor
@@ -264,7 +264,7 @@ class DDPM(VariancePreserving):
         return not isinstance(self.beta_schedule, str) and self.beta_schedule[-1] == 1
 
     @property
-    def t_max(self) -> float:
+    def t_max(self) -> float:  # type: ignore[override]
         return float(self.T)
 
     def _table(self, device: torch.device) -> Tensor:
@@ -383,7 +383,7 @@ class VP(VariancePreserving):
             )
 
     @property
-    def t_min(self) -> float:
+    def t_min(self) -> float:  # type: ignore[override]
         return self.epsilon_t
 
     t_end = t_min
@@ -481,7 +481,7 @@ class FlowMatching(Schedule):
         return self.t_max == 1
 
     @property
-    def t_end(self) -> float:
+    def t_end(self) -> float:  # type: ignore[override]
         return self.t_min
 
     def alpha(self, t) -> Tensor:

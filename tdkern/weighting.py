@@ -34,6 +34,7 @@ def base_weighting(base_weight: str, sigma: Tensor, sigma_data: float | None) ->
     """
     snr = sigma**-2
     if base_weight == "karras":
+        assert sigma_data is not None  # only losses that know it take this name
         return snr + sigma_data**-2
     return {
         "uniform": torch.ones_like(sigma),
@@ -115,7 +116,11 @@ def _check_positive(weight, *names: str) -> None:
 
 
 # by name with the papers' numbers; with others an object of the class is given
-NAMED_WEIGHTS = {"min-snr": MinSNR(), "soft-min-snr": SoftMinSNR(), "p2": P2()}
+NAMED_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "min-snr": MinSNR(),
+    "soft-min-snr": SoftMinSNR(),
+    "p2": P2(),
+}
 
 
 def own_base_weight(
@@ -132,9 +137,9 @@ def own_base_weight(
     Raises:
         ValueError: the callable gave something else than [B] numbers.
     """
-    weight = NAMED_WEIGHTS.get(base_weight, base_weight)
-    if not callable(weight):
-        return base_weighting(weight, sigma, sigma_data)
+    if isinstance(base_weight, str) and base_weight not in NAMED_WEIGHTS:
+        return base_weighting(base_weight, sigma, sigma_data)
+    weight = NAMED_WEIGHTS[base_weight] if isinstance(base_weight, str) else base_weight
     values = weight(sigma)
     if not isinstance(values, Tensor) or values.shape != sigma.shape:
         shape = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -156,6 +161,9 @@ class Uncertainty(nn.Module):
     Args:
         channels: of the features.
     """
+
+    freqs: Tensor
+    phases: Tensor
 
     def __init__(self, channels: int = 128):
         super().__init__()

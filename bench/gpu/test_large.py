@@ -71,7 +71,7 @@ def test_td_loss_of_one_sample(backend):
 
 
 def errors(F, F_p, x0, x_t, x_tp):
-    """(e, delta) of the design, for `coefficients`."""
+    """(e, delta) of docs/mathematics.md, for `coefficients`."""
     F, F_p, x0, x_t, x_tp = (t.float() for t in (F, F_p, x0, x_t, x_tp))
     e, e_p = x0 - (0.3 * x_t + 0.7 * F), x0 - (0.2 * x_tp + 0.6 * F_p)
     return e, 0.5 * e - 0.4 * e_p

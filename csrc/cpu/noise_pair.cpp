@@ -265,7 +265,7 @@ TDKERN_EACH_ISA(template <typename D>
 
 namespace {
 
-constexpr int64_t kChunk = 8192;   // elements a task
+constexpr int64_t kChunk = 8192;   // elements of a task
 constexpr int64_t kGrain = 16384;  // elements worth a thread
 
 template <typename D>

@@ -1,4 +1,4 @@
-// td_coef on the CPU. Eight numbers a sample: nothing here is worth a second instruction set.
+// td_coef on the CPU. Eight numbers per sample: nothing here is worth a second instruction set.
 #if defined(TDKERN_LAUNCHER)
 #include <string>
 #include <tuple>

@@ -1,5 +1,5 @@
-// ema_update_ on CUDA: a block a chunk of a parameter; its averages two at a time, so that their
-// loads are in flight together.
+// ema_update_ on CUDA: one block per chunk of a parameter; its averages two at a time, so that
+// their loads are in flight together.
 #include "ema_chunk.cuh"
 #include "ema_update.h"
 #include "tensor_table.cuh"

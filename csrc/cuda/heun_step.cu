@@ -1,4 +1,4 @@
-// heun_step on CUDA: one pass over flat arrays, a pack a thread.
+// heun_step on CUDA: one pass over flat arrays, one pack per thread.
 #include <tuple>
 
 #include "heun_step.h"

@@ -19,7 +19,7 @@
 namespace tdkern {
 
 constexpr int kThreads = 256;
-constexpr int kBlocks = 3;  // an SM, at the least: 80 registers a thread
+constexpr int kBlocks = 3;  // per SM, at the least: 80 registers for each thread
 
 #if defined(__CUDACC__)
 constexpr int64_t kMaxGrid = 0x7fffffff;

@@ -1,5 +1,5 @@
-// noise_pair on CUDA: a block a chunk of a sample, a thread a Philox block of four elements at a
-// time.
+// noise_pair on CUDA: one block per chunk of a sample, one thread per Philox block of four elements
+// at a time.
 #include "launch.cuh"
 #include "noise_pair.h"
 #include "vec.cuh"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kRound = 4 * kThreads;  // elements that a block draws at a time
 constexpr int kChunk =
-    4 * kRound;  // elements a task: so many that what a task costs once is a small part of it
+    4 * kRound;  // elements of a task: so many that what a task costs once is a small part of it
 
 // Four normals of each stream.
 template <int streams, typename T>

@@ -1,4 +1,4 @@
-// td_coef on CUDA: a thread a sample, float64.
+// td_coef on CUDA: one thread per sample, float64.
 #include <string>
 #include <tuple>
 

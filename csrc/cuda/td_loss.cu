@@ -1,5 +1,5 @@
-// td_loss on CUDA: a block a chunk of a sample; where a sample is several chunks, a second small
-// kernel adds their sums in order.
+// td_loss on CUDA: one block per chunk of a sample; where a sample is several chunks, a second
+// small kernel adds their sums in order.
 #include <string>
 #include <tuple>
 
@@ -15,7 +15,8 @@ constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
 // that.
 constexpr int64_t kBackwardBlocks = std::min<int64_t>(1024, kMaxGrid);
 
-// Blocks of an SM in the forward pass: with four, 64 registers a thread, but float64 needs more.
+// Blocks of an SM in the forward pass: with four, 64 registers for each thread, but float64 needs
+// more.
 template <typename D>
 constexpr int kResident = std::is_same_v<D, double> ? 3 : 4;
 

@@ -1,5 +1,5 @@
 // A list of tensors in one launch: their pointers travel in the kernel's arguments, which a CUDA
-// graph keeps; a block a chunk of a tensor.
+// graph keeps; one block per chunk of a tensor.
 #pragma once
 
 #include "launch.cuh"
@@ -11,7 +11,7 @@ static_assert(CUDART_VERSION >= 12010,
 
 namespace tdkern {
 
-constexpr int64_t kListChunk = 8192;  // elements a block
+constexpr int64_t kListChunk = 8192;  // elements of a block
 
 struct TensorTable {
   static constexpr int kTensors = 768, kPointers = 2816;

@@ -140,7 +140,7 @@ def _setting(
     images = torch.randn(batch, *shape, device=device) / 2
     inner = getattr(net, "model", net)
     classes = getattr(net, "label_dim", getattr(inner, "label_dim", 0)) or 0
-    labels = ()
+    labels: tuple = ()
     if classes:
         drawn = torch.randint(classes, (batch,), device=device)
         labels = (nn.functional.one_hot(drawn, classes).to(images.dtype),)

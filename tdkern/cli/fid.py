@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -131,7 +132,7 @@ def _measure(metrics: list[str], ref: str, detector, num: int, process: Process)
     reference = _reference(ref, num if "fid" in metrics else None, process)
     wants_features = metrics != ["fid"]
     real = read_features(ref) if wants_features and process.rank == 0 else None
-    extract = Inception(detector, process.device)
+    extract: Any = Inception(detector, process.device)
     if wants_features:
         extract = Recorder(extract)
     return Measure(metrics, extract, process, reference, real)
@@ -203,7 +204,7 @@ def reference_statistics(data, dest, features, batch, workers, detector):
     """Write reference statistics: mean and covariance of all images' features."""
     with joined() as process:
         dataset = ImageDataset(data)
-        extract = Inception(detector, process.device)
+        extract: Any = Inception(detector, process.device)
         if features:
             extract = Recorder(extract)
         if process.rank == 0:
@@ -255,7 +256,7 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
 
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
     its other flags use it and fid calc. Prints a table, where NFE is the number of network
-    evaluations an image, then the same as one line of JSON.
+    evaluations per image, then the same as one line of JSON.
     """
     with joined() as process:
         net, meta = load_network(network, process.device)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ..data import save_grid, save_image
 from ..data.files import remove_leftovers
 from ..families import default_sampler
+from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS
 from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..samplers.ddim import VARIANCES
@@ -190,7 +191,7 @@ def generate(
         click.echo(f"Process {process.rank} of {process.world} drew {share}", err=True)
 
 
-def _default_sampler(net: torch.nn.Module, disc: str | None, options: dict) -> str:
+def _default_sampler(net: Preconditioned, disc: str | None, options: dict) -> str:
     ablated = disc not in (None, "flow")
     if ablated or options["solver"] or options["schedule"] or options["scaling"]:
         return "ablation"

@@ -41,7 +41,7 @@ def save_grid(path: str | Path, images: Tensor, columns: int) -> None:
     Args:
         path: of the PNG file.
         images: [N, 1 or 3, H, W] uint8.
-        columns: images a row.
+        columns: images per row.
     """
     n, c, h, w = images.shape
     rows = -(-n // columns)

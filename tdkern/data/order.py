@@ -43,7 +43,7 @@ def step_indices(size: int, batch: int, seed: int, step: int) -> Tensor:
 
     Args:
         size: images in the data set, > 0.
-        batch: images a step; it may straddle epochs.
+        batch: images per step; it may straddle epochs.
         seed: the run's seed.
         step: counted from 0.
     """

@@ -168,7 +168,7 @@ def precision_recall_density_coverage(
     x, y = ((each.double() - centre).to(device) for each in (generated, real))
     x_radius, _ = _radii(x, neighbours, neighbours)
     y_radius, y_density_radius = _radii(y, neighbours, density_neighbours)
-    precise, inside = 0, 0
+    precise = inside = 0.0
     recalled, covered = (torch.zeros(len(y), dtype=torch.bool, device=device) for _ in range(2))
     for rows, squares in _squared_distances(x, y):
         precise += (squares <= y_radius).any(1).sum().item()

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 import numpy as np
@@ -318,6 +318,8 @@ def write_statistics(
     reads it. With features [N, d] it holds them too, as `features`.
     """
     file = io.BytesIO()
-    more = {} if features is None else {"features": features.numpy()}
-    np.savez(file, **statistics._asdict(), **more)
+    arrays: dict[str, Any] = statistics._asdict()
+    if features is not None:
+        arrays["features"] = features.numpy()
+    np.savez(file, **arrays)
     write_atomic(path, file.getvalue())

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..data.files import brief, read_file, write_atomic
+from ..networks.precond import Preconditioned
 from ..networks.saved import (
     FORMAT,
     PRECISIONS,
@@ -80,7 +81,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
 
 def load_converted(
     path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[torch.nn.Module, dict]:
+) -> tuple[Preconditioned, dict]:
     """The network in a file of `convert` or `save_network`, ready to sample from.
 
     Args:

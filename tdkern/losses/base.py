@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ class Loss(ABC):
     # whether the target network serves the TD term alone: the base loss does not look at it
     target_for_td_alone = True
     # the losses have it as an argument
-    base_weight = OWN
+    base_weight: str | Callable = OWN
     base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property
@@ -237,7 +237,7 @@ class Loss(ABC):
         self,
         net,
         target_net=None,
-        images: Tensor | None = None,
+        images: Any = None,
         labels: Tensor | None = None,
         augment_pipe=None,
         **named,
@@ -286,8 +286,7 @@ class Loss(ABC):
         Raises:
             ValueError: no target network for a TD term, or a condition or output that does not fit.
 
-        Gradient to `net`'s parameters and `uncertainty`'s only. Deterministic if the networks are.
-        No host synchronisation.
+        Gradient to `net`'s and `uncertainty`'s parameters. Deterministic if they are. No host wait.
         """
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
@@ -352,7 +351,7 @@ class Loss(ABC):
             )
 
     def _check_lambda_base(self) -> None:
-        value = self.lambda_base
+        value = self.lambda_base  # type: ignore[attr-defined]  # of what has a TD term
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(
                 f"{type(self).__name__}: lambda_base must be a number >= 0, got {short(value)}"
@@ -422,6 +421,7 @@ class Loss(ABC):
         if target_net is None:
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
         x, sigma = batch.x_tp, batch.sigma_p
+        assert x is not None
         with torch.no_grad():
             if chosen is None:
                 return self._predict("target_net", target_net, x, sigma, conditions)

@@ -189,8 +189,8 @@ def ablation(
         The state at sigmas[-1], like `x`.
 
     Raises:
-        ValueError: `sigmas` is not a list of at least two positive levels, the last of which may be
-            0, an argument is none of those it may be, or no VP path rises over the range.
+        ValueError: `sigmas` are not at least two positive levels, the last of which may be 0, an
+            argument is none of those it may be, or no VP path rises over the range.
 
     Deterministic without churn, and with it for one state of the generator.
     """
@@ -199,9 +199,8 @@ def ablation(
     ode = Ode(denoiser, SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling])
     draw = unit_noise(generator, randn_like) if S_churn > 0 else None
     hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
-    return _solve(
-        ode, x, levels, hats, alpha if solver == "heun" else None, S_noise, draw, callback
-    )
+    midpoint = alpha if solver == "heun" else None
+    return _solve(ode, x, levels, hats, midpoint, S_noise, draw, callback)
 
 
 class Ode(NamedTuple):

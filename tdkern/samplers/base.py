@@ -8,14 +8,14 @@ network's next input in the launch that moves the state.
 import math
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._cache import tensor_cache
 from ..networks.precond import Preconditioned
-from ..ops import heun_step
+from ..ops.heun_step import heun_step
 from ..preconditioning import unwrapped
 
 
@@ -26,13 +26,13 @@ def checked_levels(
 
     The first may be infinite, where the denoiser does not say that it knows nothing there.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64)
-    if levels.ndim != 1 or len(levels) < least:
+    given = torch.as_tensor(sigmas, dtype=torch.float64)
+    if given.ndim != 1 or len(given) < least:
         raise ValueError(
             f"{sampler}: sigmas must have shape [steps + 1] with at least one step, "
-            f"got {list(levels.shape)}"
+            f"got {list(given.shape)}"
         )
-    levels = levels.tolist()  # the sampler's only host synchronisation
+    levels = given.tolist()  # the sampler's only host synchronisation
     last = len(levels) - 1
     for i, sigma in enumerate(levels):
         positive = sigma > 0 or (i == last > 0 and sigma == 0)
@@ -182,7 +182,7 @@ def _table(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64, device=device)
 
 
-def _fused(net, labels: dict, x: Tensor, steps: list[Step], draw) -> Tensor:
+def _fused(net: Any, labels: dict, x: Tensor, steps: list[Step], draw) -> Tensor:
     if steps[0].raised is not None:
         x = x + steps[0].raised * draw(x)
     launches, inner = _launches(steps), unwrapped(net)
@@ -198,6 +198,7 @@ def _fused(net, labels: dict, x: Tensor, steps: list[Step], draw) -> Tensor:
         if launch.corrects is None:
             x_hat = x
         else:
+            assert x_hat is not None  # a step begins before it is corrected
             begin = _begin(x, x_hat, launch.corrects)
         x, scaled = heun_step(
             F,

@@ -13,6 +13,7 @@ from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,8 @@ def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor)
     if FAMILIES[options.family].consistency:
         if options.target_ema_mode == "fixed":
             return options.start_ema
-        return consistency_decay(options.start_ema, options.start_scales, loss.num_scales)
+        scales = loss.num_scales  # type: ignore[attr-defined]  # of every such family's loss
+        return consistency_decay(options.start_ema, options.start_scales, scales)
     if options.target_copy:
         return copy_decay(options.target_copy, updates)
     return ramped_decay(options.target_ema_tau, step)
@@ -146,7 +148,7 @@ class Trainer:
         spec = self._network_spec()
         self.network = spec.to_json()
         torch.manual_seed(derive_seed(options.seed, "init"))
-        self.net = spec.build().to(process.device)
+        self.net: Any = spec.build().to(process.device)  # an FSDPModule too where it is sharded
         if options.transfer and state is None:
             source, _ = checkpoint.load_network(options.transfer)
             restore(self.net, source.state_dict(), Path(options.transfer))
@@ -157,7 +159,7 @@ class Trainer:
         # before the copies below, as it gives all processes the first one's weights
         if self.sharded:
             broadcast_(self.net)
-        self.online = self.net if self.sharded else data_parallel(self.net, process)
+        self.online: Any = self.net if self.sharded else data_parallel(self.net, process)
         self.ema = EMA(self.net)
         self.target = EMA(self.net) if options.has_target else None
         if self.target and options.target_precision:
@@ -210,8 +212,8 @@ class Trainer:
         """
         images = torch.zeros(1, *self.dataset.image_shape, dtype=torch.uint8)
         labels = torch.zeros(1, self.dataset.label_dim)
-        place = (image.to(self.process.device) for image in (images, labels))
-        self._backward(self.loss.at(self.step), *place, first=0)
+        device = self.process.device
+        self._backward(self.loss.at(self.step), images.to(device), labels.to(device), first=0)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _network_spec(self) -> NetworkSpec:
@@ -345,7 +347,8 @@ class Trainer:
         if self.options.td:
             terms |= {"td": td, "base": base, "valid": valid}
         if FAMILIES[self.options.family].consistency:
-            terms["scales"] = self.loss.at(self.step - 1).scales
+            last = self.loss.at(self.step - 1)
+            terms["scales"] = last.scales  # type: ignore[attr-defined]
         return terms | {"skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -432,8 +435,9 @@ class Trainer:
             dist.all_gather(sums, self.sums)
         else:
             sums = [self.sums]
-        sums = [part.tolist() for part in sums]
-        return {"counted": self.counted, "sums": sums, "skipped": self.optimizer.skipped.item()}
+        skipped = self.optimizer.skipped.item()
+        numbers = [part.tolist() for part in sums]
+        return {"counted": self.counted, "sums": numbers, "skipped": skipped}
 
 
 class _Saved:
@@ -686,7 +690,7 @@ class Record:
         net, dataset = self.trainer.ema.module, self.trainer.dataset
         if self.trainer.sharded:  # the other processes do not sample with this one
             net = load(self.trainer.network, weights, self.run_dir).to(self.trainer.process.device)
-        choice = {"classes": dataset.classes}
+        choice: dict[str, Any] = {"classes": dataset.classes}
         if dataset.classes == []:  # labels are no classes that could be drawn
             choice = {"labels": self.labels}
         parts = []

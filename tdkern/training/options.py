@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..families import DEFAULT, FAMILIES, Family, families_with
 from ..fields import (
@@ -24,7 +25,7 @@ from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
 from ..optim import OPTIMIZERS
 
-CURRICULA = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
+CURRICULA: dict[str, Any] = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
 # see `resumed`), and have no part in checksums
 FREE = (

@@ -96,12 +96,12 @@ def sample(
     Args:
         net: net(x, sigma, class_labels) -> D, in evaluation mode, on any device.
         network: its description, with img_resolution, img_channels and label_dim.
-        seeds: one an image, each in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives
+        seeds: one per image, in 0 .. 2^64 - 1, of which torch takes the lower 32 bits. It gives
             the latent, the class and the sampler's noise through a CPU generator of its own, so an
             image depends on its seed and not on its batch or device, beyond rounding.
         sigmas: the noise levels, as for every sampler.
         sampler: one of `samplers`.
-        class_idx: the class of all images; None draws one an image. For class-conditional networks.
+        class_idx: the class of all images; None draws one for each. For class-conditional networks.
         classes: those that the network was trained on; None for all, [] if its labels are no
             classes.
         labels: [B, label_dim], in place of drawn classes.

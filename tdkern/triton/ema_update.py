@@ -1,4 +1,4 @@
-"""ema_update_ in Triton: a launch a parameter, a program a block of it with all its averages."""
+"""ema_update_ in Triton: one launch per parameter, one program per block of it and its averages."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from ..ops import _backends
 from .lists import flat, on_device
 
-BLOCK = 2048  # elements a program; float64 has half as many, which registers hold
+BLOCK = 2048  # elements of a program; float64 has half as many, which registers hold
 
 
 # lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import _backends
 
-BLOCK = 512  # elements a program: four a thread
+BLOCK = 512  # elements of a program: four of a thread
 OPTIONS = {
     "num_warps": 4,
     "enable_fp_fusion": True,

@@ -1,4 +1,4 @@
-"""noise_pair in Triton: a program a block of a sample's elements, a lane a Philox call. The
+"""noise_pair in Triton: one program per block of a sample's elements, one lane per Philox call. The
 formulas are those of csrc/include/noise_pair_math.h.
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from ..ops import _backends
 from ..ops.noise_pair import output_like
 
-BLOCK = 512  # elements a program: four a thread, which float64 too holds in registers
+BLOCK = 512  # elements of a program: four of a thread, which float64 too holds in registers
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 

@@ -84,7 +84,7 @@ def test_no_cuda_kernel_spills():
         assert all(frame == ("0", "0", "0") for frame in spills), (stem, spills)
         assert (
             max(map(int, re.findall(r"Used (\d+) registers", reports[stem]))) <= 128
-        )  # two blocks of 256 threads an SM at the least
+        )  # two blocks of 256 threads per SM at the least
 
 
 @cache

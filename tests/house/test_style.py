@@ -109,3 +109,14 @@ def function(lines):
 )
 def test_the_looks_see_what_they_are_for(look, right, wrong):
     assert not list(look(right)) and list(look(wrong))
+
+
+def test_the_readme_is_a_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) < 150
+    pictures = [ROOT / name for name in re.findall(r"!\[[^]]+\]\((docs/[^)]+)\)", text)]
+    assert len(pictures) == 2 and all(picture.stat().st_size < 200_000 for picture in pictures)
+    (table,) = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(table.splitlines()) == 2 + 6
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (ROOT / link).exists(), link

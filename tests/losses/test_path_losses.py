@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.losses import check_path_golden
+from tdkern.columns import W_BASE
 from tdkern.losses import (
     DDPMLoss,
     EDMLoss,
@@ -384,3 +385,12 @@ IMAGES = torch.zeros(2, 3)
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("kind", [TDVPLoss, TDVELoss, TDFlowLoss, TDDDPMLoss])
+def test_every_weight_that_a_loss_takes(kind):
+    """By the noise level alone: a path loss knows no standard deviation of the data."""
+    for name in kind.base_weights:
+        torch.manual_seed(0)
+        coef = kind(base_weight=name).pair(torch.zeros(64, 3)).coef
+        assert coef[:, W_BASE].isfinite().all() and (coef[:, W_BASE] > 0).all(), name

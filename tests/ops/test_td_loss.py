@@ -100,7 +100,7 @@ def test_td_loss_and_its_gradient(compiled, name, dtypes):
 
 
 def test_td_loss_reference_is_the_cancelled_form():
-    """The oracle itself, against the equations of the design written out by hand."""
+    """The oracle itself, against the equations of docs/mathematics.md written out by hand."""
     for name in ("odd", "odd, consistency", "a silent sample"):
         args, base = inputs(name, "float64"), CASES[name].base
         F, F_p, x0, coef, x_t, x_tp = (arg.detach() for arg in args)

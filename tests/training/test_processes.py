@@ -14,7 +14,7 @@ from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, re
 from tdkern.training.distributed import joined, this_process
 
 pytestmark = pytest.mark.usefixtures("short_previews")
-# of 12 images a step; every second step is a tick
+# of 12 images per step; every second step is a tick
 TWELVE = TINY | {"batch": 12, "tick": 0.024, "snap": 0, "dump": 0, "augment": 0.3, "seed": 5}
 FAMILIES = {
     "edm": {"cond": True},
