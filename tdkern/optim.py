@@ -300,8 +300,8 @@ class RAdamEMA(AdamEMA):
     then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
     rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
 
-    Needs temporary memory for a few tensors of the largest parameter's size. Deterministic. No host
-    synchronisation.
+    Needs temporary memory for three copies of the parameters, as torch.optim.RAdam does.
+    Deterministic. No host synchronisation.
     """
 
     def _step_group(self, group, params, state, averages, scalars) -> None:
@@ -317,9 +317,7 @@ class RAdamEMA(AdamEMA):
         )
         for step in steps:
             step.add_(taken)
-        of_steps = [vector.unbind() for vector in _rectified(torch.stack(steps), group)]
-        for row in zip(*rows, *of_steps, strict=True):
-            _radam(row, factor, taken, group)
+        _radam(*rows, torch.stack(steps), factor, taken, group)
         if averages:
             if not isinstance(decays, Tensor):
                 decays = torch.tensor(decays, dtype=torch.float64)
@@ -358,22 +356,53 @@ def _rectified(steps: Tensor, group: dict) -> tuple[Tensor, Tensor, Tensor]:
     return plain, plain * (ratio * correction2).sqrt(), length > 5
 
 
-def _radam(row: tuple[Tensor, ...], factor: Tensor, taken: Tensor, group: dict) -> None:
-    """RAdam's step of one parameter, in place; nothing where it is not `taken`."""
-    param, exp_avg, exp_avg_sq, grad, plain, rectified, by_variance = row
-    dtype, (beta1, beta2) = param.dtype, group["betas"]
+def _radam(
+    params: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    grads: list[Tensor],
+    steps: Tensor,
+    factor: Tensor,
+    taken: Tensor,
+    group: dict,
+) -> None:
+    """RAdam's step, in place; it changes nothing where it is not `taken`."""
+    beta1, beta2 = group["betas"]
+    dtype = torch.promote_types(params[0].dtype, torch.float32)  # of scalars
     kept = taken.to(dtype)
-    lr = group["lr"] * kept
-    grad = torch.where(taken, grad * factor.to(dtype), 0.0)
+    lr = (group["lr"] * kept).to(dtype)
+    grads = [torch.where(taken, grad, 0.0) for grad in grads]
+    torch._foreach_mul_(grads, torch.where(taken, factor, 1.0).to(dtype))
     if group["decoupled_weight_decay"]:
-        param.mul_(1 - lr * group["weight_decay"])
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     else:
-        grad = grad + param * group["weight_decay"]
-    exp_avg.lerp_(grad, (1 - beta1) * kept)
-    exp_avg_sq.lerp_(grad.square(), (1 - beta2) * kept)
-    over_spread = rectified.to(dtype) / (exp_avg_sq.sqrt() + group["eps"])
-    weight = torch.where(by_variance, over_spread, plain.to(dtype))
-    param.sub_(exp_avg * weight * lr)
+        torch._foreach_add_(grads, params, alpha=group["weight_decay"])
+    _average(exp_avgs, grads, (1 - beta1) * kept)
+    torch._foreach_mul_(grads, grads)
+    _average(exp_avg_sqs, grads, (1 - beta2) * kept)
+
+    plain, rectified, by_variance = (vector.unbind() for vector in _rectified(steps, group))
+    weights = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(weights, group["eps"])
+    torch._foreach_reciprocal_(weights)
+    torch._foreach_mul_(weights, rectified)
+    weights = [
+        torch.where(by, weight, value.to(weight.dtype))
+        for by, weight, value in zip(by_variance, weights, plain, strict=True)
+    ]
+    torch._foreach_mul_(weights, exp_avgs)
+    torch._foreach_mul_(weights, lr)
+    torch._foreach_sub_(params, weights)
+
+
+def _average(averages: list[Tensor], values: list[Tensor], weight: Tensor) -> None:
+    """average <- average + weight (value - average), in place; a weight of 0 changes nothing.
+
+    As torch.lerp; 1 - weight, of the other form, is 1 in bfloat16.
+    """
+    gaps = torch._foreach_sub(values, averages)
+    torch._foreach_mul_(gaps, weight)
+    torch._foreach_add_(averages, gaps)
 
 
 def _checked_averages(

@@ -3,8 +3,6 @@
 Only the calls are that loop's; nothing of its code is here.
 """
 
-from dataclasses import replace
-
 from torch import Tensor, nn
 
 from ..losses import CTLoss, TDCTLoss
@@ -53,6 +51,7 @@ class Diffusion:
         family = TDCTLoss if td else CTLoss
         self.sigma_data, self.sigma_min, self.sigma_max = sigma_data, sigma_min, sigma_max
         self.loss = family(
+            int,  # a curriculum: the step is the number of scales itself
             sigma_data=sigma_data,
             sigma_min=sigma_min,
             sigma_max=sigma_max,
@@ -82,7 +81,7 @@ class Diffusion:
         Raises:
             ValueError: there is no target, or `num_scales` is out of its range.
         """
-        loss = replace(self.loss, num_scales=int(num_scales))
+        loss = self.loss.at(int(num_scales))
         target = None if target_model is None else self.denoiser(target_model)
         return {
             "loss": loss(self.denoiser(model), target, x_start, **self._conditions(model_kwargs))

@@ -260,7 +260,7 @@ class Loss(ABC):
         gradient_scale: float = 1.0,
         **conditions,
     ) -> TDTerms:
-        """The loss of a given pair, in its parts.
+        """The loss of a given pair, in its parts; docs/losses.md says more of each argument.
 
         Args:
             net: the online network, `net(x, sigma, labels, augment_labels=, **conditions) -> D`
@@ -272,7 +272,7 @@ class Loss(ABC):
                 and only on samples with a TD term where no device is waited for (see `_choose`).
             batch: from `pair`.
             labels: class labels, one-hot [B, classes] or indices [B], as the networks take them.
-            augment_labels: [B, ...], by their name.
+            augment_labels: [B, ...], passed on by their name.
             uncertainty: u(sigma) [B] of noise levels [B], such as `weighting.Uncertainty`: a
                 sample's loss L becomes exp(-u) L + u.
             gradient_scale: a factor of all terms, > 0, in the weights before the launch: behind the

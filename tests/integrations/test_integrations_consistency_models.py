@@ -39,6 +39,9 @@ def test_the_losses_are_those_of_the_family(td, norm):
         loss = family(scales, base_norm=norm, base_weight="karras")
         expected = loss(CTPrecond(model), CTPrecond(target), x, y)
         assert list(got) == ["loss"] and torch.equal(got["loss"], expected)
+    # where its curricula begin, there is no room for a TD term
+    first = diffusion.consistency_losses(model, x, 2, target_model=target)["loss"]
+    assert first.shape == (4,) and first.isfinite().all()
     got["loss"].mean().backward()
     assert model.label.weight.grad.abs().sum() > 0 and target.label.weight.grad is None
 

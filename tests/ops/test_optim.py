@@ -187,7 +187,7 @@ def test_a_compiled_step(kind):
         averages.append([param.detach().clone() for param in net.parameters()])
         optimizer = kind(net.parameters(), averages=[averages[-1]], decays=[0.5])
         steps.append(optimizer.step)
-    steps[1] = torch.compile(steps[1], backend="aot_eager")
+    steps[1] = torch.compile(steps[1], backend="aot_eager", fullgraph=True)
     for number in range(8):
         for net, step in zip(nets, steps, strict=True):
             give_gradients(net, number)
@@ -272,6 +272,29 @@ def test_radam_is_torchs(dtype, decoupled, betas, weight_decay):
             torch.testing.assert_close(
                 optimizer.state[param][name], other.state[same_param][name], **close
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_radam_in_half_precision_loses_no_more_than_torchs(dtype):
+    """Against float64, from the same gradients."""
+    errors = []
+    for kind in (RAdamEMA, torch.optim.RAdam):
+        nets = [network().to(dtype), network().to(dtype).double()]
+        optimizers = [
+            kind(nets[0].parameters(), 0.01),
+            torch.optim.RAdam(nets[1].parameters(), 0.01),
+        ]
+        for step in range(40):
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                random = torch.Generator().manual_seed(step)
+                for param in net.parameters():
+                    scale = 1.0 if step < 10 else 0.1
+                    drawn = scale * torch.randn(param.shape, generator=random).to(dtype)
+                    param.grad = drawn.to(param.dtype)
+                optimizer.step()
+        pairs = zip(*(net.parameters() for net in nets), strict=True)
+        errors.append(max((half.double() - wide).abs().max().item() for half, wide in pairs))
+    assert errors[0] < 1.5 * errors[1]
 
 
 def test_radams_state_is_torchs_both_ways():

@@ -268,7 +268,7 @@ def test_what_presets_say():
     )
     assert loss("td-ct-cifar10").base_norm == "lpips"
     by_radam = {name for name in PRESETS if Options(data="", **PRESETS[name]).optim == "radam"}
-    assert by_radam == {"ct-cifar10", "ict-cifar10", "td-ct-cifar10"}
+    assert by_radam == {"ct-cifar10", "ect-cifar10", "ict-cifar10", "td-ct-cifar10"}
 
 
 def test_a_preset_on_the_command_line(data):

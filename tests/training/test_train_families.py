@@ -392,7 +392,6 @@ OTHER = {
 }
 CT = (
     "base_norm",
-    "base_weight",
     "lognormal",
     "scale_mode",
     "start_scales",
@@ -438,11 +437,12 @@ def test_an_option_that_does_nothing_is_refused(family):
         ),
         (
             {"scale_mode": "fixed", "total_training_steps": 9},
-            "total_training_steps is for scale_mode progressive, exponential, got scale_mode fixed",
+            "total_training_steps is for scale_mode progressive, exponential, easy, got scale_mode "
+            "fixed",
         ),
         (
             {"scale_mode": "no"},
-            "scale_mode must be one of fixed, progressive, exponential, got 'no'",
+            "scale_mode must be one of fixed, progressive, exponential, easy, got 'no'",
         ),
         ({"target_ema_mode": "no"}, "target_ema_mode must be fixed or adaptive, got 'no'"),
         ({"start_ema": 1.0}, r"start_ema must be in \[0, 1\), got 1.0"),
