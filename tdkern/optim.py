@@ -295,9 +295,8 @@ class RAdamEMA(AdamEMA):
     """RAdam (arXiv 1908.03265) with averages, in PyTorch's own operations and `ema_update_`.
 
     The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
-    the skipping of steps are `AdamEMA`'s. The variance that
-    Adam's first steps divide by is of few gradients: RAdam leaves it out while rho_t <= 5, and
-    then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
+    the skipping of steps are `AdamEMA`'s. The variance that Adam's first steps divide by is of few
+    gradients: RAdam leaves it out while rho_t <= 5, and then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
     rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
 
     Needs temporary memory for three copies of the parameters, as torch.optim.RAdam does.
@@ -309,7 +308,7 @@ class RAdamEMA(AdamEMA):
         grad_scale = getattr(self, "grad_scale", None)
         factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
         exp_avgs, exp_avg_sqs, steps = state
-        rows = _shards.local_rows(
+        local_params, local_m, local_v, local_grads = _shards.local_rows(
             self._name,
             params,
             {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
@@ -317,7 +316,8 @@ class RAdamEMA(AdamEMA):
         )
         for step in steps:
             step.add_(taken)
-        _radam(*rows, torch.stack(steps), factor, taken, group)
+        counts = torch.stack(steps)
+        _radam(local_params, local_m, local_v, local_grads, counts, factor, taken, group)
         if averages:
             if not isinstance(decays, Tensor):
                 decays = torch.tensor(decays, dtype=torch.float64)
@@ -382,7 +382,7 @@ def _radam(
     _average(exp_avg_sqs, grads, (1 - beta2) * kept)
 
     plain, rectified, by_variance = (vector.unbind() for vector in _rectified(steps, group))
-    weights = torch._foreach_sqrt(exp_avg_sqs)
+    weights = list(torch._foreach_sqrt(exp_avg_sqs))
     torch._foreach_add_(weights, group["eps"])
     torch._foreach_reciprocal_(weights)
     torch._foreach_mul_(weights, rectified)
