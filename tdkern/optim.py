@@ -296,8 +296,9 @@ class RAdamEMA(AdamEMA):
 
     The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
     the skipping of steps are `AdamEMA`'s. The variance that Adam's first steps divide by is of few
-    gradients: RAdam leaves it out while rho_t <= 5, and then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
-    rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
+    gradients: RAdam leaves it out while rho_t <= 5, and then multiplies by r_t = sqrt((rho_t - 4)
+    (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with rho = 2 / (1 - beta2) - 1 and rho_t = rho -
+    2 t beta2^t / (1 - beta2^t).
 
     Needs temporary memory for three copies of the parameters, as torch.optim.RAdam does.
     Deterministic. No host synchronisation.
