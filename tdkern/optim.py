@@ -295,10 +295,10 @@ class RAdamEMA(AdamEMA):
     """RAdam (arXiv 1908.03265) with averages, in PyTorch's own operations and `ema_update_`.
 
     The step is torch.optim.RAdam's, whose `state_dict` this is too; arguments, averages, shards and
-    the skipping of steps are `AdamEMA`'s. The variance that Adam's first steps divide by is of few
-    gradients: RAdam leaves it out while rho_t <= 5, and then multiplies by r_t = sqrt((rho_t - 4)
-    (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with rho = 2 / (1 - beta2) - 1 and rho_t = rho -
-    2 t beta2^t / (1 - beta2^t).
+    the skipping of steps are `AdamEMA`'s. The variance that
+    Adam's first steps divide by is of few gradients: RAdam leaves it out while rho_t <= 5, and
+    then multiplies by r_t = sqrt((rho_t - 4) (rho_t - 2) rho / ((rho - 4) (rho - 2) rho_t)), with
+    rho = 2 / (1 - beta2) - 1 and rho_t = rho - 2 t beta2^t / (1 - beta2^t).
 
     Needs temporary memory for three copies of the parameters, as torch.optim.RAdam does.
     Deterministic. No host synchronisation.
@@ -309,7 +309,7 @@ class RAdamEMA(AdamEMA):
         grad_scale = getattr(self, "grad_scale", None)
         factor, taken = _factor(scalars["found_inf"], scalars["clip"], grad_scale)
         exp_avgs, exp_avg_sqs, steps = state
-        local_params, local_m, local_v, local_grads = _shards.local_rows(
+        own, exp_avgs, exp_avg_sqs, grads = _shards.local_rows(
             self._name,
             params,
             {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
@@ -317,8 +317,7 @@ class RAdamEMA(AdamEMA):
         )
         for step in steps:
             step.add_(taken)
-        counts = torch.stack(steps)
-        _radam(local_params, local_m, local_v, local_grads, counts, factor, taken, group)
+        _radam(own, exp_avgs, exp_avg_sqs, grads, torch.stack(steps), factor, taken, group)
         if averages:
             if not isinstance(decays, Tensor):
                 decays = torch.tensor(decays, dtype=torch.float64)
@@ -383,13 +382,13 @@ def _radam(
     _average(exp_avg_sqs, grads, (1 - beta2) * kept)
 
     plain, rectified, by_variance = (vector.unbind() for vector in _rectified(steps, group))
-    weights = list(torch._foreach_sqrt(exp_avg_sqs))
-    torch._foreach_add_(weights, group["eps"])
-    torch._foreach_reciprocal_(weights)
-    torch._foreach_mul_(weights, rectified)
+    by_spread = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_add_(by_spread, group["eps"])
+    torch._foreach_reciprocal_(by_spread)
+    torch._foreach_mul_(by_spread, rectified)
     weights = [
         torch.where(by, weight, value.to(weight.dtype))
-        for by, weight, value in zip(by_variance, weights, plain, strict=True)
+        for by, weight, value in zip(by_variance, by_spread, plain, strict=True)
     ]
     torch._foreach_mul_(weights, exp_avgs)
     torch._foreach_mul_(weights, lr)
