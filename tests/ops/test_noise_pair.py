@@ -484,7 +484,7 @@ def op_arguments(x0, shared=False, tensors=True):
         if tensors
         else (5, None, 6, None)
     )
-    return x0, *levels(len(x0), device), shared, *integers
+    return x0, *levels(len(x0), device), shared, *integers, 1
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "swapped", "gaps"])
