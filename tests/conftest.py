@@ -49,7 +49,7 @@ def short_previews(monkeypatch):
     """The grids of images that training writes are not what its tests should take time for."""
     from helpers.tiny import two_steps
 
-    monkeypatch.setattr("tdkern.training.loop.preview_levels", two_steps)
+    monkeypatch.setattr("tdkern.training.record.preview_levels", two_steps)
 
 
 @pytest.fixture(scope="session")

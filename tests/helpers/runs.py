@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from helpers.tiny import children, two_steps
-from tdkern.training import Options, Trainer, loop, train
+from tdkern.training import Options, Trainer, record, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
 from tdkern.training.distributed import this_process
 
@@ -62,13 +62,13 @@ class Stop(Exception):
 def start_and_stop(options, run_dir, monkeypatch):
     """A run that ends after the training state of its third step."""
 
-    def stop(record, *args, real=loop.Record.state):
-        real(record, *args)
-        if record.trainer.step == 3:
+    def stop(self, *args, real=record.Record.state):
+        real(self, *args)
+        if self.trainer.step == 3:
             raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Record, "state", stop)
+        patch.setattr(record.Record, "state", stop)
         with pytest.raises(Stop):
             start(options, run_dir)
 
@@ -79,7 +79,7 @@ def train_or_die(run_dir, options, kill):
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    loop.preview_levels = two_steps
+    record.preview_levels = two_steps
     sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(
         threading.RLock()

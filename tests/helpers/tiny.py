@@ -82,10 +82,10 @@ def _command(args, log, hook):
     import torch
 
     from tdkern.cli import main
-    from tdkern.training import loop
+    from tdkern.training import record
 
     torch.set_num_threads(1)
-    loop.preview_levels = two_steps
+    record.preview_levels = two_steps
     with open(log, "w") as sys.stdout:
         sys.stderr = sys.stdout
         if hook:

@@ -166,6 +166,14 @@ def test_wrong_weights_are_refused(make, message):
         make()
 
 
+def test_it_takes_no_other_argument_s_place():
+    """The losses keep the order of their arguments, EDM's and the published code's."""
+    assert CTLoss(7, 0.25).num_scales == TDCTLoss(7, 0.25).num_scales == 7
+    assert CTLoss(7, 0.25, 0.01, 50.0, 5.0, "l1", "snr").base_weight == "snr"
+    assert EDMLoss(-1.0, 1.0, 0.25).sigma_data == TDEDMLoss(-1.0, 1.0, 0.25).sigma_data == 0.25
+    assert TDDDPMLoss(50, 2).k == 2
+
+
 @pytest.mark.parametrize("family", ["edm", "ddpm", "flow", "ct"])
 def test_a_run_has_it(family):
     options = options_of(data="", family=family, base_weight="soft-min-snr")

@@ -29,7 +29,8 @@ from helpers.tiny import (
     two_steps,
 )
 from tdkern.data.files import write_atomic
-from tdkern.training import Trainer, checkpoint, loop, train
+from tdkern.ema import EMA
+from tdkern.training import Trainer, checkpoint, record, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read
 from tdkern.training.distributed import joined
 from tdkern.training.lock import LockedError, locked
@@ -580,7 +581,7 @@ def _slow_steps():
 def _one_rank_is_asked(rank, run_dir, signum):
     if rank == 1:
         _signal_at_a_step(signum)
-    loop.preview_levels = two_steps
+    record.preview_levels = two_steps
     options = options_of(data=OK, duration=80e-6, gpus=2, **coarse())
     with joined() as process, pytest.raises(Stopped) as stopped:
         run_dir.mkdir(exist_ok=True)
@@ -743,7 +744,7 @@ def _broken_image():
 
 def _half_a_step():
     """The optimizer has stepped, the rest has not: no state that could be saved."""
-    real = loop.EMA.copy_buffers
+    real = EMA.copy_buffers
 
     def copy_buffers(self, net):
         calls.append(1)
@@ -752,7 +753,7 @@ def _half_a_step():
         real(self, net)
 
     calls = []
-    loop.EMA.copy_buffers = copy_buffers
+    EMA.copy_buffers = copy_buffers
 
 
 @pytest.mark.parametrize(
@@ -793,13 +794,13 @@ def test_an_error_between_two_dumps_saves_the_state(tmp_path, straight, hook, wo
 def _sigterm_in_the_rescue():
     """As torchrun sends to all processes once one has failed."""
     _out_of_memory()
-    real = loop.Record.rescue
+    real = record.Record.rescue
 
     def rescue(self):
         os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
-    loop.Record.rescue = rescue
+    record.Record.rescue = rescue
 
 
 def test_a_signal_does_not_end_the_saving(tmp_path):
@@ -832,14 +833,14 @@ def test_half_a_step_is_not_saved(tmp_path):
 
 
 def test_a_grid_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch):
-    real = loop.save_grid
+    real = record.save_grid
 
     def save_grid(path, *args):
         if "fakes" in path.name:
             raise OSError(28, "No space left on device", str(path))
         real(path, *args)
 
-    monkeypatch.setattr(loop, "save_grid", save_grid)
+    monkeypatch.setattr(record, "save_grid", save_grid)
     run_dir = start(tmp_path / "run")
     assert states(run_dir) == ["training-state-000000.024"] and not list(run_dir.glob("fakes*"))
     assert "Warning: fakes-000000.024.png is not written: " in (run_dir / "log.txt").read_text()

@@ -125,7 +125,7 @@ def test_the_step_where_it_began_is_named():
 
 def test_a_grid_in_training_says_so_and_training_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "tdkern.training.loop.sample",
+        "tdkern.training.record.sample",
         lambda *args, **kwargs: (_ for _ in ()).throw(NotFinite("sample: not finite")),
     )
     output = start(tmp_path / "run")

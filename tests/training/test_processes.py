@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers.tiny import TINY, in_processes, options_of, started_processes, two_steps
-from tdkern.training import Options, Trainer, distributed, loop, train
+from tdkern.training import Options, Trainer, distributed, record, train
 from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, read_options
 from tdkern.training.distributed import joined, this_process
 
@@ -33,7 +33,7 @@ def changes_of(family):
 
 
 def _rank(rank, run_dir, options, resumed):
-    loop.preview_levels = two_steps
+    record.preview_levels = two_steps
     with joined() as process:
         state = find(run_dir, STATE) if resumed else None
         train(Trainer(options, process, state), run_dir if rank == 0 else None)
@@ -175,7 +175,7 @@ def test_an_environment_without_the_others_is_refused(monkeypatch, env):
 
 
 def _until_lost(rank, run_dir, options, lost, way):
-    loop.preview_levels = two_steps
+    record.preview_levels = two_steps
     distributed.BEAT, distributed.SILENCE = 0.1, 2.0
     real = Trainer.train_step
 

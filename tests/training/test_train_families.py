@@ -39,7 +39,7 @@ from tdkern.training import (
     checkpoint,
     formats,
     load_network,
-    loop,
+    record,
     sample,
     sampling,
 )
@@ -113,7 +113,7 @@ def check_images(run, grid, net, network, family):
     levels = net.round_sigma(EDM(3, max(0.002, net.sigma_min), min(80, net.sigma_max)).sigmas())
     for path, side, sigmas in (
         (grid, 2, levels),
-        (run / "fakes-000000.056.png", 4, loop.preview_levels(net)),
+        (run / "fakes-000000.056.png", 4, record.preview_levels(net)),
     ):
         images = sample(
             net, network, list(range(side**2)), sigmas, sampler=getattr(samplers, sampler)

@@ -13,10 +13,11 @@ from helpers.tiny import TINY, in_two_processes, options_of, pixels, two_steps
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.families import FAMILIES
 from tdkern.schedules import EDM
-from tdkern.training import Options, Trainer, loop, sample, sampling, train
+from tdkern.training import Options, Trainer, record, sample, sampling, train
+from tdkern.training import trainer as trainer_module
 from tdkern.training.checkpoint import STATE, find, read, read_options, write
 from tdkern.training.distributed import joined, this_process
-from tdkern.training.loop import clip_factor
+from tdkern.training.trainer import clip_factor, learning_rate
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 
@@ -336,7 +337,7 @@ def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
     trainer = Trainer(options_of(data=data, duration=1e-3, **TINY), this_process())
     trainer.train_step(*batch(trainer))
     trainer.sums[0] = math.nan
-    loop.Record(trainer, tmp_path).tick(trainer.statistics())
+    record.Record(trainer, tmp_path).tick(trainer.statistics())
     line = json.loads(
         (tmp_path / "stats.jsonl").read_text(),
         parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
@@ -348,13 +349,16 @@ def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
 def test_learning_rate():
     options = Options(data="", duration=100, lr=0.01)
     assert options.lr_rampup_kimg == 5000
-    assert [
-        loop.learning_rate(options, nimg) for nimg in (0, 2_500_000, 5_000_000, 99_000_000)
-    ] == [0, 0.005, 0.01, 0.01]
+    assert [learning_rate(options, nimg) for nimg in (0, 2_500_000, 5_000_000, 99_000_000)] == [
+        0,
+        0.005,
+        0.01,
+        0.01,
+    ]
     options = Options(data="", duration=100, lr=0.01, lr_decay="cosine", lr_rampup_kimg=0)
-    assert [
-        loop.learning_rate(options, nimg) for nimg in (0, 50_000_000, 100_000_000)
-    ] == pytest.approx([0.01, 0.005, 0])
+    assert [learning_rate(options, nimg) for nimg in (0, 50_000_000, 100_000_000)] == pytest.approx(
+        [0.01, 0.005, 0]
+    )
     assert Options(data="").lr_rampup_kimg == 10_000
     assert Options(data="").tick == 50
 
@@ -509,9 +513,9 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
 
 def _rank(rank, run_dir, options, state):
     """One of two processes."""
-    loop.preview_levels = two_steps
-    derive = loop.derive_seed
-    loop.derive_seed = lambda seed, stream, *numbers: derive(
+    record.preview_levels = two_steps
+    derive = trainer_module.derive_seed
+    trainer_module.derive_seed = lambda seed, stream, *numbers: derive(
         seed + (rank if stream == "init" else 0), stream, *numbers
     )  # only the first's start may count
     with joined() as process:

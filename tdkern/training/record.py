@@ -1,0 +1,220 @@
+"""What a run leaves in its directory: statistics, states, snapshots and grids of images."""
+
+import json
+import math
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data import (
+    save_grid,
+    step_indices,
+)
+from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
+from ..families import default_sampler
+from ..networks.saved import load
+from ..samplers import SAMPLERS
+from . import checkpoint
+from .formats import as_json
+from .sampling import NotFinite, preview_levels, sample
+from .trainer import Trainer, learning_rate, passed
+
+MAX_STATISTICS = 1 << 30  # bytes of stats.jsonl
+
+
+class Record:
+    """What the first process writes into the run directory."""
+
+    def __init__(self, trainer: Trainer, run_dir: Path):
+        self.trainer, self.run_dir = trainer, run_dir
+        self.time, self.nimg, self.saved = time.monotonic(), trainer.nimg, trainer.step
+        checkpoint.clean(run_dir)
+        aside = checkpoint.set_aside(run_dir, trainer.nimg)
+        self._write_options()
+        self._drop_later_statistics()
+        for warning in trainer.warnings:
+            self.warn(warning)
+        if aside:
+            self.warn(
+                f"later than image {trainer.nimg}, so set aside in {run_dir}: {', '.join(aside)}"
+            )
+        self._keep_newest()  # a kill may have come between writing one and removing its elder
+        self.side = (
+            8 if trainer.process.device.type == "cuda" else 4
+        )  # a grid of 64 would hold a CPU for minutes
+        chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
+        images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
+        self.labels = torch.stack(labels)
+        save_grid(run_dir / "reals.png", torch.stack(images), self.side)
+
+    def _write_options(self) -> None:
+        text = json.dumps(as_json(self.trainer.options), indent=2)
+        write_atomic(self.run_dir / "training_options.json", text.encode())
+
+    def tick(self, statistics: dict[str, float]) -> None:
+        """Add a line to stats.jsonl and to log.txt."""
+        trainer, now = self.trainer, time.monotonic()
+        seconds, images = now - self.time, trainer.nimg - self.nimg
+        self.time, self.nimg = now, trainer.nimg
+        statistics = {
+            name: value if math.isfinite(value) else None for name, value in statistics.items()
+        }  # JSON knows no NaN
+        line = {
+            "kimg": trainer.nimg / 1000,
+            **statistics,
+            "lr": learning_rate(trainer.options, trainer.nimg),
+            "images_per_s": images / seconds,
+            "time": time.time(),
+        }
+        if trainer.process.device.type == "cuda":
+            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        append_line(self.run_dir / "stats.jsonl", json.dumps(line))
+        self.log(
+            "  ".join(
+                f"{name} {'none' if value is None else format(value, '.5g')}"
+                for name, value in line.items()
+                if name != "time"
+            )
+        )
+
+    def log(self, text: str) -> None:
+        """Add a line to log.txt."""
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}"
+        append_line(self.run_dir / "log.txt", line)
+
+    def warn(self, text: str) -> None:
+        """Tell the user something that does not end the run."""
+        self.log(f"Warning: {text}")
+        if sys.stderr is not None:
+            tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
+
+    def snapshot(self, weights: dict[str, Tensor]) -> None:
+        """Save the EMA network, and a grid of its images where that can be made.
+
+        weights: the network's state dict.
+        """
+        trainer = self.trainer
+        checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, weights, self._meta())
+        grid = self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png"
+        try:
+            save_grid(grid, self._images(weights), self.side)
+        except (OSError, NotFinite) as error:
+            self.warn(f"{grid.name} is not written: {error}")
+        else:
+            checkpoint.forget_same(grid)
+
+    def averages(self, tensors: dict[str, Tensor]) -> None:
+        """Save the averages of --power-ema; tensors: their state dict."""
+        nimg = self.trainer.nimg
+        checkpoint.write(self.run_dir, checkpoint.AVERAGES, nimg, tensors, self._meta())
+
+    def _images(self, weights: dict[str, Tensor]) -> Tensor:
+        """The EMA network's images of the seeds from 0."""
+        net, dataset = self.trainer.ema.module, self.trainer.dataset
+        if self.trainer.sharded:  # the other processes do not sample with this one
+            net = load(self.trainer.network, weights, self.run_dir).to(self.trainer.process.device)
+        choice: dict[str, Any] = {"classes": dataset.classes}
+        if dataset.classes == []:  # labels are no classes that could be drawn
+            choice = {"labels": self.labels}
+        parts = []
+        for seeds in torch.arange(self.side**2).split(self.trainer.options.batch_gpu):
+            given = {
+                name: value[seeds] if name == "labels" else value for name, value in choice.items()
+            }
+            sampler = SAMPLERS[default_sampler(net)].sample
+            parts.append(
+                sample(
+                    net,
+                    self.trainer.network,
+                    seeds.tolist(),
+                    preview_levels(net),
+                    sampler=sampler,
+                    **given,
+                )
+            )
+        return torch.cat(parts)
+
+    def state(self, tensors: dict[str, Tensor], statistics: dict | None = None) -> None:
+        """Save the training state and, once that is durable, remove the older ones.
+
+        tensors: `Trainer.tensors()`, whole.
+        statistics: of a tick that is not over, from `Trainer.unfinished_statistics`.
+        """
+        trainer = self.trainer
+        meta = self._meta() | {"data": trainer.data}
+        if statistics and statistics["counted"] < trainer.nimg:
+            meta["statistics"] = statistics
+        for name in (
+            "stats.jsonl",
+            "log.txt",
+        ):  # what was recorded up to here survives a power cut too
+            if (self.run_dir / name).exists():
+                sync_file(self.run_dir / name)
+        checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, tensors, meta)
+        self.saved = trainer.step
+        self._keep_newest()
+
+    def rescue(self) -> None:
+        """Save the state before an error ends the run, where that can be done."""
+        trainer = self.trainer
+        if not trainer.whole or trainer.step == self.saved or trainer.idle or trainer.sharded:
+            return
+        try:
+            if trainer.not_finite():
+                return
+            if not self.run_dir.exists():
+                self.run_dir.mkdir(parents=True)
+                self._write_options()
+            alone = trainer.process.world == 1  # the other processes may not answer any more
+            statistics = trainer.unfinished_statistics() if alone else None
+            self.state(trainer.tensors(), statistics)
+        except Exception as error:
+            print(f"Warning: the state could not be saved: {one_line(error)}", file=sys.stderr)
+
+    def _keep_newest(self) -> None:
+        options = self.trainer.options
+
+        def kept(nimg: int) -> bool:
+            return passed(options, nimg, options.dump * options.keep_every)
+
+        checkpoint.keep_newest(self.run_dir, checkpoint.STATE, options.keep, kept)
+
+    def _meta(self) -> dict:
+        trainer = self.trainer
+        return {
+            "step": trainer.step,
+            "network": trainer.network,
+            "classes": trainer.dataset.classes,
+            "options": asdict(trainer.options),
+        }
+
+    def _drop_later_statistics(self) -> None:
+        """Keep of stats.jsonl what was written up to where training goes on: the rest comes again.
+
+        A line that is torn or another's is left out.
+        """
+        path = self.run_dir / "stats.jsonl"
+        if not path.exists():
+            return
+        kept, last = [], -1.0
+        for line in read_file(path, MAX_STATISTICS).decode(errors="replace").split("\n")[:-1]:
+            kimg = _kimg_of(line)
+            if kimg is not None and last < kimg <= self.trainer.nimg / 1000:
+                kept.append(line + "\n")
+                last = kimg
+        write_atomic(path, "".join(kept).encode())
+
+
+def _kimg_of(line: str) -> float | None:
+    """The kimg of a line of stats.jsonl; None if it is not one."""
+    try:
+        kimg = json.loads(line)["kimg"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return kimg if type(kimg) in (int, float) else None

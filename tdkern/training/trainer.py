@@ -1,0 +1,444 @@
+"""Data, networks, averages and optimizer of a run, and one step of it.
+
+Step j is a pure function of the state before it and of (seed, j), so a resumed run ends in the same
+bits.
+"""
+
+import math
+from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from .._version import __version__
+from ..data import (
+    AugmentPipe,
+    ImageDataset,
+    derive_seed,
+    to_float,
+)
+from ..ema import EMA, PowerFunctionEMA, consistency_decay, copy_decay, edm_decay
+from ..ema import target_decay as ramped_decay
+from ..families import FAMILIES
+from ..losses import Loss
+from ..networks.saved import PRECISIONS, NetworkSpec, restore
+from ..ops._schemas import digest
+from ..optim import OPTIMIZERS
+from . import checkpoint
+from .distributed import (
+    Process,
+    agree,
+    broadcast_,
+    data_parallel,
+    shard_,
+    shard_like,
+    sum_,
+)
+from .options import Options
+from .state import ADAM, check_adam, check_place, check_step, check_tensors
+
+
+def make_augment_pipe(options: Options) -> AugmentPipe | None:
+    """EDM's augmentation, whose 9 labels both networks are told; None where its probability is 0.
+
+    (arXiv 2206.00364, appendix F.2.)
+    """
+    return (
+        AugmentPipe(
+            p=options.augment, xflip=1e8, yflip=1, scale=1, rotate_frac=1, aniso=1, translate_frac=1
+        )
+        if options.augment
+        else None
+    )
+
+
+def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor) -> float | Tensor:
+    """Decay of the target network in a step.
+
+    Args:
+        options: the run's.
+        loss: of the step.
+        step: from 0.
+        updates: the steps before it, less those that were skipped.
+    """
+    if FAMILIES[options.family].consistency:
+        if options.target_ema_mode == "fixed":
+            return options.start_ema
+        scales = loss.num_scales  # type: ignore[attr-defined]  # of every such family's loss
+        return consistency_decay(options.start_ema, options.start_scales, scales)
+    if options.target_copy:
+        return copy_decay(options.target_copy, updates)
+    return ramped_decay(options.target_ema_tau, step)
+
+
+def learning_rate(options: Options, nimg: int) -> float:
+    """EDM's learning rate after `nimg` images.
+
+    It is a linear ramp, then constant or, with "cosine", falling to 0 over the duration.
+    """
+    ramp = 1000 * options.lr_rampup_kimg
+    lr = options.lr * (min(nimg / ramp, 1) if ramp else 1)
+    if options.lr_decay == "cosine":
+        lr *= (1 + math.cos(math.pi * min(nimg / (1e6 * options.duration), 1))) / 2
+    return lr
+
+
+def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
+    """By what to multiply gradients so that their common norm is at most `largest`, [].
+
+    It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
+    """
+    norm = torch.nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
+
+
+class Trainer:
+    """Data, networks, averages and optimizer of a run, and one step of it.
+
+    Args:
+        options: the run's.
+        process: this process's place; every process of the run makes one Trainer.
+        state: the training state to go on from; None starts.
+
+    Raises:
+        ValueError: the data, the network or the loss cannot be made as the options say, or the
+            state does not fit.
+    """
+
+    def __init__(self, options: Options, process: Process, state: Path | None = None):
+        self.options, self.process, self.step = options, process, 0
+        self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
+        self.data = self.dataset.fingerprint()
+        self._agree()
+        self.augment_pipe = make_augment_pipe(options)
+        if self.augment_pipe:
+            self.augment_pipe.to(process.device)
+        self.loss = options.make_loss()
+        self.loss.prepare(self.dataset.image_shape)
+        spec = self._network_spec()
+        self.network = spec.to_json()
+        torch.manual_seed(derive_seed(options.seed, "init"))
+        self.net: Any = spec.build().to(process.device)  # an FSDPModule too where it is sharded
+        if options.transfer and state is None:
+            source, _ = checkpoint.load_network(options.transfer)
+            restore(self.net, source.state_dict(), Path(options.transfer))
+        saved = _Saved(state) if state else None
+        if saved:
+            restore(self.net, saved.parts["net"], state)
+        self.sharded = options.shard and process.world > 1
+        # before the copies below, as it gives all processes the first one's weights
+        if self.sharded:
+            broadcast_(self.net)
+        self.online: Any = self.net if self.sharded else data_parallel(self.net, process)
+        self.ema = EMA(self.net)
+        self.target = EMA(self.net) if options.has_target else None
+        if self.target and options.target_precision:
+            self.target.module.dtype = PRECISIONS[
+                options.target_precision
+            ]  # of its activations: the average itself stays float32
+        self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.power = PowerFunctionEMA(self.net, options.power_ema) if options.power_ema else None
+        if self.power:
+            self.averages += self.power.averages.values()
+        if saved:
+            self._restore_averages(saved)
+        if self.sharded:
+            for module in (self.net, *(average.module for average in self.averages)):
+                shard_(module, process)
+        self.optimizer = OPTIMIZERS[options.optim](
+            self.net.parameters(),
+            lr=options.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+            decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
+            averages=[average.module.parameters() for average in self.averages],
+        )
+        self.sums = torch.zeros(
+            4, dtype=torch.float64, device=process.device
+        )  # of TDTerms, over the samples since image `counted`
+        self.counted = 0
+        self.whole = True  # whether all parts are of the same step
+        self.idle = 0  # ticks in a row without a step that was taken
+        self.warnings = []  # for the first process to tell
+        if saved:
+            self._restore_rest(saved)
+        if process.world > 1 and not self.sharded:
+            self._settle_buckets()
+
+    def _agree(self) -> None:
+        """Raises ValueError where the processes of the run were not started alike."""
+        own = asdict(self.options)
+        own |= {name: None for name in ("data", "transfer", "workers")}  # a machine's own
+        versions = {"tdkern": __version__, "torch": torch.__version__, "ops": digest()}
+        agree(self.process, **own, versions=versions, images=self.data)
+
+    def _settle_buckets(self) -> None:
+        """A backward of which nothing is kept.
+
+        DistributedDataParallel puts its buckets in order by its first backward, and with them the
+        order in which several processes' numbers are added up. So the first step of a resumed run
+        would be in another order than the same step of a run in one go.
+        """
+        images = torch.zeros(1, *self.dataset.image_shape, dtype=torch.uint8)
+        labels = torch.zeros(1, self.dataset.label_dim)
+        device = self.process.device
+        self._backward(self.loss.at(self.step), images.to(device), labels.to(device), first=0)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _network_spec(self) -> NetworkSpec:
+        options = self.options
+        channels, resolution, _ = self.dataset.image_shape
+        return FAMILIES[options.family].network(
+            self.loss,
+            options.arch,
+            resolution,
+            channels,
+            self.dataset.label_dim,
+            augment_dim=self.augment_pipe.label_dim if self.augment_pipe else 0,
+            cbase=options.cbase,
+            cres=options.cres,
+            dropout=options.dropout,
+            precision=options.precision,
+        )
+
+    @property
+    def nimg(self) -> int:
+        """Images trained on so far."""
+        return self.step * self.options.batch
+
+    def train_step(self, images: Tensor, labels: Tensor) -> None:
+        """One step on this process's share of the batch.
+
+        Args:
+            images: [B, C, H, W] uint8.
+            labels: [B, label_dim].
+        """
+        options, device = self.options, self.process.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(options, self.nimg)
+        self.optimizer.zero_grad(set_to_none=True)
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        loss = self.loss.at(self.step)
+        # a step that fails halfway has no part in the statistics
+        sums = torch.zeros_like(self.sums)
+        share = options.batch // self.process.world
+        for done in range(0, share, options.batch_gpu):
+            part = slice(done, done + options.batch_gpu)
+            # the processes exchange gradients during the backward of the last part
+            last = part.stop >= share
+            with self._exchange(last):
+                first = self.process.rank * share + done
+                sums += self._backward(loss, images[part], labels[part], first)
+        self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
+        # on the device, which alone knows of skipped steps
+        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
+        if self.target:
+            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
+        if self.power:
+            decays = torch.tensor(self.power.decays(self.step + 1))
+            self.optimizer.decays[-len(decays) :] = decays
+        grads = [param.grad for param in self.net.parameters() if param.grad is not None]
+        self.whole = False
+        # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
+        self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
+        for average in self.averages:
+            average.copy_buffers(self.net)
+        self.sums += sums
+        self.step += 1
+        if self.power:
+            self.power.step = float(self.step)
+        self.whole = True
+
+    def _exchange(self, last: bool) -> AbstractContextManager:
+        """Within it a backward adds up the processes' gradients, if it is the last of the step."""
+        if self.sharded:
+            self.net.set_requires_gradient_sync(last)
+        if last or self.sharded or self.process.world == 1:
+            return nullcontext()
+        return self.online.no_sync()
+
+    def _backward(self, loss: Loss, images: Tensor, labels: Tensor, first: int) -> Tensor:
+        """Add the gradient of a part of the batch; arguments as `train_step`'s.
+
+        Args:
+            first: the index of the part's first sample in the whole batch.
+
+        Returns:
+            [4] float64, the sums of the terms over the part.
+        """
+        options = self.options
+        batch = (first, options.batch)
+        # All draws take the global generators of the CPU and of CUDA, which this sets both: what a
+        # step draws depends on nothing before it, so a resumed run needs no generator's state. A
+        # sample's draws belong to its place in the batch: any number of processes makes the same.
+        torch.manual_seed(derive_seed(options.seed, "step", self.step))
+        x0, augment_labels = self._augmented(to_float(images), *batch)
+        pair = loss.part_of(*batch).pair(x0)
+        torch.manual_seed(derive_seed(options.seed, "dropout", self.step, first))
+        # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over
+        # the whole batch, and those of several processes are averaged
+        scale = x0[0].numel() / (options.batch // self.process.world)
+        terms = loss.evaluate(
+            self.online,
+            self.target and self.target.module,
+            pair,
+            labels if labels.shape[1] else None,
+            augment_labels,
+            gradient_scale=scale,
+        )
+        terms.loss.sum().backward()
+        sums = torch.stack([term.detach().double().sum() for term in terms])
+        sums[:3] /= scale  # loss, td and base are reported as means over elements
+        return sums
+
+    def _augmented(self, x0: Tensor, first: int, samples: int) -> tuple[Tensor, Tensor | None]:
+        """A part of a batch after augmentation, and what the networks are told of it."""
+        if not self.augment_pipe:
+            return x0, None
+        draws = self.augment_pipe.draw(x0[:1].expand(samples, *x0.shape[1:]))
+        own = slice(first, first + len(x0))
+        return self.augment_pipe(x0, {name: draw[..., own] for name, draw in draws.items()})
+
+    def statistics(self) -> dict[str, float]:
+        """Means over the samples since the last call, over all processes, and the steps skipped.
+
+        It is the one place that waits for the device.
+        """
+        sum_(self.sums, self.process)
+        loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
+        skipped = self.optimizer.skipped.item()
+        steps = (self.nimg - self.counted) // self.options.batch
+        self.idle = self.idle + 1 if skipped == steps else 0
+        self.sums.zero_()
+        self.optimizer.skipped.zero_()
+        self.counted = self.nimg
+        terms = {"loss": loss}
+        if self.options.td:
+            terms |= {"td": td, "base": base, "valid": valid}
+        if FAMILIES[self.options.family].consistency:
+            last = self.loss.at(self.step - 1)
+            terms["scales"] = last.scales  # type: ignore[attr-defined]
+        return terms | {"skipped": skipped}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training goes on from, beside the step."""
+        moments = {
+            f"{key}.{name}": self.optimizer.state[param][key]
+            for name, param in self.net.named_parameters()
+            for key in ADAM
+        }
+        return self._modules_tensors() | moments
+
+    def _modules_tensors(self) -> dict[str, Tensor]:
+        modules = {"net": self.net, "ema": self.ema.module}
+        if self.target:
+            modules["target"] = self.target.module
+        if self.power:
+            modules["power"] = self.power.profiles
+        return {
+            f"{prefix}.{name}": tensor
+            for prefix, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+
+    def not_finite(self) -> list[str]:
+        """The names of the tensors that are not finite; waits for the device."""
+        own = {
+            name: tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.tensors().items()
+        }
+        bad = torch.stack([~tensor.isfinite().all() for tensor in own.values()]).int()
+        if self.sharded:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)
+        return [name for name, is_bad in zip(own, bad.tolist(), strict=True) if is_bad]
+
+    def _restore_averages(self, saved: "_Saved") -> None:
+        """Of a training state; the network has its part already."""
+        restore(self.ema.module, saved.parts["ema"], saved.path)
+        if self.target:
+            restore(self.target.module, saved.parts["target"], saved.path)
+        if self.power:
+            restore(self.power.profiles, saved.parts["power"], saved.path)
+            self.power.step = float(saved.meta["step"])
+        check_tensors(self._modules_tensors(), saved.tensors, saved.path)
+
+    def _restore_rest(self, saved: "_Saved") -> None:
+        """The optimizer, the place in the run, and what is told of a tick that was not over."""
+        meta, parts, path = saved.meta, saved.parts, saved.path
+        named = list(self.net.named_parameters())
+        check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
+        state = {}
+        for i, (name, param) in enumerate(named):
+            state[i] = {key: shard_like(parts[key][name], param) for key in ADAM if key != "step"}
+            state[i]["step"] = parts["step"][name]
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        check_place(meta, self.options.batch, path)
+        self.step = meta["step"]
+        self.counted = self.nimg
+        if "statistics" in meta:  # of a tick that was not over
+            self._restore_statistics(meta["statistics"], path)
+        if meta.get("data", self.data) != self.data:
+            self.warnings.append(
+                f"{self.options.data}: these are not the images and labels that the run was "
+                "trained on so far"
+            )
+
+    def _restore_statistics(self, saved: dict, path: Path) -> None:
+        try:
+            self.counted, sums, skipped = saved["counted"], saved["sums"], saved["skipped"]
+            if len(sums) != self.process.world:  # of a run in another number of processes
+                total = torch.tensor(sums, dtype=torch.float64).sum(0)
+                sums = [total.tolist(), *[[0.0] * 4] * (self.process.world - 1)]
+            self.sums.copy_(torch.tensor(sums[self.process.rank], dtype=torch.float64))
+            self.optimizer.skipped.fill_(skipped)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise checkpoint.CheckpointError(f"{path}: damaged statistics ({error})") from error
+
+    def unfinished_statistics(self) -> dict:
+        """Of the samples since image `counted`, for `_restore` to go on from; asks all
+        processes.
+        """
+        sums = [torch.zeros_like(self.sums) for _ in range(self.process.world)]
+        if self.process.world > 1:
+            dist.all_gather(sums, self.sums)
+        else:
+            sums = [self.sums]
+        skipped = self.optimizer.skipped.item()
+        numbers = [part.tolist() for part in sums]
+        return {"counted": self.counted, "sums": numbers, "skipped": skipped}
+
+
+class _Saved:
+    """A training state as it was read, its tensors by the part of the run that they are of."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.meta, self.tensors = checkpoint.read(path, checkpoint.STATE)
+        check_step(self.meta, path)
+        self.parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for name, tensor in self.tensors.items():
+            prefix, _, rest = name.partition(".")
+            self.parts[prefix][rest] = tensor
+
+
+def crossed(trainer: Trainer, ticks: int) -> bool:
+    """Whether the last step went past a multiple of so many ticks: the same in a resumed run."""
+    return trainer.step == trainer.options.total_steps or passed(
+        trainer.options, trainer.nimg, ticks
+    )
+
+
+def passed(options: Options, nimg: int, ticks: int) -> bool:
+    """Whether the step to `nimg` images went past a multiple of so many ticks; 0 never."""
+    every = max(round(1000 * options.tick), 1) * ticks
+    return every > 0 and nimg // every > (nimg - options.batch) // every
