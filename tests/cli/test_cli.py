@@ -186,6 +186,7 @@ def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, seeds in (("0", [0, 1, 4]), ("1", [2, 3])):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         tdkern_(
             "generate",
             "--network",
