@@ -56,7 +56,7 @@ def found_network(file: PickleFile, value: dict) -> Found | None:
     networks = {key: net for key, net in networks.items() if "_modules" in state_of(net)}
     if not networks:
         return None
-    key = next((key for key in PREFERRED if key in networks), next(iter(networks)))
+    key = min(networks, key=lambda key: _rank(key, networks[key]))
     net = networks[key]
     model = _held(_part(file, state_of(net), "_modules").get("model"))
     classes = class_name(net) + (f"({class_name(model)})" if state_of(model) else "")
@@ -70,6 +70,12 @@ def found_network(file: PickleFile, value: dict) -> Found | None:
         found.notes.append(f"its weights are {' and '.join(sorted(halves))}")
     found.left = listed({name: entry for name, entry in value.items() if name != found.key})
     return found
+
+
+def _rank(key, net: Call) -> tuple[int, bool]:
+    """The least is the network that is wanted: by its name, else the first that can be read."""
+    place = PREFERRED.index(key) if key in PREFERRED else len(PREFERRED)
+    return place, _is_unknown(net)
 
 
 def _take_average(file: PickleFile, found: Found, average: dict) -> None:
@@ -115,6 +121,7 @@ def names_of(names: list) -> str:
 
 
 def _is_unknown(entry) -> bool:
+    """Whether an entry is of a class, or is a name, that no saved network has."""
     return type(entry) in (Call, Global) and not _readable(entry.name)
 
 
