@@ -29,7 +29,8 @@ def td_weighting(weight: str, A: Tensor, A_p: Tensor, scale: Tensor, scale_p: Te
 def base_weighting(base_weight: str, sigma: Tensor, sigma_data: float | None) -> Tensor:
     """w of the base loss at noise levels of any shape, by consistency models' names.
 
-    EDM's own weight is "karras" (arXiv 2206.00364, table 1; 2303.01469, appendix C).
+    EDM's own weight is "karras" (arXiv 2206.00364, table 1; 2303.01469, appendix C), which alone
+    needs `sigma_data`.
     """
     snr = sigma**-2
     if base_weight == "karras":
@@ -171,7 +172,10 @@ class Uncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels))
 
     def forward(self, sigma: Tensor) -> Tensor:
-        """u [B] of noise levels [B] > 0, in the parameters' dtype; gradient to the parameters."""
-        c_noise = (sigma.log() / 4).to(self.freqs.dtype)
+        """u [B] of noise levels [B] > 0, in the parameters' dtype; gradient to the parameters.
+
+        Levels above e^20, and an infinite one, are one.
+        """
+        c_noise = (sigma.log().clamp(max=20) / 4).to(self.freqs.dtype)
         features = (c_noise[:, None] * self.freqs + self.phases).cos() * 2**0.5
         return features @ self.weight / len(self.weight) ** 0.5

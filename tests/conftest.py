@@ -54,23 +54,10 @@ def short_previews(monkeypatch):
 
 @pytest.fixture(scope="session")
 def torchvision_operators():
-    """torchvision, which diffusers, piq and torch-fidelity import, where the torch at hand cannot
-    load its compiled operators, as those of a build for another device: the two that are missed on
-    importing it are declared, and fail if they are called.
-    """
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision  # noqa: F401
+    """torchvision can be imported: see `helpers.operators`."""
+    from helpers.operators import stand_in_for_operators
 
-        yield library  # which undoes its declarations when it goes
-    else:
-        yield None
+    stand_in_for_operators()
 
 
 @pytest.fixture

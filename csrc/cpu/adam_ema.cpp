@@ -1,6 +1,7 @@
 // adam_ema_ on the CPU: chunks of all tensors over the threads; a chunk's averages follow its step
 // while the parameter is in the cache.
 #include <atomic>
+#include <limits>
 
 #include "adam_ema.h"
 #include "ema_chunk.h"
@@ -15,25 +16,45 @@ using AdamChunk = void (*)(void* const* row,
                            int64_t begin,
                            int64_t n);
 
+template <typename N>
+constexpr double kLargest = std::numeric_limits<N>::max();
+template <>
+constexpr double kLargest<BFloat16> = 0x1.fep127;
+template <>
+constexpr double kLargest<Half> = 65504;
+
 namespace TDKERN_ISA {
 
-// Whether every element's square is finite as the second moment is stored.
+// Whether every element's square is finite as the second moment is stored, one by one.
+template <typename N, typename T>
+bool each_finite(const N* grad, T factor, int64_t n) {
+  Vec<T> zero = {};  // NaN where a square is not finite
+  for_each_vector<T>(0, n, [&](int64_t i, auto... count) __attribute__((always_inline)) {
+    const Vec<T> square = grad_square(load<T>(grad + i, count...), factor);
+    zero += T(0) * widen<T, N>(narrow<T, N>(square));
+  });
+  return sum(zero) == 0;
+}
+
+// The same, by the sum of all squares, which alone is mostly small enough.
 template <typename N>
 bool finite(const void* data, double grad_factor, int64_t begin, int64_t n) {
   using T = std::conditional_t<std::is_same_v<N, double>, double, float>;
   const N* grad = static_cast<const N*>(data) + begin;
-  const T factor = static_cast<T>(grad_factor);
-  const auto stored_square = [&](auto... from) __attribute__((always_inline)) {
-    return widen<T, N>(narrow<T, N>(grad_square(load<T>(from...), factor)));
+  Vec<T> squares[4] = {};  // four, so that an addition need not wait for the one before
+  const auto add = [&](int j, auto... from) __attribute__((always_inline)) {
+    const Vec<T> g = load<T>(from...);
+    squares[j] += g * g;
   };
-  Vec<T> zero[4] = {};  // NaN where a square is not finite; four, so that an addition need not
-                        // wait for the one before
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
-    for (int j = 0; j < 4; ++j) zero[j] += T(0) * stored_square(grad + i + j * kLanes<T>);
-  for (; i < n; i += kLanes<T>)
-    zero[0] += T(0) * stored_square(grad + i, std::min<int64_t>(kLanes<T>, n - i));
-  return sum((zero[0] + zero[1]) + (zero[2] + zero[3])) == 0;
+    for (int j = 0; j < 4; ++j) add(j, grad + i + j * kLanes<T>);
+  for (; i < n; i += kLanes<T>) add(0, grad + i, std::min<int64_t>(kLanes<T>, n - i));
+  const double all = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const bool small = all * grad_factor * grad_factor < kLargest<N> / 2;
+  // by a larger factor a square that vanished in the sum could count
+  if (small && std::fabs(grad_factor) < 1e20) return true;
+  return each_finite(grad, static_cast<T>(grad_factor), n);
 }
 
 template <typename N>

@@ -74,6 +74,8 @@ def bench(model, shape, batch, seconds, device, no_compile, outdir):
     """
     if min(shape) < 1:
         raise click.UsageError(f"--shape must be positive numbers, got {','.join(map(str, shape))}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise click.UsageError("--device cuda: torch finds no GPU here; see python -m tdkern.info")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     net = _network(model).to(device).train()
     setting = _setting(model, net, shape, batch, device)

@@ -224,7 +224,8 @@ def reference_statistics(data, dest, features, batch, workers, detector):
     "--network",
     required=True,
     metavar="DIR",
-    help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.",
+    help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert "
+    "or of tdkern.save_network.",
 )
 @with_ref
 @click.option(

@@ -26,7 +26,8 @@ from .types import Numbers, Real, boolean, on_command_line
     "--network",
     required=True,
     metavar="DIR",
-    help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert.",
+    help="A network snapshot, a run directory, whose newest is taken, or a file of tdkern convert "
+    "or of tdkern.save_network.",
 )
 @click.option("--outdir", metavar="DIR", help="Where the images go, one PNG for each seed.")
 @click.option(

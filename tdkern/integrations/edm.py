@@ -1,8 +1,9 @@
-"""EDM's training loop: its loss by its own call, with a TD term, and its sampler by its name.
+"""EDM's training loop: its loss by its own call, with a TD term, its sampler and its networks.
 
 Only the calls are EDM's (arXiv 2206.00364); nothing of its code is here.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .. import networks
 from ..ema import EMA
 from ..losses import TDEDMLoss
 from ..preconditioning import append_dims
@@ -17,7 +19,7 @@ from ..samplers import heun
 from ..schedules import EDM
 from .targets import attach_target, paper_decay
 
-__all__ = ["TDLoss", "edm_sampler"]
+__all__ = ["EDMPrecond", "TDLoss", "VEPrecond", "VPPrecond", "edm_sampler", "iDDPMPrecond"]
 
 
 class TDLoss:
@@ -104,3 +106,78 @@ def edm_sampler(
         S_noise=S_noise,
         randn_like=randn_like,
     )
+
+
+def EDMPrecond(
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int = 0,
+    model_type="DhariwalUNet",
+    **settings,
+) -> networks.EDMPrecond:
+    """A network by the arguments of EDM's class of this name; see `_network`."""
+    images = (img_resolution, img_channels, label_dim)
+    return _network(networks.EDMPrecond, images, img_channels, model_type, settings)
+
+
+def VPPrecond(
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int = 0,
+    model_type: str = "SongUNet",
+    **settings,
+) -> networks.VPPrecond:
+    """The same for VP."""
+    images = (img_resolution, img_channels, label_dim)
+    return _network(networks.VPPrecond, images, img_channels, model_type, settings)
+
+
+def VEPrecond(
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int = 0,
+    model_type: str = "SongUNet",
+    **settings,
+) -> networks.VEPrecond:
+    """The same for VE."""
+    images = (img_resolution, img_channels, label_dim)
+    return _network(networks.VEPrecond, images, img_channels, model_type, settings)
+
+
+def iDDPMPrecond(
+    img_resolution: int,
+    img_channels: int,
+    label_dim: int = 0,
+    model_type="DhariwalUNet",
+    **settings,
+) -> networks.iDDPMPrecond:
+    """The same for improved DDPM, whose U-Net gives twice the channels."""
+    images = (img_resolution, img_channels, label_dim)
+    return _network(networks.iDDPMPrecond, images, 2 * img_channels, model_type, settings)
+
+
+def _network(
+    wrapper: type, images: tuple[int, int, int], out_channels: int, model_type: str, settings: dict
+) -> nn.Module:
+    """A wrapper around a U-Net, as EDM's loop constructs its network by `class_name`.
+
+    Args:
+        wrapper: of `tdkern.networks`.
+        images: img_resolution, img_channels, label_dim.
+        out_channels: of the U-Net.
+        model_type: "SongUNet" or "DhariwalUNet".
+        settings: the wrapper's own, use_fp16, and the U-Net's.
+
+    Raises:
+        ValueError: model_type is another. TypeError: an argument is none of these.
+    """
+    if model_type not in ("SongUNet", "DhariwalUNet"):
+        raise ValueError(
+            f"{wrapper.__name__}: model_type must be SongUNet or DhariwalUNet, got {model_type!r}"
+        )
+    own = set(inspect.signature(wrapper).parameters) & settings.keys()
+    arguments = {name: settings.pop(name) for name in own}
+    dtype = torch.float16 if settings.pop("use_fp16", False) else None
+    resolution, channels, label_dim = images
+    model = getattr(networks, model_type)(resolution, channels, out_channels, label_dim, **settings)
+    return wrapper(model, **arguments, dtype=dtype)

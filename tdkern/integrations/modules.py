@@ -8,7 +8,7 @@ from torch import Tensor
 from ..networks.precond import Preconditioned
 from ..networks.saved import WRAPPINGS, CheckpointError, check_like, named
 from ..networks.unet import UNet
-from .pickles import MODULE_DICT, RECORD, Call, Global, PickleFile, unneeded
+from .pickles import MODULE_DICT, RECORD, Call, Global, Key, PickleFile, unneeded
 
 # EDM's wrappers that tdkern has too, and the constructor arguments that are also attributes
 SETTINGS = {
@@ -56,7 +56,7 @@ def found_network(file: PickleFile, value: dict) -> Found | None:
     networks = {key: net for key, net in networks.items() if "_modules" in state_of(net)}
     if not networks:
         return None
-    key = next((key for key in PREFERRED if key in networks), next(iter(networks)))
+    key = min(networks, key=lambda key: _rank(key, networks[key]))
     net = networks[key]
     model = _held(_part(file, state_of(net), "_modules").get("model"))
     classes = class_name(net) + (f"({class_name(model)})" if state_of(model) else "")
@@ -70,6 +70,12 @@ def found_network(file: PickleFile, value: dict) -> Found | None:
         found.notes.append(f"its weights are {' and '.join(sorted(halves))}")
     found.left = listed({name: entry for name, entry in value.items() if name != found.key})
     return found
+
+
+def _rank(key, net: Call) -> tuple[int, bool]:
+    """The least is the network that is wanted: by its name, else the first that can be read."""
+    place = PREFERRED.index(key) if key in PREFERRED else len(PREFERRED)
+    return place, _is_unknown(net)
 
 
 def _take_average(file: PickleFile, found: Found, average: dict) -> None:
@@ -104,8 +110,7 @@ def listed(entries: dict) -> str:
     """The names of some entries of a file, and the classes of those that no saved network names."""
     words = []
     for name, entry in entries.items():
-        unknown = type(entry) in (Call, Global) and not _readable(entry.name)
-        words.append(f"{name} ({entry.name})" if unknown else name)
+        words.append(f"{name} ({entry.name})" if _is_unknown(entry) else name)
     return names_of(words)
 
 
@@ -113,6 +118,11 @@ def names_of(names: list) -> str:
     """The first of some names, which may be a file's; "nothing" of none."""
     first = [ascii(str(name)[:100])[1:-1] for name in names[:10]]
     return ", ".join(first + ["..."] * (len(names) > 10)) or "nothing"
+
+
+def _is_unknown(entry) -> bool:
+    """Whether an entry is of a class, or is a name, that no saved network has."""
+    return type(entry) in (Call, Global) and not _readable(entry.name)
 
 
 def _readable(name: str) -> bool:
@@ -240,13 +250,17 @@ def tensors_of_dicts(file: PickleFile, value: dict) -> tuple[dict[str, Tensor], 
         found.enter(part, prefix)
         part = _without_wrappings(part)
         for name, entry in part.items():
+            if type(name) is Key and (file.is_tensor(entry) or type(entry) is dict):
+                raise file.refuse(f"a tensor's name has a {name.kind} in it")
             if file.is_tensor(entry):
                 found.add(f"{prefix}{name}", entry)
             elif type(entry) is dict:
                 todo.append((f"{prefix}{name}.", entry))
             else:
                 left[f"{prefix}{name}"] = entry
-    return found.tensors, f"{len(left)} entries that are no tensors"
+    unknown = {name: entry for name, entry in left.items() if _is_unknown(entry)}
+    others = f"{len(left)} entries that are no tensors"
+    return found.tensors, f"{others}: {listed(unknown)}" if unknown else others
 
 
 def _without_wrappings(part: dict) -> dict:

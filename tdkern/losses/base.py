@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -162,9 +162,8 @@ class Loss(ABC):
     td_share = 1.0
     # whether the target network serves the TD term alone: the base loss does not look at it
     target_for_td_alone = True
-    # The losses have it as an argument, each at its own place: annotated, it would be a field here,
-    # and the first argument of them all.
-    base_weight = OWN  # type: str | Callable
+    # the losses have it as an argument; annotated here it would be their first
+    base_weight = cast("str | Callable", OWN)
     base_weights = tuple(name for name in ALL_BASE_WEIGHTS if name != "inverse-step")
 
     @property

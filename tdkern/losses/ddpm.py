@@ -1,6 +1,7 @@
 """DDPM's and DDIM's loss over discrete times, alone and with a temporal-difference term, TD(k)."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ class DDPMLoss(PathLoss):
     loss's weight alone.
 
     Args:
-        beta_schedule: "linear", "cosine" or a tuple of T betas, the last of which may be 1 (zero
-            terminal SNR) where `prediction` is not "eps".
+        beta_schedule: "linear", "cosine" or T betas, kept as a tuple, the last of which may be 1
+            (zero terminal SNR) where `prediction` is not "eps".
         backend: which backend the ops use, as in `td_loss`.
 
     The other arguments are described where they are declared.
@@ -53,8 +54,10 @@ class DDPMLoss(PathLoss):
                 f"got {short(self.prediction)}"
             )
         super().__post_init__()
+        # a list or a tensor as the schedule keeps it
+        object.__setattr__(self, "beta_schedule", self.schedule.beta_schedule)
 
-    @property
+    @cached_property  # given betas are many, and are read once
     def schedule(self) -> DDPM:
         return DDPM(self.T, self.beta_schedule)
 

@@ -15,7 +15,7 @@ def noise_pair(
     shared: bool,
     seed: int | Tensor,
     offset: int | Tensor,
-    first_sample: int,
+    first_sample: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """(x_t, x_tp): the forward transition from x_tp to x_t, or one noise for both."""
     clean = x0.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)

@@ -361,7 +361,7 @@ def load_network(
 
     Args:
         path: a network-snapshot directory, a run directory, whose newest is taken, or a file of
-            `tdkern convert`.
+            `tdkern convert` or `save_network`.
         device: where the network goes.
 
     Returns:

@@ -180,6 +180,12 @@ def test_compiling_may_be_left_out(bench, tmp_path):
     assert [row["name"] for row in rows] == [name for name in ROWS if name != "torch.compile"]
 
 
+def test_a_gpu_that_is_not_there_is_one_line(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused = bench("their_networks:Own", "--device", "cuda", code=2).output
+    assert "Error: --device cuda: torch finds no GPU here" in refused
+
+
 @pytest.mark.parametrize("shape", ["3,0,4", "a", "", "3,-4,4"])
 def test_a_wrong_shape_is_one_line(bench, shape):
     last = bench("their_networks:Own", "--shape", shape, code=2).output.strip().splitlines()[-1]

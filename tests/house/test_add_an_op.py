@@ -17,7 +17,9 @@ from tdkern.ops import _backends
 
 PAGE = (ROOT / "docs" / "add_an_op.md").read_text()
 FILES = dict(re.findall(r"^`([\w/.]+)`\n\n```\w+\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL))
-LINES = re.findall(r"^```python\n((?: {4}| {8}|from).*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+LINES = re.findall(
+    r"^```(?:python|text)\n((?: {4}| {8}|from).*?)^```$", PAGE, re.MULTILINE | re.DOTALL
+)
 PLACES = (  # of LINES: the file, and what stands before them there
     ("tdkern/ops/_schemas.py", "SCHEMAS = {\n"),
     ("tdkern/ops/__init__.py", "from .adam_ema import adam_ema_, found_inf\n"),

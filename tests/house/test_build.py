@@ -549,7 +549,8 @@ def test_a_wheel_holds_what_its_build_made(checkout, tmp_path):
     )
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert wheel.name.endswith("py3-none-any.whl") and "tdkern/ops/_schemas.py" in names
+    assert wheel.name == f"tdkern-{tdkern.__version__}-py3-none-any.whl"
+    assert {"tdkern/ops/_schemas.py", "tdkern/py.typed"} <= {*names}
     assert not [
         name
         for name in names
@@ -574,12 +575,14 @@ def test_a_source_distribution_builds_and_runs(checkout, tmp_path):
         capture_output=True,
     )
     (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name == f"tdkern-{tdkern.__version__}.tar.gz"
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
     assert {
         "CMakeLists.txt",
         "csrc/schemas.cpp",
         "csrc/host/cuda_runtime.h",
         "cmake/ptxas_report.py",
+        "tdkern/py.typed",
         "tests/helpers/cases.py",
         "tests/data/unet2d.json",
     } <= names
@@ -606,3 +609,10 @@ tdkern.td_loss(out, one, one, coef, one, one, backend="cpp").sum().backward()
 print(tdkern.__file__, out.grad.abs().sum().item() > 0)
 """
     assert python(code, site).split() == [str(site / "tdkern/__init__.py"), "True"]
+
+
+def test_the_version_stands_in_one_place():
+    sources = [*ROOT.glob("*.toml"), *ROOT.glob("*.py"), *ROOT.glob("CMakeLists.txt")]
+    sources += PACKAGE.rglob("*.py")
+    holding = [path.name for path in sources if f'"{tdkern.__version__}"' in path.read_text()]
+    assert holding == ["_version.py"]

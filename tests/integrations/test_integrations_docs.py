@@ -5,6 +5,7 @@ lines as they become.
 """
 
 import copy
+import importlib
 import re
 import shlex
 import sys
@@ -49,10 +50,20 @@ def tiny_net(label_dim=2):
     return EDMPrecond(unet("ddpmpp", 8, 3, label_dim, cbase=4, cres=[1]))
 
 
-def _construct(**kwargs):
-    """In place of what EDM's function constructs: an optimizer, or a loss."""
+class Named(dict):
+    """A dict whose entries are attributes too, as EDM's are."""
+
+    __setattr__ = dict.__setitem__
+
+
+def _construct(class_name=None, **kwargs):
+    """In place of what EDM's function constructs: an optimizer, a network, or a loss."""
     if "params" in kwargs:
         return torch.optim.Adam(**kwargs)
+    if class_name is not None:
+        module, _, name = class_name.rpartition(".")
+        module = module.replace("training.networks", "tdkern.integrations.edm")
+        return getattr(importlib.import_module(module), name)(**kwargs)
     plain = EDMLoss()
 
     def loss_fn(*networks, images=None, labels=None, augment_pipe=None, net=None):
@@ -91,6 +102,8 @@ def of_edm(tmp_path):
     return names | {
         "dnnlib": SimpleNamespace(util=SimpleNamespace(construct_class_by_name=_construct)),
         "loss_kwargs": {},
+        "network_kwargs": Named(model_type="SongUNet", model_channels=4, channel_mult=[1]),
+        "interface_kwargs": {"img_resolution": 8, "img_channels": 3, "label_dim": 2},
         "optimizer_kwargs": {"lr": 1e-3},
         "loss_fn": example("edm_loop").TDLoss(),
         "ema": copy.deepcopy(names["net"]).requires_grad_(False),

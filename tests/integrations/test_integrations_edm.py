@@ -9,7 +9,7 @@ import torch
 
 from helpers.examples import example, lines_changed, same_tensors
 from tdkern.ema import EMA, target_decay
-from tdkern.integrations import convert
+from tdkern.integrations import convert, edm
 from tdkern.integrations.edm import TDLoss, edm_sampler
 from tdkern.integrations.published import SETTINGS, TARGET_DECAY, published_loss
 from tdkern.integrations.published import TDLoss as PublishedTDLoss
@@ -85,6 +85,32 @@ def test_a_loss_without_a_target_says_what_to_do():
     again = pickle.loads(pickle.dumps(loss_fn))  # as into EDM's snapshots
     assert again.target is None and again.loss == loss_fn.loss
     assert len(pickle.dumps(loss_fn)) < 2000
+
+
+@pytest.mark.parametrize("name", ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"])
+def test_networks_by_edms_arguments(name):
+    """As its loop constructs them: by `class_name` and the arguments that train.py passes."""
+    interface = {"img_resolution": 8, "img_channels": 3, "label_dim": 2}
+    passed = {"model_channels": 4, "channel_mult": [1], "dropout": 0.13, "use_fp16": False}
+    song = {"embedding_type": "fourier", "encoder_type": "residual", "channel_mult_noise": 2}
+    net = getattr(edm, name)(**interface, model_type="SongUNet", **passed, **song)
+    assert type(net).__name__ == name and net.model.num_blocks == 4
+    assert (net.img_resolution, net.img_channels, net.label_dim) == (8, 3, 2)
+    assert net.model.out_channels == (6 if name == "iDDPMPrecond" else 3)
+    assert net(torch.randn(2, 3, 8, 8), 1.0, torch.eye(2)).shape == (2, 3, 8, 8)
+    half = getattr(edm, name)(**interface, **passed | {"use_fp16": True})
+    assert half.dtype == torch.float16
+    default = "SongUNet" if name in ("VPPrecond", "VEPrecond") else "DhariwalUNet"
+    assert type(half.model).__name__ == default
+    with pytest.raises(ValueError, match=f"{name}: model_type must be SongUNet or Dhariwal.*'MLP'"):
+        getattr(edm, name)(**interface, model_type="MLP")
+    with pytest.raises(TypeError, match="unknown"):
+        getattr(edm, name)(**interface, unknown=1)
+
+
+def test_settings_of_a_network_by_edms_arguments():
+    net = edm.EDMPrecond(8, 3, sigma_data=0.6, sigma_max=50.0, model_channels=4, channel_mult=[1])
+    assert (net.sigma_data, net.sigma_min, net.sigma_max) == (0.6, 0.0, 50.0)
 
 
 # --- the target

@@ -200,6 +200,24 @@ def test_what_is_left_out_is_named_by_its_class(tmp_path, persistence):
     assert done.endswith("left out: loss_fn (tdkern.losses.edm.TDEDMLoss), augment_pipe")
 
 
+def test_a_network_of_any_key_comes_before_modules_that_cannot_be_read(tmp_path, persistence):
+    saved_net, net = network_record(EDMPrecond, SongUNet, SONG, {})
+    critic = Own(_parameters={}, _buffers={}, _modules={})
+    done = same(tmp_path, saved(tmp_path, {"critic": critic, "generator": saved_net}), net)
+    assert "generator of saved" in done and f"left out: critic ({Own.__module__}.Own)" in done
+
+
+def test_what_lies_beside_a_state_dict_is_named_too(tmp_path):
+    """A training state as most loops save it; tensors in it need names."""
+    arguments = types.SimpleNamespace(lr=1e-3)
+    state = {"model": tiny().state_dict(), "args": arguments, "epoch": 3, "sizes": {(1, 2): 3}}
+    done = convert(saved(tmp_path, state, "zip"), tmp_path / "a.safetensors")
+    assert done.endswith("left out: 3 entries that are no tensors: args (types.SimpleNamespace)")
+    path = saved(tmp_path, {"model": {(1, 2): torch.ones(1)}}, "zip")
+    with pytest.raises(PickleError, match="refused: a tensor's name has a tuple in it"):
+        convert(path, tmp_path / "b.safetensors")
+
+
 def test_an_unknown_class_in_the_network_is_refused_by_name(tmp_path, persistence):
     """As a module of it, a tensor, an argument and a hook; and a network of an unknown class."""
     name = f"{Own.__module__}.Own"

@@ -12,6 +12,7 @@ import torch
 from helpers.adam_ema import DECAYS, LIE, SHAPES, close, flatten, problem, widened
 from helpers.cases import DTYPES, device_of
 from tdkern.ops import _backends, adam_ema_, found_inf
+from tdkern.ops._dtypes import FLOATS
 from tdkern.optim import AdamEMA, RAdamEMA
 
 
@@ -132,8 +133,8 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
         )
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_gradient_that_is_not_finite_skips_the_whole_step(backend, value):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e25, -2e19])
+def test_a_gradient_whose_square_is_not_finite_skips_the_whole_step(backend, value):
     device = device_of(backend)
     for place in ((0, 1002), (1, 0), (5, 4096)):
         lists = problem("float32", device)
@@ -169,15 +170,60 @@ def test_scalars_that_skip_the_step(backend, scalars):
     )
 
 
-def test_found_inf_is_0_for_the_largest_numbers(backend):
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        largest = torch.full(
-            (3, 1001), torch.finfo(dtype).max, dtype=dtype, device=device_of(backend)
+def ends_of_the_finite_squares(dtype):
+    """The largest number of a dtype whose square is finite there, and the next one above."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    largest = torch.tensor(torch.finfo(dtype).max, dtype=torch.float64).sqrt().to(dtype)
+    largest = largest.view(bits) - 4
+    while (largest + 1).view(dtype).square().isfinite():
+        largest += 1
+    return largest.view(dtype).item(), (largest + 1).view(dtype).item()
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_found_inf_is_1_from_the_first_square_that_is_not_finite(backend, dtype):
+    largest, above = ends_of_the_finite_squares(dtype)
+    grad = torch.full((3, 1001), largest, dtype=dtype, device=device_of(backend))
+    assert found_inf([grad, grad[:, ::3], -grad, grad[:0]], backend=backend).item() == 0
+    for place, value in ((0, above), (2047, -above), (-1, above)):
+        changed = grad.clone()
+        changed.view(-1)[place] = value
+        assert found_inf([grad, changed[:0], changed], backend=backend).item() == 1
+        assert found_inf([changed[:, 7:]], backend=backend).item() == (place != 0)
+
+
+def test_the_bounds_that_found_infs_docstring_states():
+    bounds = {"float32": 1.8e19, "bfloat16": 1.8e19, "float64": 1.3e154, "float16": 255.9}
+    for dtype, bound in bounds.items():
+        assert ends_of_the_finite_squares(getattr(torch, dtype))[0] == pytest.approx(
+            bound, rel=0.04
         )
-        assert (
-            found_inf([largest, largest[:, ::3], -largest, largest[:0]], backend=backend).item()
-            == 0
-        )
+        assert f"{bound:g}".replace("e+", "e") in found_inf.__doc__
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_found_inf_looks_at_what_adam_squares(backend, dtype):
+    """Gradients times clip / grad_scale, wherever the scalars are."""
+    largest, _ = ends_of_the_finite_squares(dtype)
+    grad = torch.full((3, 1001), largest, dtype=dtype, device=device_of(backend))
+    for scalars, answer in (
+        ({"grad_scale": 4.0}, 0),
+        ({"clip": 4.0}, 1),
+        ({"clip": 4.0, "grad_scale": 8.0}, 0),
+        ({"clip": 8.0, "grad_scale": 4.0}, 1),
+        ({"clip": math.nan}, 1),
+        ({"clip": 1e-30, "grad_scale": 1e-30}, 0),
+    ):
+        for device in dict.fromkeys(("cpu", device_of(backend))):
+            given = {name: torch.tensor(value, device=device) for name, value in scalars.items()}
+            assert found_inf([grad], **given, backend=backend).item() == answer, scalars
+    lists = [[grad.clone()], [grad], [grad.clone() * 0], [grad.clone() * 0]]
+    steps, skipped = [torch.zeros((), device=grad.device)], torch.tensor(0, device=grad.device)
+    scale = torch.tensor(4.0, device=grad.device)
+    adam_ema_(*lists, steps, lr=0.1, grad_scale=scale, skipped=skipped, backend=backend)
+    assert skipped.item() == 0 and lists[3][0].isfinite().all() and (lists[3][0] > 0).all()
+    adam_ema_(*lists, steps, lr=0.1, clip=scale, skipped=skipped, backend=backend)
+    assert skipped.item() == 1 and steps[0].item() == 1 and lists[3][0].isfinite().all()
 
 
 def test_found_inf_of_mixed_dtypes_and_of_nothing(backend):

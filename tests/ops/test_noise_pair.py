@@ -236,7 +236,7 @@ def test_reference_is_the_two_equations():
 def judge(backend, x0, coupling):
     args, dtype = levels(len(x0), x0.device), x0.dtype
     got = tdkern.noise_pair(x0, *args, coupling=coupling, seed=SEED, offset=STEP, backend=backend)
-    expected = reference.noise_pair(x0.double(), *args, coupling == "shared", SEED, STEP)
+    expected = reference.noise_pair(x0.double(), *args, coupling == "shared", SEED, STEP, 0)
     once = EPS[dtype] * (2 if truncates(backend, dtype) else 1)
     # of the arithmetic, some roundings on numbers below 32
     wide = EPS[F64] if dtype == F64 else EPS[F32]
@@ -484,7 +484,7 @@ def op_arguments(x0, shared=False, tensors=True):
         if tensors
         else (5, None, 6, None)
     )
-    return x0, *levels(len(x0), device), shared, *integers
+    return x0, *levels(len(x0), device), shared, *integers, 7
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "swapped", "gaps"])

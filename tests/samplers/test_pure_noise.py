@@ -3,7 +3,9 @@
 The state there is the unit noise.
 """
 
+import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -25,6 +27,7 @@ from tdkern.samplers import (
     unipc,
 )
 from tdkern.schedules import DDPM, FlowMatching
+from tdkern.weighting import Uncertainty
 
 BETAS = (0.1, 0.3, 0.6, 1.0)
 ALL = [
@@ -77,7 +80,7 @@ def test_schedules():
     torch.testing.assert_close(
         ddpm_path.alphas_cumprod, (1 - torch.tensor(BETAS, dtype=torch.float64)).cumprod(0)
     )
-    for path, end in ((ddpm_path, 4), (flow, 1.0)):
+    for path, end in ((ddpm_path, 4), (flow, 1.0), (FlowMatching(t_max=1, shift=3.0), 1.0)):
         assert (path.alpha(end), path.sigma(end), path.sigma_hat(end)) == (0, 1, math.inf)
         assert path.time(math.inf) == end and path.ends_in_noise
         levels = path.sigmas(4)
@@ -100,6 +103,9 @@ def test_given_betas_are_kept(kind):
     path = DDPM(5, kind(betas))
     assert path.alphas_cumprod[-1].item() == pytest.approx(0.99**4 * 1e-6, rel=1e-9)
     assert path == DDPM(5, tuple(betas)) and hash(path) == hash(DDPM(5, tuple(betas)))
+    loss = DDPMLoss(5, beta_schedule=kind(betas))
+    assert loss.schedule == path and loss == DDPMLoss(5, beta_schedule=tuple(betas))
+    assert hash(loss) == hash(replace(loss, T=5)) and json.dumps(loss.beta_schedule)
     assert DDPM(5, "cosine").alphas_cumprod[-1] > 1e-6
 
 
@@ -249,3 +255,17 @@ def test_losses_draw_for_themselves(loss, i):
     net, target = networks()[i], networks()[i]
     for dtype in (torch.float32, torch.float64):
         assert loss(net, target, random(64, 4).to(dtype)).isfinite().all()
+
+
+@pytest.mark.parametrize("weight", FlowLoss.base_weights)
+@pytest.mark.parametrize(("loss", "i"), LOSSES, ids=lambda value: type(value).__name__)
+def test_every_base_weight_is_finite_there(loss, i, weight):
+    """EDM2's learned uncertainty too, and so are all gradients."""
+    torch.manual_seed(0)
+    net, target, uncertainty = networks()[i], networks()[i], Uncertainty(8).double()
+    loss = replace(loss, base_weight=weight)
+    end = torch.full((5,), loss.schedule.t_max, dtype=torch.float64)
+    terms = loss.evaluate(net, target, loss.pair(random(5, 4), t=end), uncertainty=uncertainty)
+    assert terms.loss.isfinite().all()
+    terms.loss.sum().backward()
+    assert net.model.module.slope.grad.isfinite() and uncertainty.weight.grad.isfinite().all()
