@@ -18,7 +18,9 @@ if torch.cuda.device_count() == 0:
 
 from tdkern.ops import _backends
 
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+# Taken away, or pytest-benchmark would measure nothing in the runs that tests start themselves.
+WORKERS = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.pop("PYTEST_XDIST_WORKER", None)
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 

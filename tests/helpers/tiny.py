@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import resource
 import socket
 import sys
@@ -139,14 +140,26 @@ def _as_torchrun(rank, world, port, work, args):
     work(rank, *args)
 
 
+def _free_port():
+    """A port that nobody listens at, below those that the system gives to connections: another
+    test's connection may take one of those at any time.
+    """
+    for port in random.SystemRandom().sample(range(10_000, 32_000), 100):
+        with socket.socket() as free:
+            try:
+                free.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError("no free port")
+
+
 def started_processes(count, work, *args):
     """Processes that call work(rank, *args), under the environment that torchrun sets.
 
     work: of a module.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     ranks = [
         children.Process(target=_as_torchrun, args=(rank, count, port, work, args))
         for rank in range(count)
