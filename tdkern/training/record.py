@@ -16,16 +16,14 @@ from ..data import (
     save_grid,
     step_indices,
 )
-from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
+from ..data.files import append_line, one_line, sync_file, write_atomic
 from ..families import default_sampler
 from ..networks.saved import load
 from ..samplers import SAMPLERS
-from . import checkpoint
+from . import checkpoint, statistics
 from .formats import as_json
 from .sampling import NotFinite, preview_levels, sample
 from .trainer import Trainer, learning_rate, passed
-
-MAX_STATISTICS = 1 << 30  # bytes of stats.jsonl
 
 
 class Record:
@@ -57,24 +55,27 @@ class Record:
         text = json.dumps(as_json(self.trainer.options), indent=2)
         write_atomic(self.run_dir / "training_options.json", text.encode())
 
-    def tick(self, statistics: dict[str, float]) -> None:
-        """Add a line to stats.jsonl and to log.txt."""
+    def tick(self, terms: dict[str, float]) -> None:
+        """Add a line to stats.jsonl and to log.txt.
+
+        terms: from `Trainer.statistics`.
+        """
         trainer, now = self.trainer, time.monotonic()
-        seconds, images = now - self.time, trainer.nimg - self.nimg
+        images_per_s = (trainer.nimg - self.nimg) / (now - self.time)
         self.time, self.nimg = now, trainer.nimg
-        statistics = {
-            name: value if math.isfinite(value) else None for name, value in statistics.items()
-        }  # JSON knows no NaN
+        options = trainer.options
+        left = options.total_steps * options.batch - trainer.nimg
         line = {
             "kimg": trainer.nimg / 1000,
-            **statistics,
-            "lr": learning_rate(trainer.options, trainer.nimg),
-            "images_per_s": images / seconds,
+            # JSON knows no NaN
+            **{name: value if math.isfinite(value) else None for name, value in terms.items()},
+            "lr": learning_rate(options, trainer.nimg),
+            "images_per_s": images_per_s,
+            "seconds_left": left / images_per_s if images_per_s else None,
+            **statistics.memory(trainer.process.device),
             "time": time.time(),
         }
-        if trainer.process.device.type == "cuda":
-            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        append_line(self.run_dir / "stats.jsonl", json.dumps(line))
+        append_line(self.run_dir / statistics.FILE, json.dumps(line))
         self.log(
             "  ".join(
                 f"{name} {'none' if value is None else format(value, '.5g')}"
@@ -140,18 +141,18 @@ class Record:
             )
         return torch.cat(parts)
 
-    def state(self, tensors: dict[str, Tensor], statistics: dict | None = None) -> None:
+    def state(self, tensors: dict[str, Tensor], unfinished: dict | None = None) -> None:
         """Save the training state and, once that is durable, remove the older ones.
 
         tensors: `Trainer.tensors()`, whole.
-        statistics: of a tick that is not over, from `Trainer.unfinished_statistics`.
+        unfinished: the statistics of a tick that is not over, from `Trainer.unfinished_statistics`.
         """
         trainer = self.trainer
         meta = self._meta() | {"data": trainer.data}
-        if statistics and statistics["counted"] < trainer.nimg:
-            meta["statistics"] = statistics
+        if unfinished and unfinished["counted"] < trainer.nimg:
+            meta["statistics"] = unfinished
         for name in (
-            "stats.jsonl",
+            statistics.FILE,
             "log.txt",
         ):  # what was recorded up to here survives a power cut too
             if (self.run_dir / name).exists():
@@ -172,8 +173,8 @@ class Record:
                 self.run_dir.mkdir(parents=True)
                 self._write_options()
             alone = trainer.process.world == 1  # the other processes may not answer any more
-            statistics = trainer.unfinished_statistics() if alone else None
-            self.state(trainer.tensors(), statistics)
+            unfinished = trainer.unfinished_statistics() if alone else None
+            self.state(trainer.tensors(), unfinished)
         except Exception as error:
             print(f"Warning: the state could not be saved: {one_line(error)}", file=sys.stderr)
 
@@ -199,22 +200,7 @@ class Record:
 
         A line that is torn or another's is left out.
         """
-        path = self.run_dir / "stats.jsonl"
-        if not path.exists():
-            return
-        kept, last = [], -1.0
-        for line in read_file(path, MAX_STATISTICS).decode(errors="replace").split("\n")[:-1]:
-            kimg = _kimg_of(line)
-            if kimg is not None and last < kimg <= self.trainer.nimg / 1000:
-                kept.append(line + "\n")
-                last = kimg
-        write_atomic(path, "".join(kept).encode())
-
-
-def _kimg_of(line: str) -> float | None:
-    """The kimg of a line of stats.jsonl; None if it is not one."""
-    try:
-        kimg = json.loads(line)["kimg"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return kimg if type(kimg) in (int, float) else None
+        path = self.run_dir / statistics.FILE
+        if path.exists():
+            kept = statistics.read_ticks(path, until=self.trainer.nimg / 1000)
+            write_atomic(path, "".join(f"{line}\n" for line in kept).encode())

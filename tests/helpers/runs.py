@@ -16,6 +16,7 @@ from helpers.tiny import children, two_steps
 from tdkern.training import Options, Trainer, record, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
 from tdkern.training.distributed import this_process
+from tdkern.training.statistics import OF_THE_MACHINE
 
 
 def start(options, run_dir):
@@ -44,8 +45,7 @@ def contents(run_dir):
             files[str(path.relative_to(run_dir))] = json.loads(path.read_text())
     statistics = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     files["stats.jsonl"] = [
-        {name: line[name] for name in line if name not in ("time", "images_per_s")}
-        for line in statistics
+        {name: line[name] for name in line if name not in OF_THE_MACHINE} for line in statistics
     ]
     return files
 

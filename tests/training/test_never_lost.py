@@ -35,6 +35,7 @@ from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, r
 from tdkern.training.distributed import joined
 from tdkern.training.lock import LockedError, locked
 from tdkern.training.signals import Stopped, _end_with
+from tdkern.training.statistics import OF_THE_MACHINE
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 OK = str(DATA / "faults" / "ok.zip")
@@ -70,10 +71,7 @@ def tensors(run_dir):
 
 def statistics(run_dir):
     lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    return [
-        {name: line[name] for name in line if name not in ("time", "images_per_s")}
-        for line in lines
-    ]
+    return [{name: line[name] for name in line if name not in OF_THE_MACHINE} for line in lines]
 
 
 def same(ours, theirs):

@@ -343,6 +343,7 @@ def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
         parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
     )
     assert line["loss"] is None and line["td"] > 0
+    assert line["seconds_left"] is None  # no image since the record began
     assert "loss none" in (tmp_path / "log.txt").read_text()
 
 
