@@ -239,6 +239,7 @@ def _check_free(outdir: Path) -> None:
             path.name in checkpoint.RECORDS
             or checkpoint.NAME.fullmatch(path.name)
             or checkpoint.GRID.fullmatch(path.name)
+            or checkpoint.EVENTS.fullmatch(path.name)
         )
         if ours:
             raise click.ClickException(

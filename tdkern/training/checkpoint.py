@@ -49,7 +49,8 @@ NAME = re.compile(rf"({SNAPSHOT}|{AVERAGES}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.
 GRID = re.compile(r"fakes-(\d{6,})\.(\d{3})\.png", re.ASCII)
 ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
 # what tdkern writes into a run directory, beside checkpoints and grids
-RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png")
+RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png", "wandb-run.txt")
+EVENTS = re.compile(r"events\.out\.tfevents\..+", re.DOTALL)  # files that TensorBoard reads
 MAX_META = 1 << 22  # bytes: a hundred times what a large network's take
 # what comes of a damaged file, beside SafetensorError
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)

@@ -59,6 +59,8 @@ def train(trainer: Trainer, run_dir: Path | None) -> None:
             except Exception:  # torchrun, which ends all at an error of one, lets this be saved
                 record.rescue()
                 raise
+            finally:
+                record.close()
 
 
 def _run(trainer: Trainer, record: Record | None, request: StopRequest) -> None:

@@ -16,13 +16,14 @@ from ..data import (
     save_grid,
     step_indices,
 )
-from ..data.files import append_line, one_line, sync_file, write_atomic
+from ..data.files import append_line, brief, one_line, sync_file, write_atomic
 from ..families import default_sampler
 from ..networks.saved import load
 from ..samplers import SAMPLERS
 from . import checkpoint, statistics
 from .formats import as_json
 from .sampling import NotFinite, preview_levels, sample
+from .trackers import trackers
 from .trainer import Trainer, learning_rate, passed
 
 
@@ -50,6 +51,7 @@ class Record:
         images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
         self.labels = torch.stack(labels)
         save_grid(run_dir / "reals.png", torch.stack(images), self.side)
+        self.trackers = trackers(trainer.options, run_dir, trainer.nimg)
 
     def _write_options(self) -> None:
         text = json.dumps(as_json(self.trainer.options), indent=2)
@@ -76,6 +78,8 @@ class Record:
             "time": time.time(),
         }
         append_line(self.run_dir / statistics.FILE, json.dumps(line))
+        numbers = {name: value for name, value in line.items() if value is not None}
+        self._track("tick", trainer.nimg, numbers)
         self.log(
             "  ".join(
                 f"{name} {'none' if value is None else format(value, '.5g')}"
@@ -83,6 +87,19 @@ class Record:
                 if name != "time"
             )
         )
+
+    def _track(self, call: str, *args) -> None:
+        """Call a method of every tracker; one that fails is left out from here on."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, call)(*args)
+            except Exception as error:  # whatever it is: it is not worth the run
+                self.trackers.remove(tracker)
+                self.warn(f"{tracker.name} gets no more numbers: {brief(error)}")
+
+    def close(self) -> None:
+        """Nothing more is recorded."""
+        self._track("close")
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
@@ -157,6 +174,7 @@ class Record:
         ):  # what was recorded up to here survives a power cut too
             if (self.run_dir / name).exists():
                 sync_file(self.run_dir / name)
+        self._track("sync")
         checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, tensors, meta)
         self.saved = trainer.step
         self._keep_newest()
