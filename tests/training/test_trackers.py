@@ -48,6 +48,18 @@ def test_tensorboard_reads_every_tick_once_after_a_torn_end_and_a_resume(tmp_pat
         assert values == pytest.approx([line[name] for line in lines], rel=1e-6)
 
 
+def test_what_tensorboard_has_is_durable_before_a_state_is(tmp_path, data, monkeypatch):
+    pytest.importorskip("tensorboard")
+    synced = []
+
+    def sync(path):
+        synced.append((path, checkpoints(path.parent, STATE)))
+
+    monkeypatch.setattr(trackers, "sync_file", sync)
+    run_dir = start(options(data, duration=8e-6), tmp_path / "run")
+    assert synced == [(events(run_dir)[0], [])]
+
+
 @pytest.mark.parametrize("call", ["open", "write", "import"])
 def test_tensorboard_that_cannot_be_written_is_one_warning(tmp_path, data, monkeypatch, call):
     pytest.importorskip("tensorboard")
