@@ -1,5 +1,7 @@
 """EDM's image data sets: a folder or zip of PNG and JPEG files and dataset.json; or packed."""
 
+import math
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,14 @@ from .source import (
 __all__ = ["DatasetError", "ImageDataset"]
 
 
+def _shared(*shape: int) -> np.ndarray:
+    """Bytes that are 0, shared with the processes that are forked from this one.
+
+    Not by torch, whose shared memory is a file in /dev/shm, of which containers have little.
+    """
+    return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+
+
 class ImageDataset(torch.utils.data.Dataset):
     """A folder or zip of square RGB or grey images of one size, sorted by name, in EDM's layout.
 
@@ -38,6 +48,8 @@ class ImageDataset(torch.utils.data.Dataset):
         path: the folder or zip; or a .npy file of `tdkern dataset`, which is mapped into memory.
         use_labels: give out labels; without it they have no elements.
         xflip: add every image's mirror image; index n + i is the mirror of i.
+        cache: keep the decoded images in memory, which forked worker processes share. What is
+            mapped into memory needs none.
         max_size: keep this many images, chosen by `seed`; None keeps all.
         seed: chooses the images kept.
 
@@ -60,6 +72,7 @@ class ImageDataset(torch.utils.data.Dataset):
         *,
         use_labels: bool = False,
         xflip: bool = False,
+        cache: bool = False,
         max_size: int | None = None,
         seed: int = 0,
     ):
@@ -87,7 +100,11 @@ class ImageDataset(torch.utils.data.Dataset):
         vectors = self.labels.ndim == 2
         self.label_dim = self.labels.shape[1] if vectors else int(self.labels.max()) + 1
         self.image_shape = None
+        self._cached: dict[str, np.ndarray] | None = None
         self.image_shape = self._read_image(0).shape
+        if cache and not isinstance(self._source, Packed):
+            count = len(self.names)
+            self._cached = {"there": _shared(count), "images": _shared(count, *self.image_shape)}
 
     @property
     def name(self) -> str:
@@ -124,6 +141,14 @@ class ImageDataset(torch.utils.data.Dataset):
         return torch.from_numpy(image), torch.from_numpy(label)
 
     def _read_image(self, raw: int) -> np.ndarray:
+        if self._cached is None:
+            return self._decoded(raw)
+        if not self._cached["there"][raw]:
+            self._cached["images"][raw] = self._decoded(raw)
+            self._cached["there"][raw] = 1
+        return self._cached["images"][raw].copy()
+
+    def _decoded(self, raw: int) -> np.ndarray:
         name = self.names[raw]
         if isinstance(self._source, Packed):
             return self._source.image(name)

@@ -39,11 +39,12 @@ FREE = (
     "time_limit",
     "workers",
     "wandb",
+    "cache",
 )
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu", "shard")
+SPLIT = ("gpus", "batch_gpu", "shard", "compile", "bench", "ls")
 
 
 def _consistency(family: Family) -> bool:
@@ -127,6 +128,17 @@ class Options:
     )
     xflip: bool = flag(False, "Add every image's mirror image.")
     precision: str = flag("fp32", "Precision inside the network.", choices=PRECISIONS)
+    ls: float = flag(
+        1.0,
+        "Loss scaling, for fp16: a factor of the gradients until the optimizer takes it out. A "
+        "power of two changes no result.",
+        within=POSITIVE,
+    )
+    compile: bool = flag(False, "Compile the networks by torch.compile.")
+    bench: bool = flag(
+        False,
+        "On a GPU choose kernels by measuring, and TF32: faster, but not the same bits again.",
+    )
     target_precision: str | None = flag(
         None,
         "Precision inside the target network.",
@@ -234,6 +246,7 @@ class Options:
         metavar="PROJECT",
         default_help="none",
     )
+    cache: bool = flag(False, "Keep the decoded images in memory.")
     transfer: str | None = flag(
         None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"
     )

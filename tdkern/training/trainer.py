@@ -29,7 +29,7 @@ from ..families import FAMILIES
 from ..losses import Loss
 from ..networks.saved import PRECISIONS, NetworkSpec, restore
 from ..ops._schemas import digest
-from ..optim import OPTIMIZERS
+from ..optim import OPTIMIZERS, AdamEMA
 from . import checkpoint
 from .distributed import (
     Process,
@@ -89,6 +89,14 @@ def learning_rate(options: Options, nimg: int) -> float:
     return lr
 
 
+def measure_kernels() -> None:
+    """Let cuDNN choose by measuring, and matrix products and convolutions take TF32."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
     """By what to multiply gradients so that their common norm is at most `largest`, [].
 
@@ -115,56 +123,23 @@ class Trainer:
 
     def __init__(self, options: Options, process: Process, state: Path | None = None):
         self.options, self.process, self.step = options, process, 0
-        self.dataset = ImageDataset(options.data, use_labels=options.cond, xflip=options.xflip)
+        self.dataset = ImageDataset(
+            options.data, use_labels=options.cond, xflip=options.xflip, cache=options.cache
+        )
         self.data = self.dataset.fingerprint()
         self._agree()
+        if options.bench:
+            measure_kernels()
         self.augment_pipe = make_augment_pipe(options)
         if self.augment_pipe:
             self.augment_pipe.to(process.device)
         self.loss = options.make_loss()
         self.loss.prepare(self.dataset.image_shape)
-        spec = self._network_spec()
-        self.network = spec.to_json()
-        torch.manual_seed(derive_seed(options.seed, "init"))
-        self.net: Any = spec.build().to(process.device)  # an FSDPModule too where it is sharded
-        if options.transfer and state is None:
-            source, _ = checkpoint.load_network(options.transfer)
-            restore(self.net, source.state_dict(), Path(options.transfer))
         saved = _Saved(state) if state else None
-        if saved:
-            restore(self.net, saved.parts["net"], state)
-        self.sharded = options.shard and process.world > 1
-        # before the copies below, as it gives all processes the first one's weights
-        if self.sharded:
-            broadcast_(self.net)
-        self.online: Any = self.net if self.sharded else data_parallel(self.net, process)
-        self.ema = EMA(self.net)
-        self.target = EMA(self.net) if options.has_target else None
-        if self.target and options.target_precision:
-            self.target.module.dtype = PRECISIONS[
-                options.target_precision
-            ]  # of its activations: the average itself stays float32
-        self.averages = [self.ema, self.target] if self.target else [self.ema]
-        self.power = PowerFunctionEMA(self.net, options.power_ema) if options.power_ema else None
-        if self.power:
-            self.averages += self.power.averages.values()
-        if saved:
-            self._restore_averages(saved)
-        if self.sharded:
-            for module in (self.net, *(average.module for average in self.averages)):
-                shard_(module, process)
-        self.optimizer = OPTIMIZERS[options.optim](
-            self.net.parameters(),
-            lr=options.lr,
-            betas=(0.9, 0.999),
-            eps=1e-8,
-            weight_decay=options.weight_decay,
-            decays=torch.ones(len(self.averages), dtype=torch.float64, device=process.device),
-            averages=[average.module.parameters() for average in self.averages],
-        )
-        self.sums = torch.zeros(
-            4, dtype=torch.float64, device=process.device
-        )  # of TDTerms, over the samples since image `counted`
+        self._make_networks(saved)
+        self.optimizer = self._make_optimizer()
+        # of TDTerms, over the samples since image `counted`
+        self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)
         self.counted = 0
         self.whole = True  # whether all parts are of the same step
         self.idle = 0  # ticks in a row without a step that was taken
@@ -173,6 +148,61 @@ class Trainer:
             self._restore_rest(saved)
         if process.world > 1 and not self.sharded:
             self._settle_buckets()
+
+    def _make_networks(self, saved: "_Saved | None") -> None:
+        """The network, its averages, and both as the loss calls them."""
+        options, process = self.options, self.process
+        spec = self._network_spec()
+        self.network = spec.to_json()
+        torch.manual_seed(derive_seed(options.seed, "init"))
+        self.net: Any = spec.build().to(process.device)  # an FSDPModule too where it is sharded
+        if options.transfer and not saved:
+            source, _ = checkpoint.load_network(options.transfer)
+            restore(self.net, source.state_dict(), Path(options.transfer))
+        if saved:
+            restore(self.net, saved.parts["net"], saved.path)
+        self.sharded = options.shard and process.world > 1
+        # before the copies below, as it gives all processes the first one's weights
+        if self.sharded:
+            broadcast_(self.net)
+        self.online: Any = self.net if self.sharded else data_parallel(self.net, process)
+        self._make_averages()
+        if saved:
+            self._restore_averages(saved)
+        if self.sharded:
+            for module in (self.net, *(average.module for average in self.averages)):
+                shard_(module, process)
+        self.target_net: Any = self.target.module if self.target else None
+        if options.compile:
+            self.online = torch.compile(self.online)
+            self.target_net = torch.compile(self.target_net) if self.target else None
+
+    def _make_averages(self) -> None:
+        options = self.options
+        self.ema = EMA(self.net)
+        self.target = EMA(self.net) if options.has_target else None
+        if self.target and options.target_precision:
+            # of its activations: the average itself stays float32
+            self.target.module.dtype = PRECISIONS[options.target_precision]
+        self.averages = [self.ema, self.target] if self.target else [self.ema]
+        self.power = PowerFunctionEMA(self.net, options.power_ema) if options.power_ema else None
+        if self.power:
+            self.averages += self.power.averages.values()
+
+    def _make_optimizer(self) -> AdamEMA:
+        options, device = self.options, self.process.device
+        optimizer = OPTIMIZERS[options.optim](
+            self.net.parameters(),
+            lr=options.lr,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            weight_decay=options.weight_decay,
+            decays=torch.ones(len(self.averages), dtype=torch.float64, device=device),
+            averages=[average.module.parameters() for average in self.averages],
+        )
+        if options.ls != 1:  # GradScaler's protocol: the step takes it out of the gradients
+            optimizer.grad_scale = torch.tensor(options.ls, device=device)  # type: ignore
+        return optimizer
 
     def _agree(self) -> None:
         """Raises ValueError where the processes of the run were not started alike."""
@@ -249,7 +279,8 @@ class Trainer:
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
-        self.optimizer.step(clip=clip_factor(grads, options.clip) if options.clip else None)
+        clip = clip_factor(grads, options.clip * options.ls) if options.clip else None
+        self.optimizer.step(clip=clip)
         for average in self.averages:
             average.copy_buffers(self.net)
         self.sums += sums
@@ -289,15 +320,15 @@ class Trainer:
         scale = x0[0].numel() / (options.batch // self.process.world)
         terms = loss.evaluate(
             self.online,
-            self.target and self.target.module,
+            self.target_net,
             pair,
             labels if labels.shape[1] else None,
             augment_labels,
-            gradient_scale=scale,
+            gradient_scale=scale * options.ls,
         )
         terms.loss.sum().backward()
         sums = torch.stack([term.detach().double().sum() for term in terms])
-        sums[:3] /= scale  # loss, td and base are reported as means over elements
+        sums[:3] /= scale * options.ls  # loss, td and base are reported as means over elements
         return sums
 
     def _augmented(self, x0: Tensor, first: int, samples: int) -> tuple[Tensor, Tensor | None]:

@@ -185,9 +185,12 @@ def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):
     tdkern_(
         "train", "--data", data, "--outdir", tmp_path, "--nosubdirs", "--duration", "8e-6", *FLAGS
     )
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, value)
     for rank, seeds in (("0", [0, 1, 4]), ("1", [2, 3])):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         tdkern_(
             "generate",
             "--network",

@@ -459,6 +459,8 @@ def bench_second(compare):
         sys.executable,
         "-m",
         "pytest",
+        "-o",
+        "pythonpath=",  # tests has a conftest too
         "-p",
         "conftest",
         "-p",

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
 
 
 def options(data, **changes):
-    return options_of(data=data, duration=32e-6, **TINY | {"keep": 9, "snap": 0} | changes)
+    return options_of(data=data, **TINY | {"duration": 32e-6, "keep": 9, "snap": 0} | changes)
 
 
 def ticks(run_dir):
