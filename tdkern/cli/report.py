@@ -22,7 +22,7 @@ def report(runs, out):
 
     RUN is a run's directory, one that is being trained too. The page has the curves of loss, TD
     term, base term and images a second, the last figures, the options that differ, and the newest
-    images of each; it needs no other file.
+    pictures of each; it needs no other file.
 
     \b
     tdkern report runs/00000-... runs/00001-... --out report.html

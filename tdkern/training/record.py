@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..families import default_sampler
 from ..networks.saved import load
 from ..samplers import SAMPLERS
 from . import checkpoint, statistics
+from .curves import draw_curves
 from .formats import as_json
 from .sampling import NotFinite, preview_levels, sample
 from .trackers import trackers
@@ -113,19 +115,28 @@ class Record:
             tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
 
     def snapshot(self, weights: dict[str, Tensor]) -> None:
-        """Save the EMA network, and a grid of its images where that can be made.
+        """Save the EMA network and, where they can be made, a grid of its images and the curves.
 
         weights: the network's state dict.
         """
         trainer = self.trainer
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, weights, self._meta())
-        grid = self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png"
+        self._picture("fakes", lambda path: save_grid(path, self._images(weights), self.side))
+        self._picture("curves", self._draw_curves)
+
+    def _picture(self, kind: str, make: Callable[[Path], None]) -> None:
+        """Write a picture; one that cannot be made is a warning."""
+        path = self.run_dir / f"{kind}-{checkpoint.kimg(self.trainer.nimg)}.png"
         try:
-            save_grid(grid, self._images(weights), self.side)
-        except (OSError, NotFinite) as error:
-            self.warn(f"{grid.name} is not written: {error}")
+            make(path)
+        except (OSError, ImportError, NotFinite) as error:
+            self.warn(f"{path.name} is not written: {error}")
         else:
-            checkpoint.forget_same(grid)
+            checkpoint.forget_same(path)
+
+    def _draw_curves(self, path: Path) -> None:
+        ticks = statistics.read_ticks(self.run_dir / statistics.FILE)
+        write_atomic(path, draw_curves(self.trainer.levels, list(ticks.values())))
 
     def averages(self, tensors: dict[str, Tensor]) -> None:
         """Save the averages of --power-ema; tensors: their state dict."""

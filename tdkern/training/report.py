@@ -19,11 +19,11 @@ from ..data.files import read_file
 from . import checkpoint, statistics
 
 CURVES = {"loss": "loss", "td": "TD term", "base": "base term", "images_per_s": "images a second"}
-LAST = ("kimg", *CURVES, "valid", "skipped", "lr", "host_gib", "gpu_gib")
+LAST = ("kimg", *CURVES, "valid", "grad_norm", "skipped", "lr", "host_gib", "gpu_gib")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#A85585", "#000000", "#E69F00", "#56B4E9", "#8C8C8C")
 DASHES = ("-", "--", ":", "-.")  # one for each time that the colours have gone round
 LONGEST = 200  # characters of an option
-MAX_GRID = 1 << 26  # bytes of a grid of images
+MAX_PICTURE = 1 << 26  # bytes
 PNG = b"\x89PNG\r\n\x1a\n"
 HEAD = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -50,13 +50,14 @@ class Run:
         path: its directory.
         options: by name, those of the loss among them.
         ticks: what the lines of stats.jsonl say, the oldest first.
-        grid: the newest grid of images, (its name, a PNG file's bytes); None if there is none.
+        pictures: the newest grid of images and the newest curves by noise level, as far as there
+            are any, each (its name, a PNG file's bytes).
     """
 
     path: Path
     options: dict
     ticks: list[dict]
-    grid: tuple[str, bytes] | None
+    pictures: list[tuple[str, bytes]]
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """(kimg, values) of the ticks that have a finite number of that name."""
@@ -84,22 +85,27 @@ def read_run(path: Path) -> Run:
     loss = options.pop("loss", {})
     options |= loss if isinstance(loss, dict) else {"loss": loss}
     ticks = list(statistics.read_ticks(path / statistics.FILE).values())
-    return Run(path, options, ticks, _newest_grid(path))
+    return Run(path, options, ticks, _newest_pictures(path))
 
 
-def _newest_grid(run_dir: Path) -> tuple[str, bytes] | None:
-    grids = [
-        path
-        for path in run_dir.glob("fakes-*.png")
-        if checkpoint.images_of(path, checkpoint.GRID) is not None
-    ]
-    if not grids:
-        return None
-    newest = max(grids, key=lambda path: checkpoint.images_of(path, checkpoint.GRID))
-    data = read_file(newest, MAX_GRID)
+def _newest_pictures(run_dir: Path) -> list[tuple[str, bytes]]:
+    newest: dict[str, Path] = {}
+    for path in run_dir.glob("*.png"):
+        match = checkpoint.PICTURE.fullmatch(path.name)
+        if match and _image_of(path) >= _image_of(newest.get(match[1], path)):
+            newest[match[1]] = path
+    return [(newest[kind].name, _read_png(newest[kind])) for kind in sorted(newest, reverse=True)]
+
+
+def _image_of(path: Path) -> int:
+    return checkpoint.images_of(path, checkpoint.PICTURE)
+
+
+def _read_png(path: Path) -> bytes:
+    data = read_file(path, MAX_PICTURE)
     if not data.startswith(PNG):
-        raise checkpoint.CheckpointError(f"{newest}: is no PNG file; remove it")
-    return newest.name, data
+        raise checkpoint.CheckpointError(f"{path}: is no PNG file; remove it")
+    return data
 
 
 def page(runs: list[Run]) -> str:
@@ -150,11 +156,13 @@ def _image(data: bytes, kind: str) -> str:
 
 
 def _images(name: str, run: Run) -> str:
-    """The newest grid of a run, under its name."""
-    file, picture = "no grid of images yet", ""
-    if run.grid:
-        file, picture = run.grid[0], _image(run.grid[1], "grid")
-    return f"<figure>{picture}<figcaption>{html.escape(f'{name}: {file}')}</figcaption></figure>\n"
+    """The newest pictures of a run, under its name."""
+    figures = [
+        f"<figure>{_image(data, kind='of-a-run')}"
+        f"<figcaption>{html.escape(f'{name}: {file}')}</figcaption></figure>\n"
+        for file, data in run.pictures
+    ]
+    return "".join(figures) or f"<p>{html.escape(name)}: no pictures yet</p>\n"
 
 
 def _curves(runs: list[Run]) -> str:

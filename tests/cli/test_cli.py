@@ -39,6 +39,7 @@ def test_train_then_generate(tmp_path, data):
         assert word in output
     names = {path.name for path in run_dir.iterdir()}
     assert {name for name in names if not EVENTS.fullmatch(name)} == {
+        "curves-000000.016.png",
         "fakes-000000.016.png",
         "log.txt",
         "network-snapshot-000000.016",

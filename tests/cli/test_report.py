@@ -48,7 +48,8 @@ def run_of(path, ticks=3, grid=True, **options):
     ]
     (path / "stats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if grid:
-        for i, name in enumerate(("fakes-000001.000.png", "fakes-000002.000.png")):
+        names = ("fakes-000001.000.png", "fakes-000002.000.png", "curves-000002.000.png")
+        for i, name in enumerate(names):
             (path / name).write_bytes(png(pixels(1, seed=i)[0]))
     return path
 
@@ -76,7 +77,8 @@ def test_the_page_compares_runs_and_needs_no_other_file(tmp_path):
     assert last[:2] == [str(runs[1]), "5"]
     curves, *grids = pictures(text)
     assert curves.startswith(b"\x89PNG")
-    assert grids == [(run / "fakes-000002.000.png").read_bytes() for run in runs]
+    newest = ("fakes-000002.000.png", "curves-000002.000.png")
+    assert grids == [(run / name).read_bytes() for run in runs for name in newest]
     assert not re.search(r'(src|href)="(?!data:)', text) and "url(" not in text
 
 
@@ -117,7 +119,7 @@ def test_a_run_that_has_no_tick_yet_is_in_the_page(tmp_path):
     run = run_of(tmp_path / "new", ticks=0, grid=False)
     (run / "stats.jsonl").unlink()
     text = page([read_run(run), read_run(run_of(tmp_path / "old"))])
-    assert "[1] new: no grid of images yet" in text and len(pictures(text)) == 2
+    assert "[1] new: no pictures yet" in text and len(pictures(text)) == 3
 
 
 def test_what_is_no_run_or_no_page_is_refused_in_a_line(tmp_path):

@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from helpers.tiny import children, two_steps
+from helpers.tiny import children, quick_pictures
 from tdkern.training import Options, Trainer, record, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
 from tdkern.training.distributed import this_process
@@ -79,7 +79,7 @@ def train_or_die(run_dir, options, kill):
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    record.preview_levels = two_steps
+    quick_pictures()
     sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(
         threading.RLock()
