@@ -86,7 +86,7 @@ def test_the_mlp_sees_edms_range(name):
     """
 
     class Record(torch.nn.Module):
-        label_dim = 0
+        label_dim, num_models = 0, 1
 
         def forward(self, x, c_noise, *_):
             self.x, self.c_noise = x, c_noise

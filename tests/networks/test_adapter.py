@@ -199,12 +199,12 @@ def test_low_precision():
         ),
         (
             {"alphas_cumprod": SQUARES.flip(0)},
-            r"Denoiser: alphas_cumprod must be \[T\] falling numbers between 0 and 1, got "
-            r"\[1000\] from",
+            r"Denoiser: alphas_cumprod must be \[T\] falling numbers from below 1 to 0 or more, "
+            r"got \[1000\] from",
         ),
         (
             {"alphas_cumprod": [0.5, 0.0]},
-            r"falling numbers between 0 and 1, got \[2\] from \[0.5\] to \[0.0\]",
+            "prediction must be 'x0' or 'v' where alphas_cumprod ends in 0, as eps says nothing",
         ),
     ],
 )
