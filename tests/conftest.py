@@ -48,10 +48,11 @@ def data(tmp_path):
 
 @pytest.fixture
 def short_previews(monkeypatch):
-    """The grids of images that training writes are not what its tests should take time for."""
-    from helpers.tiny import two_steps
+    """The pictures that training writes are not what its tests should take time for."""
+    from helpers.tiny import numbers_of_curves, two_steps
 
     monkeypatch.setattr("tdkern.training.record.preview_levels", two_steps)
+    monkeypatch.setattr("tdkern.training.record.draw_curves", numbers_of_curves)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "bench", "demo")
+COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "report", "bench", "demo")
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

@@ -238,7 +238,8 @@ def _check_free(outdir: Path) -> None:
         ours = (
             path.name in checkpoint.RECORDS
             or checkpoint.NAME.fullmatch(path.name)
-            or checkpoint.GRID.fullmatch(path.name)
+            or checkpoint.PICTURE.fullmatch(path.name)
+            or checkpoint.EVENTS.fullmatch(path.name)
         )
         if ours:
             raise click.ClickException(

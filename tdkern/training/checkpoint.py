@@ -46,10 +46,11 @@ from .options import FREE
 SNAPSHOT, AVERAGES, STATE = "network-snapshot", "averages-snapshot", "training-state"
 TENSORS, META = "tensors.safetensors", "meta.json"
 NAME = re.compile(rf"({SNAPSHOT}|{AVERAGES}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
-GRID = re.compile(r"fakes-(\d{6,})\.(\d{3})\.png", re.ASCII)
+PICTURE = re.compile(r"(fakes|curves)-(\d{6,})\.(\d{3})\.png", re.ASCII)
 ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
 # what tdkern writes into a run directory, beside checkpoints and grids
-RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png")
+RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png", "wandb-run.txt")
+EVENTS = re.compile(r"events\.out\.tfevents\..+", re.DOTALL)  # files that TensorBoard reads
 MAX_META = 1 << 22  # bytes: a hundred times what a large network's take
 # what comes of a damaged file, beside SafetensorError
 DAMAGE = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
@@ -175,7 +176,7 @@ def keep_newest(
 
 
 def set_aside(run_dir: Path, nimg: int) -> list[str]:
-    """Rename the checkpoints and grids that are later than where training goes on from.
+    """Rename the checkpoints and pictures that are later than where training goes on from.
 
     They are another future of the run: under their names its own are to come.
 
@@ -184,7 +185,9 @@ def set_aside(run_dir: Path, nimg: int) -> list[str]:
     """
     found = [path for path in run_dir.iterdir() if (images_of(path) or 0) > nimg and path.is_dir()]
     found += [
-        path for path in run_dir.iterdir() if (images_of(path, GRID) or 0) > nimg and path.is_file()
+        path
+        for path in run_dir.iterdir()
+        if (images_of(path, PICTURE) or 0) > nimg and path.is_file()
     ]
     names = []
     for path in sorted(found):
@@ -211,7 +214,7 @@ def forget_same(path: Path) -> None:
 def clean(run_dir: Path) -> None:
     """Remove what killed runs left unfinished in their directory."""
     names = "|".join(map(re.escape, RECORDS))
-    own = re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{GRID.pattern})|{names}", re.ASCII)
+    own = re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{PICTURE.pattern})|{names}", re.ASCII)
     remove_leftovers(run_dir, own.fullmatch)
 
 

@@ -18,6 +18,7 @@ from .distributed import (
 from .lock import locked
 from .record import Record
 from .signals import Stopped, StopRequest, readers
+from .statistics import memory
 from .trainer import Trainer, crossed, learning_rate
 
 IDLE_TICKS = 10  # so many in a row without a step that was taken end a run
@@ -58,6 +59,8 @@ def train(trainer: Trainer, run_dir: Path | None) -> None:
             except Exception:  # torchrun, which ends all at an error of one, lets this be saved
                 record.rescue()
                 raise
+            finally:
+                record.close()
 
 
 def _run(trainer: Trainer, record: Record | None, request: StopRequest) -> None:
@@ -98,22 +101,23 @@ def progress(trainer: Trainer) -> tqdm:
 def _tick(trainer: Trainer, record: Record | None, bar: tqdm) -> None:
     """Tell how training goes, and save what is due; all processes raise Diverged together."""
     options = trainer.options
-    statistics = trainer.statistics()
+    terms = trainer.statistics()
     if record:
-        bar.set_postfix({name: f"{value:.4g}" for name, value in statistics.items()}, refresh=False)
-        record.tick(statistics)
+        shown = terms | memory(trainer.process.device)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+        record.tick(terms)
         if trainer.idle:
             record.warn(
                 "no step was taken since image "
-                f"{trainer.nimg - options.batch * int(statistics['skipped'])}: "
+                f"{trainer.nimg - options.batch * int(terms['skipped'])}: "
                 "all had gradients that are not finite"
             )
     if trainer.idle >= IDLE_TICKS:
-        raise Diverged(_diagnosis(trainer, statistics, record))
+        raise Diverged(_diagnosis(trainer, terms, record))
     # A state of the first such tick has the weights of before it; later ones would only replace it.
     due = trainer.idle == 1 or (crossed(trainer, options.dump) and not trainer.idle)
     if due and trainer.not_finite():
-        raise Diverged(_diagnosis(trainer, statistics, record))
+        raise Diverged(_diagnosis(trainer, terms, record))
     snap = crossed(trainer, options.snap) and trainer.idle < 2
     weights = whole(trainer.ema.module.state_dict(), trainer.process) if snap else {}
     power = whole(trainer.power.state_dict(), trainer.process) if snap and trainer.power else {}
@@ -128,7 +132,7 @@ def _tick(trainer: Trainer, record: Record | None, bar: tqdm) -> None:
         record.time = time.monotonic()  # what was saved is no part of the next tick
 
 
-def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: Record | None) -> str:
+def _diagnosis(trainer: Trainer, terms: dict[str, float], record: Record | None) -> str:
     """Why no step is taken any more."""
     bad = trainer.not_finite()
     what = (
@@ -141,7 +145,7 @@ def _diagnosis(trainer: Trainer, statistics: dict[str, float], record: Record | 
     return (
         f"training has diverged at image {trainer.nimg}: gradients are not finite, {what}, the "
         "loss is "
-        f"{statistics['loss']:.4g}, the learning rate {lr:.4g}, precision "
+        f"{terms['loss']:.4g}, the learning rate {lr:.4g}, precision "
         f"{trainer.options.precision}; "
         f"a new run needs a lower --lr, or --transfer from a snapshot of before{way}"
     )

@@ -38,6 +38,7 @@ FREE = (
     "keep_every",
     "time_limit",
     "workers",
+    "wandb",
     "cache",
 )
 
@@ -239,6 +240,12 @@ class Options:
     )
     seed: int = flag(0, "Random seed.", within=NOT_NEGATIVE)
     workers: int = flag(1, "Processes that read images.", within=NOT_NEGATIVE)
+    wandb: str | None = flag(
+        None,
+        "Send the numbers of every tick to this project at Weights & Biases too.",
+        metavar="PROJECT",
+        default_help="none",
+    )
     cache: bool = flag(False, "Keep the decoded images in memory.")
     transfer: str | None = flag(
         None, "Start from the weights of a network snapshot, or of a run's newest.", metavar="DIR"

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from ..data import (
     save_grid,
     step_indices,
 )
-from ..data.files import append_line, one_line, read_file, sync_file, write_atomic
+from ..data.files import append_line, brief, one_line, sync_file, write_atomic
 from ..families import default_sampler
 from ..networks.saved import load
 from ..samplers import SAMPLERS
-from . import checkpoint
+from . import checkpoint, statistics
+from .curves import draw_curves
 from .formats import as_json
 from .sampling import NotFinite, preview_levels, sample
+from .trackers import trackers
 from .trainer import Trainer, learning_rate, passed
-
-MAX_STATISTICS = 1 << 30  # bytes of stats.jsonl
 
 
 class Record:
@@ -52,29 +53,35 @@ class Record:
         images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
         self.labels = torch.stack(labels)
         save_grid(run_dir / "reals.png", torch.stack(images), self.side)
+        self.trackers = trackers(trainer.options, run_dir, trainer.nimg)
 
     def _write_options(self) -> None:
         text = json.dumps(as_json(self.trainer.options), indent=2)
         write_atomic(self.run_dir / "training_options.json", text.encode())
 
-    def tick(self, statistics: dict[str, float]) -> None:
-        """Add a line to stats.jsonl and to log.txt."""
+    def tick(self, terms: dict[str, float]) -> None:
+        """Add a line to stats.jsonl and to log.txt.
+
+        terms: from `Trainer.statistics`.
+        """
         trainer, now = self.trainer, time.monotonic()
-        seconds, images = now - self.time, trainer.nimg - self.nimg
+        images_per_s = (trainer.nimg - self.nimg) / (now - self.time)
         self.time, self.nimg = now, trainer.nimg
-        statistics = {
-            name: value if math.isfinite(value) else None for name, value in statistics.items()
-        }  # JSON knows no NaN
+        options = trainer.options
+        left = options.total_steps * options.batch - trainer.nimg
         line = {
             "kimg": trainer.nimg / 1000,
-            **statistics,
-            "lr": learning_rate(trainer.options, trainer.nimg),
-            "images_per_s": images / seconds,
+            # JSON knows no NaN
+            **{name: value if math.isfinite(value) else None for name, value in terms.items()},
+            "lr": learning_rate(options, trainer.nimg),
+            "images_per_s": images_per_s,
+            "seconds_left": left / images_per_s if images_per_s else None,
+            **statistics.memory(trainer.process.device),
             "time": time.time(),
         }
-        if trainer.process.device.type == "cuda":
-            line["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        append_line(self.run_dir / "stats.jsonl", json.dumps(line))
+        append_line(self.run_dir / statistics.FILE, json.dumps(line))
+        numbers = {name: value for name, value in line.items() if value is not None}
+        self._track("tick", trainer.nimg, numbers)
         self.log(
             "  ".join(
                 f"{name} {'none' if value is None else format(value, '.5g')}"
@@ -82,6 +89,19 @@ class Record:
                 if name != "time"
             )
         )
+
+    def _track(self, call: str, *args) -> None:
+        """Call a method of every tracker; one that fails is left out from here on."""
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, call)(*args)
+            except Exception as error:  # whatever it is: it is not worth the run
+                self.trackers.remove(tracker)
+                self.warn(f"{tracker.name} gets no more numbers: {brief(error)}")
+
+    def close(self) -> None:
+        """Nothing more is recorded."""
+        self._track("close")
 
     def log(self, text: str) -> None:
         """Add a line to log.txt."""
@@ -95,19 +115,28 @@ class Record:
             tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
 
     def snapshot(self, weights: dict[str, Tensor]) -> None:
-        """Save the EMA network, and a grid of its images where that can be made.
+        """Save the EMA network and, where they can be made, a grid of its images and the curves.
 
         weights: the network's state dict.
         """
         trainer = self.trainer
         checkpoint.write(self.run_dir, checkpoint.SNAPSHOT, trainer.nimg, weights, self._meta())
-        grid = self.run_dir / f"fakes-{checkpoint.kimg(trainer.nimg)}.png"
+        self._picture("fakes", lambda path: save_grid(path, self._images(weights), self.side))
+        self._picture("curves", self._draw_curves)
+
+    def _picture(self, kind: str, make: Callable[[Path], None]) -> None:
+        """Write a picture; one that cannot be made is a warning."""
+        path = self.run_dir / f"{kind}-{checkpoint.kimg(self.trainer.nimg)}.png"
         try:
-            save_grid(grid, self._images(weights), self.side)
-        except (OSError, NotFinite) as error:
-            self.warn(f"{grid.name} is not written: {error}")
+            make(path)
+        except (OSError, ImportError, NotFinite) as error:
+            self.warn(f"{path.name} is not written: {error}")
         else:
-            checkpoint.forget_same(grid)
+            checkpoint.forget_same(path)
+
+    def _draw_curves(self, path: Path) -> None:
+        ticks = statistics.read_ticks(self.run_dir / statistics.FILE)
+        write_atomic(path, draw_curves(self.trainer.levels, list(ticks.values())))
 
     def averages(self, tensors: dict[str, Tensor]) -> None:
         """Save the averages of --power-ema; tensors: their state dict."""
@@ -140,22 +169,23 @@ class Record:
             )
         return torch.cat(parts)
 
-    def state(self, tensors: dict[str, Tensor], statistics: dict | None = None) -> None:
+    def state(self, tensors: dict[str, Tensor], unfinished: dict | None = None) -> None:
         """Save the training state and, once that is durable, remove the older ones.
 
         tensors: `Trainer.tensors()`, whole.
-        statistics: of a tick that is not over, from `Trainer.unfinished_statistics`.
+        unfinished: the statistics of a tick that is not over, from `Trainer.unfinished_statistics`.
         """
         trainer = self.trainer
         meta = self._meta() | {"data": trainer.data}
-        if statistics and statistics["counted"] < trainer.nimg:
-            meta["statistics"] = statistics
+        if unfinished and unfinished["counted"] < trainer.nimg:
+            meta["statistics"] = unfinished
         for name in (
-            "stats.jsonl",
+            statistics.FILE,
             "log.txt",
         ):  # what was recorded up to here survives a power cut too
             if (self.run_dir / name).exists():
                 sync_file(self.run_dir / name)
+        self._track("sync")
         checkpoint.write(self.run_dir, checkpoint.STATE, trainer.nimg, tensors, meta)
         self.saved = trainer.step
         self._keep_newest()
@@ -172,8 +202,8 @@ class Record:
                 self.run_dir.mkdir(parents=True)
                 self._write_options()
             alone = trainer.process.world == 1  # the other processes may not answer any more
-            statistics = trainer.unfinished_statistics() if alone else None
-            self.state(trainer.tensors(), statistics)
+            unfinished = trainer.unfinished_statistics() if alone else None
+            self.state(trainer.tensors(), unfinished)
         except Exception as error:
             print(f"Warning: the state could not be saved: {one_line(error)}", file=sys.stderr)
 
@@ -199,22 +229,7 @@ class Record:
 
         A line that is torn or another's is left out.
         """
-        path = self.run_dir / "stats.jsonl"
-        if not path.exists():
-            return
-        kept, last = [], -1.0
-        for line in read_file(path, MAX_STATISTICS).decode(errors="replace").split("\n")[:-1]:
-            kimg = _kimg_of(line)
-            if kimg is not None and last < kimg <= self.trainer.nimg / 1000:
-                kept.append(line + "\n")
-                last = kimg
-        write_atomic(path, "".join(kept).encode())
-
-
-def _kimg_of(line: str) -> float | None:
-    """The kimg of a line of stats.jsonl; None if it is not one."""
-    try:
-        kimg = json.loads(line)["kimg"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return kimg if type(kimg) in (int, float) else None
+        path = self.run_dir / statistics.FILE
+        if path.exists():
+            kept = statistics.read_ticks(path, until=self.trainer.nimg / 1000)
+            write_atomic(path, "".join(f"{line}\n" for line in kept).encode())

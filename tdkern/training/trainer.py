@@ -42,6 +42,7 @@ from .distributed import (
 )
 from .options import Options
 from .state import ADAM, check_adam, check_place, check_step, check_tensors
+from .sums import SIZE, TERMS, Sums, add_norm, of_samples
 
 
 def make_augment_pipe(options: Options) -> AugmentPipe | None:
@@ -97,14 +98,17 @@ def measure_kernels() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
-def clip_factor(grads: list[Tensor], largest: float) -> Tensor:
-    """By what to multiply gradients so that their common norm is at most `largest`, [].
+def gradient_norm(grads: list[Tensor]) -> Tensor:
+    """The common norm of gradients, [], over all processes that have a share. No host wait."""
+    norm = torch.nn.utils.get_total_norm(grads)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_factor(norm: Tensor, largest: float) -> Tensor:
+    """By what to multiply gradients of this norm so that it is at most `largest`, [].
 
     It is NaN, which skips the step, where the norm is not finite. No host synchronisation.
     """
-    norm = torch.nn.utils.get_total_norm(grads)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
     return torch.where(norm.isfinite(), largest / norm.clamp(min=largest), torch.nan)
 
 
@@ -138,8 +142,9 @@ class Trainer:
         saved = _Saved(state) if state else None
         self._make_networks(saved)
         self.optimizer = self._make_optimizer()
-        # of TDTerms, over the samples since image `counted`
-        self.sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+        # over the samples since image `counted`
+        self.sums = torch.zeros(SIZE, dtype=torch.float64, device=process.device)
+        self.levels: list[list[float]] = []  # `Sums.levels` of the last tick
         self.counted = 0
         self.whole = True  # whether all parts are of the same step
         self.idle = 0  # ticks in a row without a step that was taken
@@ -279,10 +284,12 @@ class Trainer:
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         self.whole = False
         # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
-        clip = clip_factor(grads, options.clip * options.ls) if options.clip else None
+        norm = gradient_norm(grads)
+        clip = clip_factor(norm, options.clip * options.ls) if options.clip else None
         self.optimizer.step(clip=clip)
         for average in self.averages:
             average.copy_buffers(self.net)
+        add_norm(sums, norm / options.ls)
         self.sums += sums
         self.step += 1
         if self.power:
@@ -304,7 +311,7 @@ class Trainer:
             first: the index of the part's first sample in the whole batch.
 
         Returns:
-            [4] float64, the sums of the terms over the part.
+            [SIZE] float64, the sums over the part.
         """
         options = self.options
         batch = (first, options.batch)
@@ -327,9 +334,7 @@ class Trainer:
             gradient_scale=scale * options.ls,
         )
         terms.loss.sum().backward()
-        sums = torch.stack([term.detach().double().sum() for term in terms])
-        sums[:3] /= scale * options.ls  # loss, td and base are reported as means over elements
-        return sums
+        return of_samples(terms, pair.sigma, scale * options.ls)
 
     def _augmented(self, x0: Tensor, first: int, samples: int) -> tuple[Tensor, Tensor | None]:
         """A part of a batch after augmentation, and what the networks are told of it."""
@@ -345,7 +350,10 @@ class Trainer:
         It is the one place that waits for the device.
         """
         sum_(self.sums, self.process)
-        loss, td, base, valid = (self.sums / (self.nimg - self.counted)).tolist()
+        sums = Sums.of(self.sums.cpu())
+        loss, td, base, valid = (sums.terms / (self.nimg - self.counted)).tolist()
+        norm, counted = sums.norm.tolist()
+        self.levels = sums.levels.tolist()
         skipped = self.optimizer.skipped.item()
         steps = (self.nimg - self.counted) // self.options.batch
         self.idle = self.idle + 1 if skipped == steps else 0
@@ -358,7 +366,7 @@ class Trainer:
         if FAMILIES[self.options.family].consistency:
             last = self.loss.at(self.step - 1)
             terms["scales"] = last.scales  # type: ignore[attr-defined]
-        return terms | {"skipped": skipped}
+        return terms | {"grad_norm": norm / counted if counted else math.nan, "skipped": skipped}
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training goes on from, beside the step."""
@@ -426,11 +434,14 @@ class Trainer:
 
     def _restore_statistics(self, saved: dict, path: Path) -> None:
         try:
-            self.counted, sums, skipped = saved["counted"], saved["sums"], saved["skipped"]
+            self.counted, skipped = saved["counted"], saved["skipped"]
+            sums = torch.tensor(saved["sums"], dtype=torch.float64)  # [processes, SIZE]
+            if sums.shape[1] == TERMS:  # as versions before had it
+                sums = torch.nn.functional.pad(sums, (0, SIZE - TERMS))
             if len(sums) != self.process.world:  # of a run in another number of processes
-                total = torch.tensor(sums, dtype=torch.float64).sum(0)
-                sums = [total.tolist(), *[[0.0] * 4] * (self.process.world - 1)]
-            self.sums.copy_(torch.tensor(sums[self.process.rank], dtype=torch.float64))
+                others = torch.zeros(self.process.world - 1, SIZE, dtype=torch.float64)
+                sums = torch.cat([sums.sum(0, keepdim=True), others])
+            self.sums.copy_(sums[self.process.rank])
             self.optimizer.skipped.fill_(skipped)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise checkpoint.CheckpointError(f"{path}: damaged statistics ({error})") from error

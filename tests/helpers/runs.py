@@ -12,10 +12,11 @@ import safetensors.torch
 import torch
 from tqdm import tqdm
 
-from helpers.tiny import children, two_steps
+from helpers.tiny import children, quick_pictures
 from tdkern.training import Options, Trainer, record, train
 from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
 from tdkern.training.distributed import this_process
+from tdkern.training.statistics import OF_THE_MACHINE
 
 
 def start(options, run_dir):
@@ -44,8 +45,7 @@ def contents(run_dir):
             files[str(path.relative_to(run_dir))] = json.loads(path.read_text())
     statistics = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
     files["stats.jsonl"] = [
-        {name: line[name] for name in line if name not in ("time", "images_per_s")}
-        for line in statistics
+        {name: line[name] for name in line if name not in OF_THE_MACHINE} for line in statistics
     ]
     return files
 
@@ -79,7 +79,7 @@ def train_or_die(run_dir, options, kill):
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    record.preview_levels = two_steps
+    quick_pictures()
     sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(
         threading.RLock()

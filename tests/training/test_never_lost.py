@@ -24,17 +24,18 @@ from helpers.tiny import (
     in_two_processes,
     options_of,
     pixels,
+    quick_pictures,
     started,
     tdkern_,
-    two_steps,
 )
 from tdkern.data.files import write_atomic
 from tdkern.ema import EMA
 from tdkern.training import Trainer, checkpoint, record, train
-from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read
+from tdkern.training.checkpoint import EVENTS, SNAPSHOT, STATE, CheckpointError, find, read
 from tdkern.training.distributed import joined
 from tdkern.training.lock import LockedError, locked
 from tdkern.training.signals import Stopped, _end_with
+from tdkern.training.statistics import OF_THE_MACHINE
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 OK = str(DATA / "faults" / "ok.zip")
@@ -64,16 +65,18 @@ def states(run_dir):
     return [path.name for path in checkpoint.checkpoints(run_dir, STATE)]
 
 
+def names(run_dir):
+    """What is in a run directory, but for TensorBoard's files: every resume has one of its own."""
+    return sorted(path.name for path in run_dir.iterdir() if not EVENTS.fullmatch(path.name))
+
+
 def tensors(run_dir):
     return read(find(run_dir, STATE), STATE)[1]
 
 
 def statistics(run_dir):
     lines = [json.loads(line) for line in (run_dir / "stats.jsonl").read_text().splitlines()]
-    return [
-        {name: line[name] for name in line if name not in ("time", "images_per_s")}
-        for line in lines
-    ]
+    return [{name: line[name] for name in line if name not in OF_THE_MACHINE} for line in lines]
 
 
 def same(ours, theirs):
@@ -197,7 +200,14 @@ def test_a_users_unfinished_files_stay(tmp_path, nosubdirs):
 
 @pytest.mark.parametrize(
     "name",
-    ["log.txt", "reals.png", "stats.jsonl", "fakes-000000.008.png", "network-snapshot-000000.008"],
+    [
+        "log.txt",
+        "reals.png",
+        "stats.jsonl",
+        "fakes-000000.008.png",
+        "curves-000000.008.png",
+        "network-snapshot-000000.008",
+    ],
 )
 def test_a_run_does_not_take_over_files_of_another_thing(tmp_path, name):
     (tmp_path / name).write_text("mine")
@@ -245,9 +255,9 @@ def test_what_is_later_than_where_training_goes_on_is_set_aside(tmp_path):
 
 def test_what_was_set_aside_and_comes_again_is_not_kept_twice(tmp_path):
     run_dir = start(tmp_path / "run", duration=40e-6, keep=9)
-    before = sorted(path.name for path in run_dir.iterdir())
+    before = names(run_dir)
     resume(run_dir / "training-state-000000.016")
-    assert sorted(path.name for path in run_dir.iterdir()) == before
+    assert names(run_dir) == before
 
 
 # damage
@@ -581,7 +591,7 @@ def _slow_steps():
 def _one_rank_is_asked(rank, run_dir, signum):
     if rank == 1:
         _signal_at_a_step(signum)
-    record.preview_levels = two_steps
+    quick_pictures()
     options = options_of(data=OK, duration=80e-6, gpus=2, **coarse())
     with joined() as process, pytest.raises(Stopped) as stopped:
         run_dir.mkdir(exist_ok=True)

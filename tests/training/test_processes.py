@@ -8,10 +8,11 @@ import time
 import pytest
 import torch
 
-from helpers.tiny import TINY, in_processes, options_of, started_processes, two_steps
-from tdkern.training import Options, Trainer, distributed, record, train
+from helpers.tiny import TINY, in_processes, options_of, quick_pictures, started_processes
+from tdkern.training import Options, Trainer, distributed, train
 from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, read_options
 from tdkern.training.distributed import joined, this_process
+from tdkern.training.sums import Sums
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 # of 12 images per step; every second step is a tick
@@ -33,7 +34,7 @@ def changes_of(family):
 
 
 def _rank(rank, run_dir, options, resumed):
-    record.preview_levels = two_steps
+    quick_pictures()
     with joined() as process:
         state = find(run_dir, STATE) if resumed else None
         train(Trainer(options, process, state), run_dir if rank == 0 else None)
@@ -119,7 +120,7 @@ def test_shards_are_the_same_run(tmp_path, data, changes):
 def test_a_state_in_the_middle_of_a_tick_keeps_its_sums(data):
     trainer = Trainer(options_of(data=data, duration=96e-6, **TWELVE), this_process())
     trainer._restore_statistics({"counted": 12, "sums": [[1.0] * 4, [2.0] * 4], "skipped": 0}, "x")
-    assert trainer.sums.tolist() == [3.0] * 4
+    assert Sums.of(trainer.sums).terms.tolist() == [3.0] * 4
 
 
 # ---- how they are started -----------------------------------------------------------------------
@@ -175,7 +176,7 @@ def test_an_environment_without_the_others_is_refused(monkeypatch, env):
 
 
 def _until_lost(rank, run_dir, options, lost, way):
-    record.preview_levels = two_steps
+    quick_pictures()
     distributed.BEAT, distributed.SILENCE = 0.1, 2.0
     real = Trainer.train_step
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tdkern.samplers as samplers
-from helpers.tiny import TINY, in_two_processes, options_of, pixels, two_steps
+from helpers.tiny import TINY, in_two_processes, options_of, pixels, quick_pictures
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.families import FAMILIES
 from tdkern.schedules import EDM
@@ -17,7 +17,7 @@ from tdkern.training import Options, Trainer, record, sample, sampling, train
 from tdkern.training import trainer as trainer_module
 from tdkern.training.checkpoint import STATE, find, read, read_options, write
 from tdkern.training.distributed import joined, this_process
-from tdkern.training.trainer import clip_factor, learning_rate
+from tdkern.training.trainer import clip_factor, gradient_norm, learning_rate
 
 pytestmark = pytest.mark.usefixtures("short_previews")
 
@@ -275,7 +275,7 @@ def test_optimizers_with_weight_decay_and_clipping(data, optim, clip):
 )
 def test_clip_factor(grads, factor):
     """A norm that overflows, although no gradient does, skips the step in place of stopping it."""
-    found = clip_factor([torch.tensor([grad]) for grad in grads], 1.0)
+    found = clip_factor(gradient_norm([torch.tensor([grad]) for grad in grads]), 1.0)
     assert found.item() == pytest.approx(factor, nan_ok=True)
 
 
@@ -343,6 +343,7 @@ def test_statistics_stay_json_where_a_loss_is_not_finite(data, tmp_path):
         parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
     )
     assert line["loss"] is None and line["td"] > 0
+    assert line["seconds_left"] is None  # no image since the record began
     assert "loss none" in (tmp_path / "log.txt").read_text()
 
 
@@ -513,7 +514,7 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
 
 def _rank(rank, run_dir, options, state):
     """One of two processes."""
-    record.preview_levels = two_steps
+    quick_pictures()
     derive = trainer_module.derive_seed
     trainer_module.derive_seed = lambda seed, stream, *numbers: derive(
         seed + (rank if stream == "init" else 0), stream, *numbers

@@ -1,0 +1,190 @@
+"""Runs compared in one HTML page, which needs no other file.
+
+Whatever a run's files and names hold is text in the page: it is escaped, and the page allows
+itself nothing but the pictures in it.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ..data.files import read_file
+from . import checkpoint, statistics
+
+CURVES = {"loss": "loss", "td": "TD term", "base": "base term", "images_per_s": "images a second"}
+LAST = ("kimg", *CURVES, "valid", "grad_norm", "skipped", "lr", "host_gib", "gpu_gib")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#A85585", "#000000", "#E69F00", "#56B4E9", "#8C8C8C")
+DASHES = ("-", "--", ":", "-.")  # one for each time that the colours have gone round
+LONGEST = 200  # characters of an option
+MAX_PICTURE = 1 << 26  # bytes
+PNG = b"\x89PNG\r\n\x1a\n"
+HEAD = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>tdkern report</title>
+<style>
+body { font: 15px/1.5 sans-serif; max-width: 1150px; margin: 2em auto; padding: 0 1em }
+table { border-collapse: collapse; margin-bottom: 2em }
+td, th { border: 1px solid #ccc; padding: .2em .7em; text-align: left; overflow-wrap: anywhere }
+figure { display: inline-block; margin: 0 1em 1em 0; max-width: 100% }
+img { max-width: 100%; image-rendering: pixelated }
+img.curves { image-rendering: auto }
+</style></head><body>
+<h1>Runs compared</h1>
+"""
+
+
+@dataclass
+class Run:
+    """A run as its directory tells of it.
+
+    Attributes:
+        path: its directory.
+        options: by name, those of the loss among them.
+        ticks: what the lines of stats.jsonl say, the oldest first.
+        pictures: the newest grid of images and the newest curves by noise level, as far as there
+            are any, each (its name, a PNG file's bytes).
+    """
+
+    path: Path
+    options: dict
+    ticks: list[dict]
+    pictures: list[tuple[str, bytes]]
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """(kimg, values) of the ticks that have a finite number of that name."""
+        points = [(_number(tick["kimg"]), _number(tick.get(name))) for tick in self.ticks]
+        points = [point for point in points if all(map(math.isfinite, point))]
+        return [kimg for kimg, _ in points], [value for _, value in points]
+
+
+def _number(value) -> float:
+    """A number from a file as a float; NaN for what is none, or too large for one."""
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def read_run(path: Path) -> Run:
+    """A run, from its directory.
+
+    Raises:
+        CheckpointError: the directory does not hold a run, or its options cannot be read.
+        OSError: another of its files cannot be read.
+    """
+    options = checkpoint.read_options(path / "training_options.json")
+    loss = options.pop("loss", {})
+    options |= loss if isinstance(loss, dict) else {"loss": loss}
+    ticks = list(statistics.read_ticks(path / statistics.FILE).values())
+    return Run(path, options, ticks, _newest_pictures(path))
+
+
+def _newest_pictures(run_dir: Path) -> list[tuple[str, bytes]]:
+    newest: dict[str, Path] = {}
+    for path in run_dir.glob("*.png"):
+        match = checkpoint.PICTURE.fullmatch(path.name)
+        if match and _image_of(path) >= _image_of(newest.get(match[1], path)):
+            newest[match[1]] = path
+    return [(newest[kind].name, _read_png(newest[kind])) for kind in sorted(newest, reverse=True)]
+
+
+def _image_of(path: Path) -> int:
+    return checkpoint.images_of(path, checkpoint.PICTURE)
+
+
+def _read_png(path: Path) -> bytes:
+    data = read_file(path, MAX_PICTURE)
+    if not data.startswith(PNG):
+        raise checkpoint.CheckpointError(f"{path}: is no PNG file; remove it")
+    return data
+
+
+def page(runs: list[Run]) -> str:
+    """The HTML page that compares runs."""
+    names = [f"{_style(i)[2]} {run.path.name or run.path}" for i, run in enumerate(runs)]
+    paths = [[name, str(run.path)] for name, run in zip(names, runs, strict=True)]
+    last = [[name, *_last(run)] for name, run in zip(names, runs, strict=True)]
+    parts = [HEAD, _table(["run", "directory"], paths), _curves(runs)]
+    parts += ["<h2>Last figures</h2>\n", _table(["run", *LAST], last)]
+    if len(runs) > 1:
+        parts += ["<h2>Options that differ</h2>\n", _table(["option", *names], _differing(runs))]
+    parts.append("<h2>Images</h2>\n")
+    parts += [_images(name, run) for name, run in zip(names, runs, strict=True)]
+    return "".join([*parts, "</body></html>\n"])
+
+
+def _style(i: int) -> tuple[str, str, str]:
+    """The colour, the dashes and the short name of a run's curves."""
+    return COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)], f"[{i + 1}]"
+
+
+def _last(run: Run) -> list[str]:
+    tick = run.ticks[-1] if run.ticks else {}
+    numbers = [_number(tick.get(name)) for name in LAST]
+    return [format(number, ".5g") if math.isfinite(number) else "" for number in numbers]
+
+
+def _differing(runs: list[Run]) -> list[list[str]]:
+    """The options that are not the same in all runs, each with its value in every one."""
+    rows = []
+    for name in sorted({name for run in runs for name in run.options}):
+        values = [json.dumps(run.options[name]) if name in run.options else "" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([name, *(value[:LONGEST] for value in values)])
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
+
+    lines = [line(head, "th"), *(line(row, "td") for row in rows)]
+    return "<table>\n" + "".join(f"<tr>{each}</tr>\n" for each in lines) + "</table>\n"
+
+
+def _image(data: bytes, kind: str) -> str:
+    return f'<img class="{kind}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+
+
+def _images(name: str, run: Run) -> str:
+    """The newest pictures of a run, under its name."""
+    figures = [
+        f"<figure>{_image(data, kind='of-a-run')}"
+        f"<figcaption>{html.escape(f'{name}: {file}')}</figcaption></figure>\n"
+        for file, data in run.pictures
+    ]
+    return "".join(figures) or f"<p>{html.escape(name)}: no pictures yet</p>\n"
+
+
+def _curves(runs: list[Run]) -> str:
+    """The curves of all runs. A run is called by its number: matplotlib takes signs in a name for
+    its own.
+    """
+    figure = Figure(figsize=(11, 7), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+        lowest = math.inf
+        for i, run in enumerate(runs):
+            kimg, values = run.curve(name)
+            color, dashes, label = _style(i)
+            few = "." if len(values) < 50 else ""
+            axis.plot(kimg, values, dashes, color=color, label=label, linewidth=1, marker=few)
+            lowest = min([lowest, *values])
+        axis.set(title=title, xlabel="kimg")
+        if name != "images_per_s" and 0 < lowest < math.inf:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.25, linewidth=0.6)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=10, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return _image(file.getvalue(), "curves") + "\n"
