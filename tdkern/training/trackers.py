@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..data.files import open_new, read_file, sync_file, write_atomic
+from ..data.files import brief, open_new, read_file, sync_file, write_atomic
 from .formats import as_json
 from .options import Options
 
@@ -40,7 +40,7 @@ def trackers(options: Options, run_dir: Path, nimg: int) -> list[Tracker]:
 
     Raises:
         ImportError: wandb is asked for and not installed.
-        Exception: what wandb raises where it cannot start.
+        RuntimeError: wandb cannot start.
     """
     found: list[Tracker] = []
     if importlib.util.find_spec("tensorboard"):
@@ -120,14 +120,21 @@ class WandB:
                 f"wandb is not installed ({error}); run: pip install 'tdkern[wandb]'"
             ) from error
 
-        self.run = wandb.init(
-            project=options.wandb,
-            id=_wandb_id(run_dir / WANDB_RUN),
-            name=run_dir.resolve().name,
-            dir=str(run_dir),
-            config=as_json(options),
-            resume="allow",
-        )
+        name = _wandb_id(run_dir / WANDB_RUN)
+        try:
+            self.run = wandb.init(
+                project=options.wandb,
+                id=name,
+                name=run_dir.resolve().name,
+                dir=str(run_dir),
+                config=as_json(options),
+                resume="allow",
+            )
+        except Exception as error:  # it has many of its own
+            raise RuntimeError(
+                f"Weights & Biases cannot start ({brief(error)}); wandb login helps, or "
+                "WANDB_MODE=offline, or leave out --wandb"
+            ) from error
 
     def tick(self, nimg: int, numbers: dict[str, float]) -> None:
         """Add the numbers of the tick that ended at an image.

@@ -155,6 +155,13 @@ def test_wandb_that_is_not_there_or_was_damaged_is_an_error_in_a_line(tmp_path, 
     output = tdkern_("train", "--outdir", tmp_path / "runs", *given, code=1)
     last = output.strip().splitlines()[-1]
     assert last.startswith("Error: wandb is not installed") and "pip install" in last
+    stub = Stub()
+    stub.init = lambda **settings: {}["no\nkey"]
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    output = tdkern_("train", "--outdir", tmp_path / "runs", *given, code=1)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("Error: Weights & Biases cannot start (KeyError: ")
+    assert "WANDB_MODE=offline" in last
     monkeypatch.setitem(sys.modules, "wandb", Stub())
     run_dir = start(options(data, wandb="sunflowers"), tmp_path / "run")
     (run_dir / "wandb-run.txt").write_text("../../other")
