@@ -26,8 +26,8 @@ import torch
 from tqdm import tqdm
 
 from helpers.runs import checkpoints_are_whole, contents, resume, run_child, train_or_die
-from helpers.tiny import TINY, children, data_set, flags, pixels, two_steps
-from tdkern.training import Options, Trainer, checkpoint, record, train
+from helpers.tiny import TINY, children, data_set, flags, pixels, quick_pictures
+from tdkern.training import Options, Trainer, checkpoint, train
 from tdkern.training.checkpoint import STATE
 from tdkern.training.distributed import joined
 from tdkern.training.formats import as_json
@@ -92,7 +92,7 @@ def _rank(rank: int, port: int, run_dir: Path, options: Options) -> None:
         {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
     )
     torch.set_num_threads(1)
-    record.preview_levels = two_steps
+    quick_pictures()
     sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(threading.RLock())
     states = checkpoint.checkpoints(run_dir, STATE) if run_dir.exists() else []
@@ -154,7 +154,7 @@ def _counting(run_dir: Path, path: Path, wanted: int, signum: int) -> None:
     from tdkern.cli import main
 
     torch.set_num_threads(1)
-    record.preview_levels = two_steps
+    quick_pictures()
     real = Trainer.train_step
 
     def train_step(self, *args):
@@ -297,7 +297,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="*")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    record.preview_levels = two_steps  # the grids are not what this takes time for
+    quick_pictures()
     few = max(args.kills * 2 // 5, 1)
     parts = {
         f"{name}, {workers} readers": (kills, args.kills, {"workers": workers, **changes})
