@@ -143,7 +143,7 @@ def test_a_grid_in_training_says_so_and_training_goes_on(tmp_path, monkeypatch):
         ("rho", "nan"),
         ("eta", "inf"),
         ("sigma_min", "nan"),
-        ("sigma_max", "inf"),
+        ("sigma_max", "nan"),
         ("S_churn", "nan"),
         ("S_min", "nan"),
     ],
