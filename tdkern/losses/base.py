@@ -535,7 +535,9 @@ class Loss(ABC):
 
         draw: gives so many.
         """
-        first, samples = self.place or (0, len(images))
+        if self.place is None:
+            return draw(len(images))
+        first, samples = self.place
         return draw(samples)[first : first + len(images)]
 
     def _noise(self, name: str, given: Tensor | None, images: Tensor) -> Tensor:

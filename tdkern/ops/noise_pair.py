@@ -153,7 +153,7 @@ def _check(
             _check_integer(name, value)
     if x0.ndim < 1:
         raise ValueError("noise_pair: x0 must have shape [B, ...], got []")
-    _check_first(first_sample, len(x0))
+    _check_first(first_sample, x0.shape[0])  # len() would fix the batch of a compiled call
     if x0.dtype not in FLOATS:
         raise ValueError(f"noise_pair: x0 must be {FLOAT_NAMES}, got {x0.dtype}")
     columns = [(name, level, x0.shape[:1], torch.float64) for name, level in levels.items()]
