@@ -1,7 +1,8 @@
 """`tdkern fid`."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,8 @@ def calc(images, ref, num, seed, metrics, batch, workers, detector):
             )
         measure = _measure(metrics, ref, detector, num, process)
         _tell_left_out(dataset, process)
-        found = measure(_images(dataset, batch, workers, process))
+        with _images(dataset, batch, workers, process) as batches:
+            found = measure(batches)
         if process.rank > 0:
             return
         label = _label(metrics, num, dataset.image_shape[0])
@@ -210,8 +212,9 @@ def reference_statistics(data, dest, features, batch, workers, detector):
         if process.rank == 0:
             Path(dest).parent.mkdir(parents=True, exist_ok=True)  # before the work
         _tell_left_out(dataset, process)
-        batches = _images(dataset, batch, workers, process)
-        statistics, recorded = feature_statistics(batches, extract, process.device), None
+        with _images(dataset, batch, workers, process) as batches:
+            statistics = feature_statistics(batches, extract, process.device)
+        recorded = None
         if features:
             recorded = gathered(extract.parts, extract.dim, process.device)
         if process.rank == 0:
@@ -276,10 +279,10 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
             options |= {"sampler": SAMPLERS[sampler].sample} | choice(meta)
-            found = measure(
-                sample(net, meta["network"], seeds.tolist(), sigmas, **options)
-                for seeds in _bar(batches, process)
-            )
+            with _bar(batches, process) as bar:
+                found = measure(
+                    sample(net, meta["network"], seeds.tolist(), sigmas, **options) for seeds in bar
+                )
             if process.rank == 0:
                 nfe = SAMPLERS[sampler].evaluations(len(sigmas) - 1)
                 rows.append({"steps": count, "nfe": nfe} | found)
@@ -324,8 +327,11 @@ def _reference(ref: str, num: int | None, process: Process) -> Statistics | None
     return reference
 
 
-def _images(dataset: ImageDataset, batch: int, workers: int, process: Process) -> Iterable:
-    """A process's batches of all images of a data set.
+@contextmanager
+def _images(
+    dataset: ImageDataset, batch: int, workers: int, process: Process
+) -> Iterator[Iterable]:
+    """A process's batches of all images of a data set, while the context lasts.
 
     They do not depend on the number of processes.
     """
@@ -338,10 +344,12 @@ def _images(dataset: ImageDataset, batch: int, workers: int, process: Process) -
         pin_memory=process.device.type == "cuda",
         **readers(workers),
     )
-    return (images for images, _ in _bar(loader, process))
+    with _bar(loader, process) as bar:
+        yield (images for images, _ in bar)
 
 
-def _bar(batches: Iterable, process: Process) -> Iterable:
+def _bar(batches: Iterable, process: Process) -> tqdm:
+    """A progress bar, to be entered: one that is left open would stand before an error's line."""
     return tqdm(batches, unit="batch", leave=False, disable=process.rank > 0)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from helpers import DATA
+from helpers.runs import poison
 from helpers.tiny import data_set, in_two_processes, invoked, pixels
 from tdkern.cli import main
 from tdkern.cli.errors import one_line_errors
@@ -293,7 +294,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     write_statistics(ref, Statistics(np.zeros(6), np.eye(6)))
 
     def refused(*args):
-        return invoked("fid", *args, code=1).output.strip().splitlines()[-1]
+        last = invoked("fid", *args, code=1).output.strip().splitlines()[-1]
+        assert last.startswith("Error: "), last  # and no progress bar stands before it
+        return last
 
     assert (
         refused("calc", "--images", path, "--ref", ref)
@@ -330,24 +333,24 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
     assert "no network-snapshot-* in it" in refused("steps", "--network", "nowhere", "--ref", ref)
 
 
-@pytest.fixture
-def drawn_network(tmp_path, stand_in, request):
-    """A snapshot of a family's network in tmp_path, and the statistics beside it."""
-    options = Options(
-        data=str(data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])),
-        cond=True,
-        arch="ddpmpp",
-        cbase=4,
-        cres=[1],
-        family=request.param,
-    )
+def drawn(folder, data, **changes):
+    """A folder with a snapshot of a network for labelled data, and the statistics beside it."""
+    options = Options(data=str(data), cond=True, arch="ddpmpp", cbase=4, cres=[1], **changes)
     trainer = Trainer(options, this_process())
     for parameter in trainer.ema.module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    write(tmp_path, SNAPSHOT, 0, trainer.ema.module.state_dict(), {"network": trainer.network})
-    ref = tmp_path / "ref.npz"
+    meta = {"network": trainer.network, "classes": trainer.dataset.classes}
+    write(folder, SNAPSHOT, 0, trainer.ema.module.state_dict(), meta)
+    ref = folder / "ref.npz"
     invoked("fid", "ref", "--data", options.data, "--dest", ref, "--workers", "0")
-    return tmp_path, ref
+    return folder, ref
+
+
+@pytest.fixture
+def drawn_network(tmp_path, stand_in, request):
+    """A snapshot of a family's network in tmp_path, and the statistics beside it."""
+    data = data_set(tmp_path / "a.zip", pixels(9), [i % 3 for i in range(9)])
+    return drawn(tmp_path, data, family=request.param)
 
 
 @pytest.mark.parametrize(
@@ -406,6 +409,46 @@ def test_a_consistency_model_draws_in_one_step_or_with_steps_in_several(drawn_ne
         [path.read_bytes() for path in sorted((network / name).iterdir())] for name in folders
     )
     assert len(default) == 8 and default == asked
+
+
+@pytest.mark.parametrize("drawn_network", ["edm"], indirect=True)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_steps_of_images_that_are_not_finite_are_refused(drawn_network, value):
+    network, ref = drawn_network
+    poison(network, float(value))
+    result = invoked(
+        "fid", "steps", "--network", network, "--ref", ref, "--steps", "3", "--num", "8", code=1
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ") and "not finite from the sampler's step 1 of 3" in last
+    assert result.stdout == ""  # no distance of black images
+
+
+def test_steps_draws_only_classes_that_have_images(tmp_path, stand_in, monkeypatch):
+    network, ref = drawn(tmp_path, DATA / "faults" / "labels_1_to_3.zip")
+    seen, real = set(), cli.load_network
+
+    def load_network(*args):
+        net, meta = real(*args)
+        net.register_forward_pre_hook(
+            lambda _, args, given: seen.update(classes_of(given)), with_kwargs=True
+        )
+        return net, meta
+
+    def classes_of(given):
+        return given["class_labels"].argmax(1).tolist()
+
+    monkeypatch.setattr(cli, "load_network", load_network)
+    few = ["--steps", "2", "--num", "32", "--seed", "7"]
+    invoked("fid", "steps", "--network", network, "--ref", ref, *few)
+    assert seen == {1, 2, 3}
+
+
+def test_steps_of_vector_labels_are_refused(tmp_path, stand_in):
+    network, ref = drawn(tmp_path, DATA / "faults" / "labels_vector.zip")
+    few = ["--steps", "2", "--num", "8"]
+    output = invoked("fid", "steps", "--network", network, "--ref", ref, *few, code=1).output
+    assert "labels are vectors and no classes" in output.strip().splitlines()[-1]
 
 
 def test_steps_shares_the_seeds_among_processes(tmp_path, stand_in, monkeypatch):

@@ -14,7 +14,16 @@ from tqdm import tqdm
 
 from helpers.tiny import children, quick_pictures
 from tdkern.training import Options, Trainer, record, train
-from tdkern.training.checkpoint import SNAPSHOT, STATE, CheckpointError, find, read, read_options
+from tdkern.training.checkpoint import (
+    SNAPSHOT,
+    STATE,
+    CheckpointError,
+    find,
+    read,
+    read_options,
+    remove,
+    write,
+)
 from tdkern.training.distributed import this_process
 from tdkern.training.statistics import OF_THE_MACHINE
 
@@ -33,6 +42,23 @@ def resume(run_dir, **changes):
         state = None
     options = Options(**read_options(run_dir / "training_options.json")).resumed(**changes)
     train(Trainer(options, this_process(), state), run_dir)
+
+
+def poison(run_dir, value=float("nan")):
+    """Let one weight of a run's snapshot be another number."""
+    path = find(run_dir, SNAPSHOT)
+    meta, tensors = read(path, SNAPSHOT)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["model.map_layer0.bias"][3] = value
+    remove(path)
+    kept = ("step", "network", "options", "classes")
+    write(
+        run_dir,
+        SNAPSHOT,
+        meta["nimg"],
+        tensors,
+        {name: meta[name] for name in kept if name in meta},
+    )
 
 
 def contents(run_dir):

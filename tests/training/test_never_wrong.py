@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from helpers import DATA
+from helpers.runs import poison
 from helpers.tiny import (
     TINY,
     data_set,
@@ -29,7 +30,7 @@ from helpers.tiny import (
 )
 from tdkern.data import DatasetError, ImageDataset
 from tdkern.training import Trainer, checkpoint, load_network, sample
-from tdkern.training.checkpoint import SNAPSHOT, STATE, find, read, write
+from tdkern.training.checkpoint import SNAPSHOT, STATE, find, read
 from tdkern.training.sampling import NotFinite
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -62,23 +63,6 @@ def line(output):
 
 
 # not finite
-
-
-def poison(run_dir, value=float("nan")):
-    """Let one weight of a run's snapshot be another number."""
-    path = find(run_dir, SNAPSHOT)
-    meta, tensors = read(path, SNAPSHOT)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    tensors["model.map_layer0.bias"][3] = value
-    checkpoint.remove(path)
-    nimg = meta.pop("nimg")
-    write(
-        run_dir,
-        SNAPSHOT,
-        nimg,
-        tensors,
-        {name: meta[name] for name in ("step", "network", "options", "classes")},
-    )
 
 
 @pytest.mark.parametrize(

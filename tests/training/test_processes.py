@@ -3,12 +3,23 @@
 import json
 import os
 import signal
+import sys
 import time
 
 import pytest
 import torch
 
-from helpers.tiny import TINY, in_processes, options_of, quick_pictures, started_processes
+from helpers.tiny import (
+    TINY,
+    data_set,
+    flags,
+    in_processes,
+    options_of,
+    pixels,
+    quick_pictures,
+    started_processes,
+)
+from tdkern.cli import main
 from tdkern.training import Options, Trainer, distributed, train
 from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, read_options
 from tdkern.training.distributed import joined, this_process
@@ -151,6 +162,25 @@ def _differing_loss(rank, data):
         Trainer(options, process)
 
 
+def _differing_data(rank, paths):
+    options = options_of(data=str(paths[rank]), duration=24e-6, gpus=2, cond=True, **TWELVE)
+    with joined() as process, pytest.raises(ValueError, match=r"same images, got .* in process 1"):
+        Trainer(options, process)
+
+
+@pytest.mark.parametrize("change", ["pixels", "labels"])
+def test_one_with_other_data_of_the_same_size_is_refused(tmp_path, change):
+    images, labels = pixels(10), [i % 3 for i in range(10)]
+    paths = [data_set(tmp_path / "a.zip", images, labels)]
+    (tmp_path / "other").mkdir()
+    if change == "pixels":
+        images = images[::-1]
+    else:
+        labels = labels[::-1]
+    paths.append(data_set(tmp_path / "other" / "a.zip", images, labels))
+    in_processes(2, _differing_data, paths)
+
+
 @pytest.mark.parametrize(
     "env",
     [
@@ -175,38 +205,44 @@ def test_an_environment_without_the_others_is_refused(monkeypatch, env):
 # ---- how they end -------------------------------------------------------------------------------
 
 
-def _until_lost(rank, run_dir, options, lost, way):
+def _until_lost(rank, folder, data, lost, way):
     quick_pictures()
     distributed.BEAT, distributed.SILENCE = 0.1, 2.0
     real = Trainer.train_step
 
     def train_step(self, *args):
         if rank == lost and self.step == 2:
-            (run_dir / "lost").touch()
+            (folder / "lost").touch()
             if way == "fails":
                 raise OSError("images.zip: image 7 is damaged")
             os.kill(os.getpid(), way)
         real(self, *args)
 
     Trainer.train_step = train_step
-    with joined() as process:
-        train(Trainer(options, process), run_dir if rank == 0 else None)
+    changes = {"data": data, "outdir": folder / "run", "duration": 1e-3}
+    with open(folder / f"stderr{rank}", "w") as sys.stderr:
+        main(["train", "--nosubdirs", "--cond", *flags(TWELVE | changes)])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("way", [signal.SIGSTOP, signal.SIGKILL, "fails"])
 def test_a_process_that_is_lost_ends_the_others(tmp_path, data, lost, way):
-    """Whether it was stopped, killed or failed by itself."""
-    options = options_of(data=data, duration=1e-3, gpus=2, **TWELVE)
-    ranks = started_processes(2, _until_lost, tmp_path, options, lost, way)
+    """Whether it was stopped, killed or failed by itself: in one line."""
+    ranks = started_processes(2, _until_lost, tmp_path, data, lost, way)
     try:
         other = ranks[1 - lost]
         other.join(60)
-        assert (tmp_path / "lost").exists() and other.exitcode not in (None, 0)
+        assert (tmp_path / "lost").exists() and other.exitcode == 1
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+    said = (tmp_path / f"stderr{1 - lost}").read_text()
+    *_, last = said.strip().splitlines()
+    silent = f"process {1 - lost} of 2 ends: process {lost} gave no sign of life for 2 s"
+    gone = "another process of the run ended or cannot be reached"
+    assert last.startswith("Error: ") and "Traceback" not in said, said
+    assert silent in last or (way != signal.SIGSTOP and gone in last), said
 
 
 def _leaves_at(rank, seconds):
