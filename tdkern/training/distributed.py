@@ -164,8 +164,8 @@ def _judge(process: Process, heard: dict, done: threading.Event) -> None:
         silent = [rank for rank, when in heard.items() if time.monotonic() - when > SILENCE]
         if silent:
             print(  # on a line of its own: a progress bar may be open
-                f"\nError: process {process.rank} of {process.world} ends: process {silent[0]} gave "
-                f"no sign of life for {SILENCE:.0f} s",
+                f"\nError: process {process.rank} of {process.world} ends: process {silent[0]} "
+                f"gave no sign of life for {SILENCE:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -165,14 +165,15 @@ def _free_port():
     raise OSError("no free port")
 
 
-def started_processes(count, work, *args):
+def started_processes(count, work, *args, context=children):
     """Processes that call work(rank, *args), under the environment that torchrun sets.
 
     work: of a module.
+    context: multiprocessing's; "fork" makes them children of this process.
     """
     port = _free_port()
     ranks = [
-        children.Process(target=_as_torchrun, args=(rank, count, port, work, args))
+        context.Process(target=_as_torchrun, args=(rank, count, port, work, args))
         for rank in range(count)
     ]
     for process in ranks:

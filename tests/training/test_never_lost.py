@@ -1,5 +1,6 @@
 """What `docs/promises.md` says of runs that end before their end: nothing that was made is lost."""
 
+import errno
 import functools
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -26,8 +28,10 @@ from helpers.tiny import (
     pixels,
     quick_pictures,
     started,
+    started_processes,
     tdkern_,
 )
+from tdkern.cli import main
 from tdkern.data.files import write_atomic
 from tdkern.ema import EMA
 from tdkern.training import Trainer, checkpoint, record, train
@@ -607,7 +611,50 @@ def test_all_processes_agree_on_the_step(tmp_path):
     in_two_processes(_one_rank_is_asked, tmp_path / "run", signal.SIGUSR1)
 
 
+def _rank_of_torchrun(rank, folder):
+    quick_pictures()
+    (folder / f"rank{rank}.pid").write_text(str(os.getpid()))
+    options = flags(coarse(data=OK, outdir=folder / "run", duration=0.8, tick=800))
+    with open(folder / f"stderr{rank}", "w") as sys.stderr:
+        main(["train", "--nosubdirs", *options])
+
+
+def _torchrun(folder):
+    """What torchrun is to its ranks: their parent, which they know by the environment."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "none"
+    fork = multiprocessing.get_context("fork")
+    for rank in started_processes(2, _rank_of_torchrun, folder, context=fork):
+        rank.join()
+
+
+def test_when_torchrun_is_killed_its_ranks_save_and_end(tmp_path):
+    """By SIGKILL, of which nobody tells them; bench/reliability/kills.py kills the real one."""
+    run_dir = tmp_path / "run"
+    torchrun = children.Process(target=_torchrun, args=(tmp_path,))
+    torchrun.start()
+    wait_for(lambda: (run_dir / "reals.png").exists())
+    ranks = [int((tmp_path / f"rank{rank}.pid").read_text()) for rank in range(2)]
+    torchrun.kill()
+    torchrun.join()
+    try:
+        wait_for(lambda: not any(map(alive, ranks)))
+    finally:
+        for rank in filter(alive, ranks):
+            os.kill(rank, signal.SIGKILL)
+    step = find_step(run_dir)
+    assert 0 < step < 100_000
+    assert f"stopped by SIGTERM at image {8 * step}" in (tmp_path / "stderr0").read_text()
+    assert not (run_dir / "run.lock").exists()
+
+
 # one writer
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def _hold(run_dir, ready, done):
@@ -679,18 +726,12 @@ def test_readers_end_with_their_run(tmp_path):
         *flags(coarse(workers=2)),
     ]
     process = started(args, tmp_path / "log", _slow_data)
-    deadline = time.monotonic() + 60
-    while not pids.exists() or not pids.read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: pids.exists() and pids.read_text())
     readers = json.loads(pids.read_text())
     assert len(readers) == 2 and all(map(alive, readers))
     process.kill()
     process.join()
-    deadline = time.monotonic() + 3
-    while any(map(alive, readers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not any(map(alive, readers)), seconds=3)
 
 
 @pytest.mark.parametrize("died, code", [(False, 0), (True, 1)])
@@ -856,39 +897,101 @@ def test_a_grid_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch)
     assert "Warning: fakes-000000.024.png is not written: " in (run_dir / "log.txt").read_text()
 
 
-def _folder_removed():
+def _under_a_run(change, at=AT):
+    """Let something happen to the run directory in a step."""
+    real = Trainer.train_step
+
     def train_step(self, *args):
-        if self.step == AT:
-            shutil.rmtree(Path(self.options.data).parent / "run")
+        if self.step == at:
+            change(Path(self.options.data).parent / "run")
         return real(self, *args)
 
-    real, Trainer.train_step = Trainer.train_step, train_step
+    Trainer.train_step = train_step
 
 
-def test_a_folder_removed_under_a_run_is_made_again_for_the_state(tmp_path, straight):
+def _renamed(run_dir):
+    run_dir.rename(run_dir.with_name("elsewhere"))
+
+
+def _run_beside_its_data(tmp_path, hook, **changes):
+    """The exit code of a run, its last line and its directory."""
     data, run_dir = tmp_path / "data.zip", tmp_path / "run"
     shutil.copy(OK, data)
-    args = [
-        "train",
-        "--data",
-        data,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse(tick=0.064)),
-    ]
-    code, output = ended(args, tmp_path / "log", _folder_removed)
-    last = output.strip().splitlines()[-1]
-    assert (
-        code == 1
-        and "Traceback" not in output
-        and "No such file" in last
-        and "image 64 is saved" in last
-    )
-    assert ended(["train", "--resume", run_dir], tmp_path / "log2")[0] == 0
+    options = flags(coarse(data=data, outdir=run_dir, duration=80e-6, **changes))
+    code, output = ended(["train", "--nosubdirs", *options], tmp_path / "log", hook)
+    assert "Traceback" not in output
+    return code, output.strip().splitlines()[-1], run_dir
+
+
+def _goes_on_to_the_same(run_dir, straight):
+    assert ended(["train", "--resume", run_dir], run_dir.parent / "log2")[0] == 0
     assert same(tensors(run_dir), tensors(straight))
+    assert not [name for name in names(run_dir) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", [shutil.rmtree, _renamed])
+def test_a_folder_lost_under_a_run_is_made_again_for_the_state(tmp_path, straight, change):
+    hook = functools.partial(_under_a_run, change)
+    code, last, run_dir = _run_beside_its_data(tmp_path, hook, tick=0.064)
+    assert code == 1 and "No such file" in last and "image 64 is saved" in last
+    _goes_on_to_the_same(run_dir, straight)
+    if change is _renamed:
+        assert (tmp_path / "elsewhere" / "training_options.json").exists()
+
+
+def _unfinished_removed():
+    """As one who clears up hidden files, once, while a state is written."""
+    real = safetensors.torch.save_file
+
+    def save_file(tensors, path):
+        real(tensors, path)
+        shutil.rmtree(path.parent)
+        safetensors.torch.save_file = real
+
+    safetensors.torch.save_file = save_file
+
+
+def test_an_unfinished_state_removed_under_a_run_is_written_again(tmp_path, straight):
+    code, last, run_dir = _run_beside_its_data(tmp_path, _unfinished_removed, tick=0.016, dump=1)
+    assert code == 1 and "training-state-000000.016 cannot be written" in last
+    assert "image 16 is saved; go on with" in last
+    _goes_on_to_the_same(run_dir, straight)
+
+
+def _nothing_can_be_made(number, run_dir):
+    """From here on the disk has no inodes left, or may only be read: see `number`."""
+    real_open, real_mkdir, real_rename = os.open, os.mkdir, os.rename
+
+    def refuse(path, writes):
+        if str(path).startswith(str(run_dir)) and writes:
+            raise OSError(number, os.strerror(number), str(path))
+
+    def open_(path, flags, *args, **kwargs):
+        makes = flags & os.O_CREAT and not os.path.exists(path)
+        writes = number == errno.EROFS and flags & (os.O_WRONLY | os.O_RDWR)
+        refuse(path, makes or writes)
+        return real_open(path, flags, *args, **kwargs)
+
+    def mkdir(path, *args, **kwargs):
+        refuse(path, True)
+        return real_mkdir(path, *args, **kwargs)
+
+    def rename(path, *args, **kwargs):
+        refuse(path, number == errno.EROFS)
+        return real_rename(path, *args, **kwargs)
+
+    os.open, os.mkdir, os.rename = open_, mkdir, rename
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_where_nothing_can_be_written_any_more_the_last_state_stays(tmp_path, straight, number):
+    hook = functools.partial(_under_a_run, functools.partial(_nothing_can_be_made, number))
+    code, last, run_dir = _run_beside_its_data(tmp_path, hook, tick=0.016, dump=1)
+    assert code == 1 and last.startswith("Error: ") and os.strerror(number) in last
+    assert "image 32 is saved; go on with" in last and states(run_dir) == [
+        "training-state-000000.032"
+    ]
+    _goes_on_to_the_same(run_dir, straight)
 
 
 def _full_after(size):
