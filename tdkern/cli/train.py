@@ -2,8 +2,10 @@
 
 import json
 import os
+import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import click
@@ -213,17 +215,23 @@ def _numbered(outdir: Path, name: str) -> Path:
             f"--desc and the data's name must be part of a folder's name, got {one_line(name)}"
         )
     while True:
-        numbers = [
-            int(match[0])
-            for path in outdir.iterdir()
-            if (match := re.match(r"\d+(?=-)", path.name))
-        ]
-        run_dir = outdir / f"{max(numbers, default=-1) + 1:05d}-{name}"
+        number = max(_numbers(outdir), default=-1) + 1
+        run_dir = outdir / f"{number:05d}-{name}"
         try:
             run_dir.mkdir()
-            return run_dir
         except FileExistsError:  # another process has just taken the number
             continue
+        if _numbers(outdir).count(number) == 1:
+            return run_dir
+        # Another has, under another name. Whoever sees that gives way, and chance says who is next.
+        run_dir.rmdir()
+        time.sleep(random.SystemRandom().uniform(0, 0.1))
+
+
+def _numbers(outdir: Path) -> list[int]:
+    """Of the folders of runs that are there."""
+    found = (re.match(r"\d+(?=-)", path.name) for path in outdir.iterdir())
+    return [int(match[0]) for match in found if match]
 
 
 def _check_free(outdir: Path) -> None:

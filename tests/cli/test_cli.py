@@ -1,6 +1,8 @@
 import importlib.util
 import itertools
 import json
+import multiprocessing
+import os
 import sys
 from pathlib import Path
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 
 import tdkern.cli
+from helpers import DATA
 from helpers.tiny import by_flag, data_set, pixels, png, raw_data_set, tdkern_
+from tdkern.cli.train import _make_run_dir
+from tdkern.data.files import beside
 from tdkern.networks import MLP, iDDPMPrecond
 from tdkern.training.checkpoint import EVENTS
 
@@ -81,6 +86,18 @@ def trained(tmp_path_factory):
     start = ["train", "--data", data, "--outdir", run, "--nosubdirs", "--duration", "8e-6"]
     tdkern_(*start, "--lr", "0.1", *FLAGS)
     return run
+
+
+class Detector:
+    """In place of Inception: two features of an image."""
+
+    dim = 2
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, images):
+        return images.float().flatten(2).mean(2)[:, :2]
 
 
 def test_generate_with_every_sampler(tmp_path, trained):
@@ -340,6 +357,60 @@ def test_run_directories_are_numbered(tmp_path, data):
             / f"{number}-images-uncond-ddpmpp-edm-edm-gpus1-batch8-fp32"
             / "reals.png"
         ).exists()
+
+
+def _take_a_number(outdir, name, all_ready):
+    """With the others of the same number: all have looked before the first makes a folder."""
+    real = os.mkdir
+
+    def mkdir(path, *args):
+        if Path(path).name.startswith("00000-"):
+            os.mkdir = real
+            all_ready.wait(60)
+        real(path, *args)
+
+    os.mkdir = mkdir
+    _make_run_dir(outdir, name)
+
+
+def test_runs_that_start_at_once_get_a_number_each(tmp_path):
+    """Whether or not their names differ."""
+    fork = multiprocessing.get_context("fork")  # eight that need nothing imported
+    all_ready = fork.Barrier(8)
+    names = ["same"] * 4 + [f"other{i}" for i in range(4)]
+    starters = [
+        fork.Process(target=_take_a_number, args=(tmp_path / "runs", name, all_ready))
+        for name in names
+    ]
+    for process in starters:
+        process.start()
+    for process in starters:
+        process.join(60)
+        assert process.exitcode == 0
+    taken = [path.name.split("-") for path in (tmp_path / "runs").iterdir()]
+    assert sorted(name for _, name in taken) == sorted(names)
+    assert len({number for number, _ in taken}) == 8
+
+
+def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, monkeypatch):
+    """And nothing else of that form."""
+    monkeypatch.setattr("tdkern.cli.fid.Inception", Detector)
+    made = {
+        "model.safetensors": ["convert", DATA / "edm_snapshot_tiny.pkl"],
+        "000001.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],
+        "grid.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],
+        "ref.npz": ["fid", "ref", "--data", trained / "images.zip", "--workers", "0"],
+    }
+    flags = {"model.safetensors": [], "000001.png": ["--outdir"], "grid.png": ["--grid"]}
+    for name, args in made.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        beside(folder / name).write_bytes(b"half of it")
+        others = beside(folder / "another.png")
+        others.write_text("of another call, or a user's")
+        dest = folder if name == "000001.png" else folder / name
+        tdkern_(*args, *flags.get(name, ["--dest"]), dest)
+        assert {path.name for path in folder.iterdir()} == {name, others.name}
 
 
 def test_a_run_is_not_overwritten(tmp_path, data):

@@ -775,6 +775,20 @@ def test_generate_finds_out_before_the_work(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_the_folder_of_a_grid_is_made_before_the_work(tmp_path, monkeypatch):
+    start(tmp_path / "run", duration=8e-6)
+    grid, real = tmp_path / "no" / "such" / "folder" / "x.png", sample
+
+    def sample_there(*args, **kwargs):
+        assert grid.parent.is_dir()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr("tdkern.cli.generate.sample", sample_there)
+    args = ["generate", "--network", tmp_path / "run", "--seeds", "0-3", "--steps", "2"]
+    tdkern_(*args, "--grid", grid)
+    assert os.listdir(grid.parent) == ["x.png"]
+
+
 def test_an_unconditional_network_has_no_class(tmp_path):
     start(tmp_path / "run", duration=8e-6)
     said = line(

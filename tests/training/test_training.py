@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+import time
 
 import numpy as np
 import PIL.Image
@@ -13,7 +14,7 @@ from helpers.tiny import TINY, in_two_processes, options_of, pixels, quick_pictu
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.families import FAMILIES
 from tdkern.schedules import EDM
-from tdkern.training import Options, Trainer, record, sample, sampling, train
+from tdkern.training import Options, Trainer, loop, record, sample, sampling, train
 from tdkern.training import trainer as trainer_module
 from tdkern.training.checkpoint import STATE, find, read, read_options, write
 from tdkern.training.distributed import joined, this_process
@@ -436,6 +437,41 @@ def test_statistics_are_means_over_the_tick(tmp_path, data):
         assert line["td"] > 0
         assert line["base"] > 0
     assert len((tmp_path / "run" / "log.txt").read_text().splitlines()) == 2
+
+
+class Clock:
+    """In place of the module `time`: only what is told to take time takes it."""
+
+    time, strftime = staticmethod(time.time), staticmethod(time.strftime)
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def slow(self, real, seconds):
+        """A function that takes so many seconds."""
+
+        def call(*args, **kwargs):
+            self.now += seconds
+            return real(*args, **kwargs)
+
+        return call
+
+
+def test_images_per_second_leave_out_what_is_saved(tmp_path, data, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(record, "time", clock)
+    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(Trainer, "train_step", clock.slow(Trainer.train_step, 2.0))
+    for name in ("snapshot", "state"):
+        monkeypatch.setattr(record.Record, name, clock.slow(getattr(record.Record, name), 100.0))
+    options = options_of(data=data, duration=40e-6, **TINY | {"snap": 2})
+    train(Trainer(options, this_process()), tmp_path)
+    ticks = [json.loads(line) for line in (tmp_path / "stats.jsonl").read_text().splitlines()]
+    assert clock.now == 5 * 2 + 3 * 100 + 5 * 100  # snapshots after 2, 4 and 5 steps
+    assert [tick["images_per_s"] for tick in ticks] == [4.0] * 5
 
 
 def test_a_run_directory_holds_options_and_grids(tmp_path, data):
