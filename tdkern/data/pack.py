@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .collect import Collection
-from .files import beside, open_new, read_file, sync_directory, write_atomic
+from .files import beside, open_new, read_file, remove_leftovers, sync_directory, write_atomic
 from .resize import LeftOut, resized
 from .source import DatasetError, packed_name
 
@@ -81,6 +81,7 @@ def pack(
     count = min(len(collection.names), most or len(collection.names))
     partial_dir = dest.with_name(f"{dest.name}.partial")
     _begin(partial_dir, collection.names[:count], settings)
+    remove_leftovers(dest.parent, dest.name.__eq__)  # of a call that was killed
     spans = [(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
     todo = [span for span in spans if not _part(partial_dir, span).exists()]
     work = (collection, partial_dir, settings)

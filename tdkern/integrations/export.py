@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.files import beside, sync_directory, write_atomic
+from ..data.files import beside, remove_leftovers, sync_directory, write_atomic
 from ..networks import DhariwalUNet
 from ..networks.layers import ResBlock
 from ..networks.precond import Preconditioned
@@ -38,8 +38,6 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
         ValueError: the network has no counterpart in diffusers, or `dst` is there. Nothing is
             written then.
     """
-    import safetensors.torch
-
     dst = Path(dst)
     if dst.exists():
         raise ValueError(
@@ -50,16 +48,8 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
             f"{name}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern "
             "generate` samples from it"
         )
-    config, tensors, unfinished = _config(net.model), _tensors(net.model), beside(dst)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    write_atomic(unfinished / "config.json", json.dumps(config, indent=2).encode())
-    write_atomic(
-        unfinished / "diffusion_pytorch_model.safetensors",
-        safetensors.torch.save(tensors, {"format": "pt"}),
-    )
-    os.rename(unfinished, dst)
-    sync_directory(dst.parent)
+    config, tensors = _config(net.model), _tensors(net.model)
+    _write_folder(dst, config, tensors)
     left = (
         "the augmentation labels' layer, which sampling does without"
         if net.model.map_augment is not None
@@ -71,6 +61,27 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
         f"{len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: "
         f"{left}"
     )
+
+
+def _write_folder(dst: Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """The folder that diffusers reads, whole or not at all."""
+    import safetensors.torch
+
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(dst.parent, dst.name.__eq__)
+    unfinished = beside(dst)
+    unfinished.mkdir()
+    try:
+        write_atomic(unfinished / "config.json", json.dumps(config, indent=2).encode())
+        write_atomic(
+            unfinished / "diffusion_pytorch_model.safetensors",
+            safetensors.torch.save(tensors, {"format": "pt"}),
+        )
+        os.rename(unfinished, dst)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync_directory(dst.parent)
 
 
 def _widths(model: DhariwalUNet) -> list[int]:

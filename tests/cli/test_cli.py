@@ -399,18 +399,21 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, mo
         "model.safetensors": ["convert", DATA / "edm_snapshot_tiny.pkl"],
         "000001.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],
         "grid.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],
+        "packed.zip": ["dataset", trained / "images.zip", "--workers", "1"],
+        "packed.npy": ["dataset", trained / "images.zip", "--workers", "1"],
         "ref.npz": ["fid", "ref", "--data", trained / "images.zip", "--workers", "0"],
     }
-    flags = {"model.safetensors": [], "000001.png": ["--outdir"], "grid.png": ["--grid"]}
+    flags = {"000001.png": ["--outdir"], "grid.png": ["--grid"], "ref.npz": ["--dest"]}
     for name, args in made.items():
-        folder = tmp_path / name.partition(".")[0]
+        folder = tmp_path / f"of {name}"
         folder.mkdir()
         beside(folder / name).write_bytes(b"half of it")
         others = beside(folder / "another.png")
         others.write_text("of another call, or a user's")
         dest = folder if name == "000001.png" else folder / name
-        tdkern_(*args, *flags.get(name, ["--dest"]), dest)
-        assert {path.name for path in folder.iterdir()} == {name, others.name}
+        tdkern_(*args, *flags.get(name, []), dest)
+        left = {path.name for path in folder.iterdir()} - {"packed.json"}
+        assert left == {name, others.name}
 
 
 def test_a_run_is_not_overwritten(tmp_path, data):

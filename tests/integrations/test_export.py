@@ -3,6 +3,7 @@ is installed, and what has no counterpart.
 """
 
 import json
+import os
 
 import pytest
 import safetensors.torch
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from helpers import DATA
 from tdkern.cli import main
+from tdkern.data.files import beside
 from tdkern.families import FAMILIES
 from tdkern.integrations import export_diffusers
 from tdkern.losses import EDMLoss
@@ -90,6 +92,25 @@ def test_folder(adm, tmp_path):
     ours = [p.detach() for name, p in net.named_parameters() if "map_augment" not in name]
     assert bits(saved.values()) == bits(ours)
     assert [path.name for path in tmp_path.iterdir()] == ["unet"]
+
+
+def test_nothing_unfinished_is_left(adm, tmp_path, monkeypatch):
+    """Neither by a call that fails, nor by one that was killed before."""
+    net, dst = load_network(adm[1])[0], tmp_path / "unet"
+    left = beside(dst)
+    left.mkdir()
+    (left / "config.json").write_text("{}")
+
+    def rename(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(os, "rename", rename)
+        export_diffusers(net, dst, name="a")
+    assert os.listdir(tmp_path) == []
+    left.mkdir()
+    export_diffusers(net, dst, name="a")
+    assert os.listdir(tmp_path) == ["unet"]
 
 
 def test_diffusers_computes_the_same(adm, tmp_path, torchvision_operators):
