@@ -13,7 +13,7 @@ import torch
 
 import tdkern.cli
 from helpers import DATA
-from helpers.tiny import by_flag, data_set, pixels, png, raw_data_set, tdkern_
+from helpers.tiny import Detector, by_flag, data_set, pixels, png, raw_data_set, tdkern_
 from tdkern.cli.train import _make_run_dir
 from tdkern.data.files import beside
 from tdkern.networks import MLP, iDDPMPrecond
@@ -86,18 +86,6 @@ def trained(tmp_path_factory):
     start = ["train", "--data", data, "--outdir", run, "--nosubdirs", "--duration", "8e-6"]
     tdkern_(*start, "--lr", "0.1", *FLAGS)
     return run
-
-
-class Detector:
-    """In place of Inception: two features of an image."""
-
-    dim = 2
-
-    def __init__(self, *_):
-        pass
-
-    def __call__(self, images):
-        return images.float().flatten(2).mean(2)[:, :2]
 
 
 def test_generate_with_every_sampler(tmp_path, trained):

@@ -124,6 +124,18 @@ def ended(args, log, hook=None, seconds=60):
     return process.exitcode, log.read_text()
 
 
+class Detector:
+    """In place of Inception: two features of an image."""
+
+    dim = 2
+
+    def __init__(self, *_):
+        pass
+
+    def __call__(self, images):
+        return images.float().flatten(2).mean(2)[:, :2]
+
+
 def flags(options):
     """The command line of some options."""
     words = []

@@ -1,5 +1,7 @@
 """What `docs/promises.md` says of results: what is not right is told, and nothing passed over."""
 
+import functools
+import importlib
 import io
 import json
 import os
@@ -18,6 +20,7 @@ from helpers import DATA
 from helpers.runs import poison
 from helpers.tiny import (
     TINY,
+    Detector,
     data_set,
     ended,
     flags,
@@ -29,6 +32,7 @@ from helpers.tiny import (
     tdkern_,
 )
 from tdkern.data import DatasetError, ImageDataset
+from tdkern.evaluation.fid import Statistics, write_statistics
 from tdkern.training import Trainer, checkpoint, load_network, sample
 from tdkern.training.checkpoint import SNAPSHOT, STATE, find, read
 from tdkern.training.sampling import NotFinite
@@ -664,68 +668,60 @@ def test_a_description_that_is_no_name_ends_in_one_line(tmp_path, desc):
     assert line(output) and not list(tmp_path.iterdir())
 
 
-def test_without_stderr_commands_run(tmp_path):
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        tmp_path / "run",
-        "--nosubdirs",
-        "--duration",
-        8e-6,
-        *flags(TINY),
-    ]
-    assert ended(args, tmp_path / "log", _without_stderr)[0] == 0
-    assert (
-        ended(
-            [
-                "generate",
-                "--network",
-                tmp_path / "run",
-                "--outdir",
-                tmp_path / "images",
-                "--seeds",
-                "0",
-                "--steps",
-                "2",
-            ],
-            tmp_path / "log",
-            _without_stderr,
-        )[0]
-        == 0
-    )
-    assert len(list((tmp_path / "images").iterdir())) == 1
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a run and the statistics of images."""
+    folder = tmp_path_factory.mktemp("made")
+    args = ["--outdir", folder / "run", "--nosubdirs", "--duration", 8e-6]
+    assert ended(["train", "--data", OK, *args, *flags(TINY)], folder / "log")[0] == 0
+    write_statistics(folder / "ref.npz", Statistics(np.zeros(2), np.eye(2)))
+    return folder
 
 
-def _without_stderr():
-    os.close(2)
-    sys.stderr = None
+COMMANDS = {
+    "train": ["--data", OK, "--nosubdirs", "--duration", 8e-6, *flags(TINY), "--outdir", "{out}"],
+    "generate": "--network {made}/run --seeds 0 --steps 2 --outdir {out}".split(),
+    "fid ref": ["--data", OK, "--workers", "0", "--dest", "{out}"],
+    "fid steps": "--network {made}/run --ref {made}/ref.npz --steps 2 --num 8".split(),
+    "dataset": [OK, "{out}.zip"],
+    "convert": [DATA / "edm_snapshot_tiny.pkl", "{out}.safetensors"],
+    "demo": "--seeds 2 --iterations 3 --compute 1 --outdir {out}".split(),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("streams", [["stderr"], ["stdin", "stdout"]])
+def test_without_standard_streams_commands_run(tmp_path, made, command, streams):
+    """As under a daemon: what they are for is there, and nothing was printed into it."""
+    args = [str(arg).format(made=made, out=tmp_path / "out") for arg in COMMANDS[command]]
+    hook = functools.partial(_without, streams)
+    code, output = ended([*command.split(), *args], tmp_path / "log", hook)
+    assert code == 0 and "Traceback" not in output, output
+    assert command == "fid steps" or list(tmp_path.glob("out*"))
+
+
+def _without(streams):
+    importlib.import_module("tdkern.cli.fid").Inception = Detector
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        if name in streams:
+            os.close(fd)
+            setattr(sys, name, None)
 
 
 def test_a_full_stdout_ends_in_one_line(tmp_path):
+    """A run too, before it leaves anything."""
+    args = ["train", "--data", OK, "--outdir", tmp_path / "runs", *flags(TINY)]
     with open("/dev/full", "w") as full:
         result = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "tdkern.cli",
-                "train",
-                "--data",
-                OK,
-                "--outdir",
-                tmp_path,
-                "-n",
-                *flags(TINY),
-            ],
+            [sys.executable, "-m", "tdkern.cli", *args],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
             timeout=120,
         )
-    assert result.returncode == 1 and result.stderr.strip().splitlines() == [
-        "Error: No space left on device"
-    ]
+    said = result.stderr.strip().splitlines()
+    assert result.returncode == 1 and said == ["Error: No space left on device"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unforeseen_error_is_one_line_too_and_a_traceback_where_asked(tmp_path, monkeypatch):
