@@ -60,6 +60,20 @@ def test_decay_0_copies_and_1_keeps():
     )
 
 
+@pytest.mark.parametrize("kind", [EMA, PowerFunctionEMA])
+def test_a_copy_takes_what_is_there_whatever_the_average_held(kind):
+    """By decay 0, and by the first step of a power function."""
+    net, ema = network(), kind(network(1))
+    averages = [ema] if kind is EMA else [*ema.averages.values()]
+    with torch.no_grad():
+        for average in averages:
+            for parameter in average.module.parameters():
+                parameter.fill_(math.nan)
+    ema.update(net, 0 if kind is EMA else 1)
+    for average in averages:
+        assert equal_states(average.module, net)
+
+
 def test_module_is_frozen():
     net = network()
     ema = EMA(net)
