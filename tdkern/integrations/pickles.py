@@ -40,6 +40,7 @@ PARAMETERS = (
 )
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 SETS = ("builtins.set", "__builtin__.set")
+BYTES = ("builtins.bytes", "__builtin__.bytes")
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ARRAYS = (
     "numpy.core.multiarray._reconstruct",
@@ -69,6 +70,7 @@ GLOBALS = {
     STORAGE,
     *DICTS,
     *SETS,
+    *BYTES,
     *SCALARS,
     *ARRAYS,
     *DTYPES,
@@ -288,6 +290,8 @@ class _Machine:
         if name in SETS:
             self.budget.operate(len(_is(args[0], list)))
             return set(map(self._key, args[0]))
+        if name in BYTES and not args:  # how the older protocols write none
+            return b""
         if name == "_codecs.encode":  # how the older protocols write bytes
             self.budget.copy(len(_is(args[0], str)))
             return args[0].encode("latin1")
