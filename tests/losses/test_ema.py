@@ -209,9 +209,7 @@ def test_bad_arguments():
     for decay in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"EMA\.update: decay must be in \[0, 1\]"):
             EMA(net).update(net, decay)
-    with pytest.raises(
-        ValueError, match=r"PowerFunctionEMA\.update: step must be at least 1, got 0"
-    ):
+    with pytest.raises(ValueError, match=r"PowerFunctionEMA: step must be at least 1, got 0"):
         PowerFunctionEMA(net).update(net, 0)
     for sigma_rel in (0.0, -0.1, 0.3, math.nan):
         with pytest.raises(ValueError, match="power_function_gamma: sigma_rel must be in"):

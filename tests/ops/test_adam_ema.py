@@ -429,9 +429,7 @@ def test_state_dict_both_ways(kind):
         train(each, optimizer, 5, seed=1)
     same(net, other)
     same(net, third)
-    with pytest.raises(
-        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
-    ):
+    with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad cannot be continued"):
         again.load_state_dict(kind(network().parameters(), amsgrad=True).state_dict())
 
 
@@ -448,9 +446,7 @@ def test_options_that_are_not_implemented_are_refused_at_every_door(name):
     assert len(optimizer.param_groups) == 1
     state = optimizer.state_dict()
     state["param_groups"][0][name] = True
-    with pytest.raises(
-        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
-    ):
+    with pytest.raises(ValueError, match=f"AdamEMA: a state with {name} cannot be continued"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0][name] is False and not optimizer.state
     optimizer.param_groups[0][name] = True
