@@ -142,7 +142,7 @@ class PowerFunctionEMA(nn.Module):
     def decays(self, step: float) -> list[float]:
         """The decay of each average in update `step`, for `optim.AdamEMA` to average with."""
         if not step >= 1:
-            raise ValueError(f"PowerFunctionEMA.update: step must be at least 1, got {step}")
+            raise ValueError(f"PowerFunctionEMA: step must be at least 1, got {step}")
         return [(1 - 1 / step) ** (gamma + 1) for gamma in self.gammas.values()]
 
     def update(self, net: nn.Module, step: float) -> None:
@@ -350,7 +350,8 @@ def copy_decay(every: int, step: int | Tensor) -> float | Tensor:
     Adam's own count, a tensor, as `step` leaves out the steps that it skips: a copy that was due at
     one is made at the next.
     """
-    return (step % every != 0) * 1.0
+    stays = step % every != 0
+    return stays.double() if isinstance(stays, Tensor) else float(stays)
 
 
 def consistency_decay(rate: float, start_scales: int, num_scales: int) -> float:

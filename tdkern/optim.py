@@ -140,8 +140,9 @@ class AdamEMA(torch.optim.Adam):
     def __setstate__(self, state: dict) -> None:
         """Take a state dict's groups and state, or all of a copied or unpickled optimizer; what
         cannot be continued replaces nothing."""
-        if any(group.get(name) for group in state["param_groups"] for name in NOT_IMPLEMENTED):
-            raise ValueError(f"{self._name}: a state with amsgrad or maximize cannot be continued")
+        for name in NOT_IMPLEMENTED:
+            if any(group.get(name) for group in state["param_groups"]):
+                raise ValueError(f"{self._name}: a state with {name} cannot be continued")
         whole = "defaults" in state  # not a state dict, which has no decays
         defaults = state["defaults"] if whole else self.defaults
         for i, group in enumerate(state["param_groups"]):

@@ -137,6 +137,16 @@ def unwrapped(net):
     return inner
 
 
+def knows_raw(net) -> bool:
+    """Whether a network's own call has the argument `raw`.
+
+    One that only hands it on, as `forward(self, *args, **kwargs)` of a subclass does, may change
+    what comes back, and means the denoised image.
+    """
+    call = type(net).forward if isinstance(net, nn.Module) else type(net).__call__
+    return not hasattr(call, "__code__") or "raw" in call.__code__.co_varnames
+
+
 def is_compiled(net) -> bool:
     """Whether `torch.compile` holds a network, or the model in its preconditioning: a batch of
     another size would be compiled anew.

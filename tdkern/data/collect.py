@@ -129,6 +129,8 @@ def _cifar_part(path: Path) -> tuple[np.ndarray, list[int]]:
     file = PickleFile(path)
     try:
         pixels = file.array(file.value["data"])
+        if pixels.dtype != np.uint8:
+            raise ValueError(f"its data are {pixels.dtype}, not bytes")
         labels = file.plain(file.value.get("fine_labels", file.value.get("labels")))
         return pixels.reshape(len(labels), 3, 32, 32), [int(label) for label in labels]
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -17,8 +17,8 @@ from ..networks.saved import (
     file_metadata,
     load,
 )
-from .modules import found_network, tensors_of_dicts
-from .pickles import PickleFile
+from .modules import found_network, nested_tensors
+from .pickles import PickleError, PickleFile
 
 MAX_CONFIG = 1 << 20  # bytes of a diffusers config.json
 
@@ -40,7 +40,8 @@ def convert(src: str | Path, dst: str | Path) -> str:
     inside DataParallel, DistributedDataParallel, `torch.compile` or an average; an "ema" that is a
     state dict is taken with the description of the network beside it. What lies beside the network
     is listed and left out, whatever its classes are. The names of a nested dict are joined by dots,
-    without the prefixes of torch's wrappers.
+    without the prefixes of torch's wrappers; in a list or tuple the names are the places, as in
+    `ema.shadow_params.0`. A NumPy array of numbers is a tensor too.
 
     Args:
         src: the file or folder.
@@ -52,7 +53,8 @@ def convert(src: str | Path, dst: str | Path) -> str:
         One line that says what was done.
 
     Raises:
-        ValueError: `src` is refused or holds no tensors, or `dst` is not a new .safetensors file.
+        ValueError: `src` is refused, holds no tensors or is safetensors already, or `dst` is not a
+            new .safetensors file.
             Nothing is written then.
     """
     import safetensors.torch
@@ -140,9 +142,18 @@ def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Mod
 
 def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
     """Tensors, metadata, what they are and what is left out, of a pickle or torch.save's file."""
-    file = PickleFile(src)
-    value = file.value if type(file.value) is dict else {"it": file.value}
-    found = found_network(file, value)
+    try:
+        file = PickleFile(src)
+    except PickleError as error:
+        if _is_safetensors(src):
+            raise CheckpointError(
+                f"{src}: is safetensors already, so there is nothing to convert; tdkern generate "
+                "reads it if tdkern convert or save_network wrote it"
+            ) from error
+        raise
+    is_container = type(file.value) in (dict, list, tuple)
+    value = file.value if is_container else {"it": file.value}
+    found = found_network(file, value) if type(value) is dict else None
     if found:
         done = f"{found.key} of {src.name}, {found.classes}"
         if found.network:
@@ -152,10 +163,21 @@ def _pickled(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:
             done += ", which tdkern has not, so its tensors under their own names"
         done = "; ".join([done, *found.notes])
         return found.tensors, {"network": found.network}, done, found.left
-    tensors, others = tensors_of_dicts(file, value)
+    tensors, others = nested_tensors(file, value)
     if not tensors and file.strange:
         raise file.refuse(file.strange[0])
     return tensors, {}, f"the tensors of {src.name} under their own names", others
+
+
+def _is_safetensors(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_header(path)
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def _diffusers(src: Path) -> tuple[dict[str, Tensor], dict, str, str]:

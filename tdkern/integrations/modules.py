@@ -1,6 +1,7 @@
 """Networks inside pickles: what EDM's records, torch's modules and tdkern's own say of them."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -29,6 +30,9 @@ HOLDERS = {
 MODULES = ("torch.nn.", "tdkern.networks.")  # whose modules' states are read
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 PREFERRED = ("ema", "net", "model")
+CONTAINERS = (dict, list, tuple)
+LISTED = 10  # names in a message
+MORE_ENTRIES = 10_000  # that a file may have, in all their places, beyond its operations
 PRECISION = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
 
@@ -83,7 +87,7 @@ def _take_average(file: PickleFile, found: Found, average: dict) -> None:
 
     Buffers that the average lacks are the network's. Entries of other names are left out.
     """
-    tensors, _ = tensors_of_dicts(file, average)
+    tensors, _ = nested_tensors(file, average)
     ours = {name: tensor for name, tensor in tensors.items() if name in found.tensors}
     if not ours:
         found.notes.append("its ema has no tensor of the network's, and is left out")
@@ -116,8 +120,8 @@ def listed(entries: dict) -> str:
 
 def names_of(names: list) -> str:
     """The first of some names, which may be a file's; "nothing" of none."""
-    first = [ascii(str(name)[:100])[1:-1] for name in names[:10]]
-    return ", ".join(first + ["..."] * (len(names) > 10)) or "nothing"
+    first = [ascii(str(name)[:100])[1:-1] for name in names[:LISTED]]
+    return ", ".join(first + ["..."] * (len(names) > LISTED)) or "nothing"
 
 
 def _is_unknown(entry) -> bool:
@@ -181,7 +185,7 @@ class _Collector:
 
     def __init__(self, file: PickleFile):
         self.file, self.tensors, self.seen, self.size = file, {}, set(), 0
-        self.buffers = set()
+        self.buffers, self.entered = set(), 0
 
     def enter(self, value, name: str) -> None:
         """Go into a container, once: a file may make one that contains itself, or doubles."""
@@ -189,13 +193,31 @@ class _Collector:
             raise self.file.refuse("a part of it is in two places, or nested too deep")
         self.seen.add(id(value))
 
+    def entries(self, prefix: str, part) -> Iterable:
+        """The entries of a container that may be in several places, by name.
+
+        One that is in itself comes to the longest name; parts that double, to the most entries.
+        """
+        if len(prefix) > 1000:
+            why = "a part of it is in two places, one inside the other, or nested too deep"
+            raise self.file.refuse(why)
+        self.take(len(prefix))
+        self.entered += len(part)
+        if self.entered > self.file.operations + MORE_ENTRIES:
+            raise self.file.refuse("its parts are in too many places")
+        return _without_wrappings(part).items() if type(part) is dict else enumerate(part)
+
+    def take(self, size: int) -> None:
+        """Count memory that is taken."""
+        self.size += size
+        if self.size > self.file.limit:
+            raise self.file.refuse("its tensors are larger than the file, with their names")
+
     def add(self, name: str, value) -> None:
         if len(name) > 1000 or not name.isprintable():
             raise self.file.refuse(f"a tensor's name is {name[:100]!a}")
         tensor = self.file.tensor(value)
-        self.size += tensor.nbytes
-        if self.size > 2 * self.file.size:
-            raise self.file.refuse("its tensors are larger than the file")
+        self.take(tensor.nbytes + len(name))
         if name in self.tensors:
             raise self.file.refuse(f"two tensors are named {name[:100]!a}")
         self.tensors[name] = tensor
@@ -242,25 +264,55 @@ def _module_state(file: PickleFile, module) -> dict:
     return state
 
 
-def tensors_of_dicts(file: PickleFile, value: dict) -> tuple[dict[str, Tensor], str]:
-    """The tensors in nested dicts, and which other entries there are."""
-    found, left, todo = _Collector(file), {}, [("", value)]
+def nested_tensors(file: PickleFile, value: dict | list | tuple) -> tuple[dict[str, Tensor], str]:
+    """The tensors in nested dicts, lists and tuples, and which other entries there are.
+
+    What holds no tensor is one entry of a list or tuple, and one of a dict where it is no dict. A
+    part that is in several places has its tensors under the names of all of them.
+    """
+    found, holders = _Collector(file), _holders(file, value)
+    others, unknown, todo = 0, {}, [("", value)]
     while todo:
         prefix, part = todo.pop()
-        found.enter(part, prefix)
-        part = _without_wrappings(part)
-        for name, entry in part.items():
-            if type(name) is Key and (file.is_tensor(entry) or type(entry) is dict):
+        for name, entry in found.entries(prefix, part):
+            is_part = type(entry) is dict or id(entry) in holders
+            if type(name) is Key and (is_part or file.is_tensor(entry)):
                 raise file.refuse(f"a tensor's name has a {name.kind} in it")
             if file.is_tensor(entry):
                 found.add(f"{prefix}{name}", entry)
-            elif type(entry) is dict:
+            elif is_part:
                 todo.append((f"{prefix}{name}.", entry))
             else:
-                left[f"{prefix}{name}"] = entry
-    unknown = {name: entry for name, entry in left.items() if _is_unknown(entry)}
-    others = f"{len(left)} entries that are no tensors"
-    return found.tensors, f"{others}: {listed(unknown)}" if unknown else others
+                others += 1
+                if _is_unknown(entry) and len(unknown) <= LISTED:
+                    unknown[f"{prefix}{name}"] = entry
+    words = f"{others} entries that are no tensors"
+    return found.tensors, f"{words}: {listed(unknown)}" if unknown else words
+
+
+def _holders(file: PickleFile, root) -> set[int]:
+    """The ids of the containers that hold a tensor, at any depth.
+
+    Each is entered once, however deep it is and wherever it is: from those that hold a tensor
+    themselves, up to all in which they are.
+    """
+    inside, holders, todo = {id(root): []}, set(), [root]
+    while todo:
+        part = todo.pop()
+        for entry in part.values() if type(part) is dict else part:
+            if type(entry) in CONTAINERS:
+                if id(entry) not in inside:
+                    inside[id(entry)] = []
+                    todo.append(entry)
+                inside[id(entry)].append(id(part))
+            elif id(part) not in holders and file.is_tensor(entry):
+                holders.add(id(part))
+    todo = list(holders)
+    while todo:
+        outer = set(inside[todo.pop()]) - holders
+        holders |= outer
+        todo += outer
+    return holders
 
 
 def _without_wrappings(part: dict) -> dict:

@@ -29,6 +29,7 @@ from ..data.files import brief, check_file
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file in torch.save's first format
 MAX_OPERATIONS = 1_000_000  # a network of 750 tensors takes 100,000
+SMALL = 1 << 20  # bytes that a file of any size may come to, such as one number expanded to many
 
 RECORD = "torch_utils.persistence._reconstruct_persistent_obj"
 MODULE_DICT = "torch.nn.modules.container.ModuleDict"
@@ -39,6 +40,7 @@ PARAMETERS = (
 )
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 SETS = ("builtins.set", "__builtin__.set")
+BYTES = ("builtins.bytes", "__builtin__.bytes")
 SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
 ARRAYS = (
     "numpy.core.multiarray._reconstruct",
@@ -68,6 +70,7 @@ GLOBALS = {
     STORAGE,
     *DICTS,
     *SETS,
+    *BYTES,
     *SCALARS,
     *ARRAYS,
     *DTYPES,
@@ -287,6 +290,8 @@ class _Machine:
         if name in SETS:
             self.budget.operate(len(_is(args[0], list)))
             return set(map(self._key, args[0]))
+        if name in BYTES and not args:  # how the older protocols write none
+            return b""
         if name == "_codecs.encode":  # how the older protocols write bytes
             self.budget.copy(len(_is(args[0], str)))
             return args[0].encode("latin1")
@@ -362,7 +367,8 @@ class PickleFile:
     `value` is what it holds, of None, bool, int, float, str, bytes, tuple, list, dict and set,
     `Global`, `Call` and `Storage`. It may be deep, share its parts and contain itself: walk it with
     care, and take what is wanted through the methods. `strange` has why the first thing that was
-    passed over would be refused, for a file in which nothing else is found.
+    passed over would be refused, for a file in which nothing else is found. `limit` is how many
+    bytes what is taken from the file may have in memory.
 
     Raises:
         PickleError: the file cannot be read, is damaged, or asks for what no saved network needs.
@@ -371,8 +377,8 @@ class PickleFile:
     def __init__(self, path: str | Path):
         self.path, self.strange = Path(path), []
         try:
-            self.size = self.path.stat().st_size
-            self.budget = _Budget(self.size)
+            size = self.path.stat().st_size
+            self.budget, self.limit = _Budget(size), 2 * size + SMALL
             check_file(self.path)  # a pipe would be waited for
             with open(self.path, "rb") as file:
                 if file.read(2) == b"PK":
@@ -424,24 +430,33 @@ class PickleFile:
         pickled = io.BytesIO(read("data.pkl"))
         return _Machine(pickled, GLOBALS, self.budget, persistent, self.strange).run()
 
+    @property
+    def operations(self) -> int:
+        """How many operations the file has."""
+        return MAX_OPERATIONS - self.budget.operations
+
     @staticmethod
     def is_tensor(value) -> bool:
-        """Whether a value is a tensor or a parameter."""
-        return type(value) is Call and value.name in (TENSOR, *PARAMETERS)
+        """Whether a value is a tensor, a parameter or a NumPy array of numbers."""
+        if type(value) is not Call:
+            return False
+        return value.name in (TENSOR, *PARAMETERS) or _array_dtype(value) is not None
 
     def tensor(self, value: Call) -> Tensor:
-        """The tensor or parameter, on the CPU, in memory of its own; raises PickleError."""
+        """The tensor, parameter or array, on the CPU, in memory of its own; raises PickleError."""
+        if type(value) is Call and value.name in ARRAYS:
+            return torch.from_numpy(self.array(value))
         try:
             _check_known(value)
             if value.name in PARAMETERS:
                 value = _is(value.args[0], Call)
             storage, offset, size, stride = value.args[:4]
-            if (
-                value.name != TENSOR
-                or len(_is(size, tuple)) > 8
-                or prod(_is(n, int) for n in size) > _is(storage, Storage).numel
-            ):
-                raise Refused("it is damaged (a tensor is larger than its storage)")
+            if value.name != TENSOR or len(_is(size, tuple)) > 8:
+                raise Refused("it is damaged (a tensor is not as torch.save writes it)")
+            numel = prod(_is(n, int) for n in size)
+            is_larger = numel > _is(storage, Storage).numel  # as an expanded tensor is
+            if is_larger and numel * storage.dtype.itemsize > self.limit:
+                raise Refused("a tensor is larger than its storage, and than the file could hold")
             return storage.elements.as_strided(size, _is(stride, tuple), _is(offset, int)).clone(
                 memory_format=torch.contiguous_format
             )
@@ -449,18 +464,19 @@ class PickleFile:
             raise self.refuse(error) from error
 
     def array(self, value: Call) -> np.ndarray:
-        """A NumPy array of bytes, such as CIFAR's images, in memory of its own; raises
-        PickleError.
+        """A NumPy array of numbers, such as CIFAR's images, in this machine's byte order and memory
+        of its own; raises PickleError.
         """
         try:
             if type(value) is not Call or value.name not in ARRAYS:
                 raise Refused("it is damaged (something should be an array)")
-            _, shape, dtype, fortran, data = _is(value.state, tuple)
-            if (_is(dtype, Call).name, dtype.args[0], fortran) != ("numpy.dtype", "u1", False):
-                raise Refused("an array in it is not of bytes")
-            self.budget.copy(len(data))
+            dtype = _array_dtype(value)
+            if dtype is None:
+                raise Refused("an array in it is not of numbers")
+            _, shape, _, fortran, data = value.state
             data = data.encode("latin1") if type(data) is str else _is(data, bytes)
-            return np.frombuffer(data, np.uint8).reshape(shape).copy()
+            numbers = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
+            return numbers.astype(dtype.newbyteorder("="), order="C")
         except Exception as error:
             raise self.refuse(error) from error
 
@@ -478,12 +494,29 @@ class PickleFile:
             raise self.refuse(error) from error
 
 
+def _dtype(value) -> np.dtype | None:
+    """NumPy's type of numbers that a pickle describes; None of other types."""
+    if type(value) is not Call or value.name != "numpy.dtype" or type(value.state) is not tuple:
+        return None
+    order, word = value.state[1:2], value.args[:1]
+    if not all(type(part) is str for part in order + word):
+        return None
+    name = "".join(order + word)
+    return np.dtype(name) if re.fullmatch("[<>|=]?(b1|[iu][1248]|f[248])", name) else None
+
+
+def _array_dtype(value: Call) -> np.dtype | None:
+    """The type of an array's numbers; None of an array of others, and of what is no array."""
+    is_array = value.name in ARRAYS and type(value.state) is tuple and len(value.state) == 5
+    return _dtype(value.state[2]) if is_array else None
+
+
 def _scalar(value):
     if type(value) is Call and value.name in SCALARS:
         dtype, data = value.args
-        dtype = _is(dtype.state[1], str) + _is(dtype.args[0], str)
-        if re.fullmatch("[<>|=]?[biuf][1248]", dtype):
-            return np.frombuffer(data, dtype, 1)[0].item()
+        numbers = _dtype(dtype)
+        if numbers is not None:
+            return np.frombuffer(data, numbers, 1)[0].item()
     if value is None or type(value) in (bool, int, float, str):
         return value
     _check_known(value)

@@ -1,5 +1,6 @@
 """A target network that goes where an optimizer goes, for the loops that people already have."""
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -59,12 +60,14 @@ class Follower:
         self, net: nn.Module, target: EMA, decay: float | Callable[[int], float], key: str
     ):
         self.net, self.target, self.decay, self.key, self.step = net, target, decay, key, 0
+        self._loaded: dict | None = None  # of a state that the optimizer has not taken yet
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Be called with each step of an optimizer, and be part of its state."""
         optimizer.register_step_post_hook(lambda *_: self.update())
         optimizer.register_state_dict_post_hook(self._into_optimizer)
-        optimizer.register_load_state_dict_pre_hook(self._from_optimizer)
+        optimizer.register_load_state_dict_pre_hook(self._taken_out)
+        optimizer.register_load_state_dict_post_hook(lambda _: self._put_in())
 
     def update(self) -> None:
         """Take the network in, by the decay of this update."""
@@ -84,9 +87,16 @@ class Follower:
     def _into_optimizer(self, _: torch.optim.Optimizer, state: dict) -> dict:
         return {**state, self.key: self.state_dict()}
 
-    def _from_optimizer(self, _: torch.optim.Optimizer, state: dict) -> dict:
+    def _taken_out(self, _: torch.optim.Optimizer, state: dict) -> dict:
         state = dict(state)
-        own = state.pop(self.key, None)
+        self._loaded = state.pop(self.key, None)
+        if self._loaded is not None:  # raises here, before anything has been replaced
+            copy.deepcopy(self.target.module).load_state_dict(self._loaded["module"])
+        return state
+
+    def _put_in(self) -> None:
+        """After the optimizer has taken its part: one that refuses it leaves the target alone."""
+        own, self._loaded = self._loaded, None
         if own is None:
             warnings.warn(
                 f"attach_target: the optimizer's state has no {self.key}, so it begins as a copy "
@@ -97,4 +107,3 @@ class Follower:
             self.step = 0
         else:
             self.load_state_dict(own)
-        return state

@@ -19,7 +19,14 @@ from ..fields import flag, short
 from ..ops import noise_pair, td_loss
 from ..ops._modes import can_check_values
 from ..ops.td_coef import BASE_WEIGHTS
-from ..preconditioning import Preconditioning, append_dims, is_compiled, tensor_of, unwrapped
+from ..preconditioning import (
+    Preconditioning,
+    append_dims,
+    is_compiled,
+    knows_raw,
+    tensor_of,
+    unwrapped,
+)
 from ..schedules import two_moment
 from ..weighting import NAMED_WEIGHTS, own_base_weight, td_weighting
 from .conditions import Conditions
@@ -464,9 +471,11 @@ class Loss(ABC):
 
     def fits(self, net) -> bool:
         """Whether a network takes the fused path, wrapped or not: its preconditioning is the
-        loss's.
+        loss's, and it says itself what `raw=True` means.
         """
-        return getattr(unwrapped(net), "preconditioning", None) == self.preconditioning
+        inner = unwrapped(net)
+        same = getattr(inner, "preconditioning", None) == self.preconditioning
+        return same and knows_raw(inner)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):

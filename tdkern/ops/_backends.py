@@ -177,11 +177,11 @@ def resolve_lists(op: str, backend: str, params: Sequence[Tensor]) -> str:
     return "reference" if backend == BY_DEVICE else backend
 
 
+FITTING = {"cuda": ("cuda", "triton"), "cpu": ("cpp",)}  # backends by device, the best first
+
+
 def _first_that_fits(device: torch.device) -> str:
-    fitting = (
-        ("cuda", "triton") if device.type == "cuda" else ("cpp",) if device.type == "cpu" else ()
-    )
-    for name in fitting:
+    for name in FITTING.get(device.type, ()):
         if not MISSING[name]:
             return name
     return "reference"

@@ -21,7 +21,7 @@ def td_loss(
     huber_c: float = 0.0,
 ) -> Tensor:
     """Per-sample [B, 2]: w_td ||delta||_2^2 / n and w_base ||base|| / n in its norm, four means
-    written out (design, section 1)."""
+    written out (docs/mathematics.md)."""
     dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
     out, out_target, x0 = out.to(dtype), out_target.to(dtype), x0.to(dtype)
     x_t = torch.zeros_like(x0) if x_t is None else x_t.to(dtype)

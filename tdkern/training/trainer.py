@@ -447,7 +447,7 @@ class Trainer:
             raise checkpoint.CheckpointError(f"{path}: damaged statistics ({error})") from error
 
     def unfinished_statistics(self) -> dict:
-        """Of the samples since image `counted`, for `_restore` to go on from; asks all
+        """Of the samples since image `counted`, for `_restore_statistics`; asks all
         processes.
         """
         sums = [torch.zeros_like(self.sums) for _ in range(self.process.world)]

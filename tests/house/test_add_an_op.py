@@ -117,6 +117,7 @@ def test_it_passes_its_tests_and_those_over_all_ops(checkout):
         "test_fake_tensors",
         "test_jit_trace_takes_the_backend_by_device",
         "test_make_fx",
+        "test_export_with_a_dynamic_batch",
         "test_no_result_depends_on_the_order_of_threads",
         "test_opcheck_of_every_op",
         "test_defaults_of_torch_change_nothing",

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from functools import cache
@@ -352,13 +353,13 @@ def test_a_library_of_other_schemas_is_refused(tmp_path, change):
     )
 
 
-def test_a_library_without_the_hash_is_refused(tmp_path):
-    library = tmp_path / "old.so"
-    library.write_bytes(
-        (_backends.LIB_DIR / "libtdkern_cpu.so")
-        .read_bytes()
-        .replace(b"tdkern schemas: ", b"tdkern of before "[:16])
-    )
+@pytest.mark.parametrize(
+    "name", ["libtdkern_cpu.so", pytest.param("libtdkern_cuda.so", marks=needs_cuda_build)]
+)
+def test_a_library_without_the_hash_is_refused(tmp_path, name):
+    built, library = _backends.LIB_DIR / name, tmp_path / "old.so"
+    assert _backends._carried_digest(built) == _backends.digest()
+    library.write_bytes(built.read_bytes().replace(b"tdkern schemas: ", b"tdkern of before "[:16]))
     assert "old.so does not load (it was built from another version" in _backends._load(library)
 
 
@@ -563,6 +564,58 @@ def test_a_wheel_holds_what_its_build_made(checkout, tmp_path):
         env={**os.environ, "TDKERN_CPP": "0"},
     )
     assert not list(checkout.glob("tdkern/**/*.so"))
+
+
+CMAKE = """#!/bin/sh
+case $1 in
+  -S)
+    mkdir -p "$4" && echo "[]" > "$4/compile_commands.json"
+    for option in "$@"; do
+      case $option in
+        -DTDKERN_PACKAGE=*) echo "${option#*=}" > "$4/package";;
+        -DTDKERN_CUDA=*) echo "$option" > "$4/cuda";;
+      esac
+    done;;
+  --build)
+    package=$(cat "$2/package") && mkdir -p "$package/lib"
+    grep -q OFF "$2/cuda" && echo new | tee "$package/_C.so" > "$package/lib/libtdkern_cpu.so";;
+esac
+"""
+
+
+def test_a_build_without_cuda_holds_no_cuda_library_of_an_earlier_one(checkout, tmp_path):
+    """With C++, in a wheel and in place, wherever the earlier build left it; cmake only writes
+    files here."""
+    cmake = tmp_path / "bin/cmake"
+    cmake.parent.mkdir()
+    cmake.write_text(CMAKE)
+    cmake.chmod(0o755)
+    env = {"TDKERN_CUDA": "0", "TDKERN_CPP": "1", "PATH": f"{cmake.parent}:{os.environ['PATH']}"}
+    platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    left = ("lib/libtdkern_cuda.so", "lib/ptxas/td_loss.txt")
+    folders = ("tdkern", "build/lib/tdkern", f"build/lib.{platform}/tdkern", "build/inplace")
+
+    def leave():
+        for folder, name in itertools.product(folders, left):
+            (checkout / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / folder / name).write_text("left")
+
+    leave()
+    pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=checkout, **env)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith(".py")}
+    assert {name for name in names if name.startswith("tdkern/lib/")} == {
+        "tdkern/lib/libtdkern_cpu.so"
+    }
+    leave()
+    subprocess.run(
+        [sys.executable, *"setup.py -q build_ext --inplace --build-temp build/inplace".split()],
+        cwd=checkout,
+        check=True,
+        env={**os.environ, **env},
+    )
+    built = {path.name for path in checkout.glob("tdkern/lib/**/*")}
+    assert built == {"libtdkern_cpu.so"}
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not here")

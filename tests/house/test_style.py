@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROOT, TESTS
 
-FOLDERS = ("tdkern", "tests", "bench", "docs", "cmake")
+FOLDERS = ("tdkern", "tests", "bench", "docs", "examples", "cmake")
 LENGTH = 60  # lines of a function, from `def` to the end
 WIDTH = 100
 

@@ -270,6 +270,15 @@ def test_a_hostile_pickle_among_cifars_is_refused(tmp_path):
     assert "data_batch_3: refused" in output and not (tmp_path / "ran").exists()
 
 
+def test_cifars_files_with_other_numbers_than_bytes_are_refused(tmp_path):
+    folder = tmp_path / "cifar"
+    _cifar(folder)
+    part = {"data": np.zeros((2, 3 * 32 * 32), np.float32), "labels": [0, 1]}
+    (folder / "data_batch_3").write_bytes(pickle.dumps(part, 2))
+    output = made(folder, tmp_path / "a.zip", code=1)
+    assert "data_batch_3: is none of CIFAR's files (its data are float32, not bytes)" in output
+
+
 @pytest.mark.parametrize("label", [".cls", ".json", None])
 def test_webdataset_tars(tmp_path, label):
     images = pixels(5)

@@ -2,9 +2,11 @@
 folders.
 """
 
+import argparse
 import json
 import os
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -300,6 +302,106 @@ def test_nested_state_dicts(tmp_path):
     }
 
 
+WEIGHTS = ("weight", "bias")
+ENTRIES = "entries that are no tensors"
+FAULTS = {  # the names of the tensors, and what is left out
+    "emamodel.pt": (
+        [f"unet.{name}" for name in WEIGHTS] + [f"ema.shadow_params.{i}" for i in range(2)],
+        f"7 {ENTRIES}",
+    ),
+    "ema_alone.pt": (["shadow_params.0", "shadow_params.1"], f"7 {ENTRIES}"),
+    "list_of_state_dicts.pt": ([f"models.0.{name}" for name in WEIGHTS], f"0 {ENTRIES}"),
+    "same_dict_twice.pt": (
+        [f"{place}.{name}" for place in ("model", "ema") for name in WEIGHTS],
+        f"0 {ENTRIES}",
+    ),
+    "config_in_two_places.pt": ([f"model.{name}" for name in WEIGHTS], f"2 {ENTRIES}"),
+    "dit_like.pt": (
+        [f"{place}.{name}" for place in ("model", "ema") for name in WEIGHTS],
+        f"1 {ENTRIES}: args (argparse.Namespace)",
+    ),
+    "expanded.pt": (["w"], f"0 {ENTRIES}"),
+}
+
+
+def at(value, name):
+    """What torch.load gave under a name of `convert`."""
+    while name:
+        if type(value) in (list, tuple):
+            key, _, name = name.partition(".")
+            value = value[int(key)]
+        elif name in value:
+            value, name = value[name], ""
+        else:
+            key, _, name = name.partition(".")
+            value = value[key]
+    return value
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_files_that_lost_tensors_or_were_refused(tmp_path, name):
+    names, left = FAULTS[name]
+    done = convert(DATA / "faults" / name, tmp_path / "a.safetensors")
+    assert f": {len(names)} tensors, " in done and done.endswith(f"; left out: {left}")
+    got = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        value = torch.load(DATA / "faults" / name, weights_only=True)
+    assert sorted(got) == sorted(names)
+    assert all(torch.equal(got[name], at(value, name)) for name in names)
+
+
+def test_safetensors_is_said_to_need_no_conversion(tmp_path):
+    """Whatever its name is; so too a file of `convert`."""
+    plain = DATA / "faults" / "plain.safetensors"
+    shutil.copy(plain, tmp_path / "weights.bin")
+    convert(SNAPSHOT, tmp_path / "ours.safetensors")
+    for path in (plain, tmp_path / "weights.bin", tmp_path / "ours.safetensors"):
+        with pytest.raises(CheckpointError) as raised:
+            convert(path, tmp_path / "a.safetensors")
+        assert str(raised.value) == (
+            f"{path}: is safetensors already, so there is nothing to convert; tdkern generate "
+            "reads it if tdkern convert or save_network wrote it"
+        )
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
+def test_tensors_in_tuples_and_arrays_beside_them(tmp_path, form):
+    state, shared = torch.nn.Linear(2, 2).state_dict(), [torch.randn(3)]
+    arrays = [
+        np.random.default_rng(0).standard_normal((5, 7)),
+        np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)),
+        np.arange(3, dtype=">f4"),
+        np.array(2.5, np.float16),
+        np.array([True, False]),
+        np.arange(200, dtype=np.uint8),
+        np.zeros((0, 2)),
+    ]
+    value = ((state, {"a": shared}), {"b": shared}, {"array": arrays, "words": np.array(["a"])})
+    if form == "pickle":
+        (tmp_path / "a").write_bytes(pickle.dumps(value, 4))
+    else:
+        torch.save(value, tmp_path / "a", _use_new_zipfile_serialization=form == "zip")
+    done = convert(tmp_path / "a", tmp_path / "a.safetensors")
+    got = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    expected = {f"0.0.{name}": tensor for name, tensor in state.items()}
+    expected |= {"0.1.a.0": shared[0], "1.b.0": shared[0]}
+    for i, array in enumerate(arrays):
+        expected[f"2.array.{i}"] = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    assert got.keys() == expected.keys() and done.endswith(f"left out: 1 {ENTRIES}")
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and torch.equal(got[name], tensor), name
+
+
+def test_a_file_that_is_mostly_an_array(tmp_path):
+    """Its bytes are read, decoded and copied, and none of this is more than a file may ask for."""
+    array = np.random.default_rng(0).integers(0, 256, 3 << 20, np.uint8)
+    torch.save({"array": array, "again": array}, tmp_path / "a.pt")
+    convert(tmp_path / "a.pt", tmp_path / "a.safetensors")
+    got = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    assert all(np.array_equal(got[name].numpy(), array) for name in ("array", "again"))
+
+
 @pytest.mark.parametrize("pipeline", [False, True])
 def test_diffusers(tmp_path, pipeline):
     folder = tmp_path / "ddpm" / ("unet" if pipeline else "")
@@ -350,7 +452,7 @@ def test_sources_without_a_network(tmp_path):
         convert(tmp_path / "empty", tmp_path / "a.safetensors")
     with pytest.raises(PickleError, match=r"absent: cannot be read"):
         convert(tmp_path / "absent", tmp_path / "a.safetensors")
-    for value in ({"step": 3}, [torch.ones(2)]):
+    for value in ({"step": 3}, [3, "a"]):
         torch.save(value, tmp_path / "a.pt")
         with pytest.raises(
             CheckpointError, match=r"a.pt: no tensors in it; give a file that holds a network"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import tdkern
 from helpers.examples import example, lines_changed, same_tensors
 from helpers.tiny import in_two_processes
 
@@ -57,3 +58,21 @@ def test_two_processes_have_one_network_and_one_target(tmp_path):
     first, second = (torch.load(tmp_path / rank, weights_only=True) for rank in "01")
     assert same_tensors(first["net"], second["net"])
     assert same_tensors(first["target"], second["target"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_find_executable_batch_size_goes_on_after_an_op_is_out_of_memory(backend):
+    from accelerate.utils import find_executable_batch_size
+
+    tried = []
+    coef = torch.ones(6, dtype=torch.float64)
+
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch):
+        tried.append(batch)
+        elements = 2**46 if batch > 2 else 4  # 256 TiB a sample, more than any address space
+        x = torch.zeros(1).expand(batch, elements)
+        tdkern.heun_step(x, x, coef, backend=backend)
+        return batch
+
+    assert train() == 2 and len(tried) > 1

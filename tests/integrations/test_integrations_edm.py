@@ -1,5 +1,6 @@
 """EDM's and the published loop: the losses by their calls, the target, the sampler."""
 
+import copy
 import pickle
 from dataclasses import asdict
 from itertools import pairwise
@@ -15,6 +16,7 @@ from tdkern.integrations.published import SETTINGS, TARGET_DECAY, published_loss
 from tdkern.integrations.published import TDLoss as PublishedTDLoss
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, iDDPMPrecond, unet
+from tdkern.optim import AdamEMA
 from tdkern.schedules import EDM
 from tdkern.training import load_network
 
@@ -151,6 +153,30 @@ def test_a_state_without_a_target_warns_and_begins_with_a_copy():
     wrong["tdkern_target"]["module"].pop("model.map_layer0.bias")
     with pytest.raises(RuntimeError, match=r"Missing key.*model.map_layer0.bias"):
         optimizer.load_state_dict(wrong)
+
+
+def test_a_state_that_is_refused_leaves_the_target_alone():
+    """Whichever part of it is refused, and then nothing of the optimizer is replaced either."""
+    net = tiny()
+    optimizer, loss_fn = AdamEMA(net.parameters(), lr=0.1), TDLoss()
+    loss_fn.attach(net, optimizer)
+    before = copy.deepcopy(loss_fn.target.module.state_dict())
+    state = copy.deepcopy(optimizer.state_dict())
+    for tensor in state["tdkern_target"]["module"].values():
+        tensor.zero_()
+    state["param_groups"][0]["lr"] = 0.5
+    refused, torn = copy.deepcopy(state), copy.deepcopy(state)
+    refused["param_groups"][0]["amsgrad"] = True
+    torn["tdkern_target"]["module"].popitem()
+    for other, error in ((refused, ValueError), (torn, RuntimeError)):
+        with pytest.raises(error):
+            optimizer.load_state_dict(other)
+        now = loss_fn.target.module.state_dict()
+        assert all(torch.equal(now[name], before[name]) for name in before)
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert not any(tensor.any() for tensor in loss_fn.target.module.state_dict().values())
 
 
 # --- the published settings

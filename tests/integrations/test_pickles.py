@@ -117,6 +117,36 @@ def nested_modules(levels):
     return opcodes(b"}", text("ema"), inner, b"s")
 
 
+def nested_in_two(levels, inner, holder):
+    """Containers each of which holds the next one twice, down to `inner`: 2^levels paths."""
+    for _ in range(levels):
+        inner = holder(inner + b"q\x00", b"h\x00")
+    return opcodes(inner)
+
+
+def dict_of_two(a, b):
+    return b"}(" + text("x") + a + text("y") + b + b"u"
+
+
+def list_of_two(a, b):
+    return b"](" + a + b + b"e"
+
+
+def tuple_of_two(a, b):
+    return a + b + b"\x86"
+
+
+def array_of(numel, data):
+    """A NumPy array of bytes that says it has `numel` of them, from its own operations."""
+    size, length = struct.pack("<q", numel), struct.pack("<I", len(data))
+    dtype = glob("numpy.dtype") + text("u1") + b"\x85R(K\x03" + text("|") + b"tb"
+    made = glob("numpy.core.multiarray._reconstruct") + glob("numpy.ndarray") + b"\x85R"
+    return made + b"(K\x01\x8a\x08" + size + b"\x85" + dtype + b"\x89B" + length + data + b"tb"
+
+
+EMPTY_TENSOR = tensor_of(2, [0], [1])[2:-1]  # a dict of a tensor of no number
+
+
 HOSTILE = {
     "os.system": (
         lambda flag: pickle.dumps({"ema": Evil(os.system, f"touch {flag}")}),
@@ -204,6 +234,52 @@ HOSTILE = {
     ),
     "a dict in itself": (lambda flag: opcodes(b"}q\x00" + text("a") + b"h\x00s"), "in two places"),
     "2^30 modules": (lambda flag: nested_modules(30), "in two places"),
+    "2^30 dicts": (lambda flag: nested_in_two(30, b"}", dict_of_two), "in too many places"),
+    "2^30 dicts of a tensor": (
+        lambda flag: nested_in_two(30, EMPTY_TENSOR, dict_of_two),
+        "in too many places",
+    ),
+    "2^30 lists": (lambda flag: nested_in_two(30, b"]", list_of_two), "no tensors in it"),
+    "2^30 lists of a tensor": (
+        lambda flag: nested_in_two(30, EMPTY_TENSOR, list_of_two),
+        "in too many places",
+    ),
+    "2^30 tuples of a tensor": (
+        lambda flag: nested_in_two(30, EMPTY_TENSOR, tuple_of_two),
+        "in too many places",
+    ),
+    "a list in itself": (lambda flag: opcodes(b"]q\x00h\x00a"), "no tensors in it"),
+    "a list of a tensor, in itself": (
+        lambda flag: opcodes(b"]q\x00", EMPTY_TENSOR, b"ah\x00a"),
+        "in two places, one inside the other",
+    ),
+    "deep lists of a tensor": (
+        lambda flag: opcodes(b"]" * 5_000, EMPTY_TENSOR, b"a" * 5_000),
+        "nested too deep",
+    ),
+    "many long names": (
+        lambda flag: opcodes(
+            (b"}" + text("a" * 300)) * 3,
+            b"}(" + text("a") + EMPTY_TENSOR + b"q\x00",
+            b"".join(text(str(i)) + b"h\x00" for i in range(9999)) + b"u",
+            b"s" * 3,
+        ),
+        "its tensors are larger than the file, with their names",
+    ),
+    "one number expanded to 2^40": (
+        lambda flag: tensor_of(1, [2**20, 2**20], [0, 0]),
+        "a tensor is larger than its storage, and than the file could hold",
+    ),
+    "an array that is larger than its bytes": (
+        lambda flag: opcodes(b"]", array_of(2**40, b"\x00" * 8), b"a"),
+        "it is damaged",
+    ),
+    "an array in a hundred places": (
+        lambda flag: opcodes(
+            b"](", array_of(2**16, b"\x00" * 2**16), b"q\x00", b"h\x00" * 99, b"e"
+        ),
+        "its tensors are larger than the file",
+    ),
     "POP": (lambda flag: opcodes(b"N0"), "it has the operation POP"),
     "a tensor of 2^40": (lambda flag: tensor_of(2, [2**40], [0]), "larger than its storage"),
     "a tensor beyond its storage": (lambda flag: tensor_of(2, [2], [2**40]), "it is damaged"),

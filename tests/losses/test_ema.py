@@ -60,6 +60,20 @@ def test_decay_0_copies_and_1_keeps():
     )
 
 
+@pytest.mark.parametrize("kind", [EMA, PowerFunctionEMA])
+def test_a_copy_takes_what_is_there_whatever_the_average_held(kind):
+    """By decay 0, and by the first step of a power function."""
+    net, ema = network(), kind(network(1))
+    averages = [ema] if kind is EMA else [*ema.averages.values()]
+    with torch.no_grad():
+        for average in averages:
+            for parameter in average.module.parameters():
+                parameter.fill_(math.nan)
+    ema.update(net, 0 if kind is EMA else 1)
+    for average in averages:
+        assert equal_states(average.module, net)
+
+
 def test_module_is_frozen():
     net = network()
     ema = EMA(net)
@@ -209,9 +223,7 @@ def test_bad_arguments():
     for decay in (-0.1, 1.5, math.nan):
         with pytest.raises(ValueError, match=r"EMA\.update: decay must be in \[0, 1\]"):
             EMA(net).update(net, decay)
-    with pytest.raises(
-        ValueError, match=r"PowerFunctionEMA\.update: step must be at least 1, got 0"
-    ):
+    with pytest.raises(ValueError, match=r"PowerFunctionEMA: step must be at least 1, got 0"):
         PowerFunctionEMA(net).update(net, 0)
     for sigma_rel in (0.0, -0.1, 0.3, math.nan):
         with pytest.raises(ValueError, match="power_function_gamma: sigma_rel must be in"):

@@ -137,6 +137,32 @@ def test_other_callables_keep_their_denoised_output():
     assert torch.equal(terms.loss, again.loss)
 
 
+class Clamped(EDMPrecond):
+    """Hands everything on, and changes what comes back: the denoised image, as it understands."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).clamp(-1, 1)
+
+
+class ClampedImage(EDMPrecond):
+    def forward(self, x, sigma, class_labels=None, augment_labels=None):
+        return super().forward(x, sigma, class_labels, augment_labels).clamp(-1, 1)
+
+
+@pytest.mark.parametrize("kind", [Clamped, ClampedImage])
+@pytest.mark.parametrize("wrapper", [lambda net: net, DistributedDataParallel, compiled])
+def test_a_call_of_the_networks_own_is_the_denoised_image(kind, wrapper):
+    torch.manual_seed(0)
+    net = kind(Plain())
+    loss = TDEDMLoss()
+    assert not loss.fits(net) and loss.fits(EDMPrecond(Plain()))
+    batch = loss.pair(*images())
+    terms = loss.evaluate(wrapper(net), copy.deepcopy(net), batch)
+    plain = lambda x, sigma, *labels, **_: net(x, sigma)
+    again = loss.evaluate(plain, plain, batch)
+    torch.testing.assert_close(terms.loss, again.loss, rtol=1e-5, atol=0)
+
+
 def _sharded(rank, results):
     """One of two processes: a U-Net under fully_shard against the same one alone."""
     from torch.distributed.fsdp import fully_shard

@@ -429,27 +429,26 @@ def test_state_dict_both_ways(kind):
         train(each, optimizer, 5, seed=1)
     same(net, other)
     same(net, third)
-    with pytest.raises(
-        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
-    ):
+    with pytest.raises(ValueError, match="AdamEMA: a state with amsgrad cannot be continued"):
         again.load_state_dict(kind(network().parameters(), amsgrad=True).state_dict())
 
 
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
 @pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
-def test_options_that_are_not_implemented_are_refused_at_every_door(name):
+def test_options_that_are_not_implemented_are_refused_at_every_door(name, kind):
     param, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
     param.grad = torch.ones(2)
-    message = f"AdamEMA: {name} must be False, which alone is implemented, got True"
+    message = f"{kind.__name__}: {name} must be False, which alone is implemented, got True"
     with pytest.raises(ValueError, match=message):
-        AdamEMA([{"params": [param], name: True}])
-    optimizer = AdamEMA([param])
+        kind([{"params": [param], name: True}])
+    optimizer = kind([param])
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [other], name: True})
     assert len(optimizer.param_groups) == 1
     state = optimizer.state_dict()
     state["param_groups"][0][name] = True
     with pytest.raises(
-        ValueError, match="AdamEMA: a state with amsgrad or maximize cannot be continued"
+        ValueError, match=f"{kind.__name__}: a state with {name} cannot be continued"
     ):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0][name] is False and not optimizer.state
@@ -460,19 +459,25 @@ def test_options_that_are_not_implemented_are_refused_at_every_door(name):
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled):
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
+def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled, kind):
     """torch.optim.AdamW before 2.7 saved no decoupled_weight_decay; others save fewer keys
     still.
     """
     net, other = network(), network()
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    theirs = kind(other.parameters(), 0.01, weight_decay=0.5)
+    if kind is RAdamEMA:
+        theirs = torch.optim.RAdam(
+            other.parameters(), 0.01, weight_decay=0.5, decoupled_weight_decay=decoupled
+        )
+    else:
+        its = torch.optim.AdamW if decoupled else torch.optim.Adam
+        theirs = its(other.parameters(), 0.01, weight_decay=0.5)
     train(other, theirs, 3)
     state = copy.deepcopy(theirs.state_dict())
     for group in state["param_groups"]:
         for name in ("decoupled_weight_decay", "fused", "maximize", "capturable", "differentiable"):
             group.pop(name, None)
-    ours = AdamEMA(net.parameters(), 0.5, decoupled=decoupled)
+    ours = kind(net.parameters(), 0.5, decoupled=decoupled)
     net.load_state_dict(other.state_dict())
     ours.load_state_dict(state)
     assert ours.param_groups[0]["decoupled_weight_decay"] is decoupled
@@ -481,8 +486,9 @@ def test_missing_keys_of_a_state_are_the_optimizers_own(decoupled):
     same(net, other)
 
 
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
 @pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01)], ids=["a float", "a tensor"])
-def test_torch_distributed_checkpoint_leaves_the_averages_alone(lr):
+def test_torch_distributed_checkpoint_leaves_the_averages_alone(lr, kind):
     """Loading makes the state by a step with lr 0."""
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
@@ -494,7 +500,7 @@ def test_torch_distributed_checkpoint_leaves_the_averages_alone(lr):
         return (
             net,
             average,
-            AdamEMA(net.parameters(), lr, averages=[average.parameters()], decays=[0.9]),
+            kind(net.parameters(), lr, averages=[average.parameters()], decays=[0.9]),
         )
 
     net, average, optimizer = made()

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tdkern
 from helpers.cases import F64, device_of
-from tdkern.losses import CTLoss, EDMLoss, TDEDMLoss
+from tdkern import losses
 from tdkern.ops import OPS, _modes, tensors_of
 
 # An argument of each op that is a tensor of floats and along which a sample can be batched.
@@ -26,6 +26,10 @@ BATCHED = {  # of ops that take levels or counts beside what they work through
     "ema_update_": ("averages", "params"),
     "adam_ema_": ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps", "averages"),
 }
+WITH_BATCH = [  # ops whose tensors are a batch, not lists of parameters
+    op for op in OPS if not any(isinstance(value, list) for value in OPS[op].example().values())
+]
+LOSSES = [name for name in losses.__all__ if name.endswith("Loss") and name != "Loss"]
 NORMS = {"l2": {}, "l1": {"base_norm": "l1"}, "huber": {"base_norm": "huber", "huber_c": 0.3}}
 
 
@@ -125,7 +129,9 @@ def test_forward_mode(compiled, norm):
         ("heun_step", "F"),
         ("heun_step", "x"),
         ("heun_step", "coef"),
+        ("td_loss", "out_target"),
         ("td_loss", "x0"),
+        ("td_loss", "x_t"),
         ("td_loss", "x_tp"),
         ("td_loss", "coef"),
     ],
@@ -148,6 +154,48 @@ def test_forward_mode_of_what_has_no_gradient(backend, op, name):
         got = forward_ad.unpack_dual(results(forward_ad.make_dual(value, tangent))).tangent
     torch.testing.assert_close(got, finite, rtol=1e-5, atol=1e-6)
     assert got.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        ("ema_update_", "averages"),
+        ("ema_update_", "params"),
+        ("ema_update_", "decays"),
+        ("adam_ema_", "params"),
+        ("adam_ema_", "grads"),
+        ("adam_ema_", "exp_avgs"),
+        ("adam_ema_", "exp_avg_sqs"),
+        ("adam_ema_", "averages"),
+        ("adam_ema_", "decays"),
+        ("adam_ema_", "lr"),
+        ("adam_ema_", "clip"),
+        ("adam_ema_", "grad_scale"),
+    ],
+)
+def test_forward_mode_of_ops_in_place(backend, op, name):
+    """What an op writes gets its tangent, which finite differences confirm."""
+    factors = dict.fromkeys(("clip", "grad_scale"), 0.5) if op == "adam_ema_" else {}
+    given = OPS[op].example(shape=(3, 4), dtype=F64, device=device_of(backend)) | factors
+    for scalar in {"decays", "lr", *factors} & given.keys():
+        given[scalar] = torch.tensor(given[scalar], dtype=F64, device=device_of(backend))
+
+    def results(change):
+        arguments = copied(given)
+        arguments[name] = changed(arguments[name], change)
+        return torch.cat([result.flatten() for result in OPS[op].results(arguments, backend)])
+
+    step = 1e-6
+    above, below = (results(lambda tensor, by=by: tensor + by) for by in (step, -step))
+    with forward_ad.dual_level():
+        dual = results(lambda tensor: forward_ad.make_dual(tensor, torch.ones_like(tensor)))
+        got = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(got, (above - below) / (2 * step), rtol=1e-5, atol=1e-6)
+    assert got.abs().max() > 0
+
+
+def changed(value, change):
+    return [changed(part, change) for part in value] if isinstance(value, list) else change(value)
 
 
 def test_transforms_of_gradients(backend):
@@ -359,18 +407,20 @@ def test_one_compilation_for_any_seed_and_offset(compiled):
 
 
 @pytest.mark.parametrize(
-    "loss", [EDMLoss(), TDEDMLoss(), CTLoss()], ids=lambda loss: type(loss).__name__
+    "name, by",
+    [*((name, "eager") for name in LOSSES), ("TDEDMLoss", "aot_eager"), ("CTLoss", "aot_eager")],
 )
-def test_one_compilation_of_a_loss_for_any_batch(loss):
+def test_one_compilation_of_a_loss_for_any_batch(name, by):
+    """Two of them with the graph of the backward pass too, which takes four times as long."""
     torch._dynamo.reset()
-    linear = torch.nn.Linear(4, 4)
+    loss, linear = getattr(losses, name)(), torch.nn.Linear(4, 4)
     net = lambda x, sigma, **labels: linear(x)
     traced = torch.compile(
-        lambda images: loss(net, net, images), dynamic=True, fullgraph=True, backend="aot_eager"
+        lambda images: loss(net, net, images), dynamic=True, fullgraph=True, backend=by
     )
     traced(torch.randn(3, 4)).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in range(4, 16):
+        for batch in (4, 7, 16):
             traced(torch.randn(batch, 4)).sum().backward()
 
 
@@ -391,14 +441,26 @@ def test_transforms_inside_a_compiled_function(compiled, transform):
     close(torch.compile(function, fullgraph=True, backend="aot_eager")(out), function(out))
 
 
-def test_export_with_a_dynamic_batch(compiled):
-    noise = torch.linspace(0.1, 5, 8, dtype=F64, device=device_of(compiled))
-    module = Module(lambda noise: tdkern.td_coef(noise, backend=compiled)[0])
-    for strict in (True, False):
-        shapes = {"args": ({0: torch.export.Dim.DYNAMIC},)}
-        program = torch.export.export(module, (noise[:3],), dynamic_shapes=shapes, strict=strict)
-        for batch in (2, 3, 8):
-            assert torch.equal(program.module()(noise[:batch]), module(noise[:batch]))
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("op", WITH_BATCH)
+def test_export_with_a_dynamic_batch(compiled, op, strict):
+    largest = OPS[op].example(shape=(8, 4), device=device_of(compiled))
+    names = [name for name, value in largest.items() if tensors_of(value) and len(value) == 8]
+    rest = {name: value for name, value in largest.items() if name not in names}
+
+    def inputs(batch):
+        return [largest[name][:batch] for name in names]
+
+    module = Module(
+        lambda *given: OPS[op].results(rest | dict(zip(names, given, strict=True)), compiled)
+    )
+    shapes = {"args": tuple({0: torch.export.Dim.DYNAMIC} for _ in names)}
+    program = torch.export.export(
+        module, tuple(inputs(3)), dynamic_shapes=shapes, strict=strict
+    ).module()
+    for batch in (2, 3, 8):
+        for actual, expected in zip(program(*inputs(batch)), module(*inputs(batch)), strict=True):
+            assert torch.equal(actual, expected)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a compiler")
