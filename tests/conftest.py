@@ -3,6 +3,7 @@ must be said before tdkern is imported.
 """
 
 import os
+import signal
 import sys
 import types
 from pathlib import Path
@@ -18,6 +19,10 @@ if torch.cuda.device_count() == 0:
 
 from tdkern.ops import _backends
 
+# A run leaves signals alone that were ignored when it started, as they are behind a shell's & and
+# under nohup: here they are not.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Taken away, or pytest-benchmark would measure nothing in the runs that tests start themselves.
 WORKERS = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 1))
 os.environ.pop("PYTEST_XDIST_WORKER", None)

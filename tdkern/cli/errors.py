@@ -1,6 +1,5 @@
 """Every command ends in one line, whatever was wrong."""
 
-import errno
 import os
 import sys
 import traceback
@@ -52,6 +51,17 @@ def sentence(error: BaseException) -> str:
     return one_line(line)
 
 
+def _drop_unwritable_stdout() -> None:
+    """Where nobody reads stdout, or its device is full, what waits to be written goes nowhere.
+
+    Else Python would try again when it ends, and end with another message and exit code 120.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors of a command end it with exit code 1 and one line; Ctrl-C with 130."""
@@ -65,6 +75,5 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        if isinstance(error, BrokenPipeError) and error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads; there is nobody to tell
+        _drop_unwritable_stdout()
         raise click.ClickException(sentence(error)) from error

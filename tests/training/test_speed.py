@@ -2,6 +2,7 @@
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,29 +72,20 @@ def test_a_compiled_run_calls_what_it_compiled(data, monkeypatch):
     assert calls == [trainer.net, trainer.target.module]
 
 
-SETTINGS = (
-    (torch.backends.cudnn, "benchmark"),
-    (torch.backends.cudnn, "deterministic"),
-    (torch.backends.cudnn, "allow_tf32"),
-    (torch.backends.cuda.matmul, "allow_tf32"),
-)
-
-
-@pytest.fixture
-def settings():
-    """Torch's own settings, which come back afterwards."""
-    before = [getattr(owner, name) for owner, name in SETTINGS]
-    yield
-    for (owner, name), value in zip(SETTINGS, before, strict=True):
-        setattr(owner, name, value)
-
-
-@pytest.mark.usefixtures("settings")
-def test_bench_sets_what_it_says(data):
-    for owner, name in SETTINGS:
-        setattr(owner, name, name == "deterministic")
-    Trainer(options_of(data=data, duration=1e-3, bench=True, **TINY), this_process())
-    assert [getattr(owner, name) for owner, name in SETTINGS] == [True, False, True, True]
+def test_bench_sets_what_it_says(data, monkeypatch):
+    """On a stand-in: torch.testing locks the real ones in a process that has imported it."""
+    cudnn = SimpleNamespace(benchmark=False, deterministic=True, allow_tf32=False)
+    matmul = SimpleNamespace(allow_tf32=False)
+    with monkeypatch.context() as patch:
+        cuda = SimpleNamespace(matmul=matmul)
+        patch.setattr(torch, "backends", SimpleNamespace(cudnn=cudnn, cuda=cuda))
+        trainer_module.measure_kernels()
+    assert cudnn.benchmark and cudnn.allow_tf32 and matmul.allow_tf32 and not cudnn.deterministic
+    called = []
+    monkeypatch.setattr(trainer_module, "measure_kernels", lambda: called.append(True))
+    for bench in (False, True):
+        Trainer(options_of(data=data, duration=1e-3, bench=bench, **TINY), this_process())
+        assert called == ([True] if bench else [])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
