@@ -244,7 +244,9 @@ class EDMPrecond(Preconditioned):
         self.preconditioning = EDM(sigma_data)
 
     def input_scaling(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return (sigma**2 + self.sigma_data**2).rsqrt(), sigma.log() / 4
+        # at 0, where D = x whatever F is, F has to be a number
+        least = torch.finfo(sigma.dtype).tiny
+        return (sigma**2 + self.sigma_data**2).rsqrt(), sigma.clamp(min=least).log() / 4
 
 
 class CTPrecond(Preconditioned):

@@ -665,3 +665,15 @@ def test_linear_without_bias():
         list(layer.state_dict()) == ["weight"]
         and layer(torch.zeros(2, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_edms_network_at_the_level_0_that_it_says_it_takes(dtype):
+    """D(x, 0) = x, beside a sample at another level that is what it is alone."""
+    torch.manual_seed(0)
+    net = EDMPrecond(unet("ddpmpp", 8, 3, 0, cbase=4, cres=[1])).to(dtype).eval()
+    x = torch.rand(2, 3, 8, 8, dtype=dtype)
+    assert net.sigma_min == 0
+    both = net(x, torch.tensor([0.0, 0.7], dtype=dtype))
+    assert torch.equal(both[0], x[0])
+    torch.testing.assert_close(both[1:], net(x[1:], torch.tensor([0.7], dtype=dtype)))
