@@ -145,6 +145,12 @@ def flags(options):
     return words
 
 
+def train_args(data, run_dir, duration, options):
+    """The words of `tdkern train` that start a run in a directory of its own."""
+    place = ("--data", data, "--outdir", run_dir, "--nosubdirs")
+    return ["train", *place, "--duration", duration, *flags(options)]
+
+
 def _as_torchrun(rank, world, port, work, args):
     import torch
 

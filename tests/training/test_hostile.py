@@ -20,7 +20,17 @@ import torch
 
 from helpers import DATA
 from helpers.operators import stand_in_for_operators
-from helpers.tiny import TINY, data_set, ended, flags, pixels, png, raw_data_set, tdkern_
+from helpers.tiny import (
+    TINY,
+    data_set,
+    ended,
+    flags,
+    pixels,
+    png,
+    raw_data_set,
+    tdkern_,
+    train_args,
+)
 from tdkern.data import DatasetError, ImageDataset
 from tdkern.data.files import one_line, write_atomic
 from tdkern.evaluation.fid import read_statistics
@@ -69,17 +79,7 @@ def generate(network, folder):
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        8e-6,
-        *flags(TINY),
-    ]
+    args = train_args(OK, run_dir, 8e-6, TINY)
     assert ended(args, run_dir.parent / "log")[0] == 0
     return run_dir
 

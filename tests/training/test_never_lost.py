@@ -30,6 +30,7 @@ from helpers.tiny import (
     started,
     started_processes,
     tdkern_,
+    train_args,
 )
 from tdkern.cli import main
 from tdkern.data.files import write_atomic
@@ -48,15 +49,7 @@ OK = str(DATA / "faults" / "ok.zip")
 def start(run_dir, duration=24e-6, **changes):
     """A run from the command line."""
     tdkern_(
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        duration,
-        *flags(TINY | changes),
+        *train_args(OK, run_dir, duration, TINY | changes),
     )
     return run_dir
 
@@ -216,15 +209,7 @@ def test_a_users_unfinished_files_stay(tmp_path, nosubdirs):
 def test_a_run_does_not_take_over_files_of_another_thing(tmp_path, name):
     (tmp_path / name).write_text("mine")
     output = tdkern_(
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        tmp_path,
-        "--nosubdirs",
-        "--duration",
-        8e-6,
-        *flags(TINY),
+        *train_args(OK, tmp_path, 8e-6, TINY),
         code=1,
     )
     assert (
@@ -433,17 +418,7 @@ def coarse(**changes):
 def straight(tmp_path_factory):
     """A run in one go, ten steps."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse()),
-    ]
+    args = train_args(OK, run_dir, 80e-6, coarse())
     assert ended(args, run_dir.parent / "log")[0] == 0
     return run_dir
 
@@ -452,17 +427,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_the_state_and_no_step_is_lost(tmp_path, straight, signum, workers):
     run_dir = tmp_path / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse(workers=workers)),
-    ]
+    args = train_args(OK, run_dir, 80e-6, coarse(workers=workers))
     code, output = ended(args, tmp_path / "log", functools.partial(_signal_at_a_step, signum))
     assert code == 128 + signum
     assert states(run_dir) == [f"training-state-000000.0{8 * (AT + 1)}"]
@@ -479,17 +444,7 @@ def test_a_signal_saves_the_state_and_no_step_is_lost(tmp_path, straight, signum
 
 
 def test_a_signal_that_is_ignored_stays_ignored(tmp_path):
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        tmp_path / "run",
-        "--nosubdirs",
-        "--duration",
-        64e-6,
-        *flags(coarse()),
-    ]
+    args = train_args(OK, tmp_path / "run", 64e-6, coarse())
     assert ended(args, tmp_path / "log", _under_nohup)[0] == 0
     assert states(tmp_path / "run") == ["training-state-000000.064"]
 
@@ -500,17 +455,7 @@ def _under_nohup():
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        tmp_path / "run",
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse()),
-    ]
+    args = train_args(OK, tmp_path / "run", 80e-6, coarse())
     code, _ = ended(args, tmp_path / "log", _two_signals)
     assert code == -signal.SIGTERM and states(tmp_path / "run") == []
 
@@ -530,17 +475,7 @@ def _two_signals():
 
 
 def test_the_same_signal_to_the_whole_group_is_one(tmp_path):
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        tmp_path / "run",
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse()),
-    ]
+    args = train_args(OK, tmp_path / "run", 80e-6, coarse())
     code, _ = ended(args, tmp_path / "log", _twice)
     assert code == 128 + signal.SIGINT and states(tmp_path / "run") == ["training-state-000000.048"]
 
@@ -560,17 +495,7 @@ def _twice():
 
 def test_a_time_limit_does_as_sigterm(tmp_path, straight):
     run_dir = tmp_path / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse(time_limit=0.02)),
-    ]
+    args = train_args(OK, run_dir, 80e-6, coarse(time_limit=0.02))
     code, output = ended(args, tmp_path / "log", _slow_steps)
     assert code == 128 + signal.SIGTERM and 0 < find_step(run_dir) < 10
     assert "go on with" in output
@@ -714,17 +639,7 @@ def test_readers_end_with_their_run(tmp_path):
     data = tmp_path / "data.zip"
     shutil.copy(OK, data)
     pids = Path(f"{data}.pids")
-    args = [
-        "train",
-        "--data",
-        data,
-        "--outdir",
-        tmp_path / "run",
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse(workers=2)),
-    ]
+    args = train_args(data, tmp_path / "run", 80e-6, coarse(workers=2))
     process = started(args, tmp_path / "log", _slow_data)
     wait_for(lambda: pids.exists() and pids.read_text())
     readers = json.loads(pids.read_text())
@@ -818,17 +733,7 @@ def _half_a_step():
 )
 def test_an_error_between_two_dumps_saves_the_state(tmp_path, straight, hook, workers, message):
     run_dir = tmp_path / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse(workers=workers)),
-    ]
+    args = train_args(OK, run_dir, 80e-6, coarse(workers=workers))
     code, output = ended(args, tmp_path / "log", hook)
     last = output.strip().splitlines()[-1]
     assert code == 1 and "Traceback" not in output
@@ -863,17 +768,7 @@ def test_a_signal_does_not_end_the_saving(tmp_path):
 
 def test_half_a_step_is_not_saved(tmp_path):
     run_dir = tmp_path / "run"
-    args = [
-        "train",
-        "--data",
-        OK,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        80e-6,
-        *flags(coarse()),
-    ]
+    args = train_args(OK, run_dir, 80e-6, coarse())
     code, output = ended(args, tmp_path / "log", _half_a_step)
     assert (
         code == 1

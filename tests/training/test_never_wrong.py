@@ -30,6 +30,7 @@ from helpers.tiny import (
     png,
     raw_data_set,
     tdkern_,
+    train_args,
 )
 from tdkern.data import DatasetError, ImageDataset
 from tdkern.evaluation.fid import Statistics, write_statistics
@@ -45,15 +46,7 @@ OK = FAULTS / "ok.zip"
 def start(run_dir, *args, data=OK, duration=24e-6, code=0, **changes):
     """What a run prints."""
     return tdkern_(
-        "train",
-        "--data",
-        data,
-        "--outdir",
-        run_dir,
-        "--nosubdirs",
-        "--duration",
-        duration,
-        *flags(TINY | changes),
+        *train_args(data, run_dir, duration, TINY | changes),
         *args,
         code=code,
     )
