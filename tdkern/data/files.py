@@ -12,6 +12,9 @@ from pathlib import Path
 UNFINISHED = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp", re.DOTALL)
 
 
+LISTED = 10  # words of a list in a message
+
+
 def one_line(text: object) -> str:
     """Text that may come from a file, as one line: what does not print is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text).strip())
@@ -20,6 +23,12 @@ def one_line(text: object) -> str:
 def brief(error: Exception) -> str:
     """An error's class and the beginning of its message, in one line whatever it holds."""
     return f"{type(error).__name__}: {one_line(str(error)[:100])}"
+
+
+def first_of(words: list[str], most: int = LISTED) -> str:
+    """A list in a message: its first words, and dots for the others."""
+    others = ["..."] if len(words) > most else []
+    return ", ".join([*words[:most], *others])
 
 
 class FileError(ValueError):

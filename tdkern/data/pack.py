@@ -15,7 +15,15 @@ from typing import NamedTuple
 import numpy as np
 
 from .collect import Collection
-from .files import beside, open_new, read_file, remove_leftovers, sync_directory, write_atomic
+from .files import (
+    beside,
+    first_of,
+    open_new,
+    read_file,
+    remove_leftovers,
+    sync_directory,
+    write_atomic,
+)
 from .resize import LeftOut, resized
 from .source import DatasetError, packed_name
 
@@ -44,7 +52,7 @@ class Report(NamedTuple):
         total = sum(map(len, self.left_out.values()))
         lines = [f"{self.count} images {list(self.shape)}; {total} left out"]
         for reason, names in sorted(self.left_out.items()):
-            some = ", ".join(names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
+            some = first_of(names, MAX_LISTED)
             lines.append(f"{len(names)} {reason}: {some}")
         return lines
 

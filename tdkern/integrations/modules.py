@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..data.files import LISTED, first_of
 from ..networks.precond import Preconditioned
 from ..networks.saved import WRAPPINGS, CheckpointError, check_like, named
 from ..networks.unet import UNet
@@ -31,7 +32,6 @@ MODULES = ("torch.nn.", "tdkern.networks.")  # whose modules' states are read
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 PREFERRED = ("ema", "net", "model")
 CONTAINERS = (dict, list, tuple)
-LISTED = 10  # names in a message
 MORE_ENTRIES = 10_000  # that a file may have, in all their places, beyond its operations
 PRECISION = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}
 
@@ -120,8 +120,7 @@ def listed(entries: dict) -> str:
 
 def names_of(names: list) -> str:
     """The first of some names, which may be a file's; "nothing" of none."""
-    first = [ascii(str(name)[:100])[1:-1] for name in names[:LISTED]]
-    return ", ".join(first + ["..."] * (len(names) > LISTED)) or "nothing"
+    return first_of([ascii(str(name)[:100])[1:-1] for name in names]) or "nothing"
 
 
 def _is_unknown(entry) -> bool:

@@ -8,13 +8,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..data import (
-    StepBatches,
-)
+from ..data import StepBatches
 from . import checkpoint
-from .distributed import (
-    whole,
-)
+from .distributed import whole
 from .lock import locked
 from .record import Record
 from .signals import Stopped, StopRequest, readers

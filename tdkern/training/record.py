@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..data import (
-    save_grid,
-    step_indices,
-)
+from ..data import save_grid, step_indices
 from ..data.files import append_line, brief, one_line, sync_file, write_atomic
 from ..families import default_sampler
 from ..networks.saved import load
@@ -46,9 +43,8 @@ class Record:
                 f"later than image {trainer.nimg}, so set aside in {run_dir}: {', '.join(aside)}"
             )
         self._keep_newest()  # a kill may have come between writing one and removing its elder
-        self.side = (
-            8 if trainer.process.device.type == "cuda" else 4
-        )  # a grid of 64 would hold a CPU for minutes
+        # a grid of 64 would hold a CPU for minutes
+        self.side = 8 if trainer.process.device.type == "cuda" else 4
         chosen = step_indices(len(trainer.dataset), self.side**2, trainer.options.seed, 0).tolist()
         images, labels = zip(*(trainer.dataset[i] for i in chosen), strict=True)
         self.labels = torch.stack(labels)
@@ -151,22 +147,14 @@ class Record:
         choice: dict[str, Any] = {"classes": dataset.classes}
         if dataset.classes == []:  # labels are no classes that could be drawn
             choice = {"labels": self.labels}
+        sampler, levels = SAMPLERS[default_sampler(net)].sample, preview_levels(net)
         parts = []
         for seeds in torch.arange(self.side**2).split(self.trainer.options.batch_gpu):
             given = {
                 name: value[seeds] if name == "labels" else value for name, value in choice.items()
             }
-            sampler = SAMPLERS[default_sampler(net)].sample
-            parts.append(
-                sample(
-                    net,
-                    self.trainer.network,
-                    seeds.tolist(),
-                    preview_levels(net),
-                    sampler=sampler,
-                    **given,
-                )
-            )
+            network = self.trainer.network
+            parts.append(sample(net, network, seeds.tolist(), levels, sampler=sampler, **given))
         return torch.cat(parts)
 
     def state(self, tensors: dict[str, Tensor], unfinished: dict | None = None) -> None:
@@ -179,10 +167,8 @@ class Record:
         meta = self._meta() | {"data": trainer.data}
         if unfinished and unfinished["counted"] < trainer.nimg:
             meta["statistics"] = unfinished
-        for name in (
-            statistics.FILE,
-            "log.txt",
-        ):  # what was recorded up to here survives a power cut too
+        # what was recorded up to here survives a power cut too
+        for name in (statistics.FILE, "log.txt"):
             if (self.run_dir / name).exists():
                 sync_file(self.run_dir / name)
         self._track("sync")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import to_uint8
+from ..data.files import first_of
 from ..families import default_sampler
 from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS, ablation_sigmas, heun
@@ -198,13 +199,8 @@ def _check_class(
     if classes and class_idx not in classes:
         raise ValueError(
             f"sample: class {class_idx} had no image in training; classes with images are "
-            f"{_listed(classes)}"
+            f"{first_of([str(number) for number in classes])}"
         )
-
-
-def _listed(numbers: list[int]) -> str:
-    """The first of some numbers."""
-    return ", ".join([str(number) for number in numbers[:10]] + ["..."] * (len(numbers) > 10))
 
 
 class Watched:

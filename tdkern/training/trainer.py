@@ -257,35 +257,17 @@ class Trainer:
             images: [B, C, H, W] uint8.
             labels: [B, label_dim].
         """
-        options, device = self.options, self.process.device
+        options, loss = self.options, self.loss.at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(options, self.nimg)
         self.optimizer.zero_grad(set_to_none=True)
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        loss = self.loss.at(self.step)
-        # a step that fails halfway has no part in the statistics
-        sums = torch.zeros_like(self.sums)
-        share = options.batch // self.process.world
-        for done in range(0, share, options.batch_gpu):
-            part = slice(done, done + options.batch_gpu)
-            # the processes exchange gradients during the backward of the last part
-            last = part.stop >= share
-            with self._exchange(last):
-                first = self.process.rank * share + done
-                sums += self._backward(loss, images[part], labels[part], first)
-        self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
-        # on the device, which alone knows of skipped steps
-        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
-        if self.target:
-            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
-        if self.power:
-            decays = torch.tensor(self.power.decays(self.step + 1))
-            self.optimizer.decays[-len(decays) :] = decays
+        sums = self._accumulate(loss, images, labels)
+        self._set_decays(loss)
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
-        self.whole = False
-        # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
         norm = gradient_norm(grads)
         clip = clip_factor(norm, options.clip * options.ls) if options.clip else None
+        self.whole = False
+        # nothing, if a gradient's square is not finite: EDM would set NaN to 0 and go on
         self.optimizer.step(clip=clip)
         for average in self.averages:
             average.copy_buffers(self.net)
@@ -295,6 +277,37 @@ class Trainer:
         if self.power:
             self.power.step = float(self.step)
         self.whole = True
+
+    def _accumulate(self, loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
+        """Add up the gradient of this process's share, part by part; arguments as `train_step`'s.
+
+        Returns:
+            [SIZE], the sums of the step: one that fails halfway has no part in the statistics.
+        """
+        options, device = self.options, self.process.device
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        sums = torch.zeros_like(self.sums)
+        share = options.batch // self.process.world
+        for done in range(0, share, options.batch_gpu):
+            part = slice(done, done + options.batch_gpu)
+            # the processes exchange gradients during the backward of the last part
+            last = part.stop >= share
+            with self._exchange(last):
+                first = self.process.rank * share + done
+                sums += self._backward(loss, images[part], labels[part], first)
+        return sums
+
+    def _set_decays(self, loss: Loss) -> None:
+        """The decays of all averages in this step."""
+        options = self.options
+        self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
+        # on the device, which alone knows of skipped steps
+        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
+        if self.target:
+            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
+        if self.power:
+            decays = torch.tensor(self.power.decays(self.step + 1))
+            self.optimizer.decays[-len(decays) :] = decays
 
     def _exchange(self, last: bool) -> AbstractContextManager:
         """Within it a backward adds up the processes' gradients, if it is the last of the step."""
