@@ -73,6 +73,8 @@ class Inception:
     """
 
     dim = 2048
+    name = "inception"
+    identity = "inception-v3"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
