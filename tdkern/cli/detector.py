@@ -76,25 +76,22 @@ def train(data, test, dest, epochs, width, seed):
     """
     if dest.suffix != ".safetensors" or not NAME.fullmatch(dest.stem):
         raise click.UsageError(
-            f"--dest must be a .safetensors file whose name has letters, digits, _ and -, got {dest}"
+            f"--dest must end in .safetensors and be named in letters, digits, _ and -, got {dest}"
         )
     images, labels = _classes_of(data)
     others, classes = _classes_of(test)
     if others.shape[1:] != images.shape[1:] or classes.max() > labels.max():
         raise DatasetError(
-            f"{test}: must have images [3, {images.shape[2]}, {images.shape[3]}] of the "
-            f"{labels.max() + 1} classes of {data}, got {list(others.shape[1:])} of "
-            f"{classes.max() + 1}"
+            f"{test}: must have images {list(images.shape[1:])} of the {labels.max() + 1} classes "
+            f"of {data}, got {list(others.shape[1:])} of {classes.max() + 1}"
         )
     dest.parent.mkdir(parents=True, exist_ok=True)  # before the work
-
-    def progress(steps):
-        return tqdm(steps, unit="step", leave=False)
-
-    net = train_classifier(images, labels, width=width, epochs=epochs, seed=seed, progress=progress)
+    with tqdm(unit="step", leave=False) as bar:
+        net = train_classifier(images, labels, width=width, epochs=epochs, seed=seed, bar=bar)
     round_weights(net)
-    words = {"data": Path(data).name, "test": Path(test).name, "dest": dest.name}
-    words |= {"epochs": epochs, "width": width, "seed": seed}
+    flags = {"data": Path(data).name, "test": Path(test).name, "dest": dest.name}
+    flags |= {"epochs": str(epochs), "width": str(width), "seed": str(seed)}
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
     record = {
         "name": dest.stem,
         "width": width,
@@ -103,19 +100,14 @@ def train(data, test, dest, epochs, width, seed):
         "accuracy": accuracy(net, others, classes),
         "test_images": len(others),
         "train_images": len(images),
+        "command": shlex.join(["tdkern", "detector", "train", *words]),
         "seed": seed,
-        "command": shlex.join(
-            ["tdkern", "detector", "train"]
-            + [word for name, value in words.items() for word in (f"--{name}", str(value))]
-        ),
         "versions": {"tdkern": __version__, "torch": torch.__version__},
     }
     write_detector(dest, net, record)
     count = sum(parameter.numel() for parameter in net.parameters())
-    click.echo(
-        f"{dest}: {count:,} weights, {dest.stat().st_size:,} bytes, "
-        f"{_stated(record['accuracy'], len(others))}"
-    )
+    size = f"{dest}: {count:,} weights in {dest.stat().st_size:,} bytes"
+    click.echo(f"{size}, {_stated(record['accuracy'], len(others))}")
 
 
 @detector.command()

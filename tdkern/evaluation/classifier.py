@@ -2,8 +2,6 @@
 training.
 """
 
-from collections.abc import Callable, Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +73,7 @@ def train_classifier(
     width: int,
     epochs: int,
     seed: int,
-    progress: Callable[[range], Iterable[int]] = iter,
+    bar=None,
 ) -> Classifier:
     """A classifier of images by SGD with Nesterov's momentum, the learning rate in one cycle.
 
@@ -88,12 +86,20 @@ def train_classifier(
         width: of `Classifier`.
         epochs: passes over the images, at least 1.
         seed: of the initial weights, the order of the images and their augmentation.
-        progress: shows the steps as they are taken.
+        bar: a progress bar of tqdm's, which is told of every step.
+
+    Raises:
+        ValueError: the images are smaller than 8 x 8, or there is one class only.
 
     Returns:
         The network in evaluation mode, on the images' device. Deterministic on a CPU, for one
         number of threads.
     """
+    if images.shape[2] < 8 or labels.max() < 1:
+        raise ValueError(
+            "train_classifier: needs images of at least 8x8 pixels and 2 classes, got "
+            f"{images.shape[2]}x{images.shape[3]} and {labels.max() + 1}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init"))
         net = Classifier(width, int(labels.max()) + 1)
@@ -106,7 +112,9 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_LR, steps, pct_start=WARMUP, anneal_strategy="linear", cycle_momentum=False
     )
-    for step in progress(range(steps)):
+    if bar is not None:
+        bar.reset(steps)
+    for step in range(steps):
         indices = step_indices(len(images), BATCH, seed, step).to(images.device)
         logits = net(_augmented(images[indices], generator))
         loss = nn.functional.cross_entropy(logits, labels[indices], label_smoothing=LABEL_SMOOTHING)
@@ -114,6 +122,8 @@ def train_classifier(
         loss.backward()
         optimizer.step()
         schedule.step()
+        if bar is not None:
+            bar.update()
     return net.eval()
 
 
