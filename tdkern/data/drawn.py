@@ -21,7 +21,7 @@ RECORD = "generate.json"  # how the folder's images are drawn
 FORMAT = 1
 MAX_RECORD = 1 << 24  # bytes: a list of all classes of a large data set takes some
 PNG_BEGIN, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
-LONGEST = 60  # characters of a setting in a message
+LONGEST = 40  # characters of a setting in a message
 
 
 class DrawnFolder:
@@ -78,7 +78,7 @@ class DrawnFolder:
             ) from error
         ours = self.settings
         differing = [
-            f"{name} {_short(theirs, name)} and not {_short(ours, name)}"
+            _difference(name, theirs.get(name), ours.get(name))
             for name in names
             if theirs.get(name) != ours.get(name)
         ]
@@ -116,6 +116,9 @@ class DrawnFolder:
         self.recorded = True
 
 
-def _short(settings: dict, name: str) -> str:
-    text = json.dumps(settings[name]) if name in settings else "nothing"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+def _difference(name: str, theirs, ours) -> str:
+    """In words, how two settings of a name differ."""
+    texts = [json.dumps(each) for each in (theirs, ours)]
+    if max(map(len, texts)) > LONGEST:
+        return f"other {name}"
+    return "{} {} and not {}".format(name, *texts)

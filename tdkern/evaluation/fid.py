@@ -299,12 +299,17 @@ def read_features(source: str | Path) -> Tensor:
     return torch.from_numpy(features.astype(np.float32))
 
 
+def is_address(source: str | Path) -> bool:
+    """Whether statistics are at an address, and not in a file."""
+    return str(source).startswith(("http://", "https://"))
+
+
 def _read_arrays(
     source: str | Path, names: tuple[str, ...], most: int, make: str
 ) -> list[np.ndarray]:
     """Arrays of an .npz file or address, each of at most so many bytes; `make` makes one."""
     try:
-        if str(source).startswith(("http://", "https://")):
+        if is_address(source):
             data = _download(str(source))
         else:
             data = read_file(source, MAX_STATISTICS)
