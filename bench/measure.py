@@ -21,6 +21,13 @@ def sizes(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(2, *shapes[0][1:])] if TINY else list(shapes)
 
 
+def of_device(*, tiny, cpu, cuda):
+    """The sizes for this run: to see that it runs, or to time it on this device."""
+    if TINY:
+        return tiny
+    return cpu if DEVICE == "cpu" else cuda
+
+
 def name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 

@@ -96,10 +96,8 @@ def persistence(monkeypatch):
     def _reconstruct_persistent_obj(meta):
         raise AssertionError("executed")
 
-    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = (
-        "torch_utils.persistence",
-        "_reconstruct_persistent_obj",
-    )
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)

@@ -71,12 +71,10 @@ class StepBatches:
         rank: int = 0,
         world: int = 1,
     ):
-        self.size, self.batch, self.seed, self.steps = (
-            size,
-            batch,
-            seed,
-            range(first_step, last_step),
-        )
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+        self.steps = range(first_step, last_step)
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
     def __len__(self) -> int:

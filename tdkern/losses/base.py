@@ -108,6 +108,22 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return append_dims(values.to(like.dtype), like.ndim)
 
 
+def _scale_weights(coef: Tensor, gradient_scale: float, u: Tensor | None) -> None:
+    """Multiply the weights in `coef` by the gradient's scale and by exp(-u), in place."""
+    coef[:, W_TD:] *= gradient_scale
+    if u is not None:
+        coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
+
+
+def _with_uncertainty(loss: Tensor, u: Tensor | None, gradient_scale: float) -> Tensor:
+    """exp(-u) L + u of a loss [B] with exp(-u) in its weights, where it is a number: its gradient
+    is that of exp(-u) L.
+    """
+    if u is None:
+        return loss
+    return loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+
+
 def path_coef(
     alpha: Tensor,
     sigma: Tensor,
@@ -298,22 +314,16 @@ class Loss(ABC):
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
         target_net = target_net.module if isinstance(target_net, EMA) else target_net
+        u = None if uncertainty is None else uncertainty(batch.sigma)
         coef = batch.coef.clone()
         chosen = None
         if batch.x_tp is not None:
             chosen = self._choose(coef, batch.sigma, target_net)
-        coef[:, W_TD:] *= gradient_scale
-        u = None
-        if uncertainty is not None:
-            u = uncertainty(batch.sigma)
-            coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
+        _scale_weights(coef, gradient_scale, u)
         outputs = self._outputs(net, target_net, batch, given, chosen)
         terms = self._weighted(outputs, batch, coef)
         td, base = terms.unbind(1)
-        loss = terms.sum(1)
-        if u is not None:
-            # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
-            loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+        loss = _with_uncertainty(terms.sum(1), u, gradient_scale)
         return TDTerms(loss, td, base, coef[:, W_TD] != 0)
 
     def _weighted(self, outputs: tuple, batch: TDBatch, coef: Tensor) -> Tensor:

@@ -56,9 +56,8 @@ class Init:
             "kaiming_uniform": lambda size: (3 / fan_in) ** 0.5 * (2 * torch.rand(size) - 1),
             "kaiming_normal": lambda size: (1 / fan_in) ** 0.5 * torch.randn(size),
         }[self.mode]
-        return nn.Parameter(self.gain * draw(shape)), nn.Parameter(
-            self.bias_gain * draw(shape[:1])
-        ) if bias else None
+        weight = nn.Parameter(self.gain * draw(shape))
+        return weight, nn.Parameter(self.bias_gain * draw(shape[:1])) if bias else None
 
 
 class Linear(nn.Module):
@@ -95,25 +94,21 @@ class Conv2d(nn.Module):
         fused: bool = False,
     ):
         super().__init__()
-        self.weight, self.bias = (
-            init.parameters((out_channels, in_channels, kernel, kernel), True)
-            if kernel
-            else (None, None)
-        )
-        self.up, self.filter_first, self.filter_last = (
-            up,
-            down and not (fused and kernel),
-            down and fused and kernel > 0,
-        )
+        self.weight, self.bias = None, None
+        if kernel:
+            shape = (out_channels, in_channels, kernel, kernel)
+            self.weight, self.bias = init.parameters(shape, True)
+        self.up = up
+        self.filter_first = down and not (fused and kernel)
+        self.filter_last = down and fused and kernel > 0
         self.box = list(resample_filter) == [1, 1]
-        self.padding, self.filter_padding = kernel // 2, (len(resample_filter) - 1) // 2
+        padding, filter_padding = kernel // 2, (len(resample_filter) - 1) // 2
+        self.padding, self.filter_padding = padding, filter_padding
         if self.filter_last:
-            self.padding, self.filter_padding = self.padding + self.filter_padding, 0
+            self.padding, self.filter_padding = padding + filter_padding, 0
         elif fused and kernel:
-            self.padding, self.filter_padding = (
-                max(self.padding - self.filter_padding, 0),
-                max(self.filter_padding - self.padding, 0),
-            )
+            self.padding = max(padding - filter_padding, 0)
+            self.filter_padding = max(filter_padding - padding, 0)
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         self.register_buffer(
             "resample_filter",
@@ -157,10 +152,8 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps
-        self.weight, self.bias = (
-            nn.Parameter(torch.ones(channels)),
-            nn.Parameter(torch.zeros(channels)),
-        )
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
@@ -229,9 +222,8 @@ class BlockStyle:
     init: Init
     init_zero: Init  # of the layers that end a branch: conv1 and proj
     init_attn: Init
-    scale_shift: (
-        bool  # the embedding scales and shifts the second normalisation, or is added before it
-    )
+    # the embedding scales and shifts the second normalisation, or is added before it
+    scale_shift: bool
     skip_scale: float
     eps: float
     project_skip: bool  # a 1x1 kernel on a skip that resamples, even where channels stay
@@ -301,7 +293,6 @@ class ResBlock(nn.Module):
             for p in (self.qkv.weight.flatten(1), self.qkv.bias)
         )
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
-        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # each [B, heads, HW, C / heads]
+        q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # each [B, heads, HW, C / heads]
         return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)

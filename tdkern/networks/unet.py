@@ -44,11 +44,9 @@ class UNet(Remembered):
         label_dropout: float,
     ):
         super().__init__()
-        self.img_resolution, self.in_channels, self.out_channels = (
-            img_resolution,
-            in_channels,
-            out_channels,
-        )
+        self.img_resolution = img_resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
 
     def _build(
@@ -389,10 +387,8 @@ class DhariwalUNet(UNet):
         super().__init__(
             img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout
         )
-        init, init_zero = (
-            Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5),
-            Init("kaiming_uniform", 0),
-        )
+        init = Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5)
+        init_zero = Init("kaiming_uniform", 0)
         emb_channels = model_channels * channel_mult_emb
         style = BlockStyle(
             emb_channels,

@@ -38,7 +38,6 @@ def _tile(
     return values, at, inside
 
 
-# Of each channel in each tile: the mean, and the sum of squares about it.
 @triton.jit
 def sums_kernel(
     x,
@@ -52,6 +51,7 @@ def sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Of each channel in each tile: the mean, and the sum of squares about it."""
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     values, _, inside = _tile(
@@ -66,7 +66,6 @@ def sums_kernel(
     tl.store(squares + to, tl.sum(away * away, 0), column < channels)
 
 
-# Of each group: the mean, and 1 / sqrt(variance + eps).
 @triton.jit
 def groups_kernel(
     means,
@@ -82,6 +81,7 @@ def groups_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Of each group: the mean, and 1 / sqrt(variance + eps)."""
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     size = channels // groups
@@ -124,6 +124,7 @@ def result_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """A tile of y = silu((x + add - mean) inverse weight + bias)."""
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     values, at, inside = _tile(

@@ -144,10 +144,8 @@ def test_equal_compute(study):
 
 
 def test_difference_is_paired():
-    values, baseline = (
-        torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]]),
-        torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]]),
-    )
+    values = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]])
+    baseline = torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]])
     first, second = Difference.of(values, baseline)
     assert (
         first == (pytest.approx(-100 / 3), 0, 3) and first.clear

@@ -223,10 +223,8 @@ def test_no_value_reaches_the_host():
 
 
 def test_gradient():
-    pipe, images = (
-        AugmentPipe(**EDM),
-        torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True),
-    )
+    pipe = AugmentPipe(**EDM)
+    images = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     draws = pipe.draw(images)
     assert torch.autograd.gradcheck(lambda x: pipe(x, draws)[0], images, fast_mode=True)
 

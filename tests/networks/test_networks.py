@@ -536,13 +536,11 @@ def test_song_initialisation():
         elif kind == "bias":
             assert not parameter.any(), name
         else:
-            gain = (
-                1e-5
-                if layer.endswith(("conv1", "proj", "aux_conv"))
-                else 0.2**0.5
-                if layer.endswith("qkv")
-                else 1
-            )
+            gain = 1
+            if layer.endswith(("conv1", "proj", "aux_conv")):
+                gain = 1e-5
+            elif layer.endswith("qkv"):
+                gain = 0.2**0.5
             assert uniform(parameter, gain * math.sqrt(6 / sum(fans(parameter)))), name
     assert 0.6 < net.map_noise.freqs.std().item() / 16 < 1.4 and net.map_noise.freqs.shape == (32,)
 

@@ -400,10 +400,8 @@ def groups(net):
 
 def test_groups_and_schedulers():
     net, other = network(), network()
-    ours, theirs = (
-        AdamEMA(groups(net), 0.01),
-        torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0),
-    )
+    ours = AdamEMA(groups(net), 0.01)
+    theirs = torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0)
     train(net, ours, 10, torch.optim.lr_scheduler.CosineAnnealingLR(ours, 10))
     train(other, theirs, 10, torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 10))
     same(net, other)
@@ -413,10 +411,8 @@ def test_groups_and_schedulers():
 def test_state_dict_both_ways(kind):
     net, other, third = network(), network(), network()
     decoupled = kind is torch.optim.AdamW
-    ours, theirs = (
-        AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled),
-        kind(other.parameters(), 0.01, weight_decay=0.1),
-    )
+    ours = AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled)
+    theirs = kind(other.parameters(), 0.01, weight_decay=0.1)
     train(net, ours, 5)
     train(other, theirs, 5)
     again = AdamEMA(third.parameters(), decoupled=not decoupled)
@@ -674,10 +670,8 @@ def test_grad_scaler(unscale, takes_grad_scale):
 
 def test_clip_and_closure():
     net, other = network(), network()
-    ours, theirs = (
-        AdamEMA(net.parameters(), 0.01),
-        torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0),
-    )
+    ours = AdamEMA(net.parameters(), 0.01)
+    theirs = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0)
     x = torch.ones(3, 4, dtype=torch.float64)
 
     def closure():

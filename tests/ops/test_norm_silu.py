@@ -62,10 +62,8 @@ def test_a_network_without_gradients_loses_no_more_in_one_kernel(make, monkeypat
     net = EDMPrecond(model).to(device).eval()
     for parameter in net.parameters():  # newly made, the last layers are zero
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
-    x, sigma = (
-        torch.randn(4, 3, 16, 16, device=device),
-        torch.tensor([0.1, 0.5, 2, 9], device=device),
-    )
+    x = torch.randn(4, 3, 16, 16, device=device)
+    sigma = torch.tensor([0.1, 0.5, 2, 9], device=device)
     calls = []
     one_kernel = half.norm_silu
     monkeypatch.setattr(half, "norm_silu", lambda *args: calls.append(0) or one_kernel(*args))

@@ -75,10 +75,8 @@ def test_adam_ema_refuses(backend, column, how):
         arguments[column][0] = tensor[:1].expand(N, 2)
     elif how == "what is read":
         buffer = memory(backend)
-        arguments[column][0], arguments["grads"][0] = (
-            buffer[2 : 2 + 2 * N].view(N, 2),
-            buffer[: 2 * N].view(N, 2),
-        )
+        arguments[column][0] = buffer[2 : 2 + 2 * N].view(N, 2)
+        arguments["grads"][0] = buffer[: 2 * N].view(N, 2)
     else:
         arguments[column][1] = tensor if column == "steps" else tensor[0]
     arguments["averages"] = [arguments["averages"]]

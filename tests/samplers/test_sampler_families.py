@@ -348,10 +348,8 @@ def test_ablation_golden_alpha_and_churn():
 
 
 def test_ablation_is_heun_by_default_and_stays_in_edms_state():
-    golden, sigmas = (
-        golden_of("heun_gmm"),
-        torch.tensor([20.0, 4.0, 1.0, 0.3], dtype=torch.float64),
-    )  # does not end at 0
+    golden = golden_of("heun_gmm")
+    sigmas = torch.tensor([20.0, 4.0, 1.0, 0.3], dtype=torch.float64)  # does not end at 0
     denoiser, start = gmm(golden), golden["latents"].double() * 20
     torch.testing.assert_close(
         ablation(denoiser, start, sigmas), heun(denoiser, start, sigmas), rtol=1e-12, atol=1e-12
@@ -433,11 +431,9 @@ ALL = [ddim, ddpm, dpmpp, unipc, onestep, multistep, ablation]
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_state_keeps_its_dtype_and_input_and_the_callback_sees_every_step(sampler):
-    x, weight, seen = (
-        torch.ones(2, 3, dtype=torch.float64, requires_grad=True),
-        torch.ones(1, requires_grad=True),
-        [],
-    )
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
     out = sampler(
         lambda x, sigma: (weight * halving(x, sigma)).float(),
         x,

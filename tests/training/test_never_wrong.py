@@ -846,10 +846,8 @@ def test_a_converted_network_that_is_not_finite_is_refused(tmp_path):
     source = DATA / "edm_snapshot_tiny.pkl"
     tdkern_("convert", source, tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        meta, tensors = (
-            file.metadata(),
-            {name: file.get_tensor(name).clone() for name in file.keys()},
-        )
+        meta = file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     next(iter(tensors.values())).fill_(float("nan"))
     safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", meta)
     said = line(

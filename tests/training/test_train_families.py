@@ -573,12 +573,10 @@ def test_a_denoiser_calls_a_unet_as_the_other_wrappers_do(cls):
         nn.init.normal_(parameter, std=0.3)
     net = Denoiser(unet, "velocity", time_scale=1000.0)
     assert net.state_dict().keys() == {f"model.{name}" for name in unet.state_dict()}
-    x, sigma, labels, augment = (
-        torch.randn(2, 3, 8, 8),
-        torch.tensor([0.5, 3.0]),
-        torch.eye(2),
-        torch.randn(2, 9),
-    )
+    x = torch.randn(2, 3, 8, 8)
+    sigma = torch.tensor([0.5, 3.0])
+    labels = torch.eye(2)
+    augment = torch.randn(2, 9)
     scaled, t = x / (1 + sigma)[:, None, None, None], 1000 * sigma / (1 + sigma)
     with torch.no_grad():
         for given in ((labels, augment), (None, None), (labels, None)):

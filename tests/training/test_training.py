@@ -293,12 +293,10 @@ def test_augmentation(data, monkeypatch):
         and trainer.augment_pipe.p == 0.6
         and trainer.augment_pipe.xflip > 1e6
     )
-    seen, piped, noised, real = (
-        {"net": [], "target": [], "ema": []},
-        [],
-        [],
-        type(trainer.loss).pair,
-    )
+    seen = {"net": [], "target": [], "ema": []}
+    piped = []
+    noised = []
+    real = type(trainer.loss).pair
     for name, module in (
         ("net", trainer.net),
         ("target", trainer.target.module),
