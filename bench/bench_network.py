@@ -36,9 +36,10 @@ class PlainConv2d(Conv2d):
 
 class PlainResBlock(ResBlock):
     def _attend(self, x):
+        # each [B heads, C / heads, HW]
         q, k, v = (
             self.qkv(x).reshape(x.shape[0] * self.heads, x.shape[1] // self.heads, 3, -1).unbind(2)
-        )  # each [B heads, C / heads, HW]
+        )
         weight = (q.transpose(1, 2) @ k / k.shape[1] ** 0.5).softmax(2)  # [B heads, HW, HW]
         return (v @ weight.transpose(1, 2)).reshape(x.shape)
 

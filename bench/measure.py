@@ -70,9 +70,8 @@ def peak_extra(step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    return sorted(_traced_peak(step) for _ in range(3))[
-        1
-    ]  # seldom, on a machine under load, a trace lacks some of its events
+    # seldom, on a machine under load, a trace lacks some of its events
+    return sorted(_traced_peak(step) for _ in range(3))[1]
 
 
 def _traced_peak(step) -> int:

@@ -439,11 +439,12 @@ def profiled(text: str) -> list[dict]:
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = list(csv.DictReader(line for line in lines[start:] if line.startswith('"')))
+    # the first names the units
     return [
         {"kernel": row["Kernel Name"][:120]}
         | {ours: row.get(name) for name, ours in METRICS.items()}
         for row in rows[1:]
-    ]  # the first names the units
+    ]
 
 
 def finished(done: dict, facts: dict) -> dict:

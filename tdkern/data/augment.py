@@ -25,6 +25,7 @@ SYM6 = (
     -0.007800708325034148,
 )
 DELAY = 5  # taps from the filter's start to its centre
+# label columns of each
 TRANSFORMS = {
     "xflip": 1,
     "yflip": 1,
@@ -32,7 +33,7 @@ TRANSFORMS = {
     "rotate_frac": 2,
     "aniso": 2,
     "translate_frac": 2,
-}  # label columns of each
+}
 RESAMPLING = ("scale", "rotate_frac", "aniso", "translate_frac")
 
 

@@ -28,9 +28,8 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
     )
 
 
-@tensor_cache(
-    maxsize=2
-)  # a step touches two epochs at most, unless its batch is larger than the data set
+# a step touches two epochs at most, unless its batch is larger than the data set
+@tensor_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(
         size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))

@@ -14,13 +14,14 @@ from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
+# noise levels from, to, and how many are measured
 BANDS = (
     (0.02, 0.2, 6),
     (0.2, 0.4, 2),
     (0.4, 4.0, 6),
     (4.0, 12.0, 3),
     (12.0, 40.0, 3),
-)  # noise levels from, to, and how many are measured
+)
 
 
 class Levels:
@@ -58,18 +59,16 @@ class Family:
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
     # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
     network: Callable[[nn.Module], nn.Module]
-    draw: Callable[
-        [int, torch.Generator], dict[str, Tensor]
-    ]  # n noise levels, as a keyword of `loss.pair`
+    # n noise levels, as a keyword of `loss.pair`
+    draw: Callable[[int, torch.Generator], dict[str, Tensor]]
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
     sampler_name: str
     sigmas: Callable[[int], Tensor]  # the sampler's levels for so many steps
     budgets: tuple[int, ...]  # sampling steps
     config: dict = field(default_factory=dict)  # what it needs otherwise than `study.Config` has it
-    exact: Callable[[GaussianMixture], Callable] = lambda mixture: (
-        mixture.denoise
-    )  # what a perfect network gives
+    # what a perfect network gives
+    exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
     # over training: the distance of samples with the smallest budget instead of the error

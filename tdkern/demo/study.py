@@ -207,9 +207,8 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
         FloatingPointError: a seed diverged.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the matrices are so small that a second thread would only be waited for
+    # the matrices are so small that a second thread would only be waited for
+    torch.set_num_threads(1)
     try:
         return _run_study(replace(config, **family.config), family)
     finally:

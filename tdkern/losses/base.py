@@ -395,11 +395,12 @@ class Loss(ABC):
             room = min(room, max(int(valid.unflatten(0, (num_models, -1)).sum(1).max()), 1))
         if room >= size:
             return None
+        # topk may break ties anyhow
         order = (
             torch.where(valid, sigma, -1.0)
             .unflatten(0, (num_models, -1))
             .argsort(descending=True, stable=True)
-        )  # topk may break ties anyhow
+        )
         first = torch.arange(num_models, device=sigma.device)[:, None] * size
         chosen = (order[:, :room] + first).flatten()
         if self.td_share < 1:

@@ -4,12 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
 FREQUENCIES = (
     0.5,
     1.0,
     1.5,
     2.0,
-)  # of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
+)
 
 
 class ModelLinear(nn.Module):

@@ -57,9 +57,8 @@ def close(actual, expected, backend):
     """To the rounding of the parameters, which their averages see."""
     dtype = actual[0][0].dtype
     eps = torch.finfo(dtype).eps
-    ulps = (
-        16 if backend == "triton" and dtype == torch.bfloat16 else 8
-    )  # the interpreter cuts off instead of rounding
+    # the interpreter cuts off instead of rounding
+    ulps = 16 if backend == "triton" and dtype == torch.bfloat16 else 8
     for tensor, want in zip(flatten(actual), flatten(expected), strict=True):
         torch.testing.assert_close(
             tensor.double().cpu(), want.double(), rtol=ulps * eps, atol=ulps * eps

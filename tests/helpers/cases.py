@@ -117,9 +117,8 @@ CASES = {
     "no elements": Case((3, 0, 4)),
     "no elements, huber": Case((3, 0, 4), norm=HUBER),
     "one sample": Case((1, 3, 8, 8)),
-    "one odd sample": Case(
-        (1, 107), "consistency", sigma=VALID
-    ),  # aligned, since there is no next row: packs, and a tail behind them
+    # aligned, since there is no next row: packs, and a tail behind them
+    "one odd sample": Case((1, 107), "consistency", sigma=VALID),
     "one element": Case((20, 1)),
     "1-D": Case((20,), "consistency"),
     "5-D": Case((2, 3, 2, 5, 3), "consistency"),

@@ -153,6 +153,7 @@ def test_exponential_curriculum():
     assert [
         curriculum(step) for step in (0, 49_999, 50_000, 149_999, 349_999, 350_000, 399_999, 10**9)
     ] == [11, 11, 21, 41, 641, 1281, 1281, 1281]
+    # K' = floor(9 / (log2 5 + 1)) = 2
     assert [Exponential(10, 50, 9)(step) for step in range(10)] == [
         11,
         11,
@@ -164,7 +165,7 @@ def test_exponential_curriculum():
         51,
         51,
         51,
-    ]  # K' = floor(9 / (log2 5 + 1)) = 2
+    ]
 
 
 # ---- draws, curriculum, norms -------------------------------------------------------------------
@@ -258,9 +259,8 @@ def test_fused_and_plain_network(norm):
             dim=1
         )
         c = 0.00054 * 12**0.5
-        torch.testing.assert_close(
-            12 * terms.base, 0.5 * ((d**2 + c**2).sqrt() - c)
-        )  # none of these indices leaves the schedule
+        # none of these indices leaves the schedule
+        torch.testing.assert_close(12 * terms.base, 0.5 * ((d**2 + c**2).sqrt() - c))
 
 
 def test_boundary_condition():

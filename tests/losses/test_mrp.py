@@ -44,12 +44,10 @@ def test_k_step_returns_telescope(family):
     for k in (1, 2, 4):
         torch.testing.assert_close(mrp.k_step_return(rewards[:k], V[k]), mu[0] - mu[k] + V[k])
         errors = [mrp.td_error(rewards[j], V[j], V[j + 1]) for j in range(k)]
-        torch.testing.assert_close(
-            mrp.k_step_return(rewards[:k], V[k]) - V[0], sum(errors)
-        )  # TD(k)'s error is the sum of TD(0)'s
-    torch.testing.assert_close(
-        mrp.k_step_return(rewards, mu[4]), mu[0]
-    )  # a last state whose value is its own mean
+        # TD(k)'s error is the sum of TD(0)'s
+        torch.testing.assert_close(mrp.k_step_return(rewards[:k], V[k]) - V[0], sum(errors))
+    # a last state whose value is its own mean
+    torch.testing.assert_close(mrp.k_step_return(rewards, mu[4]), mu[0])
 
 
 @pytest.mark.parametrize("family", PATHS, ids=ids)

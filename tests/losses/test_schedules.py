@@ -332,9 +332,8 @@ def test_mean_by_monte_carlo(point, eta):
             + math.sqrt(sigma_t**2 - (alpha_t / alpha_tau * sigma_tau) ** 2) * step
         )
     else:
-        beta = (
-            1 - (alpha_t / alpha_tau * sigma_tau / sigma_t) ** 2
-        )  # the posterior's variance over sigma_tau^2
+        # the posterior's variance over sigma_tau^2
+        beta = 1 - (alpha_t / alpha_tau * sigma_tau / sigma_t) ** 2
         fresh = eta * sigma_tau * math.sqrt(beta)
         x_t = alpha_t * x0 + sigma_t * n
         x_tau = alpha_tau * x0 + math.sqrt(sigma_tau**2 - fresh**2) * n + fresh * step

@@ -417,9 +417,8 @@ def test_state_dict_both_ways(kind):
     train(other, theirs, 5)
     again = AdamEMA(third.parameters(), decoupled=not decoupled)
     third.load_state_dict(other.state_dict())
-    again.load_state_dict(
-        copy.deepcopy(theirs.state_dict())
-    )  # theirs into ours: with it lr, weight decay and its kind
+    # theirs into ours: with it lr, weight decay and its kind
+    again.load_state_dict(copy.deepcopy(theirs.state_dict()))
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # ours into theirs
     for each, optimizer in ((net, ours), (other, theirs), (third, again)):
         train(each, optimizer, 5, seed=1)

@@ -36,9 +36,8 @@ from tdkern.ops._dtypes import FLOATS
 from tdkern.ops.noise_pair import output_like
 from tdkern.reference import philox
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of Triton's interpreter: products that wrap around
+# NumPy's, of Triton's interpreter: products that wrap around
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SHAPES = {
     "odd": (5, 3, 5, 7),
@@ -547,11 +546,12 @@ def test_noise_pair_same_bits_on_lesser_processors():
     root = str(_backends.LIB_DIR.parent.parent)
     digests = set()
     for isa in ("avx512", "avx2", "base"):
+        # without Triton's import
         env = os.environ | {
             "TDKERN_CPU_ISA": isa,
             "PYTHONPATH": root,
             "TRITON_INTERPRET": "0",
-        }  # without Triton's import
+        }
         done = subprocess.run(
             [sys.executable, "-c", BITS], capture_output=True, text=True, cwd=root, env=env
         )

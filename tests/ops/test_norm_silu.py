@@ -12,6 +12,7 @@ from tdkern.ops import _backends
 pytestmark = pytest.mark.skipif(
     bool(_backends.MISSING["triton"]), reason=_backends.MISSING["triton"]
 )
+# more tiles than groups_kernel holds at a time
 SHAPES = [
     (2, 8, 3, 5),
     (1, 96, 8, 8),
@@ -20,7 +21,7 @@ SHAPES = [
     (2, 192, 9, 9),
     (0, 8, 4, 4),
     (1, 8, 72, 71),
-]  # more tiles than groups_kernel holds at a time
+]
 EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
 
 

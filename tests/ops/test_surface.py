@@ -40,9 +40,8 @@ from tdkern.schedules import two_moment
 sys.path.append(str(ROOT / "bench"))
 from measure import peak_extra
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of Triton's interpreter
+# NumPy's, of Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # ---- Hypothesis ---------------------------------------------------------------------------------
 
@@ -430,11 +429,12 @@ BAD = [  # op, what is wrong, its message
         {"noise": torch.tensor([math.nan]), "from_index": True},
         "noise must be finite, got values from nan to nan",
     ),
+    # tau later than t
     (
         "td_coef",
         {"one_idx": -0.25},
         "one_idx must be a positive number, got -0.25",
-    ),  # tau later than t
+    ),
     ("td_coef", {"k_idx": -1.0}, "k_idx must be a positive number, got -1.0"),  # t' later than t
     ("noise_pair", {"sigma": torch.tensor([1.0, -2.0], dtype=F64)}, "sigma must be >= 0, got -2.0"),
     (
@@ -617,9 +617,8 @@ def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
 
         step()
         dF = F.numel() * F.element_size()
-        assert (
-            dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)
-        )  # a GPU's allocations are multiples of 512 bytes
+        # a GPU's allocations are multiples of 512 bytes
+        assert dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)
 
 
 @pytest.mark.parametrize("loss", [EDMLoss(), TDEDMLoss()], ids=lambda loss: type(loss).__name__)

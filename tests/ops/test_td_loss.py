@@ -42,9 +42,8 @@ from tdkern import reference
 from tdkern.ops import _backends
 from tdkern.ops.td_loss import gradient_like
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of what Triton's interpreter masks out afterwards
+# NumPy's, of what Triton's interpreter masks out afterwards
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LAYOUTS = (
     "odd",
     "odd, consistency",

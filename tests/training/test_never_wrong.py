@@ -500,9 +500,8 @@ def test_vector_labels_are_not_drawn(tmp_path):
     output = start(
         tmp_path / "run", "--cond", "1", data=FAULTS / "labels_vector.zip", duration=8e-6
     )
-    assert (
-        "not written" not in output and (tmp_path / "run" / "fakes-000000.008.png").exists()
-    )  # by labels of the data
+    # by labels of the data
+    assert "not written" not in output and (tmp_path / "run" / "fakes-000000.008.png").exists()
     args = [
         "generate",
         "--network",

@@ -71,10 +71,11 @@ def test_one_step_updates_network_and_averages(data):
     }
     trainer.train_step(*batch(trainer))
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 800 / 1600)
+    # half-life of 5 % of 800 images; (1 + j) / (10 + j) at j = 100
     decays = {
         "ema": 0.5 ** (8 / 40),
         "target": 101 / 110,
-    }  # half-life of 5 % of 800 images; (1 + j) / (10 + j) at j = 100
+    }
     for i, parameter in enumerate(trainer.net.parameters()):
         for name, decay in decays.items():
             torch.testing.assert_close(
@@ -231,9 +232,10 @@ def test_a_gradient_whose_square_is_not_finite_does_not_reach_the_weights(data, 
     parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
     before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
     trainer.train_step(*batch(trainer))
+    # the whole step is left out
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in trainer.net.state_dict().items()
-    )  # the whole step is left out
+    )
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
     assert trainer.statistics()["skipped"] == 1
     assert trainer.optimizer.skipped == 0  # it counts from tick to tick
@@ -550,9 +552,10 @@ def _rank(rank, run_dir, options, state):
     """One of two processes."""
     quick_pictures()
     derive = trainer_module.derive_seed
+    # only the first's start may count
     trainer_module.derive_seed = lambda seed, stream, *numbers: derive(
         seed + (rank if stream == "init" else 0), stream, *numbers
-    )  # only the first's start may count
+    )
     with joined() as process:
         trainer = Trainer(options, process, state)
         train(trainer, run_dir if rank == 0 else None)
