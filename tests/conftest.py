@@ -30,9 +30,8 @@ torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 
 def _params(backends):
-    built = (
-        _backends.LIB_DIR / "libtdkern_cpu.so"
-    ).exists()  # then the C++ backend has to work: never skipped
+    # where it is built, the C++ backend has to work: never skipped
+    built = (_backends.LIB_DIR / "libtdkern_cpu.so").exists()
     for name in backends:
         missing = _backends.MISSING[name]
         yield pytest.param(

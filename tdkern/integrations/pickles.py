@@ -245,9 +245,8 @@ class _Machine:
             stack.append(self._call(_is(stack.pop(), tuple), stack.pop()))
         elif name == "BUILD":
             state = stack.pop()
-            if (
-                type(stack[-1]) is not dict
-            ):  # what an OrderedDict has beside its items is not wanted
+            # what an OrderedDict has beside its items is not wanted
+            if type(stack[-1]) is not dict:
                 _is(stack[-1], Call).state = state
         elif name == "BINPERSID" and self.storage:
             stack.append(self.storage(_is(stack.pop(), tuple)))

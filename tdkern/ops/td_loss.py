@@ -71,8 +71,7 @@ def td_loss(
     what must not count. Deterministic: the result does not depend on the number of threads or the
     launch shape. No host synchronisation.
     """
-    given = Given(out, out_target, x0, coef, x_t, x_tp)
-    kind = Kind(base, base_norm, huber_c)
+    given, kind = Given(out, out_target, x0, coef, x_t, x_tp), Kind(base, base_norm, huber_c)
     try:
         return _on_backend(given, kind, backend)
     except _backends.REFUSED:

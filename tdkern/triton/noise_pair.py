@@ -1,5 +1,15 @@
 """noise_pair in Triton: one program per block of a sample's elements, one lane per Philox call. The
 formulas are those of csrc/include/noise_pair_math.h.
+
+The arguments of `pair_kernel`:
+
+    x0, x_t, x_tp: [B, n]; from a sample to the next x0_row, or out_row, elements.
+    alpha, sigma, alpha_p, sigma_p: [B]; from one to the next alpha_step, ... elements.
+    seed, offset: numbers; where seed_at or offset_at is not None, what it points to instead.
+    first_sample: the stream of the first sample.
+    n, chunks: a sample's elements and blocks.
+    plane, step: element k of a sample, as they are drawn, lies at k % plane * step + k // plane.
+    SHARED, FLAT: whether the coupling is "shared", and whether step is 1.
 """
 
 import torch
@@ -104,18 +114,7 @@ def pair_kernel(
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of a sample's elements of x_t and x_tp.
-
-    Args:
-        x0, x_t, x_tp: [B, n], from a sample to the next x0_row, or out_row, elements.
-        alpha, sigma, alpha_p, sigma_p: [B], from one to the next alpha_step, ... elements.
-        seed, offset: numbers; where `seed_at` or `offset_at` is not None, what it points to.
-        first_sample: the stream of the first sample.
-        n, chunks: a sample's elements and blocks.
-        plane, step: element k of a sample, in the order of the draws, lies at
-            k % plane * step + k // plane.
-        SHARED, FLAT: whether the coupling is "shared", and whether step is 1.
-    """
+    """A block of a sample's x_t and x_tp."""
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * BLOCK

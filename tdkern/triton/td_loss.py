@@ -1,5 +1,19 @@
 """td_loss in Triton: one program per chunk of a sample; where a sample is several chunks, a second
 small kernel adds their sums in order.
+
+The kernels' arguments, of which the pointers in `_chunk` and `_correct` are those of a chunk:
+
+    F, F_p, x0, x_t, x_tp: [B, n], the op's `out` to `x_tp`; the last two may be None.
+    dF: [B, n], or None where no gradient is wanted.
+    F_row to dF_row: from a sample to the next, in elements; those of one sample are side by side.
+    coef: [B, 8] float64.
+    upstream: [B, 2], the gradient of the loss; None in the forward pass.
+    sums: [B, chunks, 2], of delta^2 and of base^2 or |base|; None where a sample is one chunk.
+    loss: [B, 2].
+    n, inverse_n, chunks: a sample's elements, 1 / n, and its chunks.
+    rest: elements from the chunk's first to the sample's last.
+    CONSISTENCY, L1: the op's `consistency` and `l1`.
+    CHUNK, BLOCK: elements of a program, and of its registers at a time.
 """
 
 import torch
@@ -66,12 +80,8 @@ def _chunk(
 ):
     """One chunk of a sample: returns its sums of delta^2 and of base^2 or |base|, and writes dF.
 
-    A term that is off adds exactly 0, whatever its error is, and what only terms that are off need
-    is not read. The pointers are those of `chunk_kernel`, at the chunk.
-
-    Args:
-        g_td, g_base: the sample's upstream gradient.
-        rest: elements from the chunk's first to the sample's last.
+    g_td and g_base are the sample's upstream gradient. A term that is off adds exactly 0, whatever
+    its error is, and what only terms that are off need is not read.
     """
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = _columns(coef)
@@ -133,10 +143,7 @@ def _correct(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Makes dF, which holds the gradient for an upstream gradient of 1, that for the one at `g`.
-
-    The other arguments are those of `_chunk`.
-    """
+    """Makes dF, which holds the gradient for an upstream gradient of 1, that for the one at g."""
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     g_td, g_base = tl.load(g), tl.load(g + 1)
     # Half precision is computed anew: before a loss scale, dF may have underflowed.
@@ -192,21 +199,8 @@ def chunk_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Forward, where `upstream` is None: writes dF unless it is None, and the sums, or at once the
-    loss where a sample is one chunk. Backward: dF holds the gradient for an upstream gradient of 1;
-    corrects the samples whose upstream gradient is another.
-
-    Args:
-        F, F_p, x0, x_t, x_tp: [B, n], of the op's `out` to `x_tp`; the last two may be None.
-        dF: [B, n] or None.
-        F_row, ...: from a sample to the next, in elements; the elements of one are side by side.
-        coef: [B, 8] float64.
-        upstream: [B, 2] or None, the gradient of the loss.
-        sums: [B, chunks, 2], of delta^2 and of base^2 or |base|; None where a sample is one chunk.
-        loss: [B, 2].
-        n, inverse_n, chunks: a sample's elements, 1 / n, and its chunks.
-        CONSISTENCY, L1: the op's `consistency` and `l1`.
-        CHUNK, BLOCK: elements of a program, and of its registers at a time.
+    """Forward: writes dF, and the sums, or at once the loss where a sample is one chunk. Backward:
+    corrects dF where a sample's upstream gradient is not 1.
     """
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * CHUNK

@@ -108,9 +108,8 @@ def test_distance_of_singular_covariances():
 
 def test_statistics_are_edms():
     data, *expected = golden("d8_full")
-    detector = type(
-        "Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]}
-    )()  # "images" that hold the features
+    # "images" that hold the features
+    detector = type("Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]})()
     for features, statistics in zip(
         (data["features"], data["features_ref"]), expected, strict=True
     ):

@@ -107,9 +107,8 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
         )
         for it in range(12):
             for i, (param, same) in enumerate(zip(ours, theirs, strict=True)):
-                if (
-                    it % 3 > 0 or i != 1
-                ):  # a parameter without a gradient keeps its own count of steps
+                # a parameter without a gradient keeps its own count of steps
+                if it % 3 > 0 or i != 1:
                     param.grad = torch.randn_like(param)
                     same.grad = param.grad.clone()
                 else:

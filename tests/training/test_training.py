@@ -210,10 +210,11 @@ def test_share_by_default():
     assert window.loss["td_share"] == pytest.approx(
         0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4
     )
+    # next to none, nearly all
     for td_sigma, share in (
         ([70.0, 80.0], 1e-4),
         ([-1.0, 80.0], 1),
-    ):  # next to none, nearly all
+    ):
         assert options_of(data="", batch=512, td_sigma=td_sigma, td_share=None).loss[
             "td_share"
         ] == pytest.approx(share, abs=1e-12)
@@ -534,9 +535,8 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
     torch.rand(3)
     for i, seed in enumerate([5, 6, 7]):
         alone = sample(net, trainer.network, [seed], sigmas, **churn)
-        assert (
-            alone[0].int() - together[i].int()
-        ).abs().max() <= 1  # a batch of another size may round otherwise
+        # a batch of another size may round otherwise
+        assert (alone[0].int() - together[i].int()).abs().max() <= 1
     assert (together[0].int() - together[1].int()).abs().max() > 10
     given = [sample(net, trainer.network, [5], sigmas, class_idx=c) for c in range(3)]
     assert (
