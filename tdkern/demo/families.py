@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.mixture import GaussianMixture
 from ..families import FAMILIES as losses_of
-from ..losses import Loss, TDDDPMLoss, TDEDMLoss
+from ..losses import Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss
+from ..losses.path import PathLoss
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
@@ -119,7 +121,7 @@ def _losses(family: str, baseline: str, **td) -> dict[str, Loss]:
 
 
 def _edm(losses: dict[str, Loss]) -> Family:
-    loss = losses["TD"]
+    loss = cast("TDEDMLoss", losses["TD"])
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         normal = torch.randn(n, generator=generator, dtype=torch.float64)
@@ -139,7 +141,7 @@ def _edm(losses: dict[str, Loss]) -> Family:
 
 def _path(losses: dict[str, Loss], **settings) -> Family:
     """A family with uniform times of a schedule; `settings` are of the `Family`."""
-    path = losses["TD"].schedule
+    path = cast("PathLoss", losses["TD"]).schedule
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         if isinstance(path, DDPM):
@@ -162,7 +164,7 @@ def _ddpm_network(path: DDPM) -> Callable[[nn.Module], nn.Module]:
 
 
 def _ct(losses: dict[str, Loss]) -> Family:
-    scales = losses["TD"].num_scales
+    scales = cast("int", cast("TDCTLoss", losses["TD"]).num_scales)
     levels = EDM(scales).sigma(torch.arange(scales - 1))
 
     def exact(mixture: GaussianMixture):

@@ -96,7 +96,7 @@ class Draw(NamedTuple):
 
 def _on_a_path(loss: Loss) -> bool:
     draws_both = "noise_p" in signature(loss.pair).parameters
-    return draws_both and loss.coupling != "shared"
+    return draws_both and getattr(loss, "coupling", "shared") != "shared"
 
 
 def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[Draw]:

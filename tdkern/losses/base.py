@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,6 +171,9 @@ def path_coef(
     return coef, levels.T
 
 
+L = TypeVar("L", bound="Loss")
+
+
 @dataclass(frozen=True)
 class Loss(ABC):
     """A loss of a network's output over noisy data.
@@ -228,7 +231,7 @@ class Loss(ABC):
         """
         return self._with(place=(first, samples))
 
-    def _with(self, **changes) -> "Loss":
+    def _with(self: L, **changes) -> L:
         """This loss with other values of its fields, which are not checked anew: a curriculum's
         first steps may have what is refused of a whole run, such as no TD term yet.
         """

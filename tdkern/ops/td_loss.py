@@ -89,13 +89,15 @@ class Given(NamedTuple):
     x_t: Tensor | None
     x_tp: Tensor | None
 
-    def fixed(self) -> tuple[Tensor | None, ...]:
+    def fixed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All but `out`, without gradients; but in forward mode with their tangents, which would
         otherwise be dropped without a word.
         """
         if _modes.forward_mode():
             return self[1:]
-        return tuple(None if tensor is None else tensor.detach() for tensor in self[1:])
+        x_t = None if self.x_t is None else self.x_t.detach()
+        x_tp = None if self.x_tp is None else self.x_tp.detach()
+        return self.out_target.detach(), self.x0.detach(), self.coef.detach(), x_t, x_tp
 
 
 class Kind(NamedTuple):

@@ -3,6 +3,8 @@ and one for the result. What a target network and a sampler run between two conv
 brings the image into channels first for it and back, in nine passes over memory.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -164,9 +166,9 @@ def group_norm_silu(
     if x.numel() == 0:
         return y
     tiles, blocks = triton.cdiv(pixels, ROWS), triton.cdiv(channels, COLUMNS)
-    wide = {"dtype": torch.float32, "device": x.device}
-    means, squares = torch.empty(2, batch, tiles, channels, **wide)
-    mean_of, inverse_of = torch.empty(2, batch, groups, **wide)
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    means, squares = new(2, batch, tiles, channels)
+    mean_of, inverse_of = new(2, batch, groups)
     grid, counts = (batch * tiles * blocks,), (pixels, channels, tiles)
     size = triton.next_power_of_2(channels // groups)
     tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))
