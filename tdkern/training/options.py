@@ -170,8 +170,8 @@ class Options:
     )
     start_scales: int | None = flag(
         None,
-        "Steps between noise levels at the start of training; with fixed the number of levels, with "
-        "easy its q.",
+        "Steps between noise levels at the start of training; with fixed their number, with easy "
+        "its q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
