@@ -2,7 +2,7 @@
 
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
-from .report import conclusion, report, to_json
+from .tables import conclusion, report, to_json
 from .study import Config, Study, run_study
 
 __all__ = [

@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .families import Levels
-from .report import BAND_NAMES, CLEAR, Difference
+from .tables import BAND_NAMES, CLEAR, Difference
 from .study import Study
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart

@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from tdkern.cli import main
 from tdkern.demo import STUDY, Config, conclusion, report, run_study
 from tdkern.demo.families import BANDS, Levels
-from tdkern.demo.report import Difference
 from tdkern.demo.study import Run, draws, train
+from tdkern.demo.tables import Difference
 from tdkern.evaluation.mixture import GaussianMixture, denoiser_error
 from tdkern.networks import MLP, EDMPrecond
 
