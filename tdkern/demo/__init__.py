@@ -2,8 +2,8 @@
 
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
-from .tables import conclusion, report, to_json
 from .study import Config, Study, run_study
+from .tables import conclusion, report, to_json
 
 __all__ = [
     "FAMILIES",
