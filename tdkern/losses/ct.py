@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -155,7 +156,7 @@ class CTLoss(Loss):
                 "evenly, got None"
             )
         if self.lognormal is not None:
-            low, high = self._lognormal_range()
+            low, high = self._lognormal_range
             if not low < high:
                 raise ValueError(
                     f"{name}: lognormal must have levels between sigma_min and sigma_max, "
@@ -299,7 +300,7 @@ class CTLoss(Loss):
                 lambda n: torch.randint(self.num_scales - 1, (n,), device=images.device),
             )
         mean, std = self.lognormal
-        low, high = self._lognormal_range()
+        low, high = self._lognormal_range
         uniform = self._draw(
             images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
         )
@@ -307,6 +308,7 @@ class CTLoss(Loss):
         index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index(sigma)
         return index.long().clamp(max=self.num_scales - 2)
 
+    @cached_property  # its numbers are read by the host, which a step is not to do
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
         assert self.lognormal is not None

@@ -44,7 +44,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu", "shard", "compile", "bench", "ls")
+SPLIT = ("gpus", "batch_gpu", "shard", "compile", "cuda_graph", "bench", "ls")
 
 
 def _consistency(family: Family) -> bool:
@@ -135,6 +135,9 @@ class Options:
         within=POSITIVE,
     )
     compile: bool = flag(False, "Compile the networks by torch.compile.")
+    cuda_graph: bool = flag(
+        False, "On a GPU capture the whole step once as a CUDA graph, and replay it."
+    )
     bench: bool = flag(
         False,
         "On a GPU choose kernels by measuring, and TF32: faster, but not the same bits again.",
@@ -264,6 +267,7 @@ class Options:
             self._complete_scales()
         self._complete_loss()
         self.make_loss()  # which checks its own arguments
+        self._check_graph()
 
     def _fill_in(self) -> None:
         """Refuse the options of other families, and replace what is None by its value."""
@@ -342,6 +346,15 @@ class Options:
             # what the samples at `td_sigma` need; one sample, where those are next to none
             window = self._make(td=True).window_share(self.batch_gpu)
             self.loss["td_share"] = max(round(window, 4), 1e-4)
+
+    def _check_graph(self) -> None:
+        if self.cuda_graph and self.gpus > 1:
+            raise ValueError(f"cuda_graph must be False with several processes, got {self.gpus}")
+        if self.cuda_graph and self.loss.get("base_norm") == "lpips":
+            raise ValueError(
+                "cuda_graph must be False with base_norm lpips, which copies from the host in every "
+                "step"
+            )
 
     def make_loss(self) -> Loss:
         """The loss that these options describe."""
