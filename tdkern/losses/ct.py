@@ -69,7 +69,7 @@ class CTLoss(Loss):
     of torch's global generators, of the CPU and of x's device. This holds under activation
     checkpointing and for networks that are compiled alike. `torch.compile` of the loss itself
     breaks its graph there, so that `fullgraph=True` needs a dropout of 0; a CUDA graph's capture
-    needs it too, and says so.
+    needs it too, and says so, but for that of `tdkern train --cuda-graph`.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
     are its two halves. The fused path needs `networks.CTPrecond` with the same sigma_data and
@@ -433,4 +433,10 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
             image = interpolate(image, size=224, mode="bilinear")
         return image / 2 + 0.5
 
-    return lambda D, D_p: distance(prepared(D), prepared(D_p))
+    def measured(D: Tensor, D_p: Tensor) -> Tensor:
+        # moved once: piq copies them from where they are in every call
+        distance.mean, distance.std = distance.mean.to(D.device), distance.std.to(D.device)
+        distance.weights = [each.to(D.device) for each in distance.weights]
+        return distance(prepared(D), prepared(D_p))
+
+    return measured

@@ -141,11 +141,11 @@ class StepGraph:
             self.loss, self.graph, self.steps = loss, None, 0
         self._take(images, labels)
         if self.steps < WARM_UP:
-            self._run()
+            self._run(loss)
             self.steps += 1
             return
         if self.graph is None:
-            self.graph = self._captured()
+            self.graph = self._captured(loss)
         self.seeds.sow()
         self.graph.replay()
 
@@ -155,20 +155,20 @@ class StepGraph:
         for own, tensor in zip(self.inputs, given, strict=True):
             own.copy_(tensor, non_blocking=True)
 
-    def _run(self) -> None:
+    def _run(self, loss: Loss) -> None:
         current = cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with cuda.stream(self.stream):
-            self.step(self.loss, *self.inputs)
+            self.step(loss, *self.inputs)
         current.wait_stream(self.stream)
 
-    def _captured(self) -> cuda.CUDAGraph:
+    def _captured(self, loss: Loss) -> cuda.CUDAGraph:
         graph = cuda.CUDAGraph()
         # other threads may go on meanwhile: the one that pins images allocates memory
         capture = cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local")
         try:
             with self.seeds.captured(graph), capture:
-                self.step(self.loss, *self.inputs)
+                self.step(loss, *self.inputs)
         except Exception as error:
             raise CaptureError(
                 f"cuda_graph: the step cannot be captured ({error}); go on without it"

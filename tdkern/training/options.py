@@ -267,7 +267,8 @@ class Options:
             self._complete_scales()
         self._complete_loss()
         self.make_loss()  # which checks its own arguments
-        self._check_graph()
+        if self.cuda_graph and self.gpus > 1:
+            raise ValueError(f"cuda_graph must be False with {self.gpus} processes, got True")
 
     def _fill_in(self) -> None:
         """Refuse the options of other families, and replace what is None by its value."""
@@ -346,15 +347,6 @@ class Options:
             # what the samples at `td_sigma` need; one sample, where those are next to none
             window = self._make(td=True).window_share(self.batch_gpu)
             self.loss["td_share"] = max(round(window, 4), 1e-4)
-
-    def _check_graph(self) -> None:
-        if self.cuda_graph and self.gpus > 1:
-            raise ValueError(f"cuda_graph must be False with several processes, got {self.gpus}")
-        if self.cuda_graph and self.loss.get("base_norm") == "lpips":
-            raise ValueError(
-                "cuda_graph must be False with base_norm lpips, which copies from the host in every "
-                "step"
-            )
 
     def make_loss(self) -> Loss:
         """The loss that these options describe."""

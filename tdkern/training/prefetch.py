@@ -29,7 +29,7 @@ def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
             copied = [tensor.to(device, non_blocking=True) for tensor in batch]
         current.wait_stream(copies)
         for tensor in copied:
-            tensor.record_stream(current)  # their memory is not the next copy's before the step ends
+            tensor.record_stream(current)  # or a later copy might take their memory too early
         yield copied
         steps.append(current.record_event())
         if len(steps) > AHEAD:

@@ -203,13 +203,15 @@ class Trainer:
         options, device = self.options, self.process.device
         optimizer = OPTIMIZERS[options.optim](
             self.net.parameters(),
-            lr=torch.zeros((), dtype=torch.float64, device=device),
+            lr=options.lr,
             betas=(0.9, 0.999),
             eps=1e-8,
             weight_decay=options.weight_decay,
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=device),
             averages=[average.module.parameters() for average in self.averages],
         )
+        for group in optimizer.param_groups:  # `_set_numbers` writes it
+            group["lr"] = torch.full((), options.lr, dtype=torch.float64, device=device)
         if options.ls != 1:  # GradScaler's protocol: the step takes it out of the gradients
             optimizer.grad_scale = torch.tensor(options.ls, device=device)  # type: ignore
         return optimizer
@@ -265,6 +267,7 @@ class Trainer:
         loss, device = self.loss.at(self.step), self.process.device
         self._set_numbers(loss)
         self.seeds.start(self.step)
+        self.optimizer.zero_grad(set_to_none=True)  # before a capture, whose memory is its own
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         try:
             self.run_step(loss, images, labels)
@@ -302,7 +305,6 @@ class Trainer:
             images, labels: as `train_step`'s, on the device.
         """
         options = self.options
-        self.optimizer.zero_grad(set_to_none=True)
         sums = self._accumulate(loss, images, labels)
         if options.target_copy:
             # the device alone knows of skipped steps

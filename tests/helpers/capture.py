@@ -1,8 +1,10 @@
-"""CUDA graphs without a GPU: what a step does on the CPU, recorded with its tensors and done again.
+"""CUDA graphs without a GPU, in two halves.
 
-As in a graph, an operation of a replay reads and writes the memory that it had in the capture, and
-the host's numbers are those of then. A capture leaves all memory as it was; what the step allocates
-holds no number until a replay writes it.
+`OnDevice`: a step on torch's "meta" device, which has no number that the host could read, and whose
+every copy from the host is seen. `graphed`: a step on the CPU, recorded with its tensors and done
+again. As in a graph, an operation of a replay reads and writes the memory that it had in the
+capture, and the host's numbers are those of then. A capture leaves all memory as it was; what the
+step allocates holds no number until a replay writes it.
 """
 
 from contextlib import nullcontext
@@ -15,6 +17,22 @@ from torch.utils._pytree import tree_leaves
 
 from tdkern.training import graph as graph_module
 from tdkern.training.graph import StepGraph
+
+
+class OnDevice(TorchDispatchMode):
+    """Operations with the shapes of what they give, none of which may see the host's memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        # an empty tensor has no memory: it says which modes are on
+        of_host = [t.numel() for t in tensors_in(args, kwargs, out) if t.device.type == "cpu"]
+        assert not any(of_host), f"{func} has to do with the host's memory"
+        self.seen.append((func, [tensor.shape for tensor in tensors_in(out)]))
+        return out
 
 
 class Watched(TorchDispatchMode):
