@@ -19,24 +19,20 @@ from tdkern.training.graph import CaptureError
 
 FAST = TINY | {"lr_rampup_kimg": 0.1, "duration": 1e-3}
 CT = {"family": "ct", "scale_mode": "fixed"}
+# every family, and options that change what a step does
 STEPS = {
     "edm": {"td": False},
     "edm-td": {},
-    "window": {"td_sigma": [0.3, 5.0], "td_share": 0.5},
+    "edm-window": {"td_sigma": [0.3, 5.0], "td_share": 0.5},
+    "edm-parts": {"augment": 0.5, "cond": True, "batch_gpu": 4, "dropout": 0.3},
+    "edm-half": {"precision": "bf16", "target_precision": "fp16"},
+    "edm-radam": {"optim": "radam", "weight_decay": 0.1, "lr_rampup_kimg": 0},
     "ct": CT | {"td": False, "dropout": 0.3, "lognormal": [-1.1, 2.0]},
     "ct-td": CT,
-    "ddpm": {"family": "ddpm", "td": False},
-    "ddpm-td": {"family": "ddpm"},
-    "iddpm": {"family": "iddpm"},
-    "vp": {"family": "vp"},
-    "ve": {"family": "ve"},
-    "flow": {"family": "flow"},
-    "clip": {"clip": 0.5, "ls": 300.0},
-    "power": {"power_ema": [0.05, 0.1], "lr_decay": "cosine"},
-    "parts": {"augment": 0.5, "cond": True, "batch_gpu": 4, "dropout": 0.3},
-    "copy": {"target_copy": 2},
-    "radam": {"optim": "radam", "weight_decay": 0.1, "lr_rampup_kimg": 0},
-    "half": {"precision": "bf16", "target_precision": "fp16"},
+    "ddpm": {"family": "ddpm"},
+    "vp-clip": {"family": "vp", "clip": 0.5, "ls": 300.0},
+    "ve-copy": {"family": "ve", "target_copy": 2},
+    "flow-power": {"family": "flow", "power_ema": [0.05, 0.1], "lr_decay": "cosine"},
 }
 
 
