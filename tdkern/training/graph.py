@@ -170,7 +170,8 @@ class StepGraph:
             with self.seeds.captured(graph), capture:
                 self.step(loss, *self.inputs)
         except Exception as error:
+            reason = error.__context__ or error  # the end of a capture that failed fails too
             raise CaptureError(
-                f"cuda_graph: the step cannot be captured ({error}); go on without it"
+                f"cuda_graph: the step cannot be captured ({reason}); go on without it"
             ) from error
         return graph

@@ -31,6 +31,8 @@ def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
         for tensor in copied:
             tensor.record_stream(current)  # or a later copy might take their memory too early
         yield copied
-        steps.append(current.record_event())
+        end = cuda.Event(blocking=True)  # whoever waits for it leaves the processor to the readers
+        end.record(current)
+        steps.append(end)
         if len(steps) > AHEAD:
             steps.popleft().synchronize()

@@ -23,13 +23,17 @@ class Machine:
         self.current_stream = lambda device: self.stream_of(self.now)
 
     def stream_of(self, name):
-        def record_event():
-            step = self.said[-1][1]
-            self.said.append(("ends", step))
-            return SimpleNamespace(synchronize=lambda: self.said.append(("host waits", step)))
-
         wait = lambda other: self.said.append((name, "waits for", other.name))
-        return SimpleNamespace(name=name, wait_stream=wait, record_event=record_event)
+        return SimpleNamespace(name=name, wait_stream=wait)
+
+    def Event(self, blocking):
+        """Of the end of the step that was the last to run."""
+        assert blocking
+        step = self.said[-1][1]
+        return SimpleNamespace(
+            record=lambda stream: self.said.append((stream.name, "end", step)),
+            synchronize=lambda: self.said.append(("host waits", step)),
+        )
 
     @contextmanager
     def stream(self, stream):
@@ -65,11 +69,12 @@ def test_a_batch_is_copied_beside_the_step_before(monkeypatch):
             ("steps", "holds", f"x{i}"),
             ("steps", "holds", f"y{i}"),
             ("runs", i),
-            ("ends", i),
+            ("steps", "end", i),
         ]
     waits = [i for i, said in enumerate(machine.said) if said[0] == "host waits"]
     assert [machine.said[i] for i in waits] == [("host waits", step) for step in range(3)]
-    assert [machine.said[i - 1] for i in waits] == [("ends", step + AHEAD) for step in range(3)]
+    ends = [("steps", "end", step + AHEAD) for step in range(3)]
+    assert [machine.said[i - 1] for i in waits] == ends
 
 
 def test_on_a_cpu_batches_are_as_they_are():
