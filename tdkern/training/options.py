@@ -44,7 +44,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu", "shard", "compile", "bench", "ls")
+SPLIT = ("gpus", "batch_gpu", "shard", "compile", "cuda_graph", "bench", "ls")
 
 
 def _consistency(family: Family) -> bool:
@@ -135,6 +135,9 @@ class Options:
         within=POSITIVE,
     )
     compile: bool = flag(False, "Compile the networks by torch.compile.")
+    cuda_graph: bool = flag(
+        False, "On a GPU capture the whole step once as a CUDA graph, and replay it."
+    )
     bench: bool = flag(
         False,
         "On a GPU choose kernels by measuring, and use TF32: faster, but not the same bits again.",
@@ -264,6 +267,8 @@ class Options:
             self._complete_scales()
         self._complete_loss()
         self.make_loss()  # which checks its own arguments
+        if self.cuda_graph and self.gpus > 1:
+            raise ValueError(f"cuda_graph must be False with {self.gpus} processes, got True")
 
     def _fill_in(self) -> None:
         """Refuse the options of other families, and replace what is None by its value."""
