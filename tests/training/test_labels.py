@@ -58,7 +58,7 @@ def test_classes_without_images_are_drawn_by_nobody(tmp_path):
         tdkern_(*args, "--class", "3", code=1)
     )
     tdkern_(*args, "--class", "9")
-    tdkern_(*args)
+    assert "were drawn with other settings: class 9 and not null" in line(tdkern_(*args, code=1))
 
 
 def test_the_case_of_labels_from_1(tmp_path):
