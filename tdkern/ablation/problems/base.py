@@ -1,0 +1,53 @@
+"""What a problem is: data whose exact denoiser is known, and a small network to learn it."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+
+class Problem(ABC):
+    """Data, its exact denoiser, and the network that is to learn it.
+
+    Attributes:
+        name: in `PROBLEMS`.
+        image_shape: (channels, height, width) of the data, which lies in about [-1, 1].
+        label_dim: classes, or 0 where there are none.
+        sigma_data: what the losses and the preconditioning are told, about the data's deviation.
+    """
+
+    name: str
+    image_shape: tuple[int, int, int]
+    label_dim: int = 0
+    sigma_data: float = 0.5
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """n independent draws: x0 [n, C, H, W] float32 and one-hot labels [n, label_dim] float32.
+
+        The labels are None where there are no classes. The same for one state of the generator.
+        """
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """The exact denoiser D(x; sigma) = E[x0 | x], or E[x0 | x, labels].
+
+        It is x + sigma^2 grad ln p(x; sigma), and of all denoisers has the least loss (EDM, arXiv
+        2206.00364, eq. 3).
+
+        Args:
+            x: [B, C, H, W], float32 or float64, noisy data.
+            sigma: [B] or a number, > 0, the noise levels.
+            labels: [B, label_dim], one-hot; None is the mean over the classes.
+
+        Returns:
+            [B, C, H, W] in x's dtype; computed in float64. No gradient. Deterministic.
+        """
+
+    @abstractmethod
+    def network(self) -> nn.Module:
+        """A new network for a preconditioning wrapper such as `EDMPrecond`.
+
+        It is called as `SongUNet` is: `model(c_in x, c_noise, class_labels, augment_labels)`. Its
+        initial values come from torch's global generator.
+        """
