@@ -1,6 +1,5 @@
 """The work of `tdkern ablate`: costs, tables and jobs, as far as a results file lacks them."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..data.files import first_of
@@ -30,13 +29,15 @@ class Plan(NamedTuple):
     seeds: tuple[int, ...]
     confirm: bool = False
 
-    def check(self) -> None:
-        """Raises ValueError where a method cannot be made, before any work."""
+    def settings(self) -> dict[str, Setting]:
+        """The methods' settings at equal steps; raises ValueError where one cannot be made."""
+        settings = {}
         for name, method in self.preset.methods.items():
             try:
-                setting_of(method, self.problem, self.size).make_loss()
+                settings[name] = setting_of(method, self.problem, self.size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
+        return settings
 
 
 def ablate(plans: list[Plan], results: Results, workers: int) -> list[str]:
@@ -54,36 +55,40 @@ def ablate(plans: list[Plan], results: Results, workers: int) -> list[str]:
         ValueError: a plan cannot be carried out, or would confirm by seeds that chose.
     """
     for plan in plans:
-        plan.check()
+        _check_seeds(plan, tables_of(results.lines))
     failures: list[str] = []
-    _run(_costs_to_measure(plans, results), 1, results, failures)
+    _run("measuring steps", _costs_to_measure(plans, results), 1, results, failures)
     tables = [table for plan in plans for table in _tables(plan, results, failures)]
     known = {table.key: table for table in tables_of(results.lines)}
     for table in tables:
-        _check_seeds(table, known.values())
         if table.key not in known or known[table.key].with_(table) != known[table.key]:
             results.append(table.line())
-    _run(_jobs_to_do(tables, results), workers, results, failures)
+    _run("training", _jobs_to_do(tables, results), workers, results, failures)
     return failures
 
 
-def _run(jobs: list[Job], workers: int, results: Results, failures: list[str]) -> None:
+def _run(title: str, jobs: list[Job], workers: int, results: Results, failures: list[str]) -> None:
+    def done(job: Job, line: dict) -> None:
+        results.append(line)
+        for cost in line.get("costs", {}).values():
+            if "error" in cost:
+                failures.append(f"{cost['name']}: {cost['error']}")
+
     def failed(job: Job, error: str) -> None:
         failures.append(f"{job.name}: {error}")
-        setting, seed = job.arguments[0], job.arguments[1:]
-        if isinstance(setting, Setting):
-            line = {"key": setting.key, "seed": seed[0], "error": error}
+        if job.work is train:
+            setting, seed = job.arguments
+            line = {"key": setting.key, "seed": seed, "error": error}
             results.append({"kind": "failed"} | line)
 
-    run_jobs(jobs, workers, lambda _, line: results.append(line), failed)
+    run_jobs(jobs, workers, done, failed, title)
 
 
 def _costs_to_measure(plans: list[Plan], results: Results) -> list[Job]:
     """One job for each plan some of whose methods were not measured beside its baseline yet."""
     jobs = []
     for plan in plans:
-        methods = plan.preset.methods.items()
-        settings = {name: setting_of(each, plan.problem, plan.size) for name, each in methods}
+        settings = plan.settings()
         baseline = settings[plan.preset.baseline]
         known = costs_of(results.lines, baseline.step_key)
         new = {name: each for name, each in settings.items() if each.step_key not in known}
@@ -95,7 +100,7 @@ def _costs_to_measure(plans: list[Plan], results: Results) -> list[Job]:
 
 def _tables(plan: Plan, results: Results, failures: list[str]) -> list[Table]:
     """A table for each budget; a method whose cost is not known has no place in `COMPUTE`."""
-    baseline = setting_of(plan.preset.methods[plan.preset.baseline], plan.problem, plan.size)
+    baseline = plan.settings()[plan.preset.baseline]
     costs = costs_of(results.lines, baseline.step_key)
     seeds = plan.seeds if plan.preset.trains else ()
     tables = []
@@ -108,15 +113,16 @@ def _tables(plan: Plan, results: Results, failures: list[str]) -> list[Table]:
     return tables
 
 
-def _check_seeds(table: Table, known: Iterable[Table]) -> None:
+def _check_seeds(plan: Plan, known: list[Table]) -> None:
     """Raises ValueError where seeds that methods are chosen by would confirm the choice."""
-    for other in known:
-        same = other.key[:3] == table.key[:3] and other.confirm != table.confirm
-        common = sorted({*other.seeds} & {*table.seeds})
-        if same and common:
+    for table in known:
+        same = (table.name, table.problem) == (plan.name, plan.problem)
+        common = sorted({*table.seeds} & {*plan.seeds})
+        if same and table.confirm != plan.confirm and common:
             raise ValueError(
-                f"--seeds must be fresh ones where --confirm is given, and stay so: {table.name} "
-                f"has both of {first_of([str(seed) for seed in common])}"
+                "--seeds must be others with --confirm than without: "
+                f"{first_of([str(seed) for seed in common])} of {plan.name} on {plan.problem} are "
+                "in the results already"
             )
 
 

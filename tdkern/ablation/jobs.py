@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from ..data.files import brief
 
 TRIES = 2  # of a job whose process is killed
+IMPORTED = "tdkern.ablation.training"  # what jobs need
 EVERY = 0.5  # seconds between two words of a job
 
 
@@ -51,6 +53,7 @@ def run_jobs(
     workers: int,
     done: Callable[[Job, Any], None],
     failed: Callable[[Job, str], None],
+    title: str = "",
 ) -> None:
     """Run jobs, in order and so many at a time, with one display of progress.
 
@@ -62,8 +65,9 @@ def run_jobs(
         workers: processes, each of one thread.
         done: is given a job and its result, in this process, as soon as it is there.
         failed: is given a job and one line that says why there is no result.
+        title: stands before the progress.
     """
-    pool = _Pool(list(jobs), workers, done, failed)
+    pool = _Pool(list(jobs), workers, done, failed, title)
     try:
         pool.run()
     finally:
@@ -71,15 +75,16 @@ def run_jobs(
 
 
 class _Pool:
-    def __init__(self, jobs: list[Job], workers: int, done, failed):
+    def __init__(self, jobs: list[Job], workers: int, done, failed, title: str):
         self.waiting, self.done, self.failed = deque(jobs), done, failed
         self.workers: list[Worker] = []
         self.most = min(workers, len(jobs))
         self.kills, self.counts = Counter(), Counter()
         self.finished, self.total = 0.0, sum(job.size for job in jobs)
         self.bar = tqdm(
+            desc=title,
             total=100.0,
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}",
             mininterval=0.1 if sys.stderr and sys.stderr.isatty() else 30,  # seconds
             disable=not jobs,
         )
@@ -155,8 +160,10 @@ class _Pool:
 
 
 def _started() -> Worker:
-    # a fork of this process could inherit locks that a thread of it holds
-    context = multiprocessing.get_context("spawn")
+    # workers are forks of a process that has only imported: each begins at once, and none has locks
+    # that a thread of this process held
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([IMPORTED])
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs,), daemon=True)
     process.start()
@@ -167,8 +174,6 @@ def _started() -> Worker:
 def _serve(connection: Connection) -> None:
     """In a process of its own: job after job, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to both: the other decides
-    import torch
-
     torch.set_num_threads(1)
     last = 0.0
 

@@ -106,7 +106,7 @@ def costs_of(lines: list[dict], baseline: str) -> dict[str, dict]:
     costs: dict[str, dict] = {}
     for line in lines:
         if line["kind"] == "cost" and line["baseline"] == baseline:
-            costs |= line["costs"]
+            costs |= {key: cost for key, cost in line["costs"].items() if "error" not in cost}
     return costs
 
 
