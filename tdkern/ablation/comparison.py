@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.files import FileError
-from .bootstrap import Difference, differences
+from .bootstrap import CONFIDENCE, Difference, differences
 from .results import read_results
 from .tables import Table, costs_of, tables_of
 
@@ -47,11 +47,13 @@ class Comparison:
         """Of a row, over all its seeds."""
         return self._values(name, sorted(self.numbers[name]), measures).mean(0).tolist()
 
-    def against(self, name: str, other: str, measures: list[str]) -> list[Difference]:
+    def against(
+        self, name: str, other: str, measures: list[str], confidence: float = CONFIDENCE
+    ) -> list[Difference]:
         """A row's differences from another, over the seeds that both have."""
         seeds = sorted(self.numbers[name].keys() & self.numbers[other].keys())
         ours, theirs = (self._values(each, seeds, measures) for each in (name, other))
-        return differences(ours, theirs)
+        return differences(ours, theirs, confidence)
 
     def _values(self, name: str, seeds: list[int], measures: list[str]) -> np.ndarray:
         """[seeds, measures]; NaN for what a job did not measure."""

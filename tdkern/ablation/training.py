@@ -191,17 +191,17 @@ def train(setting: Setting, seed: int, tell: Tell) -> dict:
         training.step(batch, draw.labels, reference, step)
         seconds.append(time.thread_time() - started)
         tell((step + 1) / setting.steps)
-    skipped = int(training.optimizer.skipped)
     measured = training.measured()
-    wrong = [name for name, value in measured["measures"].items() if not math.isfinite(value)]
-    if skipped or wrong:
-        raise FloatingPointError(f"diverged: {skipped} steps skipped, not finite: {wrong}")
+    for name, value in measured["measures"].items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"diverged: {name} is not finite")
     return {
         "kind": "job",
         "key": setting.key,
         "setting": asdict(setting),
         "seed": seed,
         **measured,
+        "skipped": int(training.optimizer.skipped),
         "step_ms": 1e3 * torch.tensor(seconds).median().item(),
         "seconds": time.monotonic() - began,
     }

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ..data.files import first_of
 from ..demo.report import verdict
-from .bootstrap import CONFIDENCE, LEAST
+from .bootstrap import CONFIDENCE, LEAST, Difference
 from .comparison import Comparison
 
 # of the measures before a slash: what they are, and where they are taken
@@ -120,31 +120,40 @@ def caution(comparison: Comparison) -> str:
 def conclusion(comparison: Comparison) -> list[str]:
     """What follows for a user: of the forms of TD the best by each kind of measure, against the
     baseline, and its settings.
+
+    The best of several is good by chance too, so its interval has a confidence at which all that
+    it was chosen among hold together (Bonferroni).
     """
     table, rows = comparison.table, comparison.table.rows
     forms = [name for name in rows if _is_form_of_td(comparison, name)]
     if not forms:
         return []
-    where = f"On {table.problem} at {BUDGETS.get(table.budget, table.budget)}"
+    groups = groups_of(comparison.measures)
+    tests = len(forms) * len(groups)
+    confidence = 1 - (1 - CONFIDENCE) / tests
     sentences, winners = [], {}
-    for group, measures in groups_of(comparison.measures).items():
+    for group, measures in groups.items():
         last = measures[-1]
         best = min(forms, key=lambda name: comparison.means(name, [last])[0])
-        (found,) = comparison.against(best, table.baseline, [last])
-        result = "no clear difference"
-        if found.clear:
-            result = "a clear gain" if found.percent < 0 else "a clear loss"
-            winners |= {best: rows[best].setting} if found.percent < 0 else {}
+        (found,) = comparison.against(best, table.baseline, [last], confidence)
         sentences.append(
             f"By {title_of(group)}, {place_of(last)}, the best form of TD is {best}, with "
-            f"{found.short} against {table.baseline}: {result}."
+            f"{found.short} against {table.baseline}: {_result(found)}."
         )
+        if found.clear and found.percent < 0:
+            winners[best] = rows[best].setting
+    where = f"On {table.problem} at {BUDGETS.get(table.budget, table.budget)}"
+    advice = f"{where} no form of TD is clearly better than {table.baseline}: leave it off."
     if winners:
         settings = "; ".join(f"{name} has {_settings(each)}" for name, each in winners.items())
         advice = f"{where} TD brings something: {settings}."
-    else:
-        advice = f"{where} no form of TD is clearly better: leave it off."
-    return [advice, *sentences, *_of_the_choice(comparison, len(forms))]
+    return [advice, *sentences, *_of_the_choice(comparison, len(forms), tests, confidence)]
+
+
+def _result(found: Difference) -> str:
+    if not found.clear:
+        return "no clear difference"
+    return "a clear gain" if found.percent < 0 else "a clear loss"
 
 
 def _is_form_of_td(comparison: Comparison, name: str) -> bool:
@@ -166,10 +175,15 @@ def _settings(setting: dict) -> str:
     return ", ".join([*words, f"target_ema_tau {setting.get('target_ema_tau')}"])
 
 
-def _of_the_choice(comparison: Comparison, forms: int) -> list[str]:
-    if comparison.table.confirm or forms == 1:
-        return []
-    return [
-        f"The best of {forms} was chosen by these very seeds, so its interval is too hopeful; "
-        "tdkern ablate --confirm with fresh --seeds tells whether it holds."
-    ]
+def _of_the_choice(comparison: Comparison, forms: int, tests: int, confidence: float) -> list[str]:
+    """How the best was chosen, and how sure that leaves us."""
+    sentence = (
+        f"These intervals are of {confidence:.2%} each, so that all {tests}, of {forms} forms by "
+        f"each kind of measure, hold with {CONFIDENCE:.0%}."
+    )
+    if not comparison.table.confirm and forms > 1:
+        sentence += (
+            " The best was chosen by these very seeds, so that its own numbers are too hopeful; "
+            "tdkern ablate --confirm with fresh --seeds tells what remains."
+        )
+    return [sentence]
