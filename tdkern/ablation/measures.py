@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..evaluation.fid import Statistics, frechet_distance
 from ..samplers import heun
@@ -40,7 +40,7 @@ class Flow(NamedTuple):
     end: Tensor  # [N, C, H, W] float32
 
 
-class RandomFeatures(nn.Module):
+class RandomFeatures:
     """Three random convolutions and their mean over the image: fixed features of small images.
 
     Args:
@@ -51,16 +51,17 @@ class RandomFeatures(nn.Module):
     """
 
     def __init__(self, channels: int, dim: int = 64):
-        super().__init__()
         generator = torch.Generator().manual_seed(0)
-        for i, (before, after) in enumerate(pairwise((channels, dim, dim, dim))):
-            weight = torch.randn(after, before, 3, 3, generator=generator)
-            self.register_buffer(f"weight{i}", weight * (2 / (9 * before)) ** 0.5)
+        self.weights = [
+            torch.randn(after, before, 3, 3, generator=generator) * (2 / (9 * before)) ** 0.5
+            for before, after in pairwise((channels, dim, dim, dim))
+        ]
 
-    def forward(self, images: Tensor) -> Tensor:
-        h = F.relu(F.conv2d(images, self.weight0, padding=1))
-        h = F.relu(F.conv2d(h, self.weight1, padding=1, stride=2))
-        return F.relu(F.conv2d(h, self.weight2, padding=1)).mean((2, 3))
+    def __call__(self, images: Tensor) -> Tensor:
+        h = images
+        for weight, stride in zip(self.weights, (1, 2, 1), strict=True):
+            h = F.relu(F.conv2d(h, weight, padding=1, stride=stride))
+        return h.mean((2, 3))
 
     @torch.no_grad()
     def statistics(self, images: Tensor) -> Statistics:
@@ -171,7 +172,8 @@ class Measures:
         return self.features.statistics(self.problem.sample(REAL, generator)[0])
 
 
-def _parts(*tensors: Tensor | None):
+def _parts(x: Tensor, *others: Tensor | None):
     """Tensors of as many rows, some rows at a time; None stays None."""
-    for first in range(0, len(tensors[0]), PART):
-        yield tuple(None if each is None else each[first : first + PART] for each in tensors)
+    for first in range(0, len(x), PART):
+        rows = slice(first, first + PART)
+        yield x[rows], *(None if each is None else each[rows] for each in others)

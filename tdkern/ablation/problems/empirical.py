@@ -27,7 +27,8 @@ class Empirical(Problem):
     """
 
     def __init__(self, name: str, images: Tensor):
-        self.name, self.image_shape = name, tuple(images.shape[1:])
+        _, channels, height, width = images.shape
+        self.name, self.image_shape = name, (channels, height, width)
         self.images = images.float()
         self._half_squares = torch.cat(
             [part.double().square().sum(1) / 2 for part in self._points.split(4096)]
@@ -93,7 +94,7 @@ def images_of(dataset: ImageDataset, size: int | None = None, n: int | None = No
     Raises:
         DatasetError: the images' size is no multiple of `size`.
     """
-    own = dataset.image_shape[1]
+    own = dataset[0][0].shape[1]
     size = size or own
     if own % size:
         raise DatasetError(

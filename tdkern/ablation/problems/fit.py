@@ -1,6 +1,5 @@
 """A mixture of low-rank Gaussians fitted to points or images."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -123,11 +122,10 @@ def _mirrored(images: Tensor) -> Tensor:
 def joined(mixtures: list[LowRankMixture], shares: Tensor) -> LowRankMixture:
     """One mixture of a mixture for each class, which have these shares [classes]."""
     sizes = torch.tensor([len(each.weights) for each in mixtures])
-    whole = LowRankMixture(
-        *(
-            torch.cat([getattr(each, name) for each in mixtures])
-            for name in ("weights", "means", "factors", "variances")
-        ),
+    return LowRankMixture(
+        torch.cat([each.weights for each in mixtures]) * shares.double().repeat_interleave(sizes),
+        torch.cat([each.means for each in mixtures]),
+        torch.cat([each.factors for each in mixtures]),
+        torch.cat([each.variances for each in mixtures]),
         classes=torch.arange(len(mixtures)).repeat_interleave(sizes),
     )
-    return replace(whole, weights=whole.weights * shares.double().repeat_interleave(sizes))

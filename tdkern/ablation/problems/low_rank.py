@@ -126,7 +126,7 @@ class LowRankMixture:
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """n independent draws [n, d] float64 and their components [n] int64."""
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        K, d, r = self.factors.shape
+        _, d, r = self.factors.shape
         z = torch.randn(n, r, generator=generator, dtype=torch.float64)
         noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
         parts = [
