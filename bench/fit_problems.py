@@ -19,7 +19,7 @@ from tdkern.data import ImageDataset
 def main(data, names, outdir):
     """Fit the problems (default: all) to a data set with classes."""
     torch.set_num_threads(1)
-    dataset = ImageDataset(data, use_labels=True)
+    dataset = ImageDataset(data, use_labels=True, cache=True)
     outdir.mkdir(parents=True, exist_ok=True)
     for name in names or RECIPES:
         recipe = RECIPES[name]

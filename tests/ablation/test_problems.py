@@ -7,7 +7,7 @@ from torch.distributions import MultivariateNormal
 
 from helpers.tiny import data_set, pixels
 from tdkern.ablation.problems import PROBLEMS, Empirical
-from tdkern.ablation.problems.fit import RECIPES, fit, fit_problem, joined
+from tdkern.ablation.problems.fit import RECIPES, Basis, fit, fit_problem, joined
 from tdkern.ablation.problems.low_rank import DATA, Fitted, LowRankMixture, load, save
 from tdkern.data import DatasetError, ImageDataset
 from tdkern.data.files import FileError
@@ -151,14 +151,15 @@ def test_a_fit_finds_the_mixture():
         variances=torch.tensor([0.01, 0.04], dtype=torch.float64),
     )
     points, _ = planted.sample(4000, random)
-    found = fit(points, 2, 2, generator(2))
+    basis = Basis.of(points, 6)
+    found = fit(points, basis, 2, 2, generator(2))
     order = found.weights.argsort(descending=True)
     torch.testing.assert_close(found.weights[order], planted.weights, rtol=0, atol=0.03)
     torch.testing.assert_close(found.variances[order], planted.variances, rtol=0.05, atol=0)
     torch.testing.assert_close(found.means[order], planted.means, rtol=0, atol=0.15)
     covariances = [each @ each.mT for each in (found.factors[order], planted.factors)]
     torch.testing.assert_close(*covariances, rtol=0.15, atol=0.15)
-    again = fit(points, 2, 2, generator(2))
+    again = fit(points, basis, 2, 2, generator(2))
     for name in ("weights", "means", "factors", "variances"):
         assert torch.equal(getattr(found, name), getattr(again, name))
 
@@ -168,7 +169,7 @@ def test_from_images_to_a_file(tmp_path, mixture):
     images = np.concatenate([pixels(40) // 2, pixels(40) // 2 + 128])
     data = data_set(tmp_path / "images.zip", images, [0] * 40 + [1] * 40)
     size = images.shape[2]
-    recipe = RECIPES["images8"]._replace(size=size // 2, components=2, rank=3)
+    recipe = RECIPES["images8"]._replace(size=size // 2, components=2, rank=3, basis=12)
     dataset = ImageDataset(data, use_labels=True)
     fitted = fit_problem(dataset, recipe)
     dark, bright = (fitted.means[fitted.classes == c] for c in (0, 1))
@@ -177,7 +178,7 @@ def test_from_images_to_a_file(tmp_path, mixture):
     assert patches.classes is None and patches.means.shape[1] == fitted.means.shape[1]
 
     path = tmp_path / "fitted.safetensors"
-    save(path, fitted, (3, size // 2, size // 2), fitted.means.shape[1])
+    save(path, fitted, (3, size // 2, size // 2), recipe.basis)
     again = Fitted("fitted", path)
     assert again.image_shape == (3, size // 2, size // 2) and again.label_dim == 2
     torch.testing.assert_close(again.mixture.means, fitted.means, rtol=0, atol=2e-3)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from .base import Problem
-from .empirical import Empirical, empirical
+from .empirical import Empirical, empirical_of
 from .low_rank import Fitted
 from .mixture import Ring
 
@@ -13,8 +13,8 @@ PROBLEMS: dict[str, Callable[..., Problem]] = {
     "patches8": partial(Fitted, "patches8"),
     "images8": partial(Fitted, "images8"),
     "images16": partial(Fitted, "images16"),
-    "empirical8": partial(empirical, "empirical8", size=8, n=5000),
-    "empirical": empirical,
+    "empirical8": partial(empirical_of, "empirical8", size=8, n=5000),
+    "empirical": empirical_of,
 }
 
 __all__ = ["PROBLEMS", "Empirical", "Problem"]

@@ -61,7 +61,7 @@ class Empirical(Problem):
         return logits.softmax(1).float()
 
 
-def empirical(
+def empirical_of(
     name: str = "empirical",
     *,
     data: str | Path | None = None,
@@ -100,7 +100,6 @@ def images_of(dataset: ImageDataset, size: int | None = None, n: int | None = No
         raise DatasetError(
             f"{dataset.path}: must have images of a multiple of {size} pixels, got {own}"
         )
-    images = []
-    for i in range(min(n or len(dataset), len(dataset))):
-        images.append(F.avg_pool2d(to_float(dataset[i][0]), own // size))
-    return torch.stack(images)
+    parts = torch.arange(len(dataset))[:n].split(1024)
+    parts = [torch.stack([dataset[i][0] for i in part.tolist()]) for part in parts]
+    return torch.cat([F.avg_pool2d(to_float(part), own // size) for part in parts])

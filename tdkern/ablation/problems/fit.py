@@ -20,15 +20,40 @@ class Recipe(NamedTuple):
     patches: int  # random patches of each image; 0: the whole image, averaged down
     components: int  # of each class, where there are classes
     rank: int
-    basis: int  # vectors in which they are stored
+    basis: int  # vectors that span all means and factors, in which they are stored
     classes: bool
 
 
 RECIPES = {
-    "patches8": Recipe(8, patches=2, components=256, rank=16, basis=96, classes=False),
-    "images8": Recipe(8, patches=0, components=25, rank=16, basis=96, classes=True),
-    "images16": Recipe(16, patches=0, components=20, rank=16, basis=112, classes=True),
+    "patches8": Recipe(8, patches=1, components=256, rank=28, basis=64, classes=False),
+    "images8": Recipe(8, patches=0, components=25, rank=28, basis=64, classes=True),
+    "images16": Recipe(16, patches=0, components=20, rank=18, basis=112, classes=True),
 }
+
+
+class Basis(NamedTuple):
+    """The principal axes of some points."""
+
+    centre: Tensor  # [d] float64, their mean
+    axes: Tensor  # [d, q] float64, orthonormal
+
+    @classmethod
+    def of(cls, points: Tensor, size: int) -> "Basis":
+        """Of points [N, d], the `size` axes along which they vary most."""
+        centre = points.mean(0, dtype=torch.float64)
+        covariance = sum(_square(part.double() - centre) for part in points.split(4096))
+        return cls(centre, torch.linalg.eigh(covariance).eigenvectors[:, -size:])
+
+
+class Points(NamedTuple):
+    """Points in the coordinates of a basis."""
+
+    inside: Tensor  # [N, q] float64
+    outside: Tensor  # [N] float64, squared distance from what the basis spans
+
+    def of(self, chosen: Tensor) -> "Points":
+        """Some of the points."""
+        return Points(self.inside[chosen], self.outside[chosen])
 
 
 def patches_of(images: Tensor, size: int, each: int, generator: torch.Generator) -> Tensor:
@@ -40,7 +65,9 @@ def patches_of(images: Tensor, size: int, each: int, generator: torch.Generator)
     return torch.cat([windows[every, :, y[i], x[i]] for i in range(each)])
 
 
-def fit(points: Tensor, components: int, rank: int, generator: torch.Generator) -> LowRankMixture:
+def fit(
+    points: Tensor, basis: Basis, components: int, rank: int, generator: torch.Generator
+) -> LowRankMixture:
     """A mixture of at most so many Gaussians of a rank, by k-means and then hard EM.
 
     Each round gives every point to the component under which w_k N(x; m_k, C_k) is largest, and
@@ -50,46 +77,73 @@ def fit(points: Tensor, components: int, rank: int, generator: torch.Generator) 
 
     Args:
         points: [N, d].
+        basis: what spans the means and factors; outside it a component has v in every direction.
         components: K, at most N.
-        rank: r, below d.
+        rank: r, at most the basis' size and below d.
         generator: of the first means, which are points.
 
     Deterministic, but for rounding on another machine.
     """
-    points = points.double()
-    first = torch.randperm(len(points), generator=generator)[:components]
-    means, owner = points[first], torch.zeros(len(points), dtype=torch.long)
+    d = points.shape[1]
+    centred = [part.double() - basis.centre for part in points.split(4096)]
+    inside = torch.cat([part @ basis.axes for part in centred])
+    whole = torch.cat([part.square().sum(1) for part in centred])
+    known = Points(inside, (whole - inside.square().sum(1)).clamp(min=0))
+    mixture = _of_owners(known, _nearest_means(inside, components, generator), rank, d)
+    for _ in tqdm(range(ROUNDS), "mixture", leave=False):
+        mixture = _of_owners(known, _likeliest(mixture, known, d), rank, d)
+    return LowRankMixture(
+        mixture.weights,
+        basis.centre + mixture.means @ basis.axes.T,
+        basis.axes @ mixture.factors,
+        mixture.variances,
+    )
+
+
+def _nearest_means(points: Tensor, components: int, generator: torch.Generator) -> Tensor:
+    """[N] int64: k-means' component of each point [N, q]."""
+    means = points[torch.randperm(len(points), generator=generator)[:components]]
     for _ in tqdm(range(ROUNDS), "k-means", leave=False):
         owner = torch.cat([torch.cdist(part, means).argmin(1) for part in points.split(4096)])
-        counts = torch.zeros(len(means)).index_add_(0, owner, torch.ones(len(points)))
+        counts = torch.bincount(owner, minlength=len(means))[:, None]
         sums = torch.zeros_like(means).index_add_(0, owner, points)
-        means = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp(min=1), means)
-    mixture = _of_owners(points, owner, rank)
-    for _ in tqdm(range(ROUNDS), "mixture", leave=False):
-        mixture = _of_owners(points, mixture.likeliest(points), rank)
-    return mixture
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), means)
+    return owner
 
 
-def _of_owners(points: Tensor, owner: Tensor, rank: int) -> LowRankMixture:
-    """The mixture whose components have these points [N, d], by their numbers [N]."""
-    parts = [points[owner == k] for k in range(int(owner.max()) + 1)]
-    parts = [part for part in parts if len(part) >= 2 * rank + 2]
-    means, factors, variances = zip(*(_principal(part, rank) for part in parts), strict=True)
-    counts = torch.tensor([len(part) for part in parts], dtype=torch.float64)
+def _likeliest(mixture: LowRankMixture, points: Points, d: int) -> Tensor:
+    """[N] int64: the component under which each point is likeliest; `mixture` is of coordinates."""
+    v, beyond = mixture.variances, d - points.inside.shape[1]
+    owners = []
+    for inside, outside in zip(*(each.split(1024) for each in points), strict=True):
+        log_p = mixture.log_joint(inside, 0.0) - outside[:, None] / (2 * v) - beyond / 2 * v.log()
+        owners.append(log_p.argmax(1))
+    return torch.cat(owners)
+
+
+def _of_owners(points: Points, owner: Tensor, rank: int, d: int) -> LowRankMixture:
+    """The mixture whose components have these points, by their numbers [N]; of coordinates."""
+    parts = [points.of(owner == k) for k in range(int(owner.max()) + 1)]
+    parts = [part for part in parts if len(part.inside) >= 2 * rank + 2]
+    means, factors, variances = zip(*(_principal(part, rank, d) for part in parts), strict=True)
+    counts = torch.tensor([len(part.inside) for part in parts], dtype=torch.float64)
     return LowRankMixture(
         counts / counts.sum(), torch.stack(means), torch.stack(factors), torch.stack(variances)
     )
 
 
-def _principal(points: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(m [d], W [d, rank], v) of probabilistic PCA."""
-    mean = points.mean(0)
-    centred = points - mean
-    total = centred.square().sum() / len(points)
-    _, singular, axes = torch.linalg.svd(centred, full_matrices=False)
-    spreads = singular[:rank].square() / len(points)
-    v = ((total - spreads.sum()) / (len(mean) - rank)).clamp(min=1e-6)
-    return mean, (axes[:rank] * (spreads - v).clamp(min=0).sqrt()[:, None]).T, v
+def _principal(points: Points, rank: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(m [q], W [q, rank], v) of probabilistic PCA in d dimensions."""
+    mean = points.inside.mean(0)
+    covariance = _square(points.inside - mean) / len(points.inside)
+    spreads, axes = torch.linalg.eigh(covariance)
+    left = spreads[:-rank].sum() + points.outside.mean()
+    v = (left / (d - rank)).clamp(min=1e-6)
+    return mean, axes[:, -rank:] * (spreads[-rank:] - v).clamp(min=0).sqrt(), v
+
+
+def _square(rows: Tensor) -> Tensor:
+    return rows.T @ rows
 
 
 def fit_problem(dataset: ImageDataset, recipe: Recipe, seed: int = 0) -> LowRankMixture:
@@ -97,18 +151,20 @@ def fit_problem(dataset: ImageDataset, recipe: Recipe, seed: int = 0) -> LowRank
 
     Args:
         dataset: of square images with classes, whose size is a multiple of the recipe's.
+        recipe: what to make of them.
+        seed: of the patches' places and the first means.
     """
     generator = torch.Generator().manual_seed(seed)
     if recipe.patches:
-        points = images_of(dataset)
-        points = patches_of(points, recipe.size, recipe.patches, generator)
+        images = patches_of(images_of(dataset), recipe.size, recipe.patches, generator)
     else:
-        points = images_of(dataset, recipe.size)
+        images = images_of(dataset, recipe.size)
+    basis = Basis.of(_mirrored(images), recipe.basis)
     if not recipe.classes:
-        return fit(_mirrored(points), recipe.components, recipe.rank, generator)
+        return fit(_mirrored(images), basis, recipe.components, recipe.rank, generator)
     labels = torch.from_numpy(dataset.labels)
     fits = [
-        fit(_mirrored(points[labels == c]), recipe.components, recipe.rank, generator)
+        fit(_mirrored(images[labels == c]), basis, recipe.components, recipe.rank, generator)
         for c in tqdm(range(dataset.label_dim), "classes")
     ]
     return joined(fits, torch.bincount(labels) / len(labels))

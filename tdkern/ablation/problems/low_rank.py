@@ -57,8 +57,11 @@ class LowRankMixture:
 
         x [B, d], sigma [B] or a number >= 0, labels [B, classes] one-hot; float64.
         """
-        joint = [self._posterior(*part)[0] for part in self._parts(x, sigma, labels)]
-        return torch.cat(joint).logsumexp(1)
+        return self.log_joint(x, sigma, labels).logsumexp(1)
+
+    def log_joint(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
+        """ln w_k N(x; m_k, C_k + sigma^2 I): [B, K]; arguments as in `log_prob`."""
+        return torch.cat([self._posterior(*part)[0] for part in self._parts(x, sigma, labels)])
 
     @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
@@ -118,10 +121,6 @@ class LowRankMixture:
         member = torch.nn.functional.one_hot(self.classes, labels.shape[1]).double()
         share = labels.double() @ (member.T @ self.weights)
         return (labels.double() @ member.T).log() - share.log()[:, None]
-
-    def likeliest(self, x: Tensor) -> Tensor:
-        """[B] int64: the component under which x [B, d] is likeliest, its weight included."""
-        return torch.cat([self._posterior(*part)[0].argmax(1) for part in self._parts(x, 0, None)])
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """n independent draws [n, d] float64 and their components [n] int64."""
