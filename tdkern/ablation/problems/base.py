@@ -3,7 +3,10 @@
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ...networks import SongUNet
 
 
 class Problem(ABC):
@@ -44,10 +47,48 @@ class Problem(ABC):
             [B, C, H, W] in x's dtype; computed in float64. No gradient. Deterministic.
         """
 
-    @abstractmethod
     def network(self) -> nn.Module:
         """A new network for a preconditioning wrapper such as `EDMPrecond`.
 
         It is called as `SongUNet` is: `model(c_in x, c_noise, class_labels, augment_labels)`. Its
         initial values come from torch's global generator.
         """
+        return FoldedUNet(self.image_shape, self.label_dim)
+
+
+class FoldedUNet(nn.Module):
+    """A DDPM++ of squares of 2 x 2 pixels as channels, whose training steps take a core 20 ms.
+
+    Over the pixels themselves it would take four times as long, most of it in passes over memory.
+
+    Args:
+        image_shape: (channels, height, width), the sides even.
+        label_dim: width of the class labels, 0 for none.
+    """
+
+    def __init__(self, image_shape: tuple[int, int, int], label_dim: int):
+        super().__init__()
+        channels, size, _ = image_shape
+        self.img_resolution, self.in_channels, self.label_dim = size, channels, label_dim
+        self.unet = SongUNet(
+            size // 2,
+            4 * channels,
+            4 * channels,
+            label_dim=label_dim,
+            model_channels=32,
+            channel_mult=[1] * (size.bit_length() - 3),  # down to 4 x 4 squares
+            num_blocks=1,
+            attn_resolutions=[],
+            dropout=0.0,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """F [B, C, H, W]; arguments as `SongUNet`'s."""
+        squares = F.pixel_unshuffle(x, 2)
+        return F.pixel_shuffle(self.unet(squares, noise_labels, class_labels, augment_labels), 2)

@@ -39,8 +39,10 @@ class Ring(Problem):
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, None]:
         return self.mixture.sample(n, generator).float().view(n, *self.image_shape), None
 
+    @torch.no_grad()
     def denoise(self, x: Tensor, sigma: Tensor | float, labels: Tensor | None = None) -> Tensor:
-        return self.mixture.denoise(x.flatten(1), sigma).to(x.dtype).view_as(x)
+        denoised = self.mixture.denoise(x.flatten(1), torch.as_tensor(sigma))
+        return denoised.to(x.dtype).view_as(x)
 
     def network(self) -> Points:
         return Points(MLP(2, width=64, num_blocks=2))
