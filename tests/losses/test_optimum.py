@@ -158,7 +158,7 @@ BIAS = {  # in %, of the slope at sigma_hat .5, 1, 2 and 4; in docs/families.md
     "ddpm cosine T=50 k=3": (13, 17, 23, 40),
     "vp": (30, 34, 37, 45),
     "ve": (17, 39, 56, 62),
-    "flow": (14, 21, 29, 42),
+    "flow": (14, 22, 29, 41),
     "edm": (22, 51, 69, 68),
 }
 
