@@ -13,11 +13,13 @@ from tqdm import tqdm
 
 from ..data import DatasetError, ImageDataset
 from ..data.files import one_line
+from ..evaluation.detectors import BUILT_IN, Detector, key_of, make_detector
 from ..evaluation.features import (
     Recorder,
     gathered,
     kernel_distance,
     precision_recall_density_coverage,
+    squared_mmd,
 )
 from ..evaluation.fid import (
     Inception,
@@ -27,6 +29,13 @@ from ..evaluation.fid import (
     read_features,
     read_statistics,
     write_statistics,
+)
+from ..evaluation.intervals import (
+    frechet_floor,
+    frechet_interval,
+    kernel_floor,
+    kernel_interval,
+    some_images,
 )
 from ..families import default_sampler
 from ..samplers import SAMPLERS
@@ -57,44 +66,45 @@ with_workers = click.option(
 )
 with_detector = click.option(
     "--detector",
-    metavar="FILE",
-    help="torch-fidelity's weights of Inception-v3. [default: torch.hub's copy, else downloaded]",
+    metavar="NAME|FILE",
+    help=f"What gives the features: {', '.join(BUILT_IN)}, a small classifier that comes with "
+    "tdkern; a .safetensors file of tdkern detector train; or torch-fidelity's weights of "
+    "Inception-v3. [default: Inception-v3, of torch.hub's copy, else downloaded]",
 )
-METRICS = ("fid", "kid", "prdc")
-TITLES = {"fid": "FID", "kid": "KID", "prdc": "precision, recall, density, coverage"}
-
-
-def _metrics(ctx, param, value: str) -> list[str]:
-    chosen = value.split(",")
-    for name in chosen:
-        if name not in METRICS:
-            raise click.BadParameter(f"must be a list of {', '.join(METRICS)}, got {value!r}")
-    return [name for name in METRICS if name in chosen]
-
-
 with_metrics = click.option(
     "--metrics",
-    default="fid",
-    show_default=True,
     metavar="LIST",
-    callback=_metrics,
     help="Of fid, kid (kernel inception distance) and prdc (precision and recall, density and "
-    "coverage). The last two need a reference of fid ref --features.",
+    "coverage); with another detector than Inception of frechet, kernel and prdc. All but the "
+    "first need a reference of fid ref --features. [default: the first]",
 )
+with_bootstrap = click.option(
+    "--bootstrap",
+    type=click.IntRange(min=50),
+    metavar="N",
+    help="Add 95 % intervals of frechet and kernel from so many resamples, 200 say, and their "
+    "noise floor. Not with Inception, of whose features a resample takes many seconds; needs a "
+    "reference of fid ref --features.",
+)
+MEASURES = ("frechet", "kernel", "prdc")
+TITLES = {"fid": "FID", "kid": "KID", "prdc": "precision, recall, density, coverage"}
 
 
 @click.group()
 def fid():
     """Frechet inception distance (FID) of images to reference statistics, and other distances.
 
-    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone
-    --nproc_per_node=8 -m tdkern.cli -- fid calc ...
+    Compare only FIDs of as many images to one reference. With another --detector than Inception
+    these are Frechet and kernel distances on its features, and no FIDs. For several GPUs: torchrun
+    --standalone --nproc_per_node=8 -m tdkern.cli -- fid calc ...
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-49999 --subdirs
     tdkern fid ref --data cifar10-train-32x32.zip --dest cifar10.npz --features
     tdkern fid calc --images images --ref cifar10.npz --metrics fid,kid,prdc
     tdkern fid steps --network runs/00000-... --ref cifar10.npz --steps 4,6,9,12,18
+    tdkern fid ref --data cifar10-train-32x32.zip --dest own.npz --features --detector cifar10
+    tdkern fid calc --images images --ref own.npz --detector cifar10 --bootstrap 200
     """
 
 
@@ -102,41 +112,113 @@ def fid():
 class Measure:
     """What is asked for, and the reference, which the first process alone has."""
 
-    metrics: list[str]
-    extract: Inception | Recorder
+    measures: list[str]  # of MEASURES
+    detector: Detector
     process: Process
-    reference: Statistics | None
-    real: torch.Tensor | None  # [N, dim], the reference's features, for kid and prdc
+    resamples: int | None  # None leaves out intervals and floors
+    reference: Statistics | None = None
+    real: torch.Tensor | None = None  # [N, dim], its features, where they are needed
 
     def __call__(self, batches: Iterable) -> dict[str, float] | None:
-        """The metrics of a process's images, by name; None but on the first process."""
-        device, extract = self.process.device, self.extract
-        ours, generated = feature_statistics(batches, extract, device), None
-        if isinstance(extract, Recorder):
+        """The numbers of a process's images, by name; None but on the first process."""
+        device, extract, generated = self.process.device, self.detector, None
+        if self.needs_features:
+            extract = Recorder(extract)
+        ours = feature_statistics(batches, extract, device)
+        if self.needs_features:
             generated = gathered(extract.parts, extract.dim, device)
-            extract.parts.clear()
         if self.process.rank > 0:
             return None
         found = {}
-        if "fid" in self.metrics:
-            found["fid"] = frechet_distance(ours, self.reference)
-        if "kid" in self.metrics:
-            kid = kernel_distance(generated, self.real)
-            found |= {"kid": kid.mean, "kid_std": kid.std}
-        if "prdc" in self.metrics:
+        if "frechet" in self.measures:
+            found["frechet"] = frechet_distance(ours, self.reference)
+            if self.resamples:
+                interval = frechet_interval(generated, self.reference, resamples=self.resamples)
+                found |= {"frechet_low": interval.low, "frechet_high": interval.high}
+        if "kernel" in self.measures:
+            found |= self._kernel(generated)
+        if "prdc" in self.measures:
             prdc = precision_recall_density_coverage(generated, self.real, device=device)
             found |= prdc._asdict()
+        return self._named(found)
+
+    @property
+    def names(self) -> list[str]:
+        return [key_of(measure, self.detector) for measure in self.measures]
+
+    @property
+    def needs_features(self) -> bool:
+        return self.measures != ["frechet"] or bool(self.resamples)
+
+    def floor(self, num: int) -> dict[str, float]:
+        """The noise floor of the distances of so many images, by name; of the first process."""
+        floors = {}
+        if self.resamples and "frechet" in self.measures:
+            floors["frechet"] = frechet_floor(self.real, num, splits=self.resamples)
+        if self.resamples and "kernel" in self.measures:
+            floors["kernel"] = kernel_floor(some_images(self.real), num, splits=self.resamples)
+        found = {}
+        for measure, floor in floors.items():
+            found[f"{measure}_floor"] = floor.mean
+            found |= {f"{measure}_floor_low": floor.low, f"{measure}_floor_high": floor.high}
+        return self._named(found)
+
+    def _kernel(self, generated: torch.Tensor) -> dict[str, float]:
+        if self.detector.name == Inception.name:  # KID's subsets
+            kid = kernel_distance(generated, self.real)
+            return {"kernel": kid.mean, "kernel_std": kid.std}
+        sets = some_images(generated), some_images(self.real)
+        found = {"kernel": squared_mmd(*sets).item()}
+        if self.resamples:
+            interval = kernel_interval(*sets, resamples=self.resamples)
+            found |= {"kernel_low": interval.low, "kernel_high": interval.high}
         return found
 
+    def _named(self, found: dict[str, float]) -> dict[str, float]:
+        return {key_of(name, self.detector): value for name, value in found.items()}
 
-def _measure(metrics: list[str], ref: str, detector, num: int, process: Process) -> Measure:
-    reference = _reference(ref, num if "fid" in metrics else None, process)
-    wants_features = metrics != ["fid"]
-    real = read_features(ref) if wants_features and process.rank == 0 else None
-    extract: Any = Inception(detector, process.device)
-    if wants_features:
-        extract = Recorder(extract)
-    return Measure(metrics, extract, process, reference, real)
+
+def _measure(
+    metrics: str | None,
+    ref: str,
+    name: str | None,
+    num: int,
+    resamples: int | None,
+    process: Process,
+) -> Measure:
+    """What flags ask for of `num` images; `name` is the detector's. Warns if they are too few."""
+    detector = make_detector(name, process.device)
+    if resamples and detector.name == Inception.name:
+        raise click.UsageError(
+            f"--bootstrap needs a small detector: give --detector {next(iter(BUILT_IN))}, or a "
+            "file of tdkern detector train"
+        )
+    measure = Measure(_measures(metrics, detector), detector, process, resamples)
+    if process.rank > 0:
+        return measure
+    measure.reference = read_statistics(ref, detector)
+    if measure.needs_features:
+        measure.real = read_features(ref)
+    if "fid" in measure.names and num < 10000:
+        click.echo(
+            f"Warning: the FID of {num} images is biased upwards; 50000 are usual, 10000 the least "
+            "to compare",
+            err=True,
+        )
+    return measure
+
+
+def _measures(metrics: str | None, detector: Detector) -> list[str]:
+    """Those of MEASURES that a list names by their names with a detector; the first of None."""
+    names = {key_of(measure, detector).partition("_")[0]: measure for measure in MEASURES}
+    chosen = next(iter(names)) if metrics is None else metrics
+    for name in chosen.split(","):
+        if name not in names:
+            raise click.UsageError(
+                f"--metrics must be a list of {', '.join(names)} with the detector "
+                f"{detector.name}, got {metrics!r}"
+            )
+    return [measure for name, measure in names.items() if name in chosen.split(",")]
 
 
 @fid.command()
@@ -153,10 +235,11 @@ def _measure(metrics: list[str], ref: str, detector, num: int, process: Process)
     help="Chooses the images, where there are more.",
 )
 @with_metrics
+@with_bootstrap
 @with_batch
 @with_workers
 @with_detector
-def calc(images, ref, num, seed, metrics, batch, workers, detector):
+def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector):
     """FID, or other --metrics, of the images in a folder or zip.
 
     Prints the FID alone, or of other metrics a line each and the same as one line of JSON.
@@ -168,21 +251,21 @@ def calc(images, ref, num, seed, metrics, batch, workers, detector):
                 f"{images}: holds {len(dataset)} images, --num asks for {num}; generate more, or "
                 f"give --num {len(dataset)}"
             )
-        measure = _measure(metrics, ref, detector, num, process)
+        measure = _measure(metrics, ref, detector, num, bootstrap, process)
         _tell_left_out(dataset, process)
         with _images(dataset, batch, workers, process) as batches:
             found = measure(batches)
         if process.rank > 0:
             return
-        label = _label(metrics, num, dataset.image_shape[0])
+        label = _label(measure, num, dataset.image_shape[0])
         click.echo(f"{label} in {images} against {ref}:", err=True)
-        if metrics == ["fid"]:
-            click.echo(f"{found['fid']:g}")
+        if len(found) == 1:
+            click.echo(f"{found[measure.names[0]]:g}")
             return
-        for name, value in found.items():
-            click.echo(f"{name:<9} {value:g}")
-        about = {"images": images, "ref": ref, "num": num, "seed": seed}
-        click.echo(json.dumps(about | found))
+        found |= measure.floor(num)
+        _print_lines(found)
+        about = {"images": images, "ref": ref, "detector": measure.detector.identity}
+        click.echo(json.dumps(about | {"num": num, "seed": seed} | found))
 
 
 @fid.command("ref")
@@ -197,7 +280,8 @@ def calc(images, ref, num, seed, metrics, batch, workers, detector):
 @click.option(
     "--features",
     is_flag=True,
-    help="Also write all images' features, for kid and prdc; 8 KB an image.",
+    help="Also write all images' features, for all but fid and frechet; 4 bytes a feature of an "
+    "image, 8 KB an image of Inception's.",
 )
 @with_batch
 @with_workers
@@ -206,7 +290,7 @@ def reference_statistics(data, dest, features, batch, workers, detector):
     """Write reference statistics: mean and covariance of all images' features."""
     with joined() as process:
         dataset = ImageDataset(data)
-        extract: Any = Inception(detector, process.device)
+        extract: Any = make_detector(detector, process.device)
         if features:
             extract = Recorder(extract)
         if process.rank == 0:
@@ -253,9 +337,10 @@ def reference_statistics(data, dest, features, batch, workers, detector):
     help="With its defaults. [default: multistep of a consistency model, else heun]",
 )
 @with_metrics
+@with_bootstrap
 @with_batch
 @with_detector
-def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
+def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, detector):
     """FID of a network's images for several numbers of sampling steps, without writing them.
 
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
@@ -270,9 +355,9 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
             raise click.UsageError(
                 f"--steps must be at least {least} each with {sampler}, got {min(steps)}"
             )
-        measure = _measure(metrics, ref, detector, num, process)
+        measure = _measure(metrics, ref, detector, num, bootstrap, process)
         batches = torch.arange(seed, seed + num).split(batch)[process.rank :: process.world]
-        label = _label(metrics, num, meta["network"]["img_channels"])
+        label = _label(measure, num, meta["network"]["img_channels"])
         if process.rank == 0:
             click.echo(f"{label} of {network} against {ref}, {sampler}:", err=True)
         rows = []
@@ -288,8 +373,11 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
                 rows.append({"steps": count, "nfe": nfe} | found)
                 _print_row(rows)
         if process.rank == 0:
-            about = {"network": network, "ref": ref, "sampler": sampler, "num": num, "seed": seed}
-            click.echo(json.dumps(about | {"results": rows}))
+            floor = measure.floor(num)
+            _print_lines(floor)
+            about = {"network": network, "ref": ref, "detector": measure.detector.identity}
+            about |= {"sampler": sampler, "num": num, "seed": seed}
+            click.echo(json.dumps(about | floor | {"results": rows}))
 
 
 def _print_row(rows: list[dict]) -> None:
@@ -299,32 +387,19 @@ def _print_row(rows: list[dict]) -> None:
         titles = ["FID" if name == "fid" else name for name in names]
         click.echo(" ".join([f"{'steps':>5} {'NFE':>4}", *(f"{title:>10}" for title in titles)]))
     *_, row = rows
-    numbers = [f"{row[name]:>10.{4 if name == 'fid' else 6}f}" for name in names]
+    numbers = [f"{row[name]:>{max(10, len(name))}.{4 if name == 'fid' else 6}f}" for name in names]
     click.echo(" ".join([f"{row['steps']:>5} {row['nfe']:>4}", *numbers]))
+
+
+def _print_lines(found: dict[str, float]) -> None:
+    width = max([9, *map(len, found)])
+    for name, value in found.items():
+        click.echo(f"{name:<{width}} {value:g}")
 
 
 def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
     if dataset.left_out and process.rank == 0:
         click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
-
-
-def _reference(ref: str, num: int | None, process: Process) -> Statistics | None:
-    """The reference statistics, for the first process alone, which also warns of few images."""
-    if process.rank > 0:
-        return None
-    reference = read_statistics(ref)
-    if len(reference.mu) != Inception.dim:
-        raise ValueError(
-            f"{ref}: must have the {Inception.dim} features of Inception-v3, got "
-            f"{len(reference.mu)}; make it with tdkern fid ref"
-        )
-    if num is not None and num < 10000:
-        click.echo(
-            f"Warning: the FID of {num} images is biased upwards; 50000 are usual, 10000 the least "
-            "to compare",
-            err=True,
-        )
-    return reference
 
 
 @contextmanager
@@ -353,6 +428,6 @@ def _bar(batches: Iterable, process: Process) -> tqdm:
     return tqdm(batches, unit="batch", leave=False, disable=process.rank > 0)
 
 
-def _label(metrics: list[str], num: int, channels: int) -> str:
-    titles = ", ".join(TITLES[name] for name in metrics)
+def _label(measure: Measure, num: int, channels: int) -> str:
+    titles = ", ".join(TITLES.get(name, name) for name in measure.names)
     return f"{titles} of {num} images{' (grey, as RGB)' if channels == 1 else ''}"

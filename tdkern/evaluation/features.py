@@ -20,6 +20,7 @@ class Recorder:
 
     def __init__(self, detector):
         self.detector, self.dim, self.parts = detector, detector.dim, []
+        self.identity = getattr(detector, "identity", "")
 
     def __call__(self, images: Tensor) -> Tensor:
         features = self.detector(images)
@@ -100,25 +101,55 @@ def kernel_distance(
     estimates = []
     for _ in range(subsets):
         x, y = (
-            each[torch.from_numpy(random.choice(len(each), size, replace=False))].double()
+            each[torch.from_numpy(random.choice(len(each), size, replace=False))]
             for each in (generated, real)
         )
-        estimates.append(_mmd2(x, y))
+        estimates.append(squared_mmd(x, y).item())
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def _mmd2(x: Tensor, y: Tensor) -> float:
-    """The unbiased estimate of two sets of as many features."""
-    n = len(x)
+@torch.no_grad()
+def squared_mmd(
+    x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor | None = None
+) -> Tensor:
+    """The unbiased squared maximum mean discrepancy of `kernel_distance`, of whole sets.
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    With weights u of x and v of y, resamples of the sets,
 
-    def off_diagonal(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (n * (n - 1))
+    MMD^2 = <u, u> + <v, v> - 2 <u, v>,  <u, v> = sum u_i v_j k_ij / sum u_i v_j,
 
-    return (off_diagonal(x) + off_diagonal(y) - 2 * kernel(x, y).mean()).item()
+    where both sums of <u, u> and <v, v> leave out i = j.
+
+    Args:
+        x, y: [N, d] and [M, d], features of any real dtype; computed in float64.
+        x_weights, y_weights: [B, N] and [B, M], or [1, N] and [1, M] for all alike; each row is of
+            one resample, in which an image counts so many times. None is once.
+
+    Returns:
+        [B] float64. Deterministic.
+    """
+    x, y = x.double(), y.double()
+    u = torch.ones(1, len(x)).to(x) if x_weights is None else x_weights.to(x)
+    v = torch.ones(1, len(y)).to(y) if y_weights is None else y_weights.to(y)
+    cross = _kernel_sum(x, y, u, v) / (u.sum(1) * v.sum(1))
+    return _mean_of_pairs(x, u) + _mean_of_pairs(y, v) - 2 * cross
+
+
+def _mean_of_pairs(x: Tensor, u: Tensor) -> Tensor:
+    """[B], the mean of k_ij for i != j in each of B resamples."""
+    squares = u.square()
+    own = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return (_kernel_sum(x, x, u, u) - squares @ own) / (u.sum(1).square() - squares.sum(1))
+
+
+def _kernel_sum(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """[B], sum_ij u_i v_j k_ij, for some i at a time."""
+    total = torch.zeros(max(len(u), len(v))).to(x)
+    count = max(1, CHUNK // len(y))
+    for part, weights in zip(x.split(count), u.split(count, dim=1), strict=True):
+        kernel = (part @ y.T / x.shape[1] + 1) ** 3
+        total += (weights @ kernel * v).sum(1)
+    return total
 
 
 class Coverage(NamedTuple):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..data.files import check_file, one_line, read_file, write_atomic
 
+IDENTITY = "detector"  # the array of a file of statistics that names their detector
 MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
 MAX_FEATURES = 1 << 30  # bytes, of 131,072 images' 2048 in float32
 MAX_STATISTICS = MAX_FEATURES + (1 << 28)  # bytes of a file
@@ -52,6 +53,7 @@ class Statistics(NamedTuple):
 
     mu: np.ndarray  # [d] float64
     sigma: np.ndarray  # [d, d] float64, with divisor n - 1
+    detector: str = ""  # the identity of the detector whose features they are; "" if not known
 
 
 class Inception:
@@ -73,6 +75,8 @@ class Inception:
     """
 
     dim = 2048
+    name = "inception"
+    identity = "inception-v3"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
@@ -149,7 +153,7 @@ def feature_statistics(
         batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the
             detector as RGB.
         detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as
-            `Inception`.
+            `Inception`; its `identity`, if it has one, goes into the statistics.
         device: the detector's.
 
     Returns:
@@ -174,7 +178,8 @@ def feature_statistics(
     if n < 2:
         raise ValueError(f"feature_statistics: a covariance needs at least 2 images, got {n}")
     mu = total / n
-    return Statistics(mu.cpu().numpy(), ((outer - n * torch.outer(mu, mu)) / (n - 1)).cpu().numpy())
+    sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)
+    return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), getattr(detector, "identity", ""))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -208,17 +213,21 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(values.clip(0))
 
 
-def read_statistics(source: str | Path) -> Statistics:
+def read_statistics(source: str | Path, detector=None) -> Statistics:
     """Statistics from an .npz with `mu` and `sigma`, such as EDM's reference files; nothing in it
     is executed.
 
     Args:
         source: a file, or its address, http:// or https://.
+        detector: whose features they must be of, if given; EDM's files do not say it, and then the
+            number of features must be its.
 
     Raises:
-        ValueError: it cannot be had, or does not hold statistics.
+        ValueError: it cannot be had, or does not hold such statistics.
     """
-    mu, sigma = _read_arrays(source, ("mu", "sigma"), MAX_ARRAY, "tdkern fid ref")
+    mu, sigma, identity = _read_arrays(
+        source, ("mu", "sigma", IDENTITY), MAX_ARRAY, "tdkern fid ref"
+    )
     if (
         mu.ndim != 1
         or sigma.shape != mu.shape * 2
@@ -229,7 +238,21 @@ def read_statistics(source: str | Path) -> Statistics:
             f"{list(sigma.shape)}; "
             "make one with tdkern fid ref"
         )
-    return Statistics(mu, sigma)
+    statistics = Statistics(mu, sigma, one_line(identity.tobytes().decode("ascii", "replace")))
+    if detector is not None:
+        _check_detector(source, statistics, detector)
+    return statistics
+
+
+def _check_detector(source: str | Path, statistics: Statistics, detector) -> None:
+    """Raise ValueError for statistics of another detector's features."""
+    count, known = len(statistics.mu), statistics.detector
+    if known not in ("", detector.identity) or count != detector.dim:
+        raise ValueError(
+            f"{source}: must have the {detector.dim} features of {detector.identity}, got {count} "
+            f"of {known or 'a detector that it does not name'}; make it with tdkern fid ref and "
+            "the same --detector"
+        )
 
 
 def read_features(source: str | Path) -> Tensor:
@@ -272,9 +295,11 @@ def _read_arrays(
 
 
 def _array(arrays: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
-    """One array of an .npz file, as float64, or features as they are; what its header asks for
-    must be there before memory is taken.
+    """One array of an .npz file, mu and sigma as float64; what its header asks for must be there
+    before memory is taken. Where there is no IDENTITY it is empty.
     """
+    if name == IDENTITY and f"{name}.npy" not in arrays.namelist():
+        return np.frombuffer(b"", np.uint8)
     info = arrays.getinfo(f"{name}.npy")
     if info.file_size > most:
         raise ValueError(f"{name} has {info.file_size:,} bytes, more than the {most:,} allowed")
@@ -285,11 +310,12 @@ def _array(arrays: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     shape, fortran, dtype = read_header[version](file)
-    if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+    kinds = "S" if name == IDENTITY else "fiu"
+    if dtype.kind not in kinds or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
         raise ValueError(f"{name} does not hold the numbers that its header says")
     array = np.frombuffer(file.getbuffer(), dtype, offset=file.tell())
     array = array.reshape(shape, order="F" if fortran else "C")
-    return array if name == "features" else array.astype(np.float64)
+    return array.astype(np.float64) if name in ("mu", "sigma") else array
 
 
 def _download(url: str) -> bytes:
@@ -315,10 +341,13 @@ def write_statistics(
     path: str | Path, statistics: Statistics, features: Tensor | None = None
 ) -> None:
     """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files
-    reads it. With features [N, d] it holds them too, as `features`.
+    reads it. It holds the detector's identity too, as bytes, and features [N, d], if they are
+    given.
     """
     file = io.BytesIO()
-    arrays: dict[str, Any] = statistics._asdict()
+    arrays: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma}
+    if statistics.detector:
+        arrays[IDENTITY] = np.bytes_(statistics.detector.encode())
     if features is not None:
         arrays["features"] = features.numpy()
     np.savez(file, **arrays)

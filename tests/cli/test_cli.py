@@ -382,7 +382,7 @@ def test_runs_that_start_at_once_get_a_number_each(tmp_path):
 
 def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, monkeypatch):
     """And nothing else of that form."""
-    monkeypatch.setattr("tdkern.cli.fid.Inception", Detector)
+    monkeypatch.setattr("tdkern.cli.fid.make_detector", Detector)
     made = {
         "model.safetensors": ["convert", DATA / "edm_snapshot_tiny.pkl"],
         "000001.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],

@@ -694,7 +694,7 @@ def test_without_standard_streams_commands_run(tmp_path, made, command, streams)
 
 
 def _without(streams):
-    importlib.import_module("tdkern.cli.fid").Inception = Detector
+    importlib.import_module("tdkern.cli.fid").make_detector = Detector
     for fd, name in enumerate(("stdin", "stdout", "stderr")):
         if name in streams:
             os.close(fd)
