@@ -28,6 +28,7 @@ sys.path += [str(ROOT), str(BENCH), str(BENCH / "gpu")]
 
 import chart  # noqa: E402
 import comparison  # noqa: E402
+import evidence_table  # noqa: E402
 import table  # noqa: E402
 
 from tdkern.data.files import write_atomic  # noqa: E402
@@ -55,6 +56,7 @@ TABLES = {
     "predictions": Table(H100, comparison.markdown),
     "coupling": Table("coupling.json", table.of_couplings),
     "demo": Table("demo.json", table.of_demo),
+    "evidence-gpu": Table("evidence/gpu.jsonl", evidence_table.markdown),
     "loader": Table("loader.json", table.of_loader),
 }
 PICTURES = {

@@ -72,8 +72,9 @@ def competitors(rows: list[dict]) -> str:
     threads = sorted({row["threads"] for row in rows})
     head, lines = ["op", "size", "what"], {}
     for count in threads:
+        threads_title = "1 thread" if count == 1 else f"{count} threads"
         head += [
-            "median" if on_gpu else f"{count} thread" + "s" * (count > 1),
+            "median" if on_gpu else threads_title,
             *(title for title, _, _ in columns),
         ]
     for row in rows:

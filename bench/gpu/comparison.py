@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import table  # noqa: E402
+from table import table
 
 LARGE = "1e+08"
 PARAMETERS = "54 M parameters, K=2"

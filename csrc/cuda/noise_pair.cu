@@ -89,13 +89,18 @@ __device__ __forceinline__ void compute(const PairSample<T>& s,
   }
 }
 
+// Blocks per SM, at the least.
+template <bool packed, typename D>
+constexpr int pair_blocks() {
+  if (std::is_same_v<D, double>) return 2;
+  return packed ? 4 : kBlocks;
+}
+
 // packed: n is a multiple of four, and four elements lie behind one another and at a multiple of
 // their size, in every tensor.
 template <bool packed, bool shared, typename D>
-__global__ void __launch_bounds__(kThreads,
-                                  std::is_same_v<D, double> ? 2
-                                  : packed                  ? 4
-                                           : kBlocks) pair_kernel(PairRows<D> in, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, (pair_blocks<packed, D>()))
+    pair_kernel(PairRows<D> in, int64_t chunks) {
   using T = typename PairRows<D>::T;
   __shared__ PairSample<T> s;
   __shared__ PhiloxKeys keys;  // fewer instructions to load, four at a time, than to add up anew

@@ -17,13 +17,14 @@ from .files import FileError, check_file, read_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 MAX_IMAGE_FILE = 1 << 28  # bytes
+# folders of systems, not of users
 SERVICE = (
     "__MACOSX",
     "@eaDir",
     "@Recycle",
     "$RECYCLE.BIN",
     "lost+found",
-)  # folders of systems, not of users
+)
 SAMPLED = 1000  # files whose content a fingerprint covers
 
 

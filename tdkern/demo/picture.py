@@ -23,7 +23,7 @@ def draw_picture(study: Study) -> bytes:
     """
     figure = Figure(figsize=(16, 9.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.45])
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.1, 1.45])
     _samples(study, top)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
     for panel, axis in zip((_error, _difference, _distance, _training), axes, strict=True):

@@ -3,10 +3,9 @@
 import textwrap
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .families import BANDS, Levels
+from .families import BANDS
 from .study import Study
 
 # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t

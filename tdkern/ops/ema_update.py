@@ -200,9 +200,8 @@ def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Seque
 
 
 def _fake(averages, params, decays):
-    _check(
-        lists_of(averages, params), params, decays
-    )  # a tensor on "meta" brings an eager call here too
+    # a tensor on "meta" brings an eager call here too
+    _check(lists_of(averages, params), params, decays)
 
 
 def _reference(averages, params, decays):

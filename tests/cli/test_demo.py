@@ -110,12 +110,13 @@ def test_levels_fill_the_bands_and_weigh_as_training_does():
     for i, (lo, hi, count) in enumerate(BANDS):
         inside = Levels.sigma[Levels.band == i]
         assert len(inside) == count and lo < inside.min() and inside.max() < hi
+    # 32,000
     drawn = torch.cat(
         [
             draw.level["sigma"]
             for draw in islice(draws(dataclasses.replace(SMALL, seeds=100), RING, STUDY), 20)
         ]
-    )  # 32,000
+    )
     for i, (lo, hi, _) in enumerate(BANDS):
         assert LEVELS.share[Levels.band == i].sum().item() == pytest.approx(
             ((drawn > lo) & (drawn < hi)).double().mean().item(), abs=0.012
@@ -153,14 +154,11 @@ def test_equal_compute(study):
 
 
 def test_difference_is_paired():
-    values, baseline = (
-        torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]]),
-        torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]]),
-    )
+    values = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]])
+    baseline = torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]])
     first, second = Difference.of(values, baseline)
-    assert (
-        first == (pytest.approx(-100 / 3), 0, 3) and first.clear
-    )  # lower by 1 of 3 in every seed, though the seeds overlap
+    # lower by 1 of 3 in every seed, though the seeds overlap
+    assert first == (pytest.approx(-100 / 3), 0, 3) and first.clear
     assert second == (
         pytest.approx(50),
         pytest.approx(100 / 4 * torch.tensor([1.0, -1.0, 6.0]).std().item() / 3**0.5),

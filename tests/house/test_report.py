@@ -1,4 +1,4 @@
-"""The measured tables and pictures of the documents are what bench/results gives (`make report`)."""
+"""The measured tables and pictures of the documents are what bench/results gives."""
 
 import io
 import json
@@ -40,8 +40,8 @@ def by_hand(text):
     lines = report.MARKED.sub("", text).splitlines()
     for line, after in zip(lines, [*lines[1:], ""], strict=True):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        is_head = after.startswith("| ---")
-        if line.startswith("|") and not is_head and sum(map(bool, map(NUMBER.fullmatch, cells))) > 2:
+        numbers = [cell for cell in cells if NUMBER.fullmatch(cell)]
+        if line.startswith("|") and len(numbers) > 2 and not after.startswith("| ---"):
             yield line
 
 
@@ -87,7 +87,7 @@ def png(image, source="a.json 1"):
 
 
 def test_pictures_that_look_alike():
-    """Single pixels may differ, a line of another colour not; nor what they are of, nor the size."""
+    """Single pixels may differ; lines, what they are of and their size may not."""
     plain = PIL.Image.new("RGB", (100, 100), "white")
     dotted, lined = plain.copy(), plain.copy()
     dotted.putpixel((3, 3), (0, 0, 0))

@@ -500,9 +500,8 @@ def test_vector_labels_are_not_drawn(tmp_path):
     output = start(
         tmp_path / "run", "--cond", "1", data=FAULTS / "labels_vector.zip", duration=8e-6
     )
-    assert (
-        "not written" not in output and (tmp_path / "run" / "fakes-000000.008.png").exists()
-    )  # by labels of the data
+    # by labels of the data
+    assert "not written" not in output and (tmp_path / "run" / "fakes-000000.008.png").exists()
     args = [
         "generate",
         "--network",
@@ -846,10 +845,8 @@ def test_a_converted_network_that_is_not_finite_is_refused(tmp_path):
     source = DATA / "edm_snapshot_tiny.pkl"
     tdkern_("convert", source, tmp_path / "a.safetensors")
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
-        meta, tensors = (
-            file.metadata(),
-            {name: file.get_tensor(name).clone() for name in file.keys()},
-        )
+        meta = file.metadata()
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     next(iter(tensors.values())).fill_(float("nan"))
     safetensors.torch.save_file(tensors, tmp_path / "b.safetensors", meta)
     said = line(
