@@ -10,8 +10,8 @@ in bfloat16, compiled, each step one CUDA graph. OUT gets
     state/          of the run that the end of the time cut off, for the next lease to go on with
     log.txt         what the build printed
 
-FOLDER (evidence/ in the repository, which git ignores) has the images, packed by packing.py, and
-what earlier leases left in OUT: `cp -r OUT/. evidence/` after each, and name evidence/ in `carry`.
+FOLDER (carried/ in the repository, which git ignores) has the images, packed by packing.py, and
+what earlier leases left in OUT: `cp -rf OUT/. carried/` after each, and name carried/ in `carry`.
 bench/results/evidence/gpu.jsonl keeps results.jsonl; `make report` shows it. --dry needs no GPU: it
 builds nothing and trains a tiny network for a few steps.
 """
@@ -36,9 +36,9 @@ def bring(folder: Path, out: Path) -> None:
     for name in KEPT:
         source = folder / name
         if source.is_dir():
-            shutil.copytree(source, out / name)
+            shutil.copytree(source, out / name, copy_function=shutil.copyfile)
         elif source.exists():
-            shutil.copy(source, out / name)
+            shutil.copyfile(source, out / name)
 
 
 def about() -> dict:
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--from",
         dest="folder",
         type=Path,
-        default=campaign.ROOT / "evidence",
+        default=campaign.ROOT / "carried",
         help="the images, and what earlier leases left",
     )
     parser.add_argument("out", type=Path, help="a folder for the results")

@@ -1,6 +1,6 @@
 """Packs a data set of small images so that a machine that can fetch nothing gets it along.
 
-    PYTHONPATH=. python bench/gpu/packing.py cifar10-train-32x32.zip evidence/images.zip.gz
+    PYTHONPATH=. python bench/gpu/packing.py cifar10-train-32x32.zip carried/images.zip.gz
 
 A zip in EDM's layout, its images as JPEG (those that are stay as they are, others are encoded with
 quality 95), compressed as a whole: of a JPEG file of 32x32 pixels two thirds are tables that all

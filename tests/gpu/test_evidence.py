@@ -21,11 +21,11 @@ from tdkern.data import ImageDataset
 
 sys.path += [str(ROOT / "bench"), str(ROOT / "bench/gpu")]
 
+import evidence
+import evidence_table
 import packing
 import states
 import trials
-
-import evidence
 
 pytestmark = pytest.mark.xdist_group("evidence")
 
@@ -350,3 +350,58 @@ def test_a_damaged_state_is_begun_anew(tiny, tmp_path, capsys):
     own = SimpleNamespace(lease=SimpleNamespace(out=tmp_path, clock=Clock()), images=ours.images)
     again = trials.Trials._run(own, ours.trainer.options, [3, trials.TD])
     assert again.trainer.step == 0 and "it begins anew: " in capsys.readouterr().out
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+
+def scored(seed, method, steps, factor, **more):
+    """A line of results: the method's share of what EDM scores on the seed."""
+    scores = {"frechet_cifar10": (20 + seed) * factor, "kernel_cifar10": 0.02 * factor}
+    facts = {"images": 1000, "batch": 256, "parameters": 1_240_000, "step_ms": 10 * factor}
+    facts |= {"memory_mib": 900, "samples": 5000, "detector": "cifar10-abc", "device": "H100"}
+    place = {"seed": seed, "method": method, "steps": steps}
+    return place | scores | facts | {"torch": "2.11"} | more
+
+
+def results_of(path, seeds):
+    """A file of results in which TD scores 5 % less than EDM, and EDM's longer training 10 %."""
+    factors = {trials.EDM: 1.0, trials.LONGER: 0.9, trials.TD: 0.95, trials.WINDOWED: 0.9}
+    lines = [
+        scored(seed, method, steps, factor)
+        for seed in range(seeds)
+        for method, factor in factors.items()
+        for steps in trials.BUDGETS
+    ]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return lines
+
+
+def test_table(tmp_path):
+    results_of(tmp_path / "gpu.jsonl", 5)
+    text = evidence_table.markdown(tmp_path / "gpu.jsonl")
+    for line in (
+        "H100, torch 2.11; a SongUNet of 1.24 million parameters, batches of 256; 5,000 images of "
+        "each of 5 seeds, by features of cifar10-abc; from `bench/results/evidence/gpu.jsonl`",
+        "| Fréchet distance by steps | 5 | 9 | 12 | 18 |",
+        "| EDM | 22 | 22 | 22 | 22 |",
+        f"| TD+EDM − EDM, % |{' -5.0 [-5.0, -5.0] |' * 4}",
+        f"| TD+EDM − EDM, TD's compute, % |{' +5.6 [+5.6, +5.6] |' * 4}",
+        f"| windowed TD+EDM − EDM, TD's compute, % |{' +0.0 [+0.0, +0.0] |' * 4}",
+        "| kernel distance by steps | 5 | 9 | 12 | 18 |",
+        "| TD+EDM | 1,000 | 9.50 | 0.95 | 900 |",
+    ):
+        assert line in text.splitlines()
+
+
+def test_table_leaves_out_what_is_not_whole(tmp_path):
+    """A seed that is cut off, and one with a failure, are in no mean; nothing measured is said."""
+    path = tmp_path / "gpu.jsonl"
+    assert evidence_table.markdown(path) == "Not measured yet."
+    lines = results_of(path, 6)
+    lines[2] = {**lines[2], "failure": "not finite"}
+    text = "".join(f"{json.dumps(line)}\n" for line in lines[:-1])
+    path.write_text(text)
+    text = evidence_table.markdown(path)
+    assert "each of 4 seeds" in text and "(not whole, and in no score: seeds 0, 5)" in text
+    assert "| EDM | 22.5 | 22.5 | 22.5 | 22.5 |" in text
