@@ -7,10 +7,11 @@ a second time, after as many more steps as make its training as long as TD's.
 import gc
 import itertools
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,18 @@ class Scale:
     ways: tuple[Way, ...] = WAYS
 
 
-TINY = Scale(4, (1,), 2, 2, 2, 6, 1, "fp32", WAYS[-1:])  # for a rehearsal on a CPU
+# for a rehearsal on a CPU
+TINY = Scale(
+    cbase=4,
+    cres=(1,),
+    batch=2,
+    samples=2,
+    at_once=2,
+    most_steps=6,
+    seeds=1,
+    precision="fp32",
+    ways=WAYS[-1:],
+)
 
 
 @dataclass
@@ -118,10 +130,13 @@ class Images:
         pixels, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
         self.pixels, self.labels = torch.stack(pixels).to(device), torch.stack(labels).to(device)
 
-    def batch(self, size: int, seed: int, step: int) -> tuple[Tensor, Tensor]:
-        """The images and labels of a training step, as the driver's loader has them."""
-        chosen = step_indices(len(self.pixels), size, seed, step).to(self.pixels.device)
-        return self.pixels[chosen], self.labels[chosen]
+    def batches(self, options: Options, first: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images and labels of so many training steps, as the driver's loader has them."""
+        size, steps = len(self.pixels), range(first, first + count)
+        indices = [step_indices(size, options.batch, options.seed, step) for step in steps]
+        # in one copy: each would wait for the steps before it
+        for chosen in torch.stack(indices).to(self.pixels.device):
+            yield self.pixels[chosen], self.labels[chosen]
 
 
 class Scorer:
@@ -206,9 +221,9 @@ class Run:
 
     def train(self, count: int) -> float:
         """Train for so many steps; returns the milliseconds of one."""
-        began, options, trainer = self.clock(), self.trainer.options, self.trainer
-        for _ in range(count):
-            trainer.train_step(*self.images.batch(options.batch, options.seed, trainer.step))
+        began, trainer = self.clock(), self.trainer
+        for images, labels in self.images.batches(trainer.options, trainer.step, count):
+            trainer.train_step(images, labels)
         if self.on_gpu:
             torch.cuda.synchronize()
             most = torch.cuda.max_memory_allocated() - self.memory_before
@@ -271,9 +286,7 @@ class Trials:
         return plan
 
     def _measured(self) -> tuple[Way, float, float, float, float]:
-        """The first way that works here, with TD's and EDM's times as `Plan` and `_timed` have
-        them.
-        """
+        """The first way that works here, with what `_times` measures."""
         *others, last = self.lease.scale.ways
         for way in others:
             try:
@@ -283,22 +296,30 @@ class Trials:
         return last, *self._times(last)
 
     def _times(self, way: Way) -> tuple[float, float, float, float]:
-        took, td_ms, score_s = self._timed(TD, way)
-        _, edm_ms, _ = self._timed(EDM, way)
-        return took, td_ms, edm_ms, score_s
+        """Seconds until TD trains, ms of a step of TD and of EDM, seconds to score an image."""
+        few = min(CHECK, self.lease.scale.most_steps or CHECK)
+        began = self.lease.clock()
+        run = self._begun(TD, way)
+        run.train(few)
+        took = self.lease.clock() - began
+        td_ms, score_s = run.train(few), self._score_seconds(run)
+        run = self._begun(EDM, way)
+        run.train(few)
+        return took, td_ms, run.train(few), score_s
 
-    def _timed(self, method: str, way: Way) -> tuple[float, float, float]:
-        """Seconds until a method trains, milliseconds of a step, seconds to score an image."""
-        clock, scale, steps = self.lease.clock, self.lease.scale, BUDGETS[0]
-        began = clock()
-        run = Run(self._options(Plan(CHECK, CHECK, way, 0, 0), 0, method), self.images, clock)
-        run.train(min(CHECK, scale.most_steps or CHECK))
-        took = clock() - began
-        ms = run.train(min(CHECK, scale.most_steps or CHECK))
-        began = clock()
-        self.scorer(run.trainer.ema.module, run.trainer.network, steps, 0)
-        seconds = (clock() - began) / scale.samples
-        return took, ms, seconds * EVALUATIONS / (2 * steps - 1)
+    def _begun(self, method: str, way: Way) -> Run:
+        """A run of a method that is thrown away."""
+        options = self._options(Plan(CHECK, CHECK, way, 0, 0), 0, method)
+        return Run(options, self.images, self.lease.clock)
+
+    def _score_seconds(self, run: Run) -> float:
+        """Of an image of each of BUDGETS."""
+        steps, trainer = BUDGETS[0], run.trainer
+        for _ in range(2):  # kernels are chosen in the first
+            began = self.lease.clock()
+            self.scorer(trainer.ema.module, trainer.network, steps, 0)
+            seconds = (self.lease.clock() - began) / self.lease.scale.samples
+        return seconds * EVALUATIONS / (2 * steps - 1)
 
     def _options(self, plan: Plan, seed: int, method: str) -> Options:
         scale = self.lease.scale
@@ -355,8 +376,9 @@ class Trials:
         todo = [steps for steps in BUDGETS if not self.results.has(seed, name, steps)]
         if trainer.step > stop:
             return True
+        ms = math.inf
         while trainer.step < stop:
-            ms = run.train(min(CHECK, stop - trainer.step))
+            ms = min(ms, run.train(min(CHECK, stop - trainer.step)))  # the first steps compile
             if trainer.step < stop and not self.lease.has(ms * CHECK / 1e3):
                 return False
         for steps in todo:

@@ -18,6 +18,7 @@ from helpers import ROOT
 from helpers.imports import SITE, check_imports
 from helpers.tiny import data_set, pixels
 from tdkern.data import ImageDataset
+from tdkern.losses import Loss
 
 sys.path += [str(ROOT / "bench"), str(ROOT / "bench/gpu")]
 
@@ -311,14 +312,40 @@ def test_the_first_way_that_works_is_taken(leases, monkeypatch, capsys):
 
 @pytest.fixture
 def tiny(folder, tmp_path):
-    """A real run of a few steps, and a lease that it belongs to."""
+    """Makes real runs of a few steps of seed 3."""
     packing.unpack(folder / "images.zip.gz", tmp_path / "images.zip")
     images = trials.Images(tmp_path / "images.zip", torch.device("cpu"))
-    lease = trials.Lease(tmp_path, float("inf"), trials.TINY)
-    of_tiny = SimpleNamespace(lease=lease, images=images)
+    own = SimpleNamespace(lease=trials.Lease(tmp_path, 0.0, trials.TINY), images=images)
     plan = trials.Plan(4, 6, trials.TINY.ways[0], 0, 0)
-    options = trials.Trials._options(of_tiny, plan, 3, trials.TD)
-    return lambda state=None: trials.Run(options, images, Clock(), state)
+
+    def begin(method=trials.TD, state=None):
+        options = trials.Trials._options(own, plan, 3, method)
+        return trials.Run(options, images, Clock(), state)
+
+    return begin
+
+
+def test_methods_get_the_same_draws(tiny, monkeypatch):
+    """The same weights to begin with, images, and noise levels; other seeds get others."""
+    seen, evaluate = {}, Loss.evaluate
+
+    def watched(loss, net, target, batch, *args, **named):
+        seen[method].append((batch.x0, batch.sigma))
+        return evaluate(loss, net, target, batch, *args, **named)
+
+    monkeypatch.setattr(Loss, "evaluate", watched)
+    weights = {}
+    for method in trials.METHODS:
+        seen[method], run = [], tiny(method)
+        weights[method] = [param.clone() for param in run.trainer.net.parameters()]
+        run.train(3)
+    for method in (trials.TD, trials.WINDOWED):
+        for ours, theirs in zip(weights[method], weights[trials.EDM], strict=True):
+            assert ours.equal(theirs)
+        for (x0, sigma), (other, level) in zip(seen[method], seen[trials.EDM], strict=True):
+            assert x0.equal(other) and sigma.equal(level)
+    (first, _), (second, _), _ = seen[trials.EDM]
+    assert not first.equal(second)
 
 
 def test_a_run_goes_on_from_its_parts(tiny, tmp_path, monkeypatch):
@@ -334,7 +361,7 @@ def test_a_run_goes_on_from_its_parts(tiny, tmp_path, monkeypatch):
     with states.unpacked(tmp_path, [3, trials.EDM]) as state:
         assert state is None
     with states.unpacked(tmp_path, [3, trials.TD]) as state:
-        ours = tiny(state)
+        ours = tiny(state=state)
     assert ours.trainer.step == 2
     ours.train(2)
     for name, tensor in straight.trainer.tensors().items():
