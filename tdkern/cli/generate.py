@@ -13,8 +13,8 @@ from ..data.files import remove_leftovers
 from ..families import default_sampler
 from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS
-from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
-from ..samplers.ddim import VARIANCES
+from ..samplers.generalised import RANGES, SCALINGS, SCHEDULES, SOLVERS
+from ..samplers.ddpm_ddim import VARIANCES
 from ..training import load_network, sample
 from ..training.distributed import this_process
 from ..training.sampling import choice, sampling_levels

@@ -15,14 +15,14 @@ from ..training.report import page, read_run
     default="report.html",
     show_default=True,
     metavar="HTML",
-    help="The page; one that is there is replaced.",
+    help="The page to write; an older one is replaced.",
 )
 def report(runs, out):
     """Compare runs in one HTML page.
 
-    RUN is a run's directory, one that is being trained too. The page has the curves of loss, TD
-    term, base term and images a second, the last figures, the options that differ, and the newest
-    pictures of each; it needs no other file.
+    RUN is a run's directory, also of a run that is still training. The page has the curves of
+    loss, TD term, base term and images per second, the last figures, the options that differ, and
+    the newest pictures of each; it needs no other file.
 
     \b
     tdkern report runs/00000-... runs/00001-... --out report.html

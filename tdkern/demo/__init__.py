@@ -2,9 +2,9 @@
 
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
-from .report import conclusion, report
 from .saved import from_json, to_json
 from .study import Config, Study, run_study
+from .tables import conclusion, report
 
 __all__ = [
     "FAMILIES",

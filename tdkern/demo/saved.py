@@ -8,8 +8,8 @@ from torch import Tensor
 from .._version import __version__
 from ..evaluation.mixture import GaussianMixture
 from .families import FAMILIES, STUDY, Levels
-from .report import BAND_NAMES, conclusion
 from .study import Config, Outcome, Study
+from .tables import BAND_NAMES, conclusion
 
 
 def to_json(study: Study, family: str | None) -> dict:

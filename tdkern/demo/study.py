@@ -216,32 +216,8 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
 
 
 def _run_study(config: Config, family: Family) -> Study:
-    mixture, losses = GaussianMixture.ring(), family.losses
-    baseline = next(iter(losses))
-    runs = train(
-        config,
-        mixture,
-        family,
-        losses,
-        config.iterations,
-        f"{len(losses)} methods x {config.seeds} seeds",
-    )
-    step_ms = {
-        name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item()
-        for name, run in runs.items()
-    }
-    compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
-    name = f"{baseline}, {compute:.2f}x iterations"
-    runs |= train(
-        config,
-        mixture,
-        family,
-        {name: losses[baseline]},
-        round(compute * config.iterations),
-        f"{baseline} at equal compute",
-    )
-    step_ms[name] = step_ms[baseline]
-
+    mixture = GaussianMixture.ring()
+    runs, step_ms, compute = _train_all(config, mixture, family)
     data, exact = Samples(config, mixture), family.exact(mixture)
     exact_distance, exact_samples = data.distance(exact, 1, family, family.budgets)
     outcomes = {}
@@ -267,6 +243,28 @@ def _run_study(config: Config, family: Family) -> Study:
     return Study(
         family, config, mixture, compute, outcomes, exact_distance[0], exact_samples, random.item()
     )
+
+
+def _train_all(
+    config: Config, mixture: GaussianMixture, family: Family
+) -> tuple[dict[str, Run], dict[str, float], float]:
+    """Every method's run, the last of which is the baseline at the compute of TD, the median time
+    of their steps in ms, and that compute as a multiple of the baseline's.
+    """
+    losses = family.losses
+    baseline = next(iter(losses))
+    desc = f"{len(losses)} methods x {config.seeds} seeds"
+    runs = train(config, mixture, family, losses, config.iterations, desc)
+    step_ms = {
+        name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item()
+        for name, run in runs.items()
+    }
+    compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
+    longer, name = round(compute * config.iterations), f"{baseline}, {compute:.2f}x iterations"
+    alone = {name: losses[baseline]}
+    runs |= train(config, mixture, family, alone, longer, f"{baseline} at equal compute")
+    step_ms[name] = step_ms[baseline]
+    return runs, step_ms, compute
 
 
 class Samples:

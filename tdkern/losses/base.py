@@ -48,7 +48,7 @@ def base_weight_flag(default: str = OWN, *, kw_only: bool = True):
     return flag(
         default,
         "Weight of a noise level in the base loss, of mean((x0 - D)^2); own is the family's, "
-        "inverse-step is for consistency training. In Python a callable of sigma too.",
+        "inverse-step is for consistency training. In Python also a callable of sigma.",
         choices=ALL_BASE_WEIGHTS,
         kw_only=kw_only,
     )
@@ -58,8 +58,8 @@ def share_flag():
     """The field of the target network's share of a batch, where it serves the TD term alone."""
     return flag(
         1.0,
-        "The most of each batch that the target network runs on, highest noise first, in (0, 1]; a "
-        "sample whose TD term has no room has the base loss in its place.",
+        "Largest share of a batch that the target network runs on, in (0, 1], highest noise first; "
+        "a sample beyond it has the base loss in place of its TD term.",
         metavar="SHARE",
         default_help="what --td-sigma needs, else 1",
     )

@@ -89,6 +89,13 @@ class Given(NamedTuple):
     x_t: Tensor | None
     x_tp: Tensor | None
 
+    def on_one_device(self) -> bool:
+        device = self.out.device
+        for tensor in self[1:]:
+            if tensor is not None and tensor.device != device:
+                return False
+        return True
+
     def fixed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All but `out`, without gradients; but in forward mode with their tangents, which would
         otherwise be dropped without a word.
@@ -123,9 +130,9 @@ def _on_backend(given: Given, kind: Kind, backend: str) -> Tensor:
     if kind.base_norm == "huber":
         return _huber(given, kind, backend)
     compiling = torch.compiler.is_compiling()
-    one_device = all(tensor is None or tensor.device == out.device for tensor in given)
     # Of the rest the C++ and the CUDA op check themselves.
-    if backend not in ("cpp", "cuda") or not kind.known() or compiling or not one_device:
+    checks_itself = backend in ("cpp", "cuda") and kind.known() and not compiling
+    if not checks_itself or not given.on_one_device():
         _check(given, kind)
     if backend == "reference":
         return reference.td_loss(out, *given.fixed(), kind.base, kind.base_norm)

@@ -96,11 +96,11 @@ class Options:
         default_help="5% of the duration, at most 10000",
     )
     lr_decay: str = flag(
-        "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+        "none", "How the learning rate falls over the duration.", choices=("none", "cosine")
     )
     optim: str = flag("adam", "Optimizer.", choices=OPTIMIZERS)
     weight_decay: float = flag(
-        0.0, "Weight decay, by its own step and not by the gradient.", within=NOT_NEGATIVE
+        0.0, "Weight decay, apart from the gradient, as in AdamW.", within=NOT_NEGATIVE
     )
     clip: float | None = flag(
         None,
@@ -137,7 +137,7 @@ class Options:
     compile: bool = flag(False, "Compile the networks by torch.compile.")
     bench: bool = flag(
         False,
-        "On a GPU choose kernels by measuring, and TF32: faster, but not the same bits again.",
+        "On a GPU choose kernels by measuring, and use TF32: faster, but not the same bits again.",
     )
     target_precision: str | None = flag(
         None,
@@ -170,8 +170,8 @@ class Options:
     )
     start_scales: int | None = flag(
         None,
-        "Noise levels at the start of training: steps between them, with fixed all levels, with "
-        "easy q.",
+        "Steps between noise levels at the start of training; with fixed their number, with easy "
+        "its q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
@@ -183,7 +183,7 @@ class Options:
     )
     total_training_steps: int | None = flag(
         None,
-        "Training steps to the end of that growth, or with easy of each of its stages.",
+        "Training steps until that growth ends; with easy those of a stage.",
         only=_consistency,
         default_help="those of the duration",
     )
@@ -227,13 +227,13 @@ class Options:
     )
     keep_every: int = flag(
         0,
-        "Of every so many dumps the state stays for good; 0: of none.",
+        "Keep the state of every N-th dump for good; 0: of none.",
         within=NOT_NEGATIVE,
         metavar="N",
     )
     time_limit: float | None = flag(
         None,
-        "Save the state and end after so many minutes, as at SIGTERM.",
+        "After so many minutes save the state and end, as at SIGTERM.",
         within=POSITIVE,
         metavar="MIN",
         default_help="none",

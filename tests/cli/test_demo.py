@@ -24,8 +24,8 @@ from tdkern.demo import (
     to_json,
 )
 from tdkern.demo.families import BANDS, Levels
-from tdkern.demo.report import Difference
 from tdkern.demo.study import Run, draws, train
+from tdkern.demo.tables import Difference
 from tdkern.evaluation.mixture import GaussianMixture, denoiser_error
 from tdkern.networks import MLP, EDMPrecond
 

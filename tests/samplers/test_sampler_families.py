@@ -26,7 +26,7 @@ from tdkern.samplers import (
     onestep,
     unipc,
 )
-from tdkern.samplers.ablation import RANGES
+from tdkern.samplers.generalised import RANGES
 from tdkern.schedules import EDM, FlowMatching
 
 
