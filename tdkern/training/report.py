@@ -104,12 +104,10 @@ def page(runs: list[Run]) -> str:
     paths = [[name, str(run.path)] for name, run in zip(names, runs, strict=True)]
     last = [[name, *_last(run)] for name, run in zip(names, runs, strict=True)]
     parts = [html_table(["run", "directory"], paths), _curves(runs)]
-    parts += ["<h2>Last figures</h2>
-", html_table(["run", *LAST], last)]
+    parts += ["<h2>Last figures</h2>\n", html_table(["run", *LAST], last)]
     if any(run.fids for run in runs):
         fids = [[name, *row] for name, run in zip(names, runs, strict=True) for row in _fids(run)]
-        parts += ["<h2>FID</h2>
-", _fid_curves(runs), html_table(["run", *FID], fids)]
+        parts += ["<h2>FID</h2>\n", _fid_curves(runs), html_table(["run", *FID], fids)]
     if len(runs) > 1:
         parts += [
             "<h2>Options that differ</h2>\n",

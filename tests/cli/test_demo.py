@@ -13,7 +13,16 @@ import torch
 from click.testing import CliRunner
 
 from tdkern.cli import main
-from tdkern.demo import STUDY, Config, conclusion, report, run_study
+from tdkern.demo import (
+    FAMILIES,
+    STUDY,
+    Config,
+    conclusion,
+    from_json,
+    report,
+    run_study,
+    to_json,
+)
 from tdkern.demo.families import BANDS, Levels
 from tdkern.demo.study import Run, draws, train
 from tdkern.demo.tables import Difference
@@ -260,3 +269,16 @@ def test_command_refuses_before_it_works(tmp_path):
     ):
         result = CliRunner().invoke(main, ["demo", option, str(value)])
         assert result.exit_code != 0 and message in result.output and "it/s" not in result.output
+
+
+def test_a_study_comes_back_from_its_numbers(study):
+    """With the same tables, and a picture of samples to four digits."""
+    again = from_json(json.loads(json.dumps(to_json(study, None))))
+    assert report(again) == report(study)
+    for name, outcome in study.outcomes.items():
+        assert again.outcomes[name].curve.equal(outcome.curve)
+        torch.testing.assert_close(
+            again.outcomes[name].samples, outcome.samples.double(), rtol=0, atol=6e-5
+        )
+    assert again.exact_samples.shape == study.exact_samples.shape
+    assert from_json(to_json(study, "edm")).family is FAMILIES["edm"]

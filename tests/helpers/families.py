@@ -142,7 +142,7 @@ FAMILIES = [
     ddpm("cosine", 50, 3, bias=(13, 17, 23, 40)),
     continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps", bias=(30, 34, 37, 45)),
     continuous("ve", TDVELoss, ve, 0.0, 1.0, "score", bias=(17, 39, 56, 62)),
-    continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity", bias=(14, 21, 29, 42)),
+    continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity", bias=(14, 22, 29, 41)),
     Family(
         "edm",
         lambda coupling, prediction, weight, eta: TDEDMLoss(coupling=coupling, weight=weight),
