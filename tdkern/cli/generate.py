@@ -20,8 +20,8 @@ from ..families import default_sampler
 from ..networks.precond import Preconditioned
 from ..networks.saved import fingerprint
 from ..samplers import SAMPLERS
-from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
-from ..samplers.ddim import VARIANCES
+from ..samplers.ddpm_ddim import VARIANCES
+from ..samplers.generalised import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
 from ..training.distributed import Process, this_process
 from ..training.sampling import choice, sampling_levels

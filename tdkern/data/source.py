@@ -19,13 +19,14 @@ EXTENSIONS = (".png", ".jpg", ".jpeg")
 MAX_IMAGE_FILE = 1 << 28  # bytes
 # what lies beside images and belongs to them: their labels, and how tdkern generate drew them
 BESIDE = ("dataset.json", "generate.json")
+# folders of systems, not of users
 SERVICE = (
     "__MACOSX",
     "@eaDir",
     "@Recycle",
     "$RECYCLE.BIN",
     "lost+found",
-)  # folders of systems, not of users
+)
 SAMPLED = 1000  # files whose content a fingerprint covers
 
 

@@ -12,6 +12,7 @@ from ..data import StepBatches
 from . import checkpoint
 from .distributed import shared, whole
 from .lock import locked
+from .prefetch import on_device
 from .record import Record
 from .signals import Stopped, StopRequest, readers
 from .statistics import memory
@@ -72,7 +73,7 @@ def _run(trainer: Trainer, record: Record | None, request: StopRequest) -> None:
     )
     with progress(trainer) as bar:
         _measure_fids(trainer, record, request)  # what a run that was stopped has not measured
-        for images, labels in loader:
+        for images, labels in on_device(loader, process.device):
             trainer.train_step(images, labels)
             bar.update(options.batch)
             if crossed(trainer, 1):

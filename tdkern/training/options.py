@@ -51,7 +51,7 @@ FREE = (
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu", "shard", "compile", "bench", "ls")
+SPLIT = ("gpus", "batch_gpu", "shard", "compile", "cuda_graph", "bench", "ls")
 
 
 def _consistency(family: Family) -> bool:
@@ -103,11 +103,11 @@ class Options:
         default_help="5% of the duration, at most 10000",
     )
     lr_decay: str = flag(
-        "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+        "none", "How the learning rate falls over the duration.", choices=("none", "cosine")
     )
     optim: str = flag("adam", "Optimizer.", choices=OPTIMIZERS)
     weight_decay: float = flag(
-        0.0, "Weight decay, by its own step and not by the gradient.", within=NOT_NEGATIVE
+        0.0, "Weight decay, apart from the gradient, as in AdamW.", within=NOT_NEGATIVE
     )
     clip: float | None = flag(
         None,
@@ -142,9 +142,12 @@ class Options:
         within=POSITIVE,
     )
     compile: bool = flag(False, "Compile the networks by torch.compile.")
+    cuda_graph: bool = flag(
+        False, "On a GPU capture the whole step once as a CUDA graph, and replay it."
+    )
     bench: bool = flag(
         False,
-        "On a GPU choose kernels by measuring, and TF32: faster, but not the same bits again.",
+        "On a GPU choose kernels by measuring, and use TF32: faster, but not the same bits again.",
     )
     target_precision: str | None = flag(
         None,
@@ -177,8 +180,8 @@ class Options:
     )
     start_scales: int | None = flag(
         None,
-        "Noise levels at the start of training: steps between them, with fixed all levels, with "
-        "easy q.",
+        "Steps between noise levels at the start of training; with fixed their number, with easy "
+        "its q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
@@ -190,7 +193,7 @@ class Options:
     )
     total_training_steps: int | None = flag(
         None,
-        "Training steps to the end of that growth, or with easy of each of its stages.",
+        "Training steps until that growth ends; with easy those of a stage.",
         only=_consistency,
         default_help="those of the duration",
     )
@@ -234,7 +237,7 @@ class Options:
     )
     keep_every: int = flag(
         0,
-        "Of every so many dumps the state stays for good; 0: of none.",
+        "Keep the state of every N-th dump for good; 0: of none.",
         within=NOT_NEGATIVE,
         metavar="N",
     )
@@ -266,7 +269,7 @@ class Options:
     )
     time_limit: float | None = flag(
         None,
-        "Save the state and end after so many minutes, as at SIGTERM.",
+        "After so many minutes save the state and end, as at SIGTERM.",
         within=POSITIVE,
         metavar="MIN",
         default_help="none",
@@ -298,6 +301,8 @@ class Options:
         self._complete_fid()
         self._complete_loss()
         self.make_loss()  # which checks its own arguments
+        if self.cuda_graph and self.gpus > 1:
+            raise ValueError(f"cuda_graph must be False with {self.gpus} processes, got True")
 
     def _fill_in(self) -> None:
         """Refuse the options of other families, and replace what is None by its value."""

@@ -86,9 +86,8 @@ def golden(name):
 )
 def test_distance_is_edms(name):
     data, ours, theirs = golden(name)
-    absolute = (
-        4e-10 if name == "d8_same" else 1e-10
-    )  # where the recorded values are that far from 0
+    # where the recorded values are that far from 0
+    absolute = 4e-10 if name == "d8_same" else 1e-10
     assert frechet_distance(ours, theirs) == pytest.approx(
         float(data["fid_eigh"]), rel=1e-8, abs=absolute
     )
@@ -112,9 +111,8 @@ def test_distance_of_singular_covariances():
 
 def test_statistics_are_edms():
     data, *expected = golden("d8_full")
-    detector = type(
-        "Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]}
-    )()  # "images" that hold the features
+    # "images" that hold the features
+    detector = type("Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]})()
     for features, statistics in zip(
         (data["features"], data["features_ref"]), expected, strict=True
     ):
@@ -135,9 +133,8 @@ def test_files_of_statistics(tmp_path, monkeypatch):
     write_statistics(path, other)
     old.hardlink_to(path)
     write_statistics(path, statistics)
-    assert np.array_equal(
-        read_statistics(old).mu, other.mu
-    )  # a new file took the old one's name: it was never half-written
+    # a new file took the old one's name: it was never half-written
+    assert np.array_equal(read_statistics(old).mu, other.mu)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "old.npz"]
     fetched = []
     monkeypatch.setattr(
@@ -330,9 +327,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
         pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"),
         one_line_errors(),
     ):
-        raise DatasetError(
-            "Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read"
-        )  # as DataLoader hands it on
+        # as DataLoader hands it on
+        raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")
     assert not (tmp_path / "b.npz").exists()
     assert (
         "is a directory" in invoked("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
