@@ -15,20 +15,17 @@ from bench_ema_update import python_loop
 from bench_loss_path import clean_draw, published_draw
 from bench_network import make_plain
 from bench_noise_pair import eager as pair
-from measure import DEVICE, TINY, compiled, name
-from published import cancelled, eager_td_edm, td_levels
+from measure import DEVICE, TINY, compiled, name, of_device
+from published import cancelled, eager_td_edm
 
+from tdkern.benchmark.published import td_edm_terms, td_levels
 from tdkern.ema import EMA
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.networks import EDMPrecond, SongUNet
 from tdkern.optim import AdamEMA
 
-SHAPE, CHANNELS = (
-    ((2, 3, 8, 8), 8)
-    if TINY
-    else ((16, 3, 16, 16), 32)
-    if DEVICE == "cpu"
-    else ((256, 3, 32, 32), 64)
+SHAPE, CHANNELS = of_device(
+    tiny=((2, 3, 8, 8), 8), cpu=((16, 3, 16, 16), 32), cuda=((256, 3, 32, 32), 64)
 )
 
 
@@ -147,11 +144,12 @@ def published_loss(net, target, images):
     one = torch.ones_like(sigma)
     levels, valid = td_levels(sigma, **SETTINGS)
     x_t, x_tp = pair(images, one, levels[:, 0], one, levels[:, 2])
-    D, D_p = net(x_t, levels[:, 0].float()), torch.zeros_like(images)
-    if valid.any():
-        with torch.no_grad():
-            D_p[valid] = target(x_tp[valid], levels[valid, 2].float())
-    return eager_td_edm(D, D_p, images, x_t, x_tp, levels, valid, denoised=True)
+
+    def denoise_p(x):
+        return target(x, levels[valid, 2].float())
+
+    denoised = net(x_t, levels[:, 0].float())
+    return td_edm_terms(denoised, denoise_p, images, x_t, x_tp, levels, valid)
 
 
 def whole_step(competitor: str, resolution: int):

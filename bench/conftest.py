@@ -181,7 +181,7 @@ def write_results() -> None:
 
 
 def pytest_terminal_summary(terminalreporter):
-    from table import markdown
+    from table import of_benchmarks
 
     if ROWS:
-        terminalreporter.write_line("\n" + markdown(results_file()))
+        terminalreporter.write_line("\n" + of_benchmarks(results_file()))

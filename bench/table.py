@@ -1,15 +1,10 @@
-"""Puts measured tables into docs/performance.md and docs/demo.md, between their markers.
+"""Measured tables of the documents as Markdown, each of one file of bench/results (report.py)."""
 
-python bench/table.py bench/results/<device>.json --demo demo/demo.txt
-"""
-
-import argparse
 import json
-import re
 from pathlib import Path
 
 
-def markdown(path: Path) -> str:
+def of_benchmarks(path: Path) -> str:
     """The tables of one results file: the competitors, side by side for each number of threads, and
     how tdkern's time grows.
     """
@@ -23,6 +18,39 @@ def markdown(path: Path) -> str:
         growth([row for row in result["rows"] if "elements" in row]),
     ]
     return "\n\n".join([about, *filter(None, tables)])
+
+
+def of_demo(path: Path) -> str:
+    """What `tdkern demo` printed, of the numbers that it wrote."""
+    from tdkern.demo import from_json, report
+
+    text = report(from_json(json.loads(Path(path).read_text())))
+    return f"```text\n{text}\n```"
+
+
+def of_couplings(path: Path) -> str:
+    """What the noise of the pair does to TD's target, for each loss of coupling.py."""
+    result = json.loads(Path(path).read_text())
+    levels = ", ".join(f"{sigma:g}" for sigma in result["sigma"])
+    head = ["loss", 'r, "markov"', 'variance, "markov"', f'bias of "shared" at sigma {levels}']
+    body = []
+    for name, numbers in result["losses"].items():
+        spans = ["{:.2f} to {:.2f}".format(*numbers[key]) for key in ("r", "variance")]
+        digits = 0 if max(numbers["bias_percent"]) > 1 else 1
+        bias = ", ".join(f"{value:+.{digits}f}" for value in numbers["bias_percent"])
+        body.append([name, *spans, f"{bias} %"])
+    return table(head, body, left=4)
+
+
+def of_loader(path: Path) -> str:
+    """Images a second of the loader, by number of readers (reliability/loader.py)."""
+    result = json.loads(Path(path).read_text())
+    head = ["", "no reader", "1 reader", "2 readers", f"MB for {result['images']}"]
+    body = []
+    for kind, rates in result["rates"].items():
+        readers = [f"{rates[f'{count} readers']:,}" for count in range(3)]
+        body.append([kind, *readers, f"{rates['MB']}"])
+    return table(head, body, left=1)
 
 
 def competitors(rows: list[dict]) -> str:
@@ -44,8 +72,9 @@ def competitors(rows: list[dict]) -> str:
     threads = sorted({row["threads"] for row in rows})
     head, lines = ["op", "size", "what"], {}
     for count in threads:
+        threads_title = "1 thread" if count == 1 else f"{count} threads"
         head += [
-            "median" if on_gpu else f"{count} thread" + "s" * (count > 1),
+            "median" if on_gpu else threads_title,
             *(title for title, _, _ in columns),
         ]
     for row in rows:
@@ -109,32 +138,3 @@ def table(head: list[str], body: list[list[str]], left: int) -> str:
     """Markdown; the first `left` columns are text, the others numbers. Empty without a body."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if body else ""
-
-
-def fill(page: Path, marker: str, text: str) -> None:
-    """Put `text` between the markers of a page."""
-    whole = page.read_text()
-    marked = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
-    if not marked.search(whole):
-        raise SystemExit(
-            f"{page}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between"
-        )
-    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="*", help="results files, for the bench tables")
-    parser.add_argument("--demo", type=Path, help="the demo's demo.txt")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    args = parser.parse_args()
-    if args.results:
-        fill(args.docs / "performance.md", "bench", "\n\n".join(map(markdown, args.results)))
-    if args.demo:
-        fill(args.docs / "demo.md", "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
-
-
-if __name__ == "__main__":
-    main()

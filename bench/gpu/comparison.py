@@ -1,9 +1,6 @@
-"""What a campaign measured beside what NOTES.md predicts.
+"""What a campaign measured beside what NOTES.md predicts, as tables (bench/report.py).
 
-    python bench/gpu/comparison.py bench/results/<device>.json
-
-puts the table into NOTES.md, and what was measured into docs/performance.md, six rows of it into
-the README. Predictions are shares of the copy's bandwidth that the same run measured, ratios to
+Predictions are shares of the copy's bandwidth that the same run measured, ratios to
 competitors of the same run, and counts.
 """
 
@@ -12,10 +9,9 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import fill, table  # noqa: E402
+from table import table
 
 LARGE = "1e+08"
 PARAMETERS = "54 M parameters, K=2"
@@ -224,9 +220,6 @@ def measured_alone(file: Path, only: Collection[str] | None = None) -> str:
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 
 
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    fill(HERE / "NOTES.md", "comparison", markdown(source))
-    root = HERE.parents[1]
-    fill(root / "docs/performance.md", "gpu", measured_alone(source))
-    fill(root / "README.md", "gpu", measured_alone(source, HEADLINES))
+def headlines(file: Path) -> str:
+    """The figures of the README."""
+    return measured_alone(file, HEADLINES)

@@ -28,7 +28,8 @@ from ..ema import EMA, PowerFunctionEMA, consistency_decay, copy_decay, edm_deca
 from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES
 from ..losses import Loss
-from ..networks.saved import PRECISIONS, NetworkSpec, restore
+from ..networks.precond import Preconditioned
+from ..networks.saved import PRECISIONS, NetworkSpec, load, restore
 from ..ops._schemas import digest
 from ..optim import OPTIMIZERS, AdamEMA
 from . import checkpoint
@@ -41,6 +42,7 @@ from .distributed import (
     shard_like,
     sum_,
 )
+from .fids import FidMeter
 from .graph import CaptureError, Seeds, StepGraph
 from .options import Options
 from .state import ADAM, check_adam, check_place, check_step, check_tensors
@@ -156,6 +158,9 @@ class Trainer:
         self.warnings = []  # for the first process to tell
         if saved:
             self._restore_rest(saved)
+        self.meter = None
+        if options.fid_every:
+            self.meter = FidMeter(options, process, self.dataset, self.network)
         if process.world > 1 and not self.sharded:
             self._settle_buckets()
 
@@ -219,7 +224,8 @@ class Trainer:
     def _agree(self) -> None:
         """Raises ValueError where the processes of the run were not started alike."""
         own = asdict(self.options)
-        own |= {name: None for name in ("data", "transfer", "workers")}  # a machine's own
+        of_machine = ("data", "transfer", "workers", "fid_ref", "fid_detector")
+        own |= dict.fromkeys(of_machine)
         versions = {"tdkern": __version__, "torch": torch.__version__, "ops": digest()}
         agree(self.process, **own, versions=versions, images=self.data)
 
@@ -429,6 +435,18 @@ class Trainer:
             for prefix, module in modules.items()
             for name, tensor in module.state_dict().items()
         }
+
+    def whole_average(self) -> Preconditioned:
+        """The averaged network; of one that the processes share, which all have to ask, a copy."""
+        net = self.ema.module
+        if not self.sharded:
+            return net
+        weights = {
+            name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+            for name, tensor in net.state_dict().items()
+        }
+        copied = load(self.network, weights, Path("the averaged network"))
+        return copied.to(self.process.device).eval().requires_grad_(False)
 
     def not_finite(self) -> list[str]:
         """The names of the tensors that are not finite; waits for the device."""
