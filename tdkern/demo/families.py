@@ -13,6 +13,7 @@ from ..families import FAMILIES as losses_of
 from ..losses import Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss
 from ..losses.path import PathLoss
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
+from ..preconditioning import append_dims
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
@@ -59,7 +60,7 @@ class Family:
     """A way to train and to sample: all that differs between the studies."""
 
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
-    # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    # from a network that takes c_noise in EDM's range, -1.6 to 1.1
     network: Callable[[nn.Module], nn.Module]
     # n noise levels, as a keyword of `loss.pair`
     draw: Callable[[int, torch.Generator], dict[str, Tensor]]
@@ -82,14 +83,12 @@ class Family:
 
 
 class Timed(nn.Module):
-    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`.
+    """A network in a wrapper whose c_noise goes from `lo` to `hi`.
 
-    It is moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
+    It is moved to -1.6 .. 1.1, EDM's range, for which the network's embedding is made.
 
     `c_in(c_noise)` scales the input, where the wrapper leaves that to the network.
     """
-
-    label_dim = 0
 
     def __init__(
         self,
@@ -100,7 +99,8 @@ class Timed(nn.Module):
     ):
         super().__init__()
         self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
-        self.num_models = mlp.num_models
+        self.num_models = getattr(mlp, "num_models", 1)
+        self.label_dim = getattr(mlp, "label_dim", 0)
 
     def forward(
         self,
@@ -110,7 +110,10 @@ class Timed(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         return self.mlp(
-            self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6
+            append_dims(self.c_in(c_noise), x.ndim) * x,
+            2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6,
+            class_labels,
+            augment_labels,
         )
 
 

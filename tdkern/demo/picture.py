@@ -7,8 +7,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .families import Levels
-from .tables import BAND_NAMES, CLEAR, Difference
 from .study import Study
+from .tables import BAND_NAMES, CLEAR, Difference
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart
 # without colour

@@ -1,6 +1,7 @@
 """The demo's numbers as tables and as one sentence."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -37,6 +38,11 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         digits = 1 if abs(self.percent) < 9.95 and self.error < 9.95 else 0
         return f"{self.percent:+.{digits}f} ± {self.error:.{digits}f} ({self.won})"
+
+    @property
+    def short(self) -> str:
+        """As it stands in a sentence."""
+        return f"{self.percent:+.0f} %"
 
     @property
     def clear(self) -> bool:
@@ -162,8 +168,8 @@ def conclusion(study: Study) -> str:
         levels_by_name = [*(f"sigma {name}" for name in BAND_NAMES), "all sigma together"]
         steps_by_name = ["1 step" if steps == 1 else f"{steps} steps" for steps in budgets]
         clauses.append(
-            f"at {title} its denoiser error is {_verdict(errors, levels_by_name)}, "
-            f"its sample distance {_verdict(distances, steps_by_name)}"
+            f"at {title} its denoiser error is {verdict(errors, levels_by_name)}, "
+            f"its sample distance {verdict(distances, steps_by_name)}"
         )
     return (
         f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} "
@@ -175,8 +181,8 @@ def _row(name: str, cells) -> str:
     return f"  {name:<23}" + "".join(f"{cell:>15}" for cell in cells)
 
 
-def _verdict(differences: list[Difference], places: list[str]) -> str:
-    """Differences in words.
+def verdict(differences: Sequence, places: list[str]) -> str:
+    """Differences in words, each having `percent`, `clear` and `short`.
 
     Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different
     elsewhere".
@@ -189,7 +195,7 @@ def _verdict(differences: list[Difference], places: list[str]) -> str:
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
         found = [
-            f"{place} ({difference.percent:+.0f} %)"
+            f"{place} ({difference.short})"
             for place, difference in clear
             if difference.percent * sign > 0
         ]

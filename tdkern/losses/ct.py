@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -69,7 +70,7 @@ class CTLoss(Loss):
     of torch's global generators, of the CPU and of x's device. This holds under activation
     checkpointing and for networks that are compiled alike. `torch.compile` of the loss itself
     breaks its graph there, so that `fullgraph=True` needs a dropout of 0; a CUDA graph's capture
-    needs it too, and says so.
+    needs it too, and says so, but for that of `tdkern train --cuda-graph`.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
     are its two halves. The fused path needs `networks.CTPrecond` with the same sigma_data and
@@ -155,7 +156,7 @@ class CTLoss(Loss):
                 "evenly, got None"
             )
         if self.lognormal is not None:
-            low, high = self._lognormal_range()
+            low, high = self._lognormal_range
             if not low < high:
                 raise ValueError(
                     f"{name}: lognormal must have levels between sigma_min and sigma_max, "
@@ -304,7 +305,7 @@ class CTLoss(Loss):
                 images, lambda n: torch.randint(count - 1, (n,), device=images.device)
             )
         mean, std = self.lognormal
-        low, high = self._lognormal_range()
+        low, high = self._lognormal_range
         uniform = self._draw(
             images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
         )
@@ -312,6 +313,7 @@ class CTLoss(Loss):
         index = EDM(count, self.sigma_min, self.sigma_max, self.rho).index(sigma)
         return index.long().clamp(max=count - 2)
 
+    @cached_property  # its numbers are read by the host, which a step is not to do
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
         mean, std = cast("tuple", self.lognormal)
@@ -435,4 +437,10 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
             image = interpolate(image, size=224, mode="bilinear")
         return image / 2 + 0.5
 
-    return lambda D, D_p: distance(prepared(D), prepared(D_p))
+    def measured(D: Tensor, D_p: Tensor) -> Tensor:
+        # moved once: piq copies them from where they are in every call
+        distance.mean, distance.std = distance.mean.to(D.device), distance.std.to(D.device)
+        distance.weights = [each.to(D.device) for each in distance.weights]
+        return distance(prepared(D), prepared(D_p))
+
+    return measured

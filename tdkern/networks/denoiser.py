@@ -106,7 +106,7 @@ class Denoiser(Preconditioned):
             ValueError: its levels or its prediction are none of these.
         """
         prediction, path = of_scheduler(scheduler)
-        if isinstance(path, FlowMatching):  # its models are told of t T
+        if isinstance(path, FlowMatching):  # its models take t T
             scale = {"time_scale": float(scheduler.config.num_train_timesteps)}
             return cls(module, prediction, **scale | settings)
         return cls(module, prediction, alphas_cumprod=path.alphas_cumprod, **settings)

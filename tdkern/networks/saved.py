@@ -5,6 +5,7 @@ metadata: format, network (`NetworkSpec.to_json`, or null for tensors of a netwo
 not), source.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -341,3 +342,12 @@ def check_like(own: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -
             raise CheckpointError(
                 f"{path}: does not match the network: {name} must be {ours}, got {theirs}"
             )
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """A hash by which other tensors, or others' names, are told from these."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

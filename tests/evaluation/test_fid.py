@@ -20,9 +20,10 @@ from tdkern.cli.errors import one_line_errors
 from tdkern.data import DatasetError, save_image
 from tdkern.evaluation import fid
 from tdkern.evaluation.fid import (
+    FeatureSums,
     Inception,
     Statistics,
-    feature_statistics,
+    features_of,
     frechet_distance,
     read_statistics,
     write_statistics,
@@ -115,12 +116,16 @@ def test_statistics_are_edms():
     for features, statistics in zip(
         (data["features"], data["features_ref"]), expected, strict=True
     ):
-        batches = torch.from_numpy(features)[:, None, None].split(7)
-        ours = feature_statistics(batches, detector)
+        sums = FeatureSums(detector)
+        for batch in torch.from_numpy(features)[:, None, None].split(7):
+            sums.add(features_of(batch, detector))
+        ours = sums.statistics()
         np.testing.assert_allclose(ours.mu, statistics.mu, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(ours.sigma, statistics.sigma, rtol=1e-12, atol=1e-12)
+    one = FeatureSums(detector)
+    one.add(features_of(batch[:1], detector))
     with pytest.raises(ValueError, match="a covariance needs at least 2 images, got 1"):
-        feature_statistics(batches[0][:1, None], detector)
+        one.statistics()
 
 
 def test_files_of_statistics(tmp_path, monkeypatch):
@@ -404,7 +409,7 @@ def test_a_consistency_model_draws_in_one_step_or_with_steps_in_several(drawn_ne
     for name, sampler in folders.items():
         invoked("generate", *flags, "--outdir", network / name, *sampler)
     default, asked = (
-        [path.read_bytes() for path in sorted((network / name).iterdir())] for name in folders
+        [path.read_bytes() for path in sorted((network / name).glob("*.png"))] for name in folders
     )
     assert len(default) == 8 and default == asked
 

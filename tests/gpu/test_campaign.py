@@ -366,7 +366,8 @@ def test_steps_cover_what_is_asked():
         "batch": {64, 256, 512},
     }.items():
         assert {getattr(case, name) for case in of_steps} == values
-    assert [case.mode for case in cases if isinstance(case, steps.Sampler)] == ["eager", "graph"]
+    for kind in (steps.Sampler, steps.Driver):
+        assert [case.mode for case in cases if isinstance(case, kind)] == ["eager", "graph"]
     for under, over, *_ in comparison.STEPS.values():  # each ratio's cases are measured
         for wanted in (under, over):
             assert steps.Case(**{**comparison.DEFAULTS, **wanted}) in of_steps
@@ -557,6 +558,34 @@ def test_figures_of_steps():
     assert comparison.sampler_ratio(rows) == 2.25
     assert comparison.sampler_ratio(rows[:-2]) is None
     assert comparison.sampler_ratio([{"op": "sampler", "mode": "eager", "failure": "no"}]) is None
+
+
+def test_figures_of_the_driver():
+    rows = [
+        case("EDM", 100),
+        {"op": "driver", "mode": "eager", "ms": 9, "host_waits": 0, "same_bits": True},
+        {"op": "driver", "mode": "graph", "ms": 6, "host_waits": 2, "same_bits": False},
+    ]
+    found = comparison.driver_figures(rows)
+    assert list(found.values()) == [0, 2, 1.5, True, False]
+    failed = {"op": "driver", "mode": "graph", "failure": "no"}
+    assert list(comparison.driver_figures([*rows[:2], failed]).values()) == [
+        0,
+        None,
+        None,
+        True,
+        None,
+    ]
+    assert set(comparison.driver_figures([]).values()) == {None}
+    run = {"stages": {"step": {"rows": rows}}}
+    texts = {line[2]: line[3:] for line in comparison.lines(run) if line[0] == "driver"}
+    assert texts == {
+        "host waits": ["0", "0", "0"],
+        "host waits, in a graph": ["0", "0", "2 (missed)"],
+        "eager / graph": ["", "", "1.50×"],
+        "same bits twice": ["1", "1", "1"],
+        "same bits in a graph": ["1", "1", "0 (missed)"],
+    }
 
 
 def test_comparison(tmp_path):

@@ -110,11 +110,13 @@ def test_dry_run_steps(dry):
         rows, cases = stages[part]["rows"], steps.cases(part)
         assert len(rows) == len(cases)
         for row, case in zip(rows, cases, strict=True):
-            assert row["op"] == ("sampler" if isinstance(case, steps.Sampler) else "step")
+            assert row["op"] == steps.OPS[type(case)]
             assert all(row[name] == value for name, value in vars(case).items())
             assert row["ms"] > 0 and row["rounds"] == 1 and row["took_s"] >= 0
     text = (dry[0] / "out/comparison.md").read_text()
     assert text.startswith(f"no GPU, torch {torch.__version__}, commit None, a dry run:")
+    same = [row["same_bits"] for row in stages["step"]["rows"] if row["op"] == "driver"]
+    assert same == [True, True]  # two runs without a graph, which a CPU has not
     lines = [line for line in text.splitlines() if line.startswith(("| step ", "| sampler "))]
     assert len(lines) == len(comparison.STEPS) + 1
     assert all(line.split(" | ")[-1].rstrip(" |") for line in lines)  # each was measured

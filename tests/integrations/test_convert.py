@@ -511,5 +511,5 @@ def test_command_line(tmp_path):
         "3",
     )
     assert result.exit_code == 0, result.output
-    assert os.listdir(tmp_path / "images") == ["000005.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["000005.png", "generate.json"]
     assert load_network(model)[1]["network"]["label_dim"] == 4

@@ -19,7 +19,7 @@ from helpers import ROOT, TESTS
 from tdkern.training import Options
 
 PAGE = (ROOT / "docs" / "add_a_family.md").read_text()
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+BLOCKS = re.findall(r"^```(?:python|text)\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 MODULE = "\n\n".join(BLOCKS[:4])  # of the path, the losses, the wrapper and its arguments
 FILE = "tdkern/losses/trig.py"
 PLACES = (  # of the other blocks: the file, and what stands before them there
@@ -91,7 +91,7 @@ def python(*args, code=0, root=ROOT):
         env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done

@@ -278,6 +278,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
     class LPIPS:
         def __init__(self, replace_pooling, reduction):
             assert replace_pooling and reduction == "none"
+            self.mean, self.std, self.weights = torch.zeros(1), torch.ones(1), [torch.ones(1)]
 
         def __call__(self, x, y):
             calls.append((x, y))
@@ -316,6 +317,27 @@ def test_lpips_through_a_stand_in(monkeypatch):
         match=r"base_norm 'lpips' needs piq and torchvision: `pip install tdkern\[lpips\]`",
     ):
         loss.evaluate(*flat, batch)
+
+
+def test_lpips_copies_nothing_from_the_host_in_a_step(monkeypatch):
+    """piq keeps numbers of its own where it made them, and copies them in every call."""
+    made = []
+
+    class LPIPS:
+        def __init__(self, replace_pooling, reduction):
+            self.mean, self.std, self.weights = torch.zeros(1), torch.ones(1), [torch.ones(1)]
+            made.append(self)
+
+        def __call__(self, x, y):
+            return (x - y).mean((1, 2, 3))
+
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(LPIPS=LPIPS))
+    lpips.cache_clear()
+    D = torch.rand(4, 3, 2, 2, device="meta")
+    assert lpips()(D, D).shape == (4,)
+    kept = (made[0].mean, made[0].std, *made[0].weights)
+    assert [each.device.type for each in kept] == ["meta"] * 3
+    lpips.cache_clear()
 
 
 class Flat(nn.Module):
