@@ -253,3 +253,9 @@ def sum_(tensor: Tensor, process: Process) -> None:
     """Replace a tensor by its sum over all processes."""
     if process.world > 1:
         dist.all_reduce(tensor)
+
+
+def mean_(tensor: Tensor, process: Process) -> None:
+    """Replace a tensor by its mean over all processes."""
+    sum_(tensor, process)
+    tensor /= process.world
