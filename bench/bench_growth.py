@@ -83,7 +83,7 @@ def bench_growth(compare, op, elements, competitor):
 
 # ---- the driver's step ---------------------------------------------------------------------------
 
-BATCHES = (1, 2, 4) if TINY else (4, 8, 16, 32, 64) if DEVICE == "cpu" else (64, 128, 256, 512)
+BATCHES = (1, 2, 4) if TINY else (4, 8, 16, 32) if DEVICE == "cpu" else (64, 128, 256, 512)
 NETWORK = {"cbase": 4, "cres": [1]} if TINY else {"cbase": 32, "cres": [1, 2]}
 
 

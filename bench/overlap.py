@@ -33,6 +33,7 @@ from tdkern.training.distributed import joined
 NODE = "autograd::engine::evaluate_function: "
 ALL_REDUCE = "gloo:all_reduce"
 OPTIMIZER = "Optimizer.step#"
+STEP = "training step"
 PROCESSES = 2
 WARM_UP = 3  # steps: DistributedDataParallel orders its buckets by the first
 SHORTEST = 20  # microseconds of a node in the trace; the summary is of all
@@ -41,21 +42,19 @@ Span = tuple[str, float, float]  # name, begin and end in microseconds
 
 
 def traced_step(trainer: Trainer, batch: int) -> list[Span]:
-    """The spans of a step, from its beginning, after some to warm up."""
+    """The spans of a step after some to warm up, by the machine's clock."""
     images = torch.stack([trainer.dataset[i][0] for i in range(batch)])
     labels = torch.zeros(batch, 0)
     for _ in range(WARM_UP):
         trainer.train_step(images, labels)
-    torch.distributed.barrier()
     with profile(activities=[ProfilerActivity.CPU]) as trace:
-        with torch.profiler.record_function("step"):
+        torch.distributed.barrier()
+        with torch.profiler.record_function(STEP):
             trainer.train_step(images, labels)
-    events = trace.profiler.kineto_results.events()
-    (begin,) = (event.start_ns() for event in events if event.name() == "step")
     return [
-        (event.name(), (event.start_ns() - begin) / 1e3, (event.end_ns() - begin) / 1e3)
-        for event in events
-        if event.name().startswith((NODE, ALL_REDUCE, OPTIMIZER, "step"))
+        (event.name(), event.start_ns() / 1e3, event.end_ns() / 1e3)
+        for event in trace.profiler.kineto_results.events()
+        if event.name().startswith((NODE, ALL_REDUCE, OPTIMIZER, STEP))
     ]
 
 
@@ -75,7 +74,7 @@ def summary(spans: list[Span]) -> dict:
     nodes, buckets = (
         [span for span in spans if span[0].startswith(name)] for name in (NODE, ALL_REDUCE)
     )
-    (step,) = (end - begin for name, begin, end in spans if name == "step")
+    (step,) = (end - begin for name, begin, end in spans if name == STEP)
     first, last = min(begin for _, begin, _ in nodes), max(end for _, _, end in nodes)
     under_way = union(buckets)
     total = sum(end - begin for begin, end in under_way)
@@ -135,6 +134,7 @@ def measured(given: dict, resolution: int) -> dict:
         data = str(random_images(Path(folder), given["batch"], resolution))
         torch.multiprocessing.spawn(of_a_process, (port, data, folder, given), PROCESSES)
         ranks = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(PROCESSES)]
+    parameters, spans = ranks[0][0], from_the_first([spans for _, spans in ranks])
     return {
         "summary": {
             "torch": torch.__version__,
@@ -142,13 +142,19 @@ def measured(given: dict, resolution: int) -> dict:
             "threads": 1,
             "batch": given["batch"],
             "resolution": resolution,
-            "parameters": ranks[0][0],
-            "by process": [summary(spans) for _, spans in ranks],
+            "parameters": parameters,
+            "by process": [summary(own) for own in spans],
         },
         "traceEvents": [
-            event for rank, (_, spans) in enumerate(ranks) for event in trace_events(rank, spans)
+            event for rank, own in enumerate(spans) for event in trace_events(rank, own)
         ],
     }
+
+
+def from_the_first(spans: list[list[Span]]) -> list[list[Span]]:
+    """The processes' spans from when the first of them began its step."""
+    start = min(begin for own in spans for name, begin, _ in own if name == STEP)
+    return [[(name, begin - start, end - start) for name, begin, end in own] for own in spans]
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """The processes of a run: those that torchrun started, or this one alone."""
 
+import inspect
 import math
 import os
 import sys
@@ -240,10 +241,12 @@ def data_parallel(net: nn.Module, process: Process) -> nn.Module:
     """
     if process.world == 1:
         return net
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         net,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **{buffers: False},  # they are the same in all; the older name warns where both are known
         gradient_as_bucket_view=True,
         static_graph=True,
     )

@@ -59,7 +59,7 @@ def test_a_steps_growth_is_a_table_by_batch():
 
 
 SPANS = [
-    ("step", 0, 20_000),
+    ("training step", 0, 20_000),
     ("autograd::engine::evaluate_function: A", 2_000, 5_000),
     ("gloo:all_reduce", 4_000, 8_000),
     ("gloo:all_reduce", 6_000, 9_000),  # both at once count once

@@ -1,15 +1,19 @@
 """Plain loops under DistributedDataParallel and FSDP2: the examples, and the gradient's scale."""
 
 import copy
+import warnings
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import tdkern
 from helpers.examples import example, lines_changed, same_tensors
-from helpers.tiny import in_two_processes
+from helpers.tiny import in_processes, in_two_processes
 from tdkern.ema import EMA
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, unet
+from tdkern.training.distributed import Process, data_parallel
 
 
 def _ddp(rank, folder):
@@ -59,13 +63,11 @@ def _gradient(net):
 
 
 def _gradient_of_two(rank, folder):
-    import torch.distributed as dist
-
     dist.init_process_group("gloo")
     net, loss = _network(), TDEDMLoss()
     batch = _pair(loss)
     mine = type(batch)(*(part.chunk(2)[rank] for part in batch))
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
+    ddp = DistributedDataParallel(net)
     scale = batch.x0[0].numel() / len(mine.x0)  # the process's own samples
     terms = loss.evaluate(ddp, EMA(_network()), mine, gradient_scale=scale)
     terms.loss.sum().backward()
@@ -83,3 +85,29 @@ def test_the_gradient_has_edms_scale_on_any_number_of_processes(tmp_path):
     for rank in (0, 1):
         of_two = torch.load(tmp_path / f"gradient{rank}", weights_only=True)
         torch.testing.assert_close(of_two, _gradient(net), rtol=1e-4, atol=1e-5)
+
+
+def _warned(rank):
+    """What torch warns of, once in a process: in the driver's way, as docs/swap_in.md says, and
+    otherwise.
+    """
+    dist.init_process_group("gloo")
+    net = EDMPrecond(unet("ddpmpp", 8, 3, 0, cbase=4, cres=[1]), dtype=torch.bfloat16)
+    target, found = EMA(net), []
+    process = Process(0, 2, torch.device("cpu"))  # of two, or there would be nothing to exchange
+    for make in (
+        lambda: data_parallel(net, process),
+        lambda: DistributedDataParallel(net, gradient_as_bucket_view=True),
+        lambda: DistributedDataParallel(net),
+    ):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            TDEDMLoss()(make(), target, torch.rand(2, 3, 8, 8)).mean().backward()
+        found.append([str(warning.message) for warning in seen])
+        net.zero_grad()
+    dist.destroy_process_group()
+    assert found[:2] == [[], []] and "Grad strides do not match" in found[2][0]
+
+
+def test_gradients_in_half_precision_warn_of_no_strides():
+    in_processes(1, _warned)

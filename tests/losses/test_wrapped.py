@@ -26,6 +26,7 @@ WRAPPERS = {
     "compile": compiled,
     "compile of DDP": lambda net: compiled(DistributedDataParallel(net)),
     "DDP of compile": lambda net: DistributedDataParallel(compiled(net)),
+    "DataParallel": torch.nn.DataParallel,
 }
 LOSSES = {
     "edm": (EDMLoss(), EDMPrecond),

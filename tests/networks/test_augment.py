@@ -55,57 +55,64 @@ def needed(linear, shift, size):
     return far.clamp(0, size - 1).ceil().int()  # [B, 4]
 
 
-def cut(images, linear, shift, taps, margins):
-    """`resample`, but black beyond so many reflected pixels at each edge."""
-    room = 2 * images.shape[-1]
-    x = F.pad(images, margins, mode="reflect")
-    x = F.pad(x, [room - margin for margin in margins])
-    return resample(x, linear, shift, taps)[..., room:-room, room:-room]
+def cut_off(images, linear, shift, taps, margins):
+    """What is lost of `resample` where images are black beyond so many reflected pixels at each
+    edge.
+    """
+    room, results = images.shape[-1], []
+    for own in ([images.shape[-1] - 1] * 4, margins):
+        x = F.pad(images, own, mode="reflect")
+        x = F.pad(x, [room - margin for margin in own])
+        results.append(resample(x, linear, shift, taps)[..., room:-room, room:-room])
+    return results[0] - results[1]
 
 
-def worst_of_a_batch(pipe, images):
-    """How far the images that set the padding of a batch are from what that padding gives, and
-    where; the others are not."""
+@pytest.mark.parametrize("name", ["augment_edm_p1", "augment_edm_p05"])
+def test_a_padding_by_what_the_batch_needs_is_the_references(name):
+    """To the pixels whose last taps it cuts."""
+    data, draws = golden(name)
+    draws = {key: draw.double() for key, draw in draws.items()}
+    pipe, images = AugmentPipe(p=data["p"].item(), **EDM), data["in_x"].double()
+    only_flips = {key: draw for key, draw in draws.items() if "flip" in key}
+    flipped, _ = AugmentPipe(p=pipe.p, xflip=1e8, yflip=1)(images, only_flips)
+    linear, shift, _ = pipe._transform(flipped, draws)
+    margins = needed(linear, shift, images.shape[-1]).amax(0).tolist()
+    lost = cut_off(flipped, linear, shift, pipe.taps.double(), margins)
+    assert lost.abs().max() > 1e-8
+    expected = data["out_x"].double()
+    torch.testing.assert_close(pipe(images, draws)[0] - lost, expected, atol=1e-12, rtol=0)
+
+
+def worst_of_a_batch(pipe, size):
+    """What the images that set a batch's padding lose by it, where, and the most that one in
+    [-1, 1] can lose in the worst of these pixels.
+    """
+    images = torch.zeros(16, 1, size, size, dtype=torch.float64)
     linear, shift, _ = pipe._transform(images, pipe.draw(images))
-    taps, size = pipe.taps.to(images), images.shape[-1]
     own = needed(linear, shift, size)
     setting = own.argmax(0).unique()
-    others = [i for i in range(len(images)) if i not in setting][:2]
-    rows = torch.cat([setting, torch.tensor(others)])
-    given = images[rows], linear[rows], shift[rows], taps
-    error = (cut(*given, own.amax(0).tolist()) - resample(*given)).abs().amax(1)
-    assert error[len(setting) :].max() < 1e-12
-    return error.max().item(), (error > 1e-12).nonzero()[:, 1:]
+    another = next(i for i in range(16) if i not in setting)
+    rows = torch.cat([setting, torch.tensor([another])])
+    noise = (2 * torch.rand_like(images[rows]) - 1).requires_grad_()
+    given = linear[rows], shift[rows], pipe.taps.double()
+    lost = cut_off(noise, *given, own.amax(0).tolist())
+    (weights,) = torch.autograd.grad(lost.flatten()[lost.abs().argmax()], noise)
+    lost = lost.detach().abs()[:, 0]
+    assert lost[-1].max() < 1e-12  # another image loses nothing
+    return lost.max().item(), (lost > 1e-12).nonzero()[:, 1:], weights.abs().sum().item()
 
 
-def test_a_padding_by_what_the_batch_needs_is_the_references():
-    """To the pixels whose last taps it cuts, and as far as `resample` pads it is ours."""
-    for name in ("augment_edm_p1", "augment_edm_p05"):
-        data, draws = golden(name)
-        pipe, images = AugmentPipe(p=data["p"].item(), **EDM), data["in_x"].double()
-        draws = {key: draw.double() for key, draw in draws.items()}
-        flips = {f"{axis}flip": kwargs for axis, kwargs in (("x", 1e8), ("y", 1))}
-        only_flips = {key: draw for key, draw in draws.items() if "flip" in key}
-        flipped, _ = AugmentPipe(p=pipe.p, **flips)(images, only_flips)
-        linear, shift, _ = pipe._transform(flipped, draws)
-        given, size = (flipped, linear, shift, pipe.taps.double()), images.shape[-1]
-        margins = needed(linear, shift, size).amax(0).tolist()
-        torch.testing.assert_close(cut(*given, margins), data["out_x"], atol=1e-12, rtol=0)
-        torch.testing.assert_close(cut(*given, [size - 1] * 4), resample(*given))
-
-
-def test_the_docstrings_number_of_the_difference_to_ada_holds():
-    """In white noise with every augmentation, in corner pixels of the images that set the padding:
-    a tenth of it is met in a few batches.
-    """
-    stated = float(re.search(r"at most (\d\S*e-\d+)", resample.__doc__)[1])
-    torch.manual_seed(0)
-    pipe, worst, size = AugmentPipe(**EDM), 0.0, 32
-    for _ in range(20):
-        error, places = worst_of_a_batch(pipe, torch.randn(16, 1, size, size, dtype=torch.float64))
-        worst = max(worst, error)
-        assert ((places < 4) | (places >= size - 4)).all()
-    assert stated / 10 < worst <= stated
+@pytest.mark.parametrize("seed", [1314, 1405, 1473, 1, 2])
+def test_the_docstrings_numbers_of_the_difference_to_ada_hold(seed):
+    """The first seeds are the worst of 500."""
+    noise, any_image = map(float, re.findall(r"\d\S*e-\d+", resample.__doc__))
+    torch.manual_seed(seed)
+    pipe, size = AugmentPipe(**EDM), 32
+    worst, places, most = worst_of_a_batch(pipe, size)
+    assert ((places < 2) | (places >= size - 2)).any(1).all()
+    assert worst <= noise and most <= any_image
+    if seed > 1000:
+        assert worst > noise / 10 and most > any_image / 10
 
 
 SIZE = 32
