@@ -220,6 +220,26 @@ class FourierEmbedding(KeepsBuffers):
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`F.dropout` in training, with masks that a CPU draws three times as fast.
+
+    One random number of 64 bits decides for four elements. So p is taken as the nearest multiple
+    of 2^-16 there, and what is kept is scaled by what was taken. It draws from the global
+    generator, as `F.dropout` does.
+
+    Args:
+        x: [...], any floating dtype.
+        p: probability of an element to be zeroed, in [0, 1].
+    """
+    zeroed = round(p * 2**16)
+    drawn_here = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not drawn_here or zeroed in (0, 2**16):
+        return F.dropout(x, p)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
+    kept = bits.view(torch.int16)[: x.numel()].view(x.shape) >= zeroed - 2**15
+    return x * torch.where(kept, 1 / (1 - zeroed / 2**16), 0.0).to(x.dtype)
+
+
 @dataclass(frozen=True)
 class BlockStyle:
     """What the residual blocks of one network share, and what sets SongUNet's apart from ADM's."""
@@ -285,7 +305,7 @@ class ResBlock(nn.Module):
             h = self.norm1.silu(h, add, modulation=a)
         else:
             h = self.norm1.silu(h, a + bias if bias_later else a)
-        h = self.conv1(F.dropout(h, self.style.dropout, self.training))
+        h = self.conv1(dropout(h, self.style.dropout if self.training else 0.0))
         x = self._add(x if self.skip is None else self.skip(x), h)
         return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x
 
