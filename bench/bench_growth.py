@@ -9,7 +9,7 @@ is part of an op's time, though the ops ask for large pages (checks.h).
 
 import pytest
 import torch
-from measure import DEVICE, TINY, random_images
+from measure import DEVICE, TINY, of_device, random_images
 
 import tdkern
 from tdkern.training import Options, Trainer
@@ -83,7 +83,7 @@ def bench_growth(compare, op, elements, competitor):
 
 # ---- the driver's step ---------------------------------------------------------------------------
 
-BATCHES = (1, 2, 4) if TINY else (4, 8, 16, 32) if DEVICE == "cpu" else (64, 128, 256, 512)
+BATCHES = of_device(tiny=(1, 2, 4), cpu=(4, 8, 16, 32), cuda=(64, 128, 256, 512))
 NETWORK = {"cbase": 4, "cres": [1]} if TINY else {"cbase": 32, "cres": [1, 2]}
 
 

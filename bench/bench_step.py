@@ -18,10 +18,10 @@ import torch
 from bench_ema_update import python_loop
 from bench_loss_path import clean_draw
 from bench_network import make_plain
-from bench_noise_pair import eager as pair
-from measure import DEVICE, HALF, TINY, compiled, name
-from published import cancelled, eager_td_edm, td_levels
+from measure import DEVICE, HALF, TINY, compiled, name, of_device
+from published import cancelled
 
+from tdkern.benchmark.published import td_edm_loss
 from tdkern.columns import W_TD
 from tdkern.ema import EMA
 from tdkern.losses import EDMLoss, TDEDMLoss
@@ -29,6 +29,7 @@ from tdkern.networks import EDMPrecond, SongUNet
 from tdkern.optim import AdamEMA
 
 LR, DECAYS = 1e-4, (0.9999, 0.999)  # of the average and of the target network
+SIGMA_DATA = 0.5
 
 
 def fused_step(net, images, loss_fn, compile: bool = False):
@@ -86,23 +87,9 @@ def of_no_target(target, net):
     pass
 
 
-def drawn(images):
-    """EDM's noise levels, and ones beside them."""
-    sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
-    return sigma, torch.ones_like(sigma)
-
-
 def published_loss(net, target, images, gradient_scale, **settings):
     """The published TD loss on two denoisers, of which the target sees the valid samples alone."""
-    sigma, one = drawn(images)
-    levels, valid = td_levels(sigma, **settings)
-    x_t, x_tp = pair(images, one, levels[:, 0], one, levels[:, 2])
-    D, D_p = net(x_t, levels[:, 0].float()), torch.zeros_like(images)
-    if valid.any():
-        with torch.no_grad():
-            D_p[valid] = target(x_tp[valid], levels[valid, 2].float())
-    loss = eager_td_edm(D, D_p, images, x_t, x_tp, levels, valid, denoised=True)
-    return loss * gradient_scale
+    return td_edm_loss(net, target, images, (), SIGMA_DATA, **settings) * gradient_scale
 
 
 def compiled_loss():
@@ -110,7 +97,8 @@ def compiled_loss():
     draw, loss = compiled(clean_draw), compiled(cancelled)
 
     def loss_of(net, target, images, gradient_scale):
-        x_t, x_tp, levels, *rest = draw(images, *drawn(images))
+        sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
+        x_t, x_tp, levels, *rest = draw(images, sigma, torch.ones_like(sigma))
         with torch.no_grad():
             F_p = target(x_tp, levels[:, 2], raw=True)
         terms = loss(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest)
@@ -146,12 +134,8 @@ def rows_of_target(loss_fn, batch: int) -> int:
 
 # ---- one network, without TD and with it, and the same in the published style --------------------
 
-SHAPE, CHANNELS = (
-    ((2, 3, 8, 8), 8)
-    if TINY
-    else ((16, 3, 16, 16), 32)
-    if DEVICE == "cpu"
-    else ((256, 3, 32, 32), 64)
+SHAPE, CHANNELS = of_device(
+    tiny=((2, 3, 8, 8), 8), cpu=((16, 3, 16, 16), 32), cuda=((256, 3, 32, 32), 64)
 )
 PLAIN, TD = EDMLoss(), TDEDMLoss(weight="online")
 WINDOW = replace(TD, td_sigma=(0.3, 5.0))

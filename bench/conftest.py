@@ -28,7 +28,7 @@ from pathlib import Path
 import pytest
 import torch
 from measure import DEVICE, TINY, copy_of, instructions, negation_of, on_cuda, peak_extra
-from table import markdown, ratio
+from table import of_benchmarks, ratio
 
 import tdkern
 
@@ -247,4 +247,4 @@ def write_results() -> None:
 
 def pytest_terminal_summary(terminalreporter):
     if ROWS:
-        terminalreporter.write_line("\n" + markdown(results_file()))
+        terminalreporter.write_line("\n" + of_benchmarks(results_file()))

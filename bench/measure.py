@@ -42,6 +42,13 @@ def sizes(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
     return [(2, *shapes[0][1:])] if TINY else list(shapes)
 
 
+def of_device(*, tiny, cpu, cuda):
+    """The sizes for this run: to see that it runs, or to time it on this device."""
+    if TINY:
+        return tiny
+    return cpu if DEVICE == "cpu" else cuda
+
+
 def name(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
@@ -84,9 +91,8 @@ def peak_extra(step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    return sorted(_traced_peak(step) for _ in range(3))[
-        1
-    ]  # seldom, on a machine under load, a trace lacks some of its events
+    # seldom, on a machine under load, a trace lacks some of its events
+    return sorted(_traced_peak(step) for _ in range(3))[1]
 
 
 def _traced_peak(step) -> int:

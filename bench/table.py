@@ -1,11 +1,7 @@
-"""Puts measured tables into docs/performance.md and docs/demo.md, between their markers.
+"""Measured tables of the documents as Markdown, each of one file of bench/results (report.py)."""
 
-python bench/table.py bench/results/<device>.json --demo demo/demo.txt
-"""
-
-import argparse
+import gzip
 import json
-import re
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +53,7 @@ AIMS = {
 }
 
 
-def markdown(path: Path) -> str:
+def of_benchmarks(path: Path) -> str:
     """The tables of one results file: the competitors, side by side for each number of threads, and
     how tdkern's time grows.
     """
@@ -135,6 +131,56 @@ def by_batch(rows: list[dict]) -> str:
     return table(head, body, left=0)
 
 
+def of_demo(path: Path) -> str:
+    """What `tdkern demo` printed, of the numbers that it wrote."""
+    from tdkern.demo import from_json, report
+
+    text = report(from_json(json.loads(Path(path).read_text())))
+    return f"```text\n{text}\n```"
+
+
+def of_couplings(path: Path) -> str:
+    """What the noise of the pair does to TD's target, for each loss of coupling.py."""
+    result = json.loads(Path(path).read_text())
+    levels = ", ".join(f"{sigma:g}" for sigma in result["sigma"])
+    head = ["loss", 'r, "markov"', 'variance, "markov"', f'bias of "shared" at sigma {levels}']
+    body = []
+    for name, numbers in result["losses"].items():
+        spans = ["{:.2f} to {:.2f}".format(*numbers[key]) for key in ("r", "variance")]
+        digits = 0 if max(numbers["bias_percent"]) > 1 else 1
+        bias = ", ".join(f"{value:+.{digits}f}" for value in numbers["bias_percent"])
+        body.append([name, *spans, f"{bias} %"])
+    return table(head, body, left=4)
+
+
+def of_loader(path: Path) -> str:
+    """Images a second of the loader, by number of readers (reliability/loader.py)."""
+    result = json.loads(Path(path).read_text())
+    head = ["", "no reader", "1 reader", "2 readers", f"MB for {result['images']}"]
+    body = []
+    for kind, rates in result["rates"].items():
+        readers = [f"{rates[f'{count} readers']:,}" for count in range(3)]
+        body.append([kind, *readers, f"{rates['MB']}"])
+    return table(head, body, left=1)
+
+
+def of_overlap(path: Path) -> str:
+    """How much of the gradients' exchange lies within the backward (overlap.py)."""
+    told = json.loads(gzip.decompress(Path(path).read_bytes()))["summary"]
+    about = (
+        f"{told['parameters'] / 1e6:.1f} M parameters, {told['batch']} images of "
+        f"{told['resolution']} pixels, {told['processes']} processes of one thread, gloo, torch "
+        f"{told['torch']}; from `bench/results/{Path(path).name}`"
+    )
+    head = ["process", "step", "backward", "all-reduces", "they take", "within the backward"]
+    body = []
+    for rank, own in enumerate(told["by process"]):
+        times = [f"{own[key]:,.0f} ms" for key in ("step_ms", "backward_ms", "all_reduce_ms")]
+        share = f"{own['share_within_backward']:.0%}"
+        body.append([str(rank), *times[:2], str(own["all_reduces"]), times[2], share])
+    return f"{about}:\n\n{table(head, body, left=1)}"
+
+
 def competitors(rows: list[dict]) -> str:
     """One row per op, size and competitor; ratios are to tdkern's median in the same run."""
     on_gpu = any("launches" in row for row in rows)
@@ -154,8 +200,9 @@ def competitors(rows: list[dict]) -> str:
     threads = sorted({row["threads"] for row in rows})
     head, lines = ["op", "size", "what"], {}
     for count in threads:
+        threads_title = "1 thread" if count == 1 else f"{count} threads"
         head += [
-            "median" if on_gpu else f"{count} thread" + "s" * (count > 1),
+            "median" if on_gpu else threads_title,
             *(title for title, _, _ in columns),
         ]
     for row in rows:
@@ -219,32 +266,3 @@ def table(head: list[str], body: list[list[str]], left: int) -> str:
     """Markdown; the first `left` columns are text, the others numbers. Empty without a body."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if body else ""
-
-
-def fill(page: Path, marker: str, text: str) -> None:
-    """Put `text` between the markers of a page."""
-    whole = page.read_text()
-    marked = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
-    if not marked.search(whole):
-        raise SystemExit(
-            f"{page}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between"
-        )
-    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="*", help="results files, for the bench tables")
-    parser.add_argument("--demo", type=Path, help="the demo's demo.txt")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    args = parser.parse_args()
-    if args.results:
-        fill(args.docs / "performance.md", "bench", "\n\n".join(map(markdown, args.results)))
-    if args.demo:
-        fill(args.docs / "demo.md", "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,19 @@
 import importlib
 import sys
 
-COMMANDS = ("train", "generate", "fid", "dataset", "convert", "ema", "report", "bench", "demo")
+COMMANDS = (
+    "train",
+    "generate",
+    "fid",
+    "detector",
+    "dataset",
+    "convert",
+    "ema",
+    "report",
+    "bench",
+    "demo",
+    "ablate",
+)
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 
 try:

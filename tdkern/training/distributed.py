@@ -196,6 +196,14 @@ def agree(process: Process, **facts: object) -> None:
                 )
 
 
+def shared(value, process: Process):
+    """The first process's value, in all of them."""
+    values = [value]
+    if process.world > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def broadcast_(module: nn.Module) -> None:
     """Give every process the first one's parameters and buffers."""
     for tensor in module.state_dict().values():

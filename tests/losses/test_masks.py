@@ -10,7 +10,7 @@ from helpers.tiny import TINY, pixels
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, TDCTLoss, TDEDMLoss
 from tdkern.losses.masks import draws
-from tdkern.networks import CTPrecond, EDMPrecond, SongUNet
+from tdkern.networks import CTPrecond, EDMPrecond, SongUNet, layers
 from tdkern.training import Options, Trainer
 from tdkern.training.distributed import this_process
 from tdkern.training.presets import PRESETS
@@ -204,14 +204,14 @@ def test_improved_consistency_training_of_the_driver_has_one_mask(data, monkeypa
     options = Options(**own | changes | {"data": data, "duration": 1e-3, "batch_gpu": 4})
     trainer = Trainer(options, this_process())
     assert trainer.options.dropout == own["dropout"] > 0
-    masks, real = [], F.dropout
+    masks, real = [], layers.dropout
 
-    def watched(x, *args, **named):
-        out = real(x, *args, **named)
+    def watched(x, p):
+        out = real(x, p)
         masks.append(out == 0)
         return out
 
-    monkeypatch.setattr(F, "dropout", watched)
+    monkeypatch.setattr(layers, "dropout", watched)
     trainer.train_step(torch.from_numpy(pixels(8)), torch.zeros(8, 0))
     calls = len(masks) // 4  # of one network, in each of two parts
     online, target, later, later_target = (masks[i * calls :][:calls] for i in range(4))

@@ -200,9 +200,10 @@ def test_translation_alone_by_whole_pixels_is_exact():
     """
     pipe = AugmentPipe(translate_frac=1)
     image = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    # times 16 / 8
     moved, labels = pipe(
         image, {"translate_normal": torch.tensor([[2.5], [-1.0]]), "translate_gate": torch.zeros(1)}
-    )  # times 16 / 8
+    )
     wide = torch.nn.functional.pad(image, [5, 0, 0, 2], mode="reflect")
     torch.testing.assert_close(moved, wide[:, :, 2:, :16], atol=1e-6, rtol=0)
     assert labels.tolist() == [[2.5, -1.0]]
@@ -264,9 +265,8 @@ def test_probabilities_and_distributions():
     assert abs(angle.mean()) < 0.2 and abs(angle.std() - math.pi / 3**0.5) < 0.1
     stretched = labels[:, 5] != 0
     assert abs((labels[stretched, 6] == 0).float().mean() - 0.5) < 0.06  # half along the axes
-    assert (turned & stretched).float().mean() == pytest.approx(
-        0.09, abs=0.03
-    )  # gates are independent
+    # gates are independent
+    assert (turned & stretched).float().mean() == pytest.approx(0.09, abs=0.03)
 
 
 def test_draws_come_from_the_global_generator():
@@ -298,10 +298,8 @@ def test_no_value_reaches_the_host():
 
 
 def test_gradient():
-    pipe, images = (
-        AugmentPipe(**EDM),
-        torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True),
-    )
+    pipe = AugmentPipe(**EDM)
+    images = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     draws = pipe.draw(images)
     assert torch.autograd.gradcheck(lambda x: pipe(x, draws)[0], images, fast_mode=True)
 

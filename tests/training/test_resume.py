@@ -68,10 +68,11 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     expected, found = contents(straight), contents(tmp_path / "resumed")
     for name in expected:
         if name.endswith("meta.json"):
+            # of which one is the number of workers
             (
                 expected[name].pop("options"),
                 found[name].pop("options"),
-            )  # of which one is the number of workers
+            )
     check_same(found, expected)
 
 
@@ -125,6 +126,7 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
     seconds = time.monotonic() - started
     expected = contents(tmp_path / "straight")
     choose = random.Random(0)
+    # about as many as three steps make
     calls = {
         "fsync": 30,
         "replace": 8,
@@ -132,7 +134,7 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
         "save_file": 4,
         "unlink": 4,
         "rmdir": 2,
-    }  # about as many as three steps make
+    }
     kills = [
         {"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(2)
     ]
