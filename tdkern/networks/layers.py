@@ -135,8 +135,12 @@ class Conv2d(nn.Module):
             x = self._downsample(x)
         if self.weight is not None:
             weight, bias = self.weight_and_bias
-            # in half precision the cast also lays the weight out, in the same pass
-            weight = weight.to(x.dtype, memory_format=half.image_format(x))
+            # In half precision the cast also lays the weight out, in the same pass. A kernel of one
+            # pixel is laid out already: only its strides would differ, and with them its gradient's
+            # from the parameter's, of which DistributedDataParallel warns.
+            pointwise = weight.shape[-1] == 1
+            layout = torch.preserve_format if pointwise else half.image_format(x)
+            weight = weight.to(x.dtype, memory_format=layout)
             added = bias.to(x.dtype) if with_bias else None
             x = F.conv2d(x, weight, added, padding=self.padding)
         return self._downsample(x) if self.filter_last else x
