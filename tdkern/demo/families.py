@@ -99,7 +99,10 @@ class Timed(nn.Module):
         c_in: Callable[[Tensor], Tensor] = torch.ones_like,
     ):
         super().__init__()
-        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+        self.mlp = mlp
+        self.lo = lo
+        self.hi = hi
+        self.c_in = c_in
         self.num_models = mlp.num_models
 
     def forward(

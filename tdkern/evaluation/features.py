@@ -19,7 +19,9 @@ class Recorder:
     """A detector that keeps, on the CPU, the features that it has given: `parts`, in float32."""
 
     def __init__(self, detector):
-        self.detector, self.dim, self.parts = detector, detector.dim, []
+        self.detector = detector
+        self.dim = detector.dim
+        self.parts = []
 
     def __call__(self, images: Tensor) -> Tensor:
         features = self.detector(images)
