@@ -62,7 +62,11 @@ class Follower:
     def __init__(
         self, net: nn.Module, target: EMA, decay: float | Callable[[int], float], key: str
     ):
-        self.net, self.target, self.decay, self.key, self.step = net, target, decay, key, 0
+        self.net = net
+        self.target = target
+        self.decay = decay
+        self.key = key
+        self.step = 0
         self._loaded: dict | None = None  # of a state that the optimizer has not taken yet
         self._skipped: Tensor | None = None  # AdamEMA's count, as it was before the step
 

@@ -290,7 +290,9 @@ class ResBlock(nn.Module):
         heads: int = 0,
     ):
         super().__init__()
-        self.style, self.heads, self.out_channels = style, heads, out_channels
+        self.style = style
+        self.heads = heads
+        self.out_channels = out_channels
         resample: dict[str, Any] = {
             "up": up,
             "down": down,
