@@ -64,6 +64,7 @@ TABLES = {
     "demo": Table("demo.json", table.of_demo),
     "evidence-gpu": Table("evidence/gpu.jsonl", evidence_table.markdown),
     "loader": Table("loader.json", table.of_loader),
+    "overlap": Table("overlap.json.gz", table.of_overlap),
 }
 PICTURES = {
     "docs/demo.png": Picture("demo.json", chart.of_demo),

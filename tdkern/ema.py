@@ -98,7 +98,7 @@ def _sharded(net: nn.Module) -> "list[FSDPModule]":
 
 
 @torch.no_grad()
-def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float]) -> None:
+def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float] | Tensor) -> None:
     """Take `net` into several averages, each with its own decay, reading its parameters once."""
     for module in (net, *averages):
         for sharded in _sharded(module):
