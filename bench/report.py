@@ -71,6 +71,7 @@ PICTURES = {
     "docs/performance.png": Picture(H100, chart.of_ops),
 }
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- /report: \2 -->)", re.S)
+NOT_YET = "Not measured yet."
 WIDTH = 100
 SOURCE = "bench/results"  # the text of a picture's file that tells which results it shows
 VISIBLE, LARGEST_SHARE = 48, 0.01  # of 255, and of all pixels
@@ -90,7 +91,9 @@ def filled(page: str, results: Path) -> str:
 
     def fill(found: re.Match) -> str:
         source, make = TABLES[found[2]]
-        return f"{found[1]}{wrapped(make(results / source))}\n{found[3]}"
+        path = results / source
+        text = make(path) if path.exists() else NOT_YET
+        return f"{found[1]}{wrapped(text)}\n{found[3]}"
 
     return MARKED.sub(fill, page)
 
@@ -112,7 +115,9 @@ def drawn(name: str, results: Path) -> bytes:
     digest = hashlib.sha256((results / source).read_bytes()).hexdigest()
     info, file = PngInfo(), io.BytesIO()
     info.add_text(SOURCE, f"{source} {digest}")
-    PIL.Image.open(io.BytesIO(draw(results / source))).save(file, "png", pnginfo=info)
+    image = PIL.Image.open(io.BytesIO(draw(results / source))).convert("RGB")
+    few_colours = image.quantize(256, dither=PIL.Image.Dither.NONE)  # a third of the bytes
+    few_colours.save(file, "png", optimize=True, pnginfo=info)
     return file.getvalue()
 
 

@@ -76,6 +76,12 @@ def test_a_changed_number_is_seen(copies):
     assert report.look_alike(ours, report.drawn("docs/performance.png", RESULTS))
 
 
+def test_what_is_not_measured_is_said(copies):
+    (copies / "demo.json").unlink()
+    page = report.filled((ROOT / "docs/demo.md").read_text(), copies)
+    assert "<!-- report: demo -->\nNot measured yet.\n<!-- /report: demo -->" in page
+
+
 def test_a_table_that_nobody_makes_is_an_error():
     with pytest.raises(KeyError, match="unknown"):
         report.filled("<!-- report: unknown -->\n<!-- /report: unknown -->\n", RESULTS)
