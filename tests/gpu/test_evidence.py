@@ -98,6 +98,16 @@ def test_what_is_missing_is_named(tmp_path):
         trials.run(lease, tmp_path)
 
 
+def test_a_build_that_fails_ends_it(tmp_path, monkeypatch, capsys):
+    def build(at):
+        raise evidence.campaign.Failed("no compiler", tail="its last words")
+
+    monkeypatch.setattr(evidence.campaign, "STAGES", {"build": build})
+    assert evidence.main(["--from", str(tmp_path), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: no compiler" in said and "its last words" in said
+
+
 # ---- what travels -------------------------------------------------------------------------------
 
 
