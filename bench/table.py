@@ -139,6 +139,15 @@ def of_demo(path: Path) -> str:
     return f"```text\n{text}\n```"
 
 
+def of_ablation(path: Path) -> str:
+    """What `tdkern report` says of a file of results of `tdkern ablate`, under no title."""
+    from tdkern.ablation.comparison import comparisons_in
+    from tdkern.ablation.report import report
+
+    text = report(comparisons_in(path), f"evidence-{path.stem}").markdown
+    return text.partition("\n\n")[2].rstrip()
+
+
 def of_couplings(path: Path) -> str:
     """What the noise of the pair does to TD's target, for each loss of coupling.py."""
     result = json.loads(Path(path).read_text())
