@@ -188,13 +188,11 @@ def generate(
     batches = every[process.rank :: process.world]
     folder = None
     if outdir:
-        settings = {"tdkern": __version__, "sampler": sampler, "steps": steps, "batch": batch}
-        settings |= {"levels": sigmas.tolist(), "class": class_idx, **options}
-        settings |= {"network": meta["network"], "weights": fingerprint(net.state_dict())}
+        settings = {"sampler": sampler, "steps": steps, "class": class_idx, **options}
+        settings |= {"batch": batch, "levels": sigmas.tolist(), "network": meta["network"]}
+        settings |= {"weights": fingerprint(net.state_dict()), "tdkern": __version__}
         folder = DrawnFolder(outdir, _without_infinity(settings), subdirs=subdirs)
-    _prepare(folder, [seed for part in batches for seed in part], grid)
-    if folder:
-        folder.check(seeds)
+    _prepare(folder, seeds, batches, grid)
     options |= {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
     draw = partial(sample, net, meta["network"], sigmas=sigmas, **options)
     images = _draw_missing(draw, batches, folder, bool(grid), process)
@@ -257,12 +255,14 @@ def _check_steps(sampler: str, steps: int) -> None:
         raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
 
 
-def _prepare(folder: DrawnFolder | None, seeds: list[int], grid: str | None) -> None:
-    """Before the work, make the folders and see that they can be written to.
+def _prepare(
+    folder: DrawnFolder | None, seeds: list[int], batches: list[list[int]], grid: str | None
+) -> None:
+    """Before the work, make the folders and see that all images can be written to them.
 
-    What a killed process left of these images is removed.
+    What a killed process left of this one's images is removed.
     """
-    paths = [folder.path(seed) for seed in seeds] if folder else []
+    paths = [folder.path(seed) for part in batches for seed in part] if folder else []
     paths += [Path(grid)] if grid else []
     names = {path.name for path in paths}
     for parent in sorted({path.parent for path in paths}):
@@ -275,6 +275,8 @@ def _prepare(folder: DrawnFolder | None, seeds: list[int], grid: str | None) -> 
             raise IsADirectoryError(
                 f"{path} is a folder; give the name of a file, such as {path}/grid.png"
             )
+    if folder:
+        folder.check(seeds)
 
 
 def _options(sampler: str, disc: str | None, values: dict) -> dict:

@@ -207,12 +207,12 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool = False):
         super().__init__()
-        self.frequencies, self.endpoint = channels // 2, endpoint
+        self.frequencies = channels // 2
+        self.last = self.frequencies - 1 if endpoint else self.frequencies
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(self.frequencies, device=x.device, dtype=x.dtype)
-        exponents = places / (self.frequencies - self.endpoint)
-        angles = x.outer(10000**-exponents)
+        angles = x.outer(10000 ** -(places / self.last))
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
@@ -298,7 +298,8 @@ class ResBlock(nn.Module):
         }
         self.norm0 = GroupNorm(in_channels, style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resample)
-        self.affine = Linear(style.emb_channels, out_channels * (1 + style.scale_shift), style.init)
+        modulation = 2 * out_channels if style.scale_shift else out_channels
+        self.affine = Linear(style.emb_channels, modulation, style.init)
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
         self.skip = None

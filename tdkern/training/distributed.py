@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -251,12 +251,13 @@ def data_parallel(net: nn.Module, process: Process) -> nn.Module:
         return net
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}  # they are the same in all
     return DistributedDataParallel(
         net,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        **{buffers: False},  # they are the same in all; the older name warns where both are known
         gradient_as_bucket_view=True,
         static_graph=True,
+        **options,  # the older name warns where both are known
     )
 
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from ..data.files import read_file
 from ..pages import COLORS, html_image, html_page, html_table
 from . import checkpoint, statistics
-from .statistics import FidCurve
+from .statistics import FidCurve, number_of
 
 MARKERS = "os^Dv*xP"  # of the numbers of sampling steps
 CURVES = {"loss": "loss", "td": "TD term", "base": "base term", "images_per_s": "images a second"}
@@ -50,17 +50,9 @@ class Run:
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """(kimg, values) of the ticks that have a finite number of that name."""
-        points = [(_number(tick["kimg"]), _number(tick.get(name))) for tick in self.ticks]
+        points = [(number_of(tick["kimg"]), number_of(tick.get(name))) for tick in self.ticks]
         points = [point for point in points if all(map(math.isfinite, point))]
         return [kimg for kimg, _ in points], [value for _, value in points]
-
-
-def _number(value) -> float:
-    """A number from a file as a float; NaN for what is none, or too large for one."""
-    try:
-        return float(value) if type(value) in (int, float) else math.nan
-    except OverflowError:
-        return math.nan
 
 
 def read_run(path: Path) -> Run:
@@ -125,7 +117,7 @@ def _style(i: int) -> tuple[str, str, str]:
 
 def _last(run: Run) -> list[str]:
     tick = run.ticks[-1] if run.ticks else {}
-    numbers = [_number(tick.get(name)) for name in LAST]
+    numbers = [number_of(tick.get(name)) for name in LAST]
     return [format(number, ".5g") if math.isfinite(number) else "" for number in numbers]
 
 

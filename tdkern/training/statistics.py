@@ -62,6 +62,14 @@ def _said_by(line: str) -> dict | None:
     return said
 
 
+def number_of(value) -> float:
+    """A number from a file as a float; NaN for what is none, or too large for one."""
+    try:
+        return float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def ticks_of(lines: dict[str, dict]) -> list[dict]:
     """What the lines of ticks say, of those of `read_lines`."""
     return [said for said in lines.values() if "metric" not in said]
@@ -109,11 +117,10 @@ def fids_of(lines: dict[str, dict]) -> "list[tuple[float, Fid]]":
         kinds = {"metric": str, "steps": int, "nfe": int, "num": int, "against": str}
         if not all(type(said.get(name)) is kind for name, kind in kinds.items()):
             continue
-        value = said.get("value")
-        value = float(value) if type(value) in (int, float) else math.nan
         if METRIC.fullmatch(said["metric"]):
-            values = {name: said[name] for name in kinds} | {"value": value}
-            found.append((said["kimg"], Fid(**values)))
+            values = {name: said[name] for name in kinds}
+            fid = Fid(**values, value=number_of(said.get("value")))
+            found.append((number_of(said["kimg"]), fid))
     return found
 
 

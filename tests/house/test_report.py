@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import sys
+from itertools import pairwise
 
 import PIL.Image
 import pytest
@@ -38,7 +39,7 @@ def test_every_entry_is_shown_once():
 def by_hand(text):
     """The rows of three numbers or more of tables that stand between no comments."""
     lines = report.MARKED.sub("", text).splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+    for line, after in pairwise([*lines, ""]):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         numbers = [cell for cell in cells if NUMBER.fullmatch(cell)]
         if line.startswith("|") and len(numbers) > 2 and not after.startswith("| ---"):

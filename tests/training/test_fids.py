@@ -26,7 +26,15 @@ from tdkern.evaluation import unfinished
 from tdkern.evaluation.fid import Statistics, write_statistics
 from tdkern.samplers import SAMPLERS
 from tdkern.training import Options, Trainer, fids, load_network, statistics, train
-from tdkern.training.checkpoint import SNAPSHOT, STATE, checkpoints, find, read, read_options
+from tdkern.training.checkpoint import (
+    SNAPSHOT,
+    STATE,
+    checkpoints,
+    find,
+    images_of,
+    read,
+    read_options,
+)
 from tdkern.training.distributed import joined, this_process
 from tdkern.training.sampling import NotFinite
 from tdkern.training.signals import Stopped
@@ -250,12 +258,13 @@ def test_the_best_is_kept_and_the_last_are_averaged(tmp_path, measured, monkeypa
 
 def test_going_on_from_an_earlier_state_sets_a_later_best_aside(tmp_path, measured, scores):
     scores([9.0, 7.0, 8.0])
-    run_dir = start(measured(keep=9), tmp_path / "run")
+    run_dir = start(measured(keep=9, dump=0), tmp_path / "run")
+    states = checkpoints(run_dir, STATE)
+    assert [images_of(state) for state in states] == [16, 32, 48]  # with each FID there is one
     later = run_dir / "network-snapshot-best-2.safetensors"
     assert load_network(later)[1]["nimg"] == 32
     scores([7.5, 7.0])
-    state = checkpoints(run_dir, STATE)[1]
-    train(Trainer(measured(keep=9), this_process(), state), run_dir)
+    train(Trainer(measured(keep=9), this_process(), states[0]), run_dir)
     aside = run_dir / f"set-aside-{later.name}"
     assert load_network(aside)[1]["fid"]["value"] == 7.0  # of another future
     assert load_network(later)[1]["fid"]["value"] == 7.0 and load_network(later)[1]["nimg"] == 48
