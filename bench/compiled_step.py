@@ -3,8 +3,8 @@
     python bench/compiled_step.py [ROUNDS]
 
 The networks alone, which is `tdkern train --compile`; networks and loss in one graph; and these
-with their backward, by compiled autograd. Steps are taken in turn in one thread, so that whatever
-else the machine does falls on all alike; a ratio is the median over rounds.
+with their backward, which Dynamo traces where it is told to. Steps are taken in turn in one thread,
+so that whatever else the machine does falls on all alike; a ratio is the median over rounds.
 """
 
 import statistics
@@ -55,7 +55,7 @@ def with_the_backward():
     compiled = torch.compile(lambda batch: of(net, target, batch).backward(), fullgraph=True)
 
     def step(batch):
-        with torch._dynamo.config.patch(compiled_autograd=True):
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
             compiled(batch)
 
     return net, step
@@ -73,8 +73,8 @@ def gradient(net, step, batch):
 def main(rounds: int) -> None:
     torch.set_num_threads(1)
     images = torch.randn(SHAPE) / 2
-    made = {make.__name__: make() for make in (eager, networks_compiled, with_the_loss)}
-    made |= {with_the_backward.__name__: with_the_backward()}
+    ways = (eager, networks_compiled, with_the_loss, with_the_backward)
+    made = {make.__name__: make() for make in ways}
     times = {name: [] for name in made}
     for number in range(rounds + 1):
         torch.manual_seed(number)
