@@ -14,6 +14,7 @@ COMMANDS = (
     "report",
     "bench",
     "demo",
+    "ablate",
 )
 EXTRAS = ("click", "tqdm", "safetensors", "PIL", "matplotlib")  # what tdkern[train] brings
 

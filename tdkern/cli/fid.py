@@ -1,30 +1,30 @@
 """`tdkern fid`."""
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from tqdm import tqdm
 
+from .._version import __version__
 from ..data import DatasetError, ImageDataset
 from ..data.files import one_line
 from ..evaluation.detectors import Detector, key_of, make_detector
 from ..evaluation.features import (
-    Recorder,
-    gathered,
     kernel_distance,
     precision_recall_density_coverage,
     squared_mmd,
 )
 from ..evaluation.fid import (
+    FeatureSums,
     Inception,
     Statistics,
-    feature_statistics,
+    features_of,
     frechet_distance,
     read_features,
     read_statistics,
@@ -37,7 +37,9 @@ from ..evaluation.intervals import (
     kernel_interval,
     some_images,
 )
+from ..evaluation.unfinished import Unfinished, add_up, default_folder, named
 from ..families import default_sampler
+from ..networks.saved import fingerprint
 from ..samplers import SAMPLERS
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
@@ -71,6 +73,12 @@ with_detector = click.option(
     "that comes with tdkern, or torch-fidelity's weights of Inception-v3. [default: Inception-v3, "
     "of torch.hub's copy, else downloaded]",
 )
+with_state = click.option(
+    "--state",
+    metavar="DIR",
+    help="Where a measurement that is not over is kept: killed, the same command goes on from it, "
+    "in any number of processes. [default: ~/.cache/tdkern]",
+)
 with_metrics = click.option(
     "--metrics",
     metavar="LIST",
@@ -103,8 +111,8 @@ def fid():
     tdkern fid ref --data cifar10-train-32x32.zip --dest cifar10.npz --features
     tdkern fid calc --images images --ref cifar10.npz --metrics fid,kid,prdc
     tdkern fid steps --network runs/00000-... --ref cifar10.npz --steps 4,6,9,12,18
-    tdkern fid ref --data cifar10-train-32x32.zip --dest own.npz --features --detector my.safetensors
-    tdkern fid calc --images images --ref own.npz --detector my.safetensors --bootstrap 200
+    tdkern fid ref --data images.zip --dest own.npz --features --detector mine.safetensors
+    tdkern fid calc --images images --ref own.npz --detector mine.safetensors --bootstrap 200
     """
 
 
@@ -119,27 +127,21 @@ class Measure:
     reference: Statistics | None = None
     real: torch.Tensor | None = None  # [N, dim], its features, where they are needed
 
-    def __call__(self, batches: Iterable) -> dict[str, float] | None:
-        """The numbers of a process's images, by name; None but on the first process."""
-        device, generated = self.process.device, None
-        extract: Any = self.detector
-        if self.needs_features:
-            extract = Recorder(extract)
-        ours = feature_statistics(batches, extract, device)
-        if self.needs_features:
-            generated = gathered(extract.parts, extract.dim, device)
-        if self.process.rank > 0:
-            return None
+    def __call__(self, sums: FeatureSums) -> dict[str, float]:
+        """The numbers of images, by name; for the first process."""
         found = {}
+        generated = torch.cat(sums.features) if self.needs_features else None
         if "frechet" in self.measures:
-            found["frechet"] = frechet_distance(ours, self.reference)
+            found["frechet"] = frechet_distance(sums.statistics(), self.reference)
             if self.resamples:
                 interval = frechet_interval(generated, self.reference, resamples=self.resamples)
                 found |= {"frechet_low": interval.low, "frechet_high": interval.high}
         if "kernel" in self.measures:
             found |= self._kernel(generated)
         if "prdc" in self.measures:
-            prdc = precision_recall_density_coverage(generated, self.real, device=device)
+            prdc = precision_recall_density_coverage(
+                generated, self.real, device=self.process.device
+            )
             found |= prdc._asdict()
         return self._named(found)
 
@@ -239,7 +241,8 @@ def _measures(metrics: str | None, detector: Detector) -> list[str]:
 @with_batch
 @with_workers
 @with_detector
-def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector):
+@with_state
+def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector, state):
     """FID, or other --metrics, of the images in a folder or zip.
 
     Prints the FID alone, or of other metrics a line each and the same as one line of JSON.
@@ -253,19 +256,21 @@ def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector):
             )
         measure = _measure(metrics, ref, detector, num, bootstrap, process)
         _tell_left_out(dataset, process)
-        with _images(dataset, batch, workers, process) as batches:
-            found = measure(batches)
+        run = Summing(measure.detector, measure.needs_features, num, batch, process, state)
+        sums = run(partial(_images, dataset, workers), command="calc", images=dataset.fingerprint())
         if process.rank > 0:
             return
+        found = measure(sums)
         label = _label(measure, num, dataset.image_shape[0])
         click.echo(f"{label} in {images} against {ref}:", err=True)
         if len(found) == 1:
             click.echo(f"{found[measure.names[0]]:g}")
-            return
-        found |= measure.floor(num)
-        _print_lines(found)
-        about = {"images": images, "ref": ref, "detector": measure.detector.identity}
-        click.echo(json.dumps(about | {"num": num, "seed": seed} | found))
+        else:
+            found |= measure.floor(num)
+            _print_lines(found)
+            about = {"images": images, "ref": ref, "detector": measure.detector.identity}
+            click.echo(json.dumps(about | {"num": num, "seed": seed} | found))
+        run.over()
 
 
 @fid.command("ref")
@@ -286,23 +291,21 @@ def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector):
 @with_batch
 @with_workers
 @with_detector
-def reference_statistics(data, dest, features, batch, workers, detector):
+@with_state
+def reference_statistics(data, dest, features, batch, workers, detector, state):
     """Write reference statistics: mean and covariance of all images' features."""
     with joined() as process:
         dataset = ImageDataset(data)
-        extract: Any = make_detector(detector, process.device)
-        if features:
-            extract = Recorder(extract)
+        extract = make_detector(detector, process.device)
         if process.rank == 0:
             Path(dest).parent.mkdir(parents=True, exist_ok=True)  # before the work
         _tell_left_out(dataset, process)
-        with _images(dataset, batch, workers, process) as batches:
-            statistics = feature_statistics(batches, extract, process.device)
-        recorded = None
-        if features:
-            recorded = gathered(extract.parts, extract.dim, process.device)
+        run = Summing(extract, features, len(dataset), batch, process, state)
+        sums = run(partial(_images, dataset, workers), command="ref", images=dataset.fingerprint())
+        statistics = sums.statistics()
         if process.rank == 0:
-            write_statistics(dest, statistics, recorded)
+            write_statistics(dest, statistics, torch.cat(sums.features) if features else None)
+            run.over()
             click.echo(f"{dest}: statistics of {len(dataset)} images of {data}", err=True)
 
 
@@ -340,7 +343,8 @@ def reference_statistics(data, dest, features, batch, workers, detector):
 @with_bootstrap
 @with_batch
 @with_detector
-def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, detector):
+@with_state
+def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, detector, state):
     """FID of a network's images for several numbers of sampling steps, without writing them.
 
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
@@ -356,21 +360,23 @@ def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, de
                 f"--steps must be at least {least} each with {sampler}, got {min(steps)}"
             )
         measure = _measure(metrics, ref, detector, num, bootstrap, process)
-        batches = torch.arange(seed, seed + num).split(batch)[process.rank :: process.world]
+        run = Summing(measure.detector, measure.needs_features, num, batch, process, state)
+        inputs = {"network": meta["network"], "weights": fingerprint(net.state_dict())}
         label = _label(measure, num, meta["network"]["img_channels"])
         if process.rank == 0:
             click.echo(f"{label} of {network} against {ref}, {sampler}:", err=True)
         rows = []
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
-            options |= {"sampler": SAMPLERS[sampler].sample} | choice(meta)
-            with _bar(batches, process) as bar:
-                found = measure(
-                    sample(net, meta["network"], seeds.tolist(), sigmas, **options) for seeds in bar
-                )
+            options |= choice(meta)
+            inputs |= {"levels": [float(level) for level in sigmas], "options": options}
+            options = options | {"sampler": SAMPLERS[sampler].sample}
+            draw = partial(sample, net, meta["network"], sigmas=sigmas, **options)
+            batches = partial(_drawn, draw, seed)
+            sums = run(batches, command="steps", sampler=sampler, seed=seed, **inputs)
             if process.rank == 0:
                 nfe = SAMPLERS[sampler].evaluations(len(sigmas) - 1)
-                rows.append({"steps": count, "nfe": nfe} | found)
+                rows.append({"steps": count, "nfe": nfe} | measure(sums))
                 _print_row(rows)
         if process.rank == 0:
             floor = measure.floor(num)
@@ -378,6 +384,7 @@ def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, de
             about = {"network": network, "ref": ref, "detector": measure.detector.identity}
             about |= {"sampler": sampler, "num": num, "seed": seed}
             click.echo(json.dumps(about | floor | {"results": rows}))
+            run.over()
 
 
 def _print_row(rows: list[dict]) -> None:
@@ -402,25 +409,82 @@ def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
         click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
 
 
+Batches = Callable[[Process, list[torch.Tensor]], AbstractContextManager[Iterable[torch.Tensor]]]
+
+
+class Summing:
+    """Sums over the features of images, each kept in a file until `over`.
+
+    Args:
+        detector: whose features they are.
+        keep: whether to keep the features too.
+        num: of the images.
+        batch: images at once.
+        process: this one.
+        state: the folder of the files; None is that of `default_folder`.
+    """
+
+    def __init__(
+        self, detector: Detector, keep: bool, num: int, batch: int, process: Process, state
+    ):
+        self.detector, self.keep, self.num, self.batch = detector, keep, num, batch
+        self.process, self.folder = process, Path(state) if state else default_folder()
+        self.files: list[Unfinished] = []
+
+    def __call__(self, batches: Batches, **inputs) -> FeatureSums:
+        """The sums over all images of all processes.
+
+        Args:
+            batches: of some image numbers each, to be entered; this process's.
+            inputs: what the images depend on, as JSON holds it.
+        """
+        rank, world, device = self.process
+        inputs |= {"num": self.num, "batch": self.batch, "features": self.keep}
+        inputs |= {"detector": self.detector.identity, "tdkern": __version__}
+        path = named(self.folder, inputs) if rank == 0 else None
+        self.files.append(Unfinished(path, inputs, tell))
+        sums = FeatureSums(self.detector, device, keep=self.keep)
+        self.files[-1].load(sums)
+        numbers = torch.arange(self.num).split(self.batch)[-(-sums.count // self.batch) :]
+        with batches(self.process, list(numbers[rank::world])) as own:
+            features = (features_of(images, self.detector, device) for images in own)
+            add_up(sums, features, -(-len(numbers) // world), self.files[-1].after_turn)
+        self.files[-1].after_all(sums)
+        return sums
+
+    def over(self) -> None:
+        """All is told: the files are not needed any more."""
+        for file in self.files:
+            file.remove()
+
+
+def tell(text: str) -> None:
+    """Print a line to stderr."""
+    click.echo(one_line(text), err=True)
+
+
 @contextmanager
 def _images(
-    dataset: ImageDataset, batch: int, workers: int, process: Process
+    dataset: ImageDataset, workers: int, process: Process, numbers: list[torch.Tensor]
 ) -> Iterator[Iterable]:
-    """A process's batches of all images of a data set, while the context lasts.
-
-    They do not depend on the number of processes.
-    """
-    order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][
-        process.rank :: process.world
-    ]
+    """Batches of the images of these numbers of a data set, while the context lasts."""
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=order,
+        batch_sampler=[some.tolist() for some in numbers],
         pin_memory=process.device.type == "cuda",
         **readers(workers),
     )
     with _bar(loader, process) as bar:
         yield (images for images, _ in bar)
+
+
+@contextmanager
+def _drawn(
+    draw: Callable, seed: int, process: Process, numbers: list[torch.Tensor]
+) -> Iterator[Iterable]:
+    """Batches of the images that are drawn of `seed` plus these numbers, in the context."""
+    with _bar(numbers, process) as bar:
+        yield (draw(seeds=(some + seed).tolist()) for some in bar)
 
 
 def _bar(batches: Iterable, process: Process) -> tqdm:

@@ -3,24 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.mixture import GaussianMixture
 from ..families import FAMILIES as losses_of
-from ..losses import Loss, TDDDPMLoss, TDEDMLoss
+from ..losses import Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss
+from ..losses.path import PathLoss
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
+from ..preconditioning import append_dims
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
+# noise levels from, to, and how many are measured
 BANDS = (
     (0.02, 0.2, 6),
     (0.2, 0.4, 2),
     (0.4, 4.0, 6),
     (4.0, 12.0, 3),
     (12.0, 40.0, 3),
-)  # noise levels from, to, and how many are measured
+)
 
 
 class Levels:
@@ -56,20 +60,18 @@ class Family:
     """A way to train and to sample: all that differs between the studies."""
 
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
-    # from an MLP that takes c_noise in EDM's range, -1.6 to 1.1
+    # from a network that takes c_noise in EDM's range, -1.6 to 1.1
     network: Callable[[nn.Module], nn.Module]
-    draw: Callable[
-        [int, torch.Generator], dict[str, Tensor]
-    ]  # n noise levels, as a keyword of `loss.pair`
+    # n noise levels, as a keyword of `loss.pair`
+    draw: Callable[[int, torch.Generator], dict[str, Tensor]]
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
     sampler_name: str
     sigmas: Callable[[int], Tensor]  # the sampler's levels for so many steps
     budgets: tuple[int, ...]  # sampling steps
     config: dict = field(default_factory=dict)  # what it needs otherwise than `study.Config` has it
-    exact: Callable[[GaussianMixture], Callable] = lambda mixture: (
-        mixture.denoise
-    )  # what a perfect network gives
+    # what a perfect network gives
+    exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
     # over training: the distance of samples with the smallest budget instead of the error
@@ -81,14 +83,12 @@ class Family:
 
 
 class Timed(nn.Module):
-    """An MLP in a wrapper whose c_noise goes from `lo` to `hi`.
+    """A network in a wrapper whose c_noise goes from `lo` to `hi`.
 
-    It is moved to -1.6 .. 1.1, EDM's range, for which the MLP's embedding is made.
+    It is moved to -1.6 .. 1.1, EDM's range, for which the network's embedding is made.
 
     `c_in(c_noise)` scales the input, where the wrapper leaves that to the network.
     """
-
-    label_dim = 0
 
     def __init__(
         self,
@@ -98,8 +98,12 @@ class Timed(nn.Module):
         c_in: Callable[[Tensor], Tensor] = torch.ones_like,
     ):
         super().__init__()
-        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
-        self.num_models = mlp.num_models
+        self.mlp = mlp
+        self.lo = lo
+        self.hi = hi
+        self.c_in = c_in
+        self.num_models = getattr(mlp, "num_models", 1)
+        self.label_dim = getattr(mlp, "label_dim", 0)
 
     def forward(
         self,
@@ -109,7 +113,10 @@ class Timed(nn.Module):
         augment_labels: Tensor | None = None,
     ) -> Tensor:
         return self.mlp(
-            self.c_in(c_noise)[:, None] * x, 2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6
+            append_dims(self.c_in(c_noise), x.ndim) * x,
+            2.7 * (c_noise - self.lo) / (self.hi - self.lo) - 1.6,
+            class_labels,
+            augment_labels,
         )
 
 
@@ -120,7 +127,7 @@ def _losses(family: str, baseline: str, **td) -> dict[str, Loss]:
 
 
 def _edm(losses: dict[str, Loss]) -> Family:
-    loss = losses["TD"]
+    loss = cast("TDEDMLoss", losses["TD"])
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         normal = torch.randn(n, generator=generator, dtype=torch.float64)
@@ -140,7 +147,7 @@ def _edm(losses: dict[str, Loss]) -> Family:
 
 def _path(losses: dict[str, Loss], **settings) -> Family:
     """A family with uniform times of a schedule; `settings` are of the `Family`."""
-    path = losses["TD"].schedule
+    path = cast("PathLoss", losses["TD"]).schedule
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         if isinstance(path, DDPM):
@@ -163,7 +170,7 @@ def _ddpm_network(path: DDPM) -> Callable[[nn.Module], nn.Module]:
 
 
 def _ct(losses: dict[str, Loss]) -> Family:
-    scales = losses["TD"].num_scales
+    scales = cast("int", cast("TDCTLoss", losses["TD"]).num_scales)
     levels = EDM(scales).sigma(torch.arange(scales - 1))
 
     def exact(mixture: GaussianMixture):

@@ -4,7 +4,6 @@ KID, precision and recall, density and coverage.
 """
 
 from collections.abc import Iterator
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -15,45 +14,26 @@ from torch import Tensor
 CHUNK = 1 << 24  # distances at once
 
 
-class Recorder:
-    """A detector that keeps, on the CPU, the features that it has given: `parts`, in float32."""
-
-    def __init__(self, detector):
-        self.detector, self.dim, self.parts = detector, detector.dim, []
-        self.identity = getattr(detector, "identity", "")
-
-    def __call__(self, images: Tensor) -> Tensor:
-        features = self.detector(images)
-        self.parts.append(features.float().cpu())
-        return features
-
-
-def gathered(parts: list[Tensor], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """The features of every process, in the order in which one process would have had the batches.
+def gathered(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The features of every process, those of the first process first.
 
     Args:
-        parts: [B, dim] float32 each, this process's batches; the first process has the first batch,
-            the next the second, and so on.
+        features: [B, d], this process's; B may differ, and may be 0.
         device: the process group's, such as its GPU with NCCL.
 
     Returns:
-        [N, dim] float32 on the CPU, the same on every process.
+        [N, d] float32 on the CPU, the same on every process.
     """
-    mine = torch.cat([torch.empty(0, dim), *parts])
     if not dist.is_initialized():
-        return mine
-    sizes = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(sizes, [len(part) for part in parts])
-    padded = torch.zeros(max(map(sum, sizes)), dim, device=device)
-    padded[: len(mine)] = mine.to(device)
-    everyone = [torch.empty_like(padded) for _ in sizes]
+        return features.float().cpu()
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(features))
+    padded = torch.zeros(max(counts), features.shape[1], device=device)
+    padded[: len(features)] = features
+    everyone = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(everyone, padded)
-    by_process = [
-        theirs[: sum(counts)].cpu().split(counts)
-        for theirs, counts in zip(everyone, sizes, strict=True)
-    ]
-    turns = zip_longest(*by_process)
-    return torch.cat([part for turn in turns for part in turn if part is not None])
+    parts = [theirs[:count].cpu() for theirs, count in zip(everyone, counts, strict=True)]
+    return torch.cat(parts)
 
 
 class KernelDistance(NamedTuple):

@@ -10,7 +10,6 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.files import check_file, one_line, read_file, write_atomic
+from .features import gathered
 
 IDENTITY = "detector"  # the array of a file of statistics that names their detector
 MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
@@ -84,10 +84,8 @@ class Inception:
                 URL_INCEPTION_V3,
                 FeatureExtractorInceptionV3,
             )
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torchvision is built for another torch
+        except (ImportError, RuntimeError) as error:
+            # RuntimeError: torchvision is built for another torch
             raise ImportError(
                 f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip "
                 "install 'tdkern[evaluation]'"
@@ -140,46 +138,69 @@ def _fetched(url: str) -> Path:
     return path
 
 
-@torch.no_grad()
-def feature_statistics(
-    batches: Iterable[Tensor], detector, device: torch.device | str = "cpu"
-) -> Statistics:
-    """Mean and covariance of the features of images, those of every process together where
-    processes are joined.
+class FeatureSums:
+    """What the mean and covariance of features are made of, added up turn by turn.
 
-    mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64; every process gets both.
+    In a turn each process has the features of a batch, or none any more. Where processes are
+    joined, every one has the sums over all.
+
+    mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64.
+
+    Deterministic; of the number of processes the sums depend by float64's rounding.
 
     Args:
-        batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the
-            detector as RGB.
-        detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as
-            `Inception`; its `identity`, if it has one, goes into the statistics.
-        device: the detector's.
+        detector: whose features they are; of it `dim` is asked for, and `identity` if it has one.
+        device: where the sums are, the process group's.
+        keep: whether to keep the features too.
 
-    Returns:
-        Statistics, deterministic if the detector is; of the number of processes they depend by
-        float64's rounding.
-
-    Raises:
-        ValueError: there are fewer than two images.
+    Attributes:
+        sums: [1 + dim + dim^2] float64: n, sum x and sum x x^T.
+        features: with `keep`, [B, dim] float32 on the CPU for each turn, in the order in which one
+            process would have had the batches.
     """
-    count = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros(detector.dim, dtype=torch.float64, device=device)
-    outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64, device=device)
-    for images in batches:
-        features = detector(images.to(device).expand(-1, 3, -1, -1)).double()
-        count += len(features)
-        total += features.sum(0)
-        outer += features.T @ features
-    if dist.is_initialized():
-        for moment in (count, total, outer):
-            dist.all_reduce(moment)
-    n = int(count)
-    if n < 2:
-        raise ValueError(f"feature_statistics: a covariance needs at least 2 images, got {n}")
-    mu = total / n
-    sigma = (outer - n * torch.outer(mu, mu)) / (n - 1)
-    return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), getattr(detector, "identity", ""))
+
+    def __init__(self, detector, device: torch.device | str = "cpu", *, keep: bool = False):
+        self.dim, self.identity = detector.dim, getattr(detector, "identity", "")
+        self.device, self.keep = device, keep
+        size = 1 + self.dim + self.dim**2
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.features: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Images so far; waits for the device."""
+        return int(self.sums[0])
+
+    def add(self, features: Tensor) -> None:
+        """A turn; every process has to call it, also one without images.
+
+        Args:
+            features: [B, dim], this process's.
+        """
+        x = features.double()
+        total = x.new_tensor([len(x)])
+        turn = torch.cat([total, x.sum(0), (x.T @ x).flatten()])
+        if dist.is_initialized():
+            dist.all_reduce(turn)
+        self.sums += turn
+        if self.keep:
+            self.features.append(gathered(features, self.device))
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance; raises ValueError for fewer than two images."""
+        n = self.count
+        if n < 2:
+            raise ValueError(f"FeatureSums: a covariance needs at least 2 images, got {n}")
+        _, total, outer = self.sums.split([1, self.dim, self.dim**2])
+        mu = total / n
+        sigma = (outer.view(self.dim, self.dim) - n * torch.outer(mu, mu)) / (n - 1)
+        return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), self.identity)
+
+
+@torch.no_grad()
+def features_of(images: Tensor, detector, device: torch.device | str = "cpu") -> Tensor:
+    """[B, dim], a detector's features of images [B, 1 or 3, H, W] uint8, grey ones as RGB."""
+    return detector(images.to(device).expand(-1, 3, -1, -1))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -276,12 +297,17 @@ def read_features(source: str | Path) -> Tensor:
     return torch.from_numpy(features.astype(np.float32))
 
 
+def is_address(source: str | Path) -> bool:
+    """Whether statistics are at an address, and not in a file."""
+    return str(source).startswith(("http://", "https://"))
+
+
 def _read_arrays(
     source: str | Path, names: tuple[str, ...], most: int, make: str
 ) -> list[np.ndarray]:
     """Arrays of an .npz file or address, each of at most so many bytes; `make` makes one."""
     try:
-        if str(source).startswith(("http://", "https://")):
+        if is_address(source):
             data = _download(str(source))
         else:
             data = read_file(source, MAX_STATISTICS)

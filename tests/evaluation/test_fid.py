@@ -20,9 +20,10 @@ from tdkern.cli.errors import one_line_errors
 from tdkern.data import DatasetError, save_image
 from tdkern.evaluation import fid
 from tdkern.evaluation.fid import (
+    FeatureSums,
     Inception,
     Statistics,
-    feature_statistics,
+    features_of,
     frechet_distance,
     read_statistics,
     write_statistics,
@@ -85,9 +86,8 @@ def golden(name):
 )
 def test_distance_is_edms(name):
     data, ours, theirs = golden(name)
-    absolute = (
-        4e-10 if name == "d8_same" else 1e-10
-    )  # where the recorded values are that far from 0
+    # where the recorded values are that far from 0
+    absolute = 4e-10 if name == "d8_same" else 1e-10
     assert frechet_distance(ours, theirs) == pytest.approx(
         float(data["fid_eigh"]), rel=1e-8, abs=absolute
     )
@@ -111,18 +111,21 @@ def test_distance_of_singular_covariances():
 
 def test_statistics_are_edms():
     data, *expected = golden("d8_full")
-    detector = type(
-        "Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]}
-    )()  # "images" that hold the features
+    # "images" that hold the features
+    detector = type("Given", (), {"dim": 8, "__call__": lambda self, images: images[:, 2, 0]})()
     for features, statistics in zip(
         (data["features"], data["features_ref"]), expected, strict=True
     ):
-        batches = torch.from_numpy(features)[:, None, None].split(7)
-        ours = feature_statistics(batches, detector)
+        sums = FeatureSums(detector)
+        for batch in torch.from_numpy(features)[:, None, None].split(7):
+            sums.add(features_of(batch, detector))
+        ours = sums.statistics()
         np.testing.assert_allclose(ours.mu, statistics.mu, rtol=1e-12, atol=1e-13)
         np.testing.assert_allclose(ours.sigma, statistics.sigma, rtol=1e-12, atol=1e-12)
+    one = FeatureSums(detector)
+    one.add(features_of(batch[:1], detector))
     with pytest.raises(ValueError, match="a covariance needs at least 2 images, got 1"):
-        feature_statistics(batches[0][:1, None], detector)
+        one.statistics()
 
 
 def test_files_of_statistics(tmp_path, monkeypatch):
@@ -130,9 +133,8 @@ def test_files_of_statistics(tmp_path, monkeypatch):
     write_statistics(path, other)
     old.hardlink_to(path)
     write_statistics(path, statistics)
-    assert np.array_equal(
-        read_statistics(old).mu, other.mu
-    )  # a new file took the old one's name: it was never half-written
+    # a new file took the old one's name: it was never half-written
+    assert np.array_equal(read_statistics(old).mu, other.mu)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.npz", "old.npz"]
     fetched = []
     monkeypatch.setattr(
@@ -325,9 +327,8 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tmp_path, stand_in):
         pytest.raises(click.ClickException, match=r"^a\.zip: 1\.png cannot be read$"),
         one_line_errors(),
     ):
-        raise DatasetError(
-            "Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read"
-        )  # as DataLoader hands it on
+        # as DataLoader hands it on
+        raise DatasetError("Caught in a worker process\nTraceback ...\na.zip: 1.png cannot be read")
     assert not (tmp_path / "b.npz").exists()
     assert (
         "is a directory" in invoked("fid", "ref", "--data", path, "--dest", tmp_path, code=2).output
@@ -408,7 +409,7 @@ def test_a_consistency_model_draws_in_one_step_or_with_steps_in_several(drawn_ne
     for name, sampler in folders.items():
         invoked("generate", *flags, "--outdir", network / name, *sampler)
     default, asked = (
-        [path.read_bytes() for path in sorted((network / name).iterdir())] for name in folders
+        [path.read_bytes() for path in sorted((network / name).glob("*.png"))] for name in folders
     )
     assert len(default) == 8 and default == asked
 

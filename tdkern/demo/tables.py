@@ -1,14 +1,12 @@
-"""The demo's numbers as tables, as one sentence and as JSON."""
+"""The demo's numbers as tables and as one sentence."""
 
 import textwrap
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .._version import __version__
-from .families import BANDS, Levels
+from .families import BANDS
 from .study import Study
 
 # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
@@ -40,6 +38,11 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         digits = 1 if abs(self.percent) < 9.95 and self.error < 9.95 else 0
         return f"{self.percent:+.{digits}f} ± {self.error:.{digits}f} ({self.won})"
+
+    @property
+    def short(self) -> str:
+        """As it stands in a sentence."""
+        return f"{self.percent:+.0f} %"
 
     @property
     def clear(self) -> bool:
@@ -165,8 +168,8 @@ def conclusion(study: Study) -> str:
         levels_by_name = [*(f"sigma {name}" for name in BAND_NAMES), "all sigma together"]
         steps_by_name = ["1 step" if steps == 1 else f"{steps} steps" for steps in budgets]
         clauses.append(
-            f"at {title} its denoiser error is {_verdict(errors, levels_by_name)}, "
-            f"its sample distance {_verdict(distances, steps_by_name)}"
+            f"at {title} its denoiser error is {verdict(errors, levels_by_name)}, "
+            f"its sample distance {verdict(distances, steps_by_name)}"
         )
     return (
         f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} "
@@ -174,43 +177,12 @@ def conclusion(study: Study) -> str:
     )
 
 
-def to_json(study: Study) -> dict:
-    """The study's numbers, seed by seed.
-
-    They are all that the tables and the picture are made of, the samples apart.
-    """
-    return {
-        "tdkern": __version__,
-        "torch": torch.__version__,
-        "config": asdict(study.config),
-        "compute": study.compute,
-        "levels": {
-            "sigma": Levels.sigma.tolist(),
-            "band": [BAND_NAMES[i] for i in Levels.band],
-            "share_of_training": study.family.levels.share.tolist(),
-        },
-        "sampler": study.family.sampler_name,
-        "steps": study.family.budgets,
-        "exact_denoiser_distance": study.exact_distance.tolist(),
-        "independent_draws_distance": study.random_distance,
-        "methods": {
-            name: {
-                key: value.tolist() if isinstance(value, Tensor) else value
-                for key, value in vars(outcome).items()
-                if key != "samples"
-            }
-            for name, outcome in study.outcomes.items()
-        },
-        "conclusion": conclusion(study),
-    }
-
-
 def _row(name: str, cells) -> str:
     return f"  {name:<23}" + "".join(f"{cell:>15}" for cell in cells)
 
 
-def _verdict(differences: list[Difference], places: list[str]) -> str:
-    """Differences in words.
+def verdict(differences: Sequence, places: list[str]) -> str:
+    """Differences in words, each having `percent`, `clear` and `short`.
 
     Such as "lower at sigma 0.4-4 (-20 %), higher at sigma 12-40 (+30 %), not clearly different
     elsewhere".
@@ -223,7 +195,7 @@ def _verdict(differences: list[Difference], places: list[str]) -> str:
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
         found = [
-            f"{place} ({difference.percent:+.0f} %)"
+            f"{place} ({difference.short})"
             for place, difference in clear
             if difference.percent * sign > 0
         ]

@@ -1,0 +1,1 @@
+"""What TD does and what it costs, on problems with a known answer."""
