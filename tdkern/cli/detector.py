@@ -50,7 +50,7 @@ def detector():
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    default=8,
+    default=5,
     show_default=True,
     help="Passes over the images.",
 )
