@@ -9,11 +9,32 @@ import os
 import statistics
 import time
 import warnings
+from pathlib import Path
 
+import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = os.environ.get("TDKERN_BENCH_TINY") == "1"
+LOOKED_FOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # by the names that Linux has
+
+
+def instructions() -> list[str]:
+    """Which of LOOKED_FOR the processor has."""
+    with open("/proc/cpuinfo") as lines:
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [each for each in LOOKED_FOR if each in flags]
+
+
+# whether bfloat16 is faster than float32 here: without these a processor computes it in steps
+HALF = DEVICE == "cuda" or bool({"avx512_bf16", "amx_bf16"} & set(instructions()))
+
+
+def random_images(folder: Path, count: int, resolution: int) -> Path:
+    """A data set of random images for `tdkern train`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, resolution, resolution), np.uint8)
+    np.save(folder / "images.npy", pixels)
+    return folder / "images.npy"
 
 
 def sizes(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -8,12 +8,18 @@ A table stands in a page between two comments,
 and NAME is an entry of TABLES; a picture is a file, and its path an entry of PICTURES. Each is made
 of one file of bench/results, by a function of that file's path. So a new table is an entry here,
 and its two comments in a page. tests/house/test_report.py compares what is committed.
+
+What `tdkern report` makes of a file of `tdkern ablate` is two entries:
+
+    "evidence-NAME": Table("evidence/NAME.jsonl", table.of_ablation)
+    "docs/evidence-NAME-1.png": Picture("evidence/NAME.jsonl", chart.of_ablation)
 """
 
 import hashlib
 import io
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +64,15 @@ TABLES = {
     "demo": Table("demo.json", table.of_demo),
     "evidence-gpu": Table("evidence/gpu.jsonl", evidence_table.markdown),
     "loader": Table("loader.json", table.of_loader),
+    "overlap": Table("overlap.json.gz", table.of_overlap),
 }
 PICTURES = {
     "docs/demo.png": Picture("demo.json", chart.of_demo),
     "docs/performance.png": Picture(H100, chart.of_ops),
 }
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- /report: \2 -->)", re.S)
+NOT_YET = "Not measured yet."
+WIDTH = 100
 SOURCE = "bench/results"  # the text of a picture's file that tells which results it shows
 VISIBLE, LARGEST_SHARE = 48, 0.01  # of 255, and of all pixels
 
@@ -82,9 +91,22 @@ def filled(page: str, results: Path) -> str:
 
     def fill(found: re.Match) -> str:
         source, make = TABLES[found[2]]
-        return f"{found[1]}{make(results / source)}\n{found[3]}"
+        path = results / source
+        text = make(path) if path.exists() else NOT_YET
+        return f"{found[1]}{wrapped(text)}\n{found[3]}"
 
     return MARKED.sub(fill, page)
+
+
+def wrapped(text: str) -> str:
+    """Markdown whose prose is within the columns of a document; nothing else is broken."""
+    lines, fenced = [], False
+    for line in text.splitlines():
+        fenced ^= line.startswith("```")
+        is_prose = not fenced and not line.startswith(("|", "#", "!"))
+        fits = len(line) <= WIDTH or not is_prose
+        lines += [line] if fits else textwrap.wrap(line, WIDTH, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def drawn(name: str, results: Path) -> bytes:
@@ -93,7 +115,9 @@ def drawn(name: str, results: Path) -> bytes:
     digest = hashlib.sha256((results / source).read_bytes()).hexdigest()
     info, file = PngInfo(), io.BytesIO()
     info.add_text(SOURCE, f"{source} {digest}")
-    PIL.Image.open(io.BytesIO(draw(results / source))).save(file, "png", pnginfo=info)
+    image = PIL.Image.open(io.BytesIO(draw(results / source))).convert("RGB")
+    few_colours = image.quantize(256, dither=PIL.Image.Dither.NONE)  # a third of the bytes
+    few_colours.save(file, "png", optimize=True, pnginfo=info)
     return file.getvalue()
 
 

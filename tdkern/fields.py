@@ -91,7 +91,9 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
             themselves, together with the range.
     """
     for field in fields:
-        name, value, rules = field.name, values[field.name], field.metadata
+        name = field.name
+        value = values[field.name]
+        rules = field.metadata
         if not _is_of(value, field.type, whole):
             raise ValueError(f"{name} must be {_described(field.type)}, got {short(value)}")
         if value is None:

@@ -35,6 +35,14 @@ def of_demo(file: Path) -> bytes:
     return draw_picture(from_json(json.loads(file.read_text())))
 
 
+def of_ablation(file: Path, number: int = 1) -> bytes:
+    """A picture of what `tdkern report` says of a file of `tdkern ablate`, counted from 1."""
+    from tdkern.ablation.comparison import comparisons_in
+    from tdkern.ablation.report import report
+
+    return list(report(comparisons_in(file), file.stem).pictures.values())[number - 1]
+
+
 def of_ops(file: Path) -> bytes:
     """What a campaign measured: each op against a copy, and the loss path against others."""
     run = json.loads(file.read_text())

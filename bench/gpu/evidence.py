@@ -11,7 +11,8 @@ in bfloat16, compiled, each step one CUDA graph. OUT gets
     log.txt         what the build printed
 
 FOLDER (carried/ in the repository, which git ignores) has the images, packed by packing.py, and
-what earlier leases left in OUT: `cp -rf OUT/. carried/` after each, and name carried/ in `carry`.
+what earlier leases left in OUT: after each `rm -rf carried/state; cp -rf OUT/. carried/`, and name
+carried/ in `carry`.
 bench/results/evidence/gpu.jsonl keeps results.jsonl; `make report` shows it. --dry needs no GPU: it
 builds nothing and trains a tiny network for a few steps.
 """

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -24,8 +24,8 @@ from torch import Tensor
 from tdkern.data import DatasetError, ImageDataset, step_indices
 from tdkern.data.files import append_line, write_atomic
 from tdkern.evaluation.detectors import key_of, make_detector
-from tdkern.evaluation.features import Recorder, squared_mmd
-from tdkern.evaluation.fid import feature_statistics, frechet_distance
+from tdkern.evaluation.features import squared_mmd
+from tdkern.evaluation.fid import FeatureSums, features_of, frechet_distance
 from tdkern.evaluation.intervals import some_images
 from tdkern.training import CheckpointError, Options, Trainer, sample
 from tdkern.training.distributed import this_process
@@ -144,22 +144,27 @@ class Scorer:
 
     def __init__(self, images: Images, scale: Scale, detector):
         self.scale, self.detector, self.device = scale, detector, images.pixels.device
-        recorder = Recorder(detector)
-        parts = images.pixels.split(scale.at_once)
-        self.reference = feature_statistics(parts, recorder, self.device)
-        self.real = some_images(torch.cat(recorder.parts)).to(self.device)
+        real = self._features(images.pixels.split(scale.at_once))
+        self.reference = real.statistics()
+        self.real = some_images(torch.cat(real.features)).to(self.device)
+
+    def _features(self, batches: Iterable[Tensor]) -> FeatureSums:
+        sums = FeatureSums(self.detector, self.device, keep=True)
+        for images in batches:
+            sums.add(features_of(images, self.detector, self.device))
+        return sums
 
     def __call__(self, net, network: dict, steps: int, seed: int) -> dict[str, float]:
         """The distances of the images that the network makes in so many steps of Heun's method."""
         levels, options = sampling_levels(net, "heun", steps)
         first, count = seed * self.scale.samples, self.scale.samples
         seeds = torch.arange(first, first + count).split(self.scale.at_once)
-        recorder = Recorder(self.detector)
-        made = (sample(net, network, part.tolist(), levels, **options) for part in seeds)
-        found = feature_statistics(made, recorder, self.device)
-        features = torch.cat(recorder.parts).to(self.device)
+        made = self._features(
+            sample(net, network, part.tolist(), levels, **options) for part in seeds
+        )
+        features = torch.cat(made.features).to(self.device)
         return {
-            key_of("frechet", self.detector): frechet_distance(found, self.reference),
+            key_of("frechet", self.detector): frechet_distance(made.statistics(), self.reference),
             key_of("kernel", self.detector): squared_mmd(features, self.real).item(),
         }
 
@@ -337,7 +342,7 @@ class Trials:
             augment=0.0,
             precision=scale.precision,
             compile=plan.way.compile,
-            **({"cuda_graph": True} if plan.way.cuda_graph else {}),
+            cuda_graph=plan.way.cuda_graph,
             bench=True,
             workers=0,
             seed=seed,

@@ -20,14 +20,14 @@ from .grid import (
     Size,
 )
 
-# so that a job takes half a minute of one core or less
+# so that a job takes about half a minute of one core
 SIZES = {
     "mixture": Size(steps=4000, batch=16),
-    "patches8": Size(steps=1200, batch=16),
-    "images8": Size(steps=1200, batch=16),
-    "images16": Size(steps=600, batch=16),
-    "empirical8": Size(steps=1200, batch=16),
-    "empirical": Size(steps=300, batch=16),
+    "patches8": Size(steps=1000, batch=16),
+    "images8": Size(steps=1000, batch=16),
+    "images16": Size(steps=400, batch=16),
+    "empirical8": Size(steps=1000, batch=16),
+    "empirical": Size(steps=150, batch=16),
 }
 BASELINE, PAPER = "EDM", "TD"
 EDM = {BASELINE: Method()}

@@ -74,8 +74,9 @@ class Training:
         self.problem, self.family = problem_of(setting.problem), FAMILIES[setting.family]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(seed, "init"))
-            self.net: Any = self.family.network(self.problem.network())
-        self.net.dtype = PRECISIONS[setting.precision]
+            net: Any = self.family.network(self.problem.network())
+        net.dtype = PRECISIONS[setting.precision]
+        self.net = net
         self.generator = torch.Generator().manual_seed(derive_seed(seed, "step"))
         self.others = torch.Generator().manual_seed(derive_seed(seed, "subset"))
         self._make_averages()
@@ -88,12 +89,12 @@ class Training:
 
     def _make_averages(self) -> None:
         setting = self.setting
-        self.ema = EMA(self.net)
-        self.target = EMA(self.net) if setting.has_target else None
+        self.ema, self.target = EMA(self.net), None
         self.averages = [self.ema]
-        if self.target:
-            if setting.target_precision:
-                self.target.module.dtype = PRECISIONS[setting.target_precision]
+        if setting.has_target:
+            self.target = EMA(self.net)
+            precision = setting.target_precision or setting.precision
+            self.target.module.dtype = PRECISIONS[precision]
             self.averages.append(self.target)
         self.power = None
         if setting.rival == POWER_AVERAGE:

@@ -85,7 +85,9 @@ def _step(net, target, optimizer, loss_of: Callable[[], Tensor], average: Callab
 
 
 def _plain(setting: Setting, td: bool) -> Step:
-    net, target, images = setting.net, setting.target.module, setting.images
+    net = setting.net
+    target = setting.target.module
+    images = setting.images
     given = (images, setting.labels, setting.sigma_data)
     elements = images[0].numel()
 

@@ -11,6 +11,7 @@ from ..ablation.ablate import ablate as run
 from ..ablation.grid import BUDGETS, preset_of
 from ..ablation.presets import PRESETS, SIZES
 from ..ablation.problems import PROBLEMS
+from ..ablation.problems.empirical import DATA_VARIABLE
 from ..ablation.results import opened
 from ..data.files import one_line
 from .types import Numbers
@@ -33,6 +34,13 @@ GRID = "grid"  # the name of a table that is no preset
     default=["patches8"],
     show_default=True,
     help="What is learned; may be given several times.",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True),
+    envvar=DATA_VARIABLE,
+    show_envvar=True,
+    help="The images of the empirical problems: a folder, a zip or .npy file.",
 )
 @click.option(
     "--vary",
@@ -78,7 +86,9 @@ GRID = "grid"  # the name of a table that is no preset
     metavar="JSONL",
     help="The results, a line for each job; jobs that are in it are not done again.",
 )
-def ablate(preset, problems, vary, methods, seeds, confirm, budgets, steps, batch, workers, out):
+def ablate(
+    preset, problems, data, vary, methods, seeds, confirm, budgets, steps, batch, workers, out
+):
     """Train methods side by side on problems with a known answer, and keep their numbers.
 
     \b
@@ -92,6 +102,8 @@ def ablate(preset, problems, vary, methods, seeds, confirm, budgets, steps, batc
     if bool(preset) == bool(vary):
         raise click.UsageError("give either --preset or --vary")
     table = PRESETS[preset] if preset else preset_of(dict(vary))
+    if data:
+        os.environ[DATA_VARIABLE] = os.path.abspath(data)  # for the jobs' processes
     if methods:
         table = table.of(methods)
     sizes = {name: value for name, value in (("steps", steps), ("batch", batch)) if value}

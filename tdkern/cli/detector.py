@@ -50,7 +50,7 @@ def detector():
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    default=8,
+    default=5,
     show_default=True,
     help="Passes over the images.",
 )
@@ -116,7 +116,7 @@ def train(data, test, dest, epochs, width, seed):
     "source",
     required=True,
     metavar="NAME|FILE",
-    help=f"{', '.join(BUILT_IN)}, or a file of tdkern detector train.",
+    help="A file of tdkern detector train, or the name of one that comes with tdkern.",
 )
 @click.option("--data", required=True, metavar="DIR|ZIP", help="Images with classes.")
 def test(source, data):

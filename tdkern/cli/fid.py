@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .._version import __version__
 from ..data import DatasetError, ImageDataset
 from ..data.files import one_line
-from ..evaluation.detectors import BUILT_IN, Detector, key_of, make_detector
+from ..evaluation.detectors import Detector, key_of, make_detector
 from ..evaluation.features import (
     kernel_distance,
     precision_recall_density_coverage,
@@ -69,9 +69,9 @@ with_workers = click.option(
 with_detector = click.option(
     "--detector",
     metavar="NAME|FILE",
-    help=f"What gives the features: {', '.join(BUILT_IN)}, a small classifier that comes with "
-    "tdkern; a .safetensors file of tdkern detector train; or torch-fidelity's weights of "
-    "Inception-v3. [default: Inception-v3, of torch.hub's copy, else downloaded]",
+    help="What gives the features: a .safetensors file of tdkern detector train, the name of one "
+    "that comes with tdkern, or torch-fidelity's weights of Inception-v3. [default: Inception-v3, "
+    "of torch.hub's copy, else downloaded]",
 )
 with_state = click.option(
     "--state",
@@ -111,8 +111,8 @@ def fid():
     tdkern fid ref --data cifar10-train-32x32.zip --dest cifar10.npz --features
     tdkern fid calc --images images --ref cifar10.npz --metrics fid,kid,prdc
     tdkern fid steps --network runs/00000-... --ref cifar10.npz --steps 4,6,9,12,18
-    tdkern fid ref --data cifar10-train-32x32.zip --dest own.npz --features --detector cifar10
-    tdkern fid calc --images images --ref own.npz --detector cifar10 --bootstrap 200
+    tdkern fid ref --data images.zip --dest own.npz --features --detector mine.safetensors
+    tdkern fid calc --images images --ref own.npz --detector mine.safetensors --bootstrap 200
     """
 
 
@@ -193,8 +193,7 @@ def _measure(
     detector = make_detector(name, process.device)
     if resamples and detector.name == Inception.name:
         raise click.UsageError(
-            f"--bootstrap needs a small detector: give --detector {next(iter(BUILT_IN))}, or a "
-            "file of tdkern detector train"
+            "--bootstrap needs a small detector: give --detector a file of tdkern detector train"
         )
     measure = Measure(_measures(metrics, detector), detector, process, resamples)
     if process.rank > 0:

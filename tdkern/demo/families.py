@@ -98,7 +98,10 @@ class Timed(nn.Module):
         c_in: Callable[[Tensor], Tensor] = torch.ones_like,
     ):
         super().__init__()
-        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+        self.mlp = mlp
+        self.lo = lo
+        self.hi = hi
+        self.c_in = c_in
         self.num_models = getattr(mlp, "num_models", 1)
         self.label_dim = getattr(mlp, "label_dim", 0)
 

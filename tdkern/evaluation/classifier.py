@@ -77,9 +77,6 @@ def train_classifier(
 ) -> Classifier:
     """A classifier of images by SGD with Nesterov's momentum, the learning rate in one cycle.
 
-    Each image is mirrored or not and loses an eighth of its rows and of its columns, at random:
-    the network, which takes images of any size, sees the whole ones afterwards.
-
     Args:
         images: [N, 3, H, W] uint8.
         labels: [N] int64, classes from 0.
@@ -103,7 +100,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "init"))
         net = Classifier(width, int(labels.max()) + 1)
-    net = net.to(images.device, memory_format=torch.channels_last)
+    net = net.to(images.device)
     generator = torch.Generator().manual_seed(derive_seed(seed, "step"))
     steps = max(2, epochs * len(images) // BATCH)
     optimizer = torch.optim.SGD(
@@ -128,14 +125,19 @@ def train_classifier(
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirrored or not, and without an eighth of the rows and columns, image by image."""
+    """Each image mirrored or not, and moved by up to a 16th of its size, at random.
+
+    What moves in at an edge is the image's own reflection there.
+    """
     count, size = len(images), images.shape[2]
-    margin = size // 8
-    mirrored = torch.rand(count, 1, 1, 1, generator=generator).to(images.device) < 0.5
-    images = torch.where(mirrored, images.flip(3), images)
-    top, left = torch.randint(margin + 1, (2, count), generator=generator).to(images.device)
-    windows = images.unfold(2, size - margin, 1).unfold(3, size - margin, 1)
-    return windows[torch.arange(count, device=images.device), :, top, left]
+    reach = max(1, size // 16)
+    offsets = torch.randint(-reach, reach + 1, (2, count, 1), generator=generator)
+    rows, columns = torch.arange(size) + offsets
+    mirrored = torch.rand(count, 1, generator=generator) < 0.5
+    columns = torch.where(mirrored, size - 1 - columns, columns)
+    rows, columns = (size - 1 - (size - 1 - each.abs()).abs() for each in (rows, columns))
+    which = torch.arange(count)[:, None, None]
+    return images[which, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
 @torch.no_grad()

@@ -14,7 +14,8 @@ from ..networks.saved import check_header, check_like
 from .classifier import Classifier
 from .fid import Inception
 
-BUILT_IN = {"cifar10": Path(__file__).with_name("cifar10.safetensors")}
+# by name, the detectors whose files lie beside this module
+BUILT_IN = {path.stem: path for path in Path(__file__).parent.glob("*.safetensors")}
 # the names under which Inception's numbers are known; no other detector's are called so
 INCEPTION_KEYS = {"frechet": "fid", "kernel": "kid"}
 FORMAT = 1  # of a detector's file

@@ -84,8 +84,8 @@ class Inception:
                 URL_INCEPTION_V3,
                 FeatureExtractorInceptionV3,
             )
-        # RuntimeError: torchvision is built for another torch
         except (ImportError, RuntimeError) as error:
+            # RuntimeError: torchvision is built for another torch
             raise ImportError(
                 f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip "
                 "install 'tdkern[evaluation]'"

@@ -32,9 +32,10 @@ class Floor(NamedTuple):
 
 
 def some_images(features: Tensor, seed: int = 0) -> Tensor:
-    """The features [N, d] of at most MOST_IMAGES images, chosen by a seed."""
+    """The features [N, d] of at most MOST_IMAGES images, chosen by a seed, in their order."""
     generator = torch.Generator().manual_seed(seed)
-    return features[torch.randperm(len(features), generator=generator)[:MOST_IMAGES]]
+    kept = torch.randperm(len(features), generator=generator)[:MOST_IMAGES]
+    return features[kept.sort().values]
 
 
 def frechet_interval(

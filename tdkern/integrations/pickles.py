@@ -188,7 +188,10 @@ class _Machine:
         storage: Callable[[tuple], Storage] | None = None,
         strange: list[str] | None = None,
     ):
-        self.stream, self.names, self.budget, self.storage = stream, names, budget, storage
+        self.stream = stream
+        self.names = names
+        self.budget = budget
+        self.storage = storage
         self.strange = strange
 
     def run(self):

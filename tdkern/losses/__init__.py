@@ -9,6 +9,7 @@ from .ct import CTLoss, TDCTLoss
 from .ddpm import DDPMLoss, TDDDPMLoss
 from .edm import EDMLoss, TDEDMLoss
 from .flow import FlowLoss, TDFlowLoss
+from .stable_target import stable_target
 from .ve import TDVELoss, VELoss
 from .vp import TDVPLoss, VPLoss
 
@@ -29,4 +30,5 @@ __all__ = [
     "VELoss",
     "VPLoss",
     "curricula",
+    "stable_target",
 ]

@@ -82,6 +82,8 @@ class TDBatch(NamedTuple):
     x_tp: Tensor | None  # as x0, the target network's input; None where the loss has no TD term
     coef: Tensor  # [B, 8] float64, the eight numbers of `td_loss`
     levels: Tensor  # [B, 4] float64, the noise levels at t, tau, t', tau'
+    # as x0, an estimate of the clean data at x_t' that differs from the one at x_t; None: x0
+    x0_p: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -338,8 +340,19 @@ class Loss(ABC):
         if batch.x_tp is not None and x_tp is None:
             coef[:, SKIP_P].fill_(0)
             coef[:, SCALE_P].fill_(1)
+        if batch.x0_p is not None:
+            out_target = self._seen_from(batch.x0_p, batch.x0, coef[:, SCALE_P], out_target)
         dtype = torch.promote_types(out.dtype, out_target.dtype)
         return self._terms(out.to(dtype), out_target.to(dtype), batch.x0, coef, x_t, x_tp)
+
+    def _seen_from(self, x0_p: Tensor, x0: Tensor, scale_p: Tensor, out_target: Tensor) -> Tensor:
+        """The target's output with which e' = x0 - (skip' x_t' + scale' F') is x0_p - D'."""
+        if not self.target_for_td_alone:
+            raise ValueError(
+                f"{type(self).__name__}: batch.x0_p must be None, as the base loss compares both "
+                "networks' errors of one x0"
+            )
+        return out_target + (x0 - x0_p) / per_sample(scale_p, x0)
 
     def _terms(
         self,

@@ -135,8 +135,12 @@ class Conv2d(nn.Module):
             x = self._downsample(x)
         if self.weight is not None:
             weight, bias = self.weight_and_bias
-            # in half precision the cast also lays the weight out, in the same pass
-            weight = weight.to(x.dtype, memory_format=half.image_format(x))
+            # In half precision the cast also lays the weight out, in the same pass. A kernel of one
+            # pixel is laid out already: only its strides would differ, and with them its gradient's
+            # from the parameter's, of which DistributedDataParallel warns.
+            pointwise = weight.shape[-1] == 1
+            layout = torch.preserve_format if pointwise else half.image_format(x)
+            weight = weight.to(x.dtype, memory_format=layout)
             added = bias.to(x.dtype) if with_bias else None
             x = F.conv2d(x, weight, added, padding=self.padding)
         return self._downsample(x) if self.filter_last else x
@@ -203,12 +207,12 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, endpoint: bool = False):
         super().__init__()
-        self.frequencies, self.endpoint = channels // 2, endpoint
+        self.frequencies = channels // 2
+        self.last = self.frequencies - 1 if endpoint else self.frequencies
 
     def forward(self, x: Tensor) -> Tensor:
         places = torch.arange(self.frequencies, device=x.device, dtype=x.dtype)
-        exponents = places / (self.frequencies - self.endpoint)
-        angles = x.outer(10000**-exponents)
+        angles = x.outer(10000 ** -(places / self.last))
         return torch.cat([angles.cos(), angles.sin()], 1)
 
 
@@ -286,7 +290,9 @@ class ResBlock(nn.Module):
         heads: int = 0,
     ):
         super().__init__()
-        self.style, self.heads, self.out_channels = style, heads, out_channels
+        self.style = style
+        self.heads = heads
+        self.out_channels = out_channels
         resample: dict[str, Any] = {
             "up": up,
             "down": down,
@@ -294,7 +300,8 @@ class ResBlock(nn.Module):
         }
         self.norm0 = GroupNorm(in_channels, style.eps)
         self.conv0 = Conv2d(in_channels, out_channels, 3, style.init, **resample)
-        self.affine = Linear(style.emb_channels, out_channels * (1 + style.scale_shift), style.init)
+        modulation = 2 * out_channels if style.scale_shift else out_channels
+        self.affine = Linear(style.emb_channels, modulation, style.init)
         self.norm1 = GroupNorm(out_channels, style.eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, style.init_zero)
         self.skip = None

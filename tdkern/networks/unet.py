@@ -95,7 +95,9 @@ class UNet(Remembered):
     ) -> list[int]:
         """Add `enc`; returns the channels of every layer's output."""
         self.enc = nn.ModuleDict()
-        channels, aux_channels, skips = stem, self.in_channels, []
+        channels = stem
+        aux_channels = self.in_channels
+        skips = []
         for level, resolution, width in zip(self.levels, resolutions, widths, strict=True):
             if level == self.levels[0]:
                 self.enc[f"{level}_conv"] = Conv2d(self.in_channels, stem, 3, style.init)

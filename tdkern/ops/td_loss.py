@@ -282,7 +282,7 @@ class _TDLoss(torch.autograd.Function):
 
 
 def _reference(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
-    base, norm = BASES[consistency], "l1" if l1 else "l2"
+    base, norm = "consistency" if consistency else "denoise", "l1" if l1 else "l2"
     loss = reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base, norm)
     if not want_grad:
         return loss, out.new_empty(0)

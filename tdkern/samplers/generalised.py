@@ -101,6 +101,7 @@ def ablation_sigmas(
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
 
 
+SCHEDULES = ("vp", "ve", "linear", "flow")
 FIXED_SCHEDULES = {
     "ve": SigmaOfTime(math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
     "linear": SigmaOfTime(float, float, lambda t: 1.0),
@@ -108,7 +109,11 @@ FIXED_SCHEDULES = {
         lambda t: t / (1 - t), lambda sigma: sigma / (1 + sigma), lambda t: (1 - t) ** -2
     ),
 }
-SCHEDULES = ("vp", *FIXED_SCHEDULES)  # that of VP is made for a range of levels
+
+
+def _schedule(name: str, sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
+    """A schedule by its name; that of VP is made for a range of levels."""
+    return _vp_schedule(sigma_min, sigma_max) if name == "vp" else FIXED_SCHEDULES[name]
 
 
 class Scaling(NamedTuple):
@@ -182,8 +187,7 @@ def ablation(
     """
     levels = checked_levels("ablation", sigmas, denoiser, falling=False)
     _check(levels, solver, schedule, scaling, alpha)
-    path = _vp_schedule(sigma_min, sigma_max) if schedule == "vp" else FIXED_SCHEDULES[schedule]
-    ode = Ode(denoiser, path, SCALINGS[scaling])
+    ode = Ode(denoiser, _schedule(schedule, sigma_min, sigma_max), SCALINGS[scaling])
     draw = unit_noise(generator, randn_like) if S_churn > 0 else None
     hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
     midpoint = alpha if solver == "heun" else None

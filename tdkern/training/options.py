@@ -75,6 +75,11 @@ class Options:
     arch: str = flag("ddpmpp", "Network.", choices=PRESETS)
     family: str = flag(DEFAULT, "Loss and preconditioning.", choices=FAMILIES)
     td: bool = flag(True, "Whether the loss has the temporal-difference term.")
+    uncertainty: bool = flag(
+        False,
+        "Learn EDM2's uncertainty u of a noise level beside the network: a sample's loss L becomes "
+        "exp(-u) L + u, so that all levels weigh alike in the gradient.",
+    )
     duration: float = flag(
         200.0, "Training duration, million images.", within=POSITIVE, metavar="MIMG"
     )

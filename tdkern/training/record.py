@@ -32,7 +32,9 @@ class Record:
 
     def __init__(self, trainer: Trainer, run_dir: Path):
         self.trainer, self.run_dir = trainer, run_dir
-        self.time, self.nimg, self.saved = time.monotonic(), trainer.nimg, trainer.step
+        self.time = time.monotonic()
+        self.nimg = trainer.nimg
+        self.saved = trainer.step
         checkpoint.clean(run_dir)
         aside = checkpoint.set_aside(run_dir, trainer.nimg)
         aside += best.set_aside(run_dir, trainer.nimg)

@@ -32,12 +32,14 @@ from ..networks.precond import Preconditioned
 from ..networks.saved import PRECISIONS, NetworkSpec, load, restore
 from ..ops._schemas import digest
 from ..optim import OPTIMIZERS, AdamEMA
+from ..weighting import Uncertainty
 from . import checkpoint
 from .distributed import (
     Process,
     agree,
     broadcast_,
     data_parallel,
+    mean_,
     shard_,
     shard_like,
     sum_,
@@ -176,6 +178,7 @@ class Trainer:
             restore(self.net, source.state_dict(), Path(options.transfer))
         if saved:
             restore(self.net, saved.parts["net"], saved.path)
+        self._make_uncertainty(saved)
         self.sharded = options.shard and process.world > 1
         # before the copies below, as it gives all processes the first one's weights
         if self.sharded:
@@ -191,6 +194,17 @@ class Trainer:
         if options.compile:
             self.online = torch.compile(self.online)
             self.target_net = torch.compile(self.target_net) if self.target else None
+
+    def _make_uncertainty(self, saved: "_Saved | None") -> None:
+        """EDM2's u(sigma): trained beside the network, in no average, and whole in every
+        process.
+        """
+        self.uncertainty: Uncertainty | None = None
+        if self.options.uncertainty:
+            torch.manual_seed(derive_seed(self.options.seed, "init", 1))
+            self.uncertainty = Uncertainty().to(self.process.device)
+            if saved:
+                restore(self.uncertainty, saved.parts["uncertainty"], saved.path)
 
     def _make_averages(self) -> None:
         options = self.options
@@ -215,6 +229,9 @@ class Trainer:
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=device),
             averages=[average.module.parameters() for average in self.averages],
         )
+        if self.uncertainty:  # without averages, and with a weight that nothing should pull to 0
+            group = {"params": self.uncertainty.parameters(), "decays": (), "weight_decay": 0.0}
+            optimizer.add_param_group(group)
         for group in optimizer.param_groups:  # `_set_numbers` writes it
             group["lr"] = torch.full((), options.lr, dtype=torch.float64, device=device)
         if options.ls != 1:  # GradScaler's protocol: the step takes it out of the gradients
@@ -312,6 +329,8 @@ class Trainer:
         """
         options = self.options
         sums = self._accumulate(loss, images, labels)
+        if self.uncertainty:
+            mean_(self.uncertainty.weight.grad, self.process)
         if options.target_copy:
             # the device alone knows of skipped steps
             updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
@@ -378,6 +397,7 @@ class Trainer:
             pair,
             labels if labels.shape[1] else None,
             augment_labels,
+            uncertainty=self.uncertainty,
             gradient_scale=scale * options.ls,
         )
         terms.loss.sum().backward()
@@ -419,10 +439,17 @@ class Trainer:
         """All that training goes on from, beside the step."""
         moments = {
             f"{key}.{name}": self.optimizer.state[param][key]
-            for name, param in self.net.named_parameters()
+            for name, param in self._trained().items()
             for key in ADAM
         }
         return self._modules_tensors() | moments
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The optimizer's parameters in its order, by their names in a training state."""
+        named: dict[str, Tensor] = dict(self.net.named_parameters())
+        if self.uncertainty:
+            named |= dict(self.uncertainty.named_parameters("uncertainty"))
+        return named
 
     def _modules_tensors(self) -> dict[str, Tensor]:
         modules = {"net": self.net, "ema": self.ema.module}
@@ -430,6 +457,8 @@ class Trainer:
             modules["target"] = self.target.module
         if self.power:
             modules["power"] = self.power.profiles
+        if self.uncertainty:
+            modules["uncertainty"] = self.uncertainty
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in modules.items()
@@ -472,10 +501,10 @@ class Trainer:
     def _restore_rest(self, saved: "_Saved") -> None:
         """The optimizer, the place in the run, and what is told of a tick that was not over."""
         meta, parts, path = saved.meta, saved.parts, saved.path
-        named = list(self.net.named_parameters())
-        check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
+        named = self._trained()
+        check_adam({key: parts[key] for key in ADAM}, named, meta["step"], path)
         state = {}
-        for i, (name, param) in enumerate(named):
+        for i, (name, param) in enumerate(named.items()):
             state[i] = {key: shard_like(parts[key][name], param) for key in ADAM if key != "step"}
             state[i]["step"] = parts["step"][name]
         groups = self.optimizer.state_dict()["param_groups"]

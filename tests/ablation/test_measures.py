@@ -19,7 +19,7 @@ def test_the_exact_denoiser_has_no_excess(measures):
     assert len(numbers) == len(BANDS) + 1 + 2 * 3
     assert all(value < 1e-9 for name, value in numbers.items() if name.startswith("error/"))
     assert numbers["map/5"] > 2 * numbers["map/9"] > 4 * numbers["map/18"] > 0
-    assert numbers["map/18"] < 0.01
+    assert numbers["map/18"] < 0.02
     assert numbers["frechet/18"] < 0.2 * numbers["frechet/5"]
     assert numbers == measures(measures.problem.denoise)
     other = Measures(measures.problem, points=64, samples=200, seed=1)
@@ -51,7 +51,7 @@ def test_the_flow_is_solved_well_enough(measures, monkeypatch):
 
 def test_labels_reach_the_network():
     problem = PROBLEMS["images8"]()
-    measures = Measures(problem, points=2, samples=3)
+    measures = Measures(problem, points=2, samples=2)
     seen = []
 
     def net(x, sigma, class_labels):

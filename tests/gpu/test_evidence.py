@@ -98,6 +98,16 @@ def test_what_is_missing_is_named(tmp_path):
         trials.run(lease, tmp_path)
 
 
+def test_a_build_that_fails_ends_it(tmp_path, monkeypatch, capsys):
+    def build(at):
+        raise evidence.campaign.Failed("no compiler", tail="its last words")
+
+    monkeypatch.setattr(evidence.campaign, "STAGES", {"build": build})
+    assert evidence.main(["--from", str(tmp_path), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().out
+    assert "FAILED: no compiler" in said and "its last words" in said
+
+
 # ---- what travels -------------------------------------------------------------------------------
 
 
@@ -422,9 +432,8 @@ def test_table(tmp_path):
 
 
 def test_table_leaves_out_what_is_not_whole(tmp_path):
-    """A seed that is cut off, and one with a failure, are in no mean; nothing measured is said."""
+    """A seed that is cut off, and one with a failure, are in no mean."""
     path = tmp_path / "gpu.jsonl"
-    assert evidence_table.markdown(path) == "Not measured yet."
     lines = results_of(path, 6)
     lines[2] = {**lines[2], "failure": "not finite"}
     text = "".join(f"{json.dumps(line)}\n" for line in lines[:-1])

@@ -5,11 +5,13 @@ import json
 import re
 import shutil
 import sys
+from itertools import pairwise
 
 import PIL.Image
 import pytest
 
 from helpers import ROOT
+from helpers.ablation import write_results
 
 sys.path.append(str(ROOT / "bench"))
 
@@ -38,7 +40,7 @@ def test_every_entry_is_shown_once():
 def by_hand(text):
     """The rows of three numbers or more of tables that stand between no comments."""
     lines = report.MARKED.sub("", text).splitlines()
-    for line, after in zip(lines, [*lines[1:], ""], strict=True):
+    for line, after in pairwise([*lines, ""]):
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         numbers = [cell for cell in cells if NUMBER.fullmatch(cell)]
         if line.startswith("|") and len(numbers) > 2 and not after.startswith("| ---"):
@@ -74,6 +76,12 @@ def test_a_changed_number_is_seen(copies):
     assert report.look_alike(ours, report.drawn("docs/performance.png", RESULTS))
 
 
+def test_what_is_not_measured_is_said(copies):
+    (copies / "demo.json").unlink()
+    page = report.filled((ROOT / "docs/demo.md").read_text(), copies)
+    assert "<!-- report: demo -->\nNot measured yet.\n<!-- /report: demo -->" in page
+
+
 def test_a_table_that_nobody_makes_is_an_error():
     with pytest.raises(KeyError, match="unknown"):
         report.filled("<!-- report: unknown -->\n<!-- /report: unknown -->\n", RESULTS)
@@ -96,3 +104,26 @@ def test_pictures_that_look_alike():
     assert not report.look_alike(png(plain), png(lined))
     assert not report.look_alike(png(plain), png(plain, "a.json 2"))
     assert not report.look_alike(png(plain), png(PIL.Image.new("RGB", (100, 99), "white")))
+
+
+def test_an_ablation_is_shown_as_its_report_has_it(tmp_path):
+    """Its text without a title and within the columns, its picture under the name in the text."""
+
+    def numbers(name, seed):
+        return {"error/all": 1 + 0.1 * seed + 0.01 * len(name)}
+
+    path = write_results(tmp_path / "mixture.jsonl", numbers)
+    text = report.wrapped(report.table.of_ablation(path))
+    assert text.startswith("## paper-weights on mixture, equal steps\n")
+    assert text.count("](evidence-mixture-1.png)") == 1 and "evidence-mixture-2" not in text
+    assert all(len(line) <= 100 for line in text.splitlines() if line[:1] != "|")
+    picture = PIL.Image.open(io.BytesIO(report.chart.of_ablation(path)))
+    assert picture.format == "PNG" and picture.width > 300
+
+
+def test_prose_alone_is_wrapped():
+    prose = "words " * 30
+    kept = f"| {prose}|\n\n```text\n{prose}\n```\n## {prose}"
+    assert report.wrapped(kept) == kept
+    lines = report.wrapped(f"short\n\n{prose}").splitlines()
+    assert lines[:2] == ["short", ""] and len(lines) == 4 and max(map(len, lines)) <= 100

@@ -547,12 +547,13 @@ def saved(value):
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__
 )
-def test_a_copy_steps_as_the_optimizer(how, takes_grad_scale):
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
+def test_a_copy_steps_as_the_optimizer(kind, how, takes_grad_scale):
     """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a
     scheduler.
     """
     net, average = network(), network()
-    optimizer = AdamEMA(
+    optimizer = kind(
         net.parameters(),
         0.01,
         averages=[average.parameters()],

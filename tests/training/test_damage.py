@@ -46,9 +46,8 @@ def test_every_flipped_bit_is_found(tmp_path, name):
         except CheckpointError:
             continue
         went_on.append(whole[place - 20 : place + 20])
-    if (
-        name == "meta.json"
-    ):  # versions, the name's numbers and the options that may change are compared elsewhere
+    # versions, the name's numbers and the options that may change are compared elsewhere
+    if name == "meta.json":
         known = (
             "tdkern",
             "torch",

@@ -26,11 +26,16 @@ STEPS = {
     "edm-window": {"td_sigma": [0.3, 5.0], "td_share": 0.5},
     "edm-parts": {"augment": 0.5, "cond": True, "batch_gpu": 4, "dropout": 0.3},
     "edm-half": {"precision": "bf16", "target_precision": "fp16"},
-    "edm-radam": {"optim": "radam", "weight_decay": 0.1, "lr_rampup_kimg": 0},
+    "edm-radam": {
+        "optim": "radam",
+        "weight_decay": 0.1,
+        "lr_rampup_kimg": 0,
+        "uncertainty": True,
+    },
     "ct": CT | {"td": False, "dropout": 0.3, "lognormal": [-1.1, 2.0]},
     "ct-td": CT,
     "ddpm": {"family": "ddpm"},
-    "vp-clip": {"family": "vp", "clip": 0.5, "ls": 300.0},
+    "vp-clip": {"family": "vp", "clip": 0.5, "ls": 300.0, "uncertainty": True},
     "ve-copy": {"family": "ve", "target_copy": 2},
     "flow-power": {"family": "flow", "power_ema": [0.05, 0.1], "lr_decay": "cosine"},
 }

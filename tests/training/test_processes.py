@@ -37,7 +37,7 @@ FAMILIES = {
     "ct": {"family": "ct"},
     "ict": {"family": "ct", "scale_mode": "exponential", "total_training_steps": 1000},
     "ddpm": {"family": "ddpm"},
-    "vp": {"family": "vp"},
+    "vp, uncertainty": {"family": "vp", "uncertainty": True},
 }
 
 
@@ -106,7 +106,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, data):
     [
         {"power_ema": [0.05, 0.1]},
         {"family": "ct", "optim": "radam", "total_training_steps": 1000},
-        {"clip": 0.5, "batch_gpu": 2, "cond": True},
+        {"clip": 0.5, "batch_gpu": 2, "cond": True, "uncertainty": True},
     ],
 )
 def test_shards_are_the_same_run(tmp_path, data, changes):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
             "target_precision": "bf16",
             "target_copy": 2,
         },
-        {"td": False, "precision": "bf16"},
+        {"td": False, "precision": "bf16", "uncertainty": True},
         # the state is of a step that RAdam does not rectify, the end of one that it does
         {
             "td": True,
@@ -57,7 +57,9 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
     assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | (
         {"target"} if changes["td"] else set()
-    ) | ({"power"} if "power_ema" in changes else set())
+    ) | ({"power"} if "power_ema" in changes else set()) | (
+        {"uncertainty"} if "uncertainty" in changes else set()
+    )
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence

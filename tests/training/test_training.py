@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import tdkern.samplers as samplers
-from helpers.tiny import TINY, in_two_processes, options_of, pixels, quick_pictures
+from helpers import ROOT
+from helpers.tiny import TINY, in_two_processes, invoked, options_of, pixels, quick_pictures
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.families import FAMILIES
 from tdkern.schedules import EDM
@@ -546,6 +548,31 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
         ValueError, match="class must be one of the network's 3 classes, counted from 0, got 3"
     ):
         sample(net, trainer.network, [5], sigmas, class_idx=3)
+
+
+def test_latents_are_drawn_in_float64(data):
+    """By a generator of the seed's own, so another than EDM's float32 of the same seed: what the
+    help and docs/swap_in.md say.
+    """
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY), this_process())
+    begun = []
+
+    def sampler(denoiser, x, sigmas):
+        begun.append(x)
+        return x.clamp(-1, 1)
+
+    sample(trainer.ema.module, trainer.network, [5, 6], EDM(steps=4).sigmas(), sampler=sampler)
+    for i, seed in enumerate((5, 6)):
+        draws = [
+            torch.randn(3, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+            for dtype in (torch.float64, torch.float32)
+        ]
+        torch.testing.assert_close(begun[0][i] / 80, draws[0], rtol=1e-12, atol=0)
+        assert (begun[0][i] / 80 - draws[1]).abs().max() > 1
+    said = re.sub(r"\s+", " ", invoked("generate", "--help").output)
+    assert "latent is drawn in float64" in said and "EDM's generate.py draws float32" in said
+    page = re.sub(r"\s+", " ", (ROOT / "docs/swap_in.md").read_text())
+    assert "A seed is another image here than in EDM's `generate.py`" in page
 
 
 def _rank(rank, run_dir, options, state):
