@@ -12,7 +12,7 @@ OLDEST := .venv-oldest
 PARALLEL := -n auto --maxprocesses 8 --dist loadgroup
 SOURCES := pyproject.toml setup.py CMakeLists.txt tdkern/ops/_schemas.py $(wildcard cmake/* csrc/*.cpp csrc/*/*)
 
-.PHONY: demo test test-oldest bench lint wheel clean
+.PHONY: demo test test-oldest bench report lint wheel clean
 
 demo: $(VENV)/.ready
 	$(BIN)/tdkern demo --outdir demo
@@ -22,6 +22,10 @@ test: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m pytest bench
+
+# Every measured table and picture of the documents, from bench/results.
+report: $(VENV)/.ready
+	$(BIN)/python bench/report.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -186,9 +186,8 @@ class BuildPython(build_py):
 
 class CMakeBuild(build_ext):
     def run(self):
-        self.targets = (
-            ["all", "tdkern_host"] if self.inplace else ["all"]
-        )  # the CUDA kernels for the host serve the tests of a checkout
+        # the CUDA kernels for the host serve the tests of a checkout
+        self.targets = ["all", "tdkern_host"] if self.inplace else ["all"]
         if self.inplace and not COMPILED:
             remove_built(ROOT / "tdkern")
         super().run()

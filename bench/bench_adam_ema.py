@@ -10,10 +10,8 @@ from unet import unet_elements, unet_shapes
 
 from tdkern.optim import AdamEMA
 
-FUSED, CHECKED = (
-    "Adam(fused=True) + 2 _foreach_lerp_",
-    "the same behind GradScaler's check",
-)  # which looks at the gradients first, as ours does
+FUSED = "Adam(fused=True) + 2 _foreach_lerp_"
+CHECKED = "the same behind GradScaler's check"  # which looks at the gradients first, as ours does
 
 
 @pytest.mark.parametrize(

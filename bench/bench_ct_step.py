@@ -7,19 +7,15 @@ inside the loss kernel. The published code runs the target network on that point
 
 import pytest
 import torch
-from measure import DEVICE, TINY, name
+from measure import DEVICE, name, of_device
 
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, TDCTLoss
 from tdkern.networks import CTPrecond, SongUNet
 from tdkern.optim import AdamEMA
 
-SHAPE, CHANNELS = (
-    ((2, 3, 8, 8), 8)
-    if TINY
-    else ((16, 3, 16, 16), 32)
-    if DEVICE == "cpu"
-    else ((256, 3, 32, 32), 64)
+SHAPE, CHANNELS = of_device(
+    tiny=((2, 3, 8, 8), 8), cpu=((16, 3, 16, 16), 32), cuda=((256, 3, 32, 32), 64)
 )
 
 

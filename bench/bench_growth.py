@@ -1,5 +1,6 @@
 """How the time grows with the number of elements: beyond the cache, an element's time must stay
-what it is.
+what it is; and a training step's with the batch, in which it must be linear, and its memory with
+`--batch` and `--batch-gpu`.
 
 On the CPU, outputs of more than 32 MB are pages fresh from the system at every call (glibc maps
 them anew), which the copy, into memory that is there, does not pay for: from 10^7 elements on that
@@ -8,9 +9,11 @@ is part of an op's time, though the ops ask for large pages (checks.h).
 
 import pytest
 import torch
-from measure import DEVICE, TINY
+from measure import DEVICE, TINY, of_device, random_images
 
 import tdkern
+from tdkern.training import Options, Trainer
+from tdkern.training.distributed import this_process
 
 ELEMENTS = (10**3, 10**4) if TINY else (10**4, 10**5, 10**6, 10**7, 10**8)
 SAMPLE = 500 if TINY else 2000  # elements
@@ -75,4 +78,38 @@ def bench_growth(compare, op, elements, competitor):
         make,
         moved=BYTES[op.__name__] * elements,
         elements=elements,
+    )
+
+
+# ---- the driver's step ---------------------------------------------------------------------------
+
+BATCHES = of_device(tiny=(1, 2, 4), cpu=(4, 8, 16, 32), cuda=(64, 128, 256, 512))
+NETWORK = {"cbase": 4, "cres": [1]} if TINY else {"cbase": 32, "cres": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("batch", "batch_gpu"),
+    [(batch, part) for batch in BATCHES for part in BATCHES if part <= batch],
+)
+def bench_driver_step(compare, tmp_path, batch, batch_gpu):
+    """`tdkern train`'s step, from images of the data set to the new weights and averages."""
+
+    def make():
+        data = random_images(tmp_path, batch, 8 if TINY else 32)
+        options = Options(data=str(data), batch=batch, batch_gpu=batch_gpu, workers=0, **NETWORK)
+        trainer = Trainer(options, this_process())
+        images, labels = zip(*(trainer.dataset[i] for i in range(batch)), strict=True)
+        images, labels = torch.stack(images), torch.stack(labels)
+        return lambda: trainer.train_step(images, labels)
+
+    compare(
+        "driver step",
+        f"batch {batch}",
+        f"--batch-gpu {batch_gpu}",
+        make,
+        moved=None,
+        seconds=2.0,
+        rotate=False,
+        batch=batch,
+        batch_gpu=batch_gpu,
     )

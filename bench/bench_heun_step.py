@@ -38,16 +38,12 @@ def bench_heun_step(compare, shape, part, competitor):
 
     def make():
         torch.manual_seed(0)
-        F, coef = (
-            torch.randn(shape, device=DEVICE),
-            torch.tensor(COEF, dtype=torch.float64, device=DEVICE),
-        )
+        F = torch.randn(shape, device=DEVICE)
+        coef = torch.tensor(COEF, dtype=torch.float64, device=DEVICE)
         x, x_hat, d, noise = torch.randn(4, *shape, dtype=torch.float64, device=DEVICE)
-        given, ours = (
-            ((F, x), (F, x, coef))
-            if part == "euler"
-            else ((F, x, x_hat, d, noise), (F, x, coef, x_hat, noise))
-        )
+        given, ours = (F, x, x_hat, d, noise), (F, x, coef, x_hat, noise)
+        if part == "euler":
+            given, ours = (F, x), (F, x, coef)
         return {
             "tdkern": lambda: tdkern.heun_step(*ours, net_dtype=torch.float32),
             "eager": lambda: plain(*given, *coef.unbind(0)),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from bench_noise_pair import eager as pair
 from measure import DEVICE, compiled, name, sizes
-from published import cancelled, eager_td_edm, td_levels
+from published import cancelled, eager_td_edm
 from torch import Tensor
 
 import tdkern
+from tdkern.benchmark.published import td_levels
 
 
 def tdkern_path(F: Tensor, F_p: Tensor, x0: Tensor, sigma: Tensor, one: Tensor) -> Tensor:

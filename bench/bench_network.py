@@ -11,7 +11,7 @@ and for it: there only attention can win, or bfloat16.
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, TINY, compiled, name
+from measure import DEVICE, compiled, name, of_device
 
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet
 from tdkern.networks.layers import Conv2d, ResBlock
@@ -36,9 +36,10 @@ class PlainConv2d(Conv2d):
 
 class PlainResBlock(ResBlock):
     def _attend(self, x):
+        # each [B heads, C / heads, HW]
         q, k, v = (
             self.qkv(x).reshape(x.shape[0] * self.heads, x.shape[1] // self.heads, 3, -1).unbind(2)
-        )  # each [B heads, C / heads, HW]
+        )
         weight = (q.transpose(1, 2) @ k / k.shape[1] ** 0.5).softmax(2)  # [B heads, HW, HW]
         return (v @ weight.transpose(1, 2)).reshape(x.shape)
 
@@ -50,12 +51,8 @@ def make_plain(net):
         )
 
 
-WIDTH, SHAPE = (
-    (8, (2, 3, 8, 8))
-    if TINY
-    else (64, (8, 3, 32, 32))
-    if DEVICE == "cpu"
-    else (128, (64, 3, 32, 32))
+WIDTH, SHAPE = of_device(
+    tiny=(8, (2, 3, 8, 8)), cpu=(64, (8, 3, 32, 32)), cuda=(128, (64, 3, 32, 32))
 )
 SHARED = {
     "img_resolution": SHAPE[-1],
@@ -77,19 +74,17 @@ COMPETITORS = [
 
 
 @pytest.mark.parametrize("part", ["forward", "forward+backward"])
-@pytest.mark.parametrize(
-    "network, competitor", [*COMPETITORS, ("DDPM++", "tdkern, torch.compile")]
-)  # which compiles for minutes
+# the last one compiles for minutes
+@pytest.mark.parametrize("network, competitor", [*COMPETITORS, ("DDPM++", "tdkern, torch.compile")])
 def bench_network(compare, network, competitor, part):
     def make():
         torch.manual_seed(0)
         net = EDMPrecond(NETWORKS[network]()).to(DEVICE)
         for parameter in net.parameters():  # newly made, the last layers are zero
-            torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else None
-        x, sigma = (
-            torch.randn(SHAPE, device=DEVICE),
-            torch.linspace(0.1, 10, SHAPE[0], device=DEVICE),
-        )
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+        x = torch.randn(SHAPE, device=DEVICE)
+        sigma = torch.linspace(0.1, 10, SHAPE[0], device=DEVICE)
         expected, parameters = net(x, sigma), list(net.parameters())
         net.dtype = torch.bfloat16 if competitor == "tdkern, bfloat16" else None
         if competitor == "plain":

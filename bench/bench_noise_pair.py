@@ -32,10 +32,8 @@ def bench_noise_pair(compare, shape, competitor):
 
     def make():
         torch.manual_seed(0)
-        x0, one = (
-            torch.randn(shape, device=DEVICE),
-            torch.ones((), dtype=torch.float64, device=DEVICE).expand(shape[0]),
-        )
+        x0 = torch.randn(shape, device=DEVICE)
+        one = torch.ones((), dtype=torch.float64, device=DEVICE).expand(shape[0])
         levels = tdkern.td_coef(
             (1.2 * torch.randn(shape[0], dtype=torch.float64) - 1.2).exp().to(DEVICE)
         )[1]

@@ -1,91 +1,163 @@
-"""A training step of a small U-Net, from clean images to the new weights and their average, which
-is the target network: without TD and with it.
+"""A training step of a small U-Net, from clean images to new weights, EDM's average of them and,
+where there is one, the target network; beside it the networks' calls alone, which are the floor.
 
-    python bench/bench_step.py [ROUNDS]   # the published style beside ours, in turn, in one thread
+    pytest bench/bench_step.py -k 1-thread
+
+All steps of a size are measured in turn, so that what else the machine does falls on all alike, and
+ratios are medians over rounds; table.py holds them against what they should be. "published style"
+is the same step as published loops write it: the loss as separate passes, the target network on the
+valid samples alone, torch's Adam behind cleaned gradients, averages one parameter at a time.
 """
 
-import statistics
-import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from bench_ema_update import python_loop
-from bench_loss_path import clean_draw, published_draw
+from bench_loss_path import clean_draw
 from bench_network import make_plain
-from bench_noise_pair import eager as pair
-from measure import DEVICE, TINY, compiled, name
-from published import cancelled, eager_td_edm, td_levels
+from measure import DEVICE, HALF, TINY, compiled, name, of_device
+from published import cancelled
 
+from tdkern.benchmark.published import td_edm_loss
+from tdkern.columns import W_TD
 from tdkern.ema import EMA
 from tdkern.losses import EDMLoss, TDEDMLoss
 from tdkern.networks import EDMPrecond, SongUNet
 from tdkern.optim import AdamEMA
 
-SHAPE, CHANNELS = (
-    ((2, 3, 8, 8), 8)
-    if TINY
-    else ((16, 3, 16, 16), 32)
-    if DEVICE == "cpu"
-    else ((256, 3, 32, 32), 64)
-)
+LR, DECAYS = 1e-4, (0.9999, 0.999)  # of the average and of the target network
+SIGMA_DATA = 0.5
 
 
-def tdkern_step(net, target, images, loss_fn):
-    optimizer = AdamEMA(net.parameters(), 1e-4, averages=[target.parameters()], decays=[0.999])
+def fused_step(net, images, loss_fn, compile: bool = False):
+    """tdkern's: the loss, and AdamEMA with the average and the target network."""
+    averages = [EMA(net), EMA(net)] if isinstance(loss_fn, TDEDMLoss) else [EMA(net)]
+    optimizer = AdamEMA(
+        net.parameters(),
+        LR,
+        averages=[average.module.parameters() for average in averages],
+        decays=DECAYS[: len(averages)],
+    )
+    called = [net, averages[-1].module]
+    if compile:
+        # without a compiler where it is only seen to run
+        called = [compiled(each, backend="aot_eager" if TINY else "inductor") for each in called]
+    scale = images[0].numel() / len(images)
 
     def step():
-        optimizer.zero_grad()
-        loss_fn(net, target, images).mean().backward()
+        optimizer.zero_grad(set_to_none=True)
+        loss_fn(*called, images, gradient_scale=scale).sum().backward()
         optimizer.step()
 
     return step
 
 
-def other_step(net, target, images, draw, loss_fn):
-    """Draws by draw(x0, sigma, one) -> (x_t, x_tp, levels, what the loss takes besides)."""
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4)
-    one = torch.ones(len(images), dtype=torch.float64, device=DEVICE)
+def loop_step(net, images, loss_of: Callable, update_target: Callable):
+    """A loop as EDM's.
+
+    Args:
+        loss_of: (net, target, images, gradient_scale=) -> [B].
+        update_target: (target, net) -> None.
+    """
+    target, average = EMA(net), EMA(net)
+    params = list(net.parameters())
+    optimizer = torch.optim.Adam(params, LR)
+    scale = images[0].numel() / len(images)
 
     def step():
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(net, target.module, images, gradient_scale=scale).sum().backward()
+        for param in params:
+            torch.nan_to_num(param.grad, nan=0, posinf=1e5, neginf=-1e5, out=param.grad)
+        optimizer.step()
+        update_target(target, net)
+        python_loop([list(average.module.parameters())], params, DECAYS[:1])
+
+    return step
+
+
+def by_a_loop(target, net):
+    python_loop([list(target.module.parameters())], list(net.parameters()), DECAYS[1:])
+
+
+def of_no_target(target, net):
+    pass
+
+
+def published_loss(net, target, images, gradient_scale, **settings):
+    """The published TD loss on two denoisers, of which the target sees the valid samples alone."""
+    return td_edm_loss(net, target, images, (), SIGMA_DATA, **settings) * gradient_scale
+
+
+def compiled_loss():
+    """The loss in its cancelled form, which gathers nothing, handed to torch.compile."""
+    draw, loss = compiled(clean_draw), compiled(cancelled)
+
+    def loss_of(net, target, images, gradient_scale):
         sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
-        x_t, x_tp, levels, *rest = draw(images, sigma, one)
+        x_t, x_tp, levels, *rest = draw(images, sigma, torch.ones_like(sigma))
         with torch.no_grad():
             F_p = target(x_tp, levels[:, 2], raw=True)
-        loss_fn(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest).flatten(1).sum(
-            1
-        ).mean().backward()
-        optimizer.step()
-        python_loop([list(target.parameters())], list(net.parameters()), [0.999])
+        terms = loss(net(x_t, levels[:, 0], raw=True), F_p, images, x_t, x_tp, *rest)
+        return terms.sum(1) * gradient_scale
+
+    return loss_of
+
+
+def networks_alone(net, images, loss_fn):
+    """The floor: the networks' calls of a step with a loss, and nothing between or behind them."""
+    target, sigma = EMA(net).module, torch.ones(len(images), device=DEVICE)
+    rows = rows_of_target(loss_fn, len(images))
+
+    def step():
+        net.zero_grad(set_to_none=True)
+        if rows:
+            with torch.no_grad():
+                target(images[:rows], sigma[:rows])
+        net(images, sigma).backward(images)
 
     return step
 
 
-WINDOW = TDEDMLoss(weight="online", td_sigma=(0.3, 5.0))
-WINDOW = replace(WINDOW, td_share=WINDOW.window_share(SHAPE[0]))
+def rows_of_target(loss_fn, batch: int) -> int:
+    """On how many samples of a batch a loss calls the target network, on average."""
+    torch.manual_seed(0)
+    pairs = loss_fn.pair(torch.zeros(4096, 1))
+    if pairs.x_tp is None:
+        return 0
+    share = min((pairs.coef[:, W_TD] != 0).double().mean().item(), loss_fn.td_share)
+    return max(1, round(share * batch))
 
 
-@pytest.mark.parametrize(
-    "competitor",
-    [
-        "tdkern",
-        "EDM without TD",
-        "TD at .3<sigma<5, a share",
-        "the same, bfloat16 target",
-        "published-style eager",
-        "torch.compile",
-    ],
+# ---- one network, without TD and with it, and the same in the published style --------------------
+
+SHAPE, CHANNELS = of_device(
+    tiny=((2, 3, 8, 8), 8), cpu=((16, 3, 16, 16), 32), cuda=((256, 3, 32, 32), 64)
 )
-def bench_step(compare, competitor):
-    fused = (
-        {fn: compiled(fn) for fn in (clean_draw, cancelled)}
-        if competitor == "torch.compile"
-        else {}
-    )
+PLAIN, TD = EDMLoss(), TDEDMLoss(weight="online")
+WINDOW = replace(TD, td_sigma=(0.3, 5.0))
+WINDOW = replace(WINDOW, td_share=WINDOW.window_share(SHAPE[0]))
+STEPS = {
+    "EDM without TD": partial(fused_step, loss_fn=PLAIN),
+    "tdkern": partial(fused_step, loss_fn=TD),
+    "TD at .3<sigma<5, a share": partial(fused_step, loss_fn=WINDOW),
+    "published-style eager": partial(loop_step, loss_of=published_loss, update_target=by_a_loop),
+    "torch.compile": lambda *given: loop_step(*given, compiled_loss(), by_a_loop),
+    "tdkern, --compile": partial(fused_step, loss_fn=TD, compile=True),
+    "the networks alone, without TD": partial(networks_alone, loss_fn=PLAIN),
+    "the networks alone, TD": partial(networks_alone, loss_fn=TD),
+    "the networks alone, a share": partial(networks_alone, loss_fn=WINDOW),
+}
+IN_BFLOAT16 = ("EDM without TD", "tdkern", "TD at .3<sigma<5, a share", "tdkern, --compile")
 
-    def make():
+
+def one_network(make: Callable, dtype: torch.dtype | None = None):
+    """What makes a step of a network that is the same for all."""
+
+    def made():
         torch.manual_seed(0)
         model = SongUNet(
             SHAPE[-1],
@@ -97,34 +169,24 @@ def bench_step(compare, competitor):
             attn_resolutions=[],
             dropout=0.0,
         )
-        net = EDMPrecond(model).to(DEVICE)
-        target = EMA(net).module
-        target.dtype = torch.bfloat16 if competitor == "the same, bfloat16 target" else None
-        given = net, target, torch.randn(SHAPE, device=DEVICE) / 2
-        return {
-            "tdkern": lambda: tdkern_step(*given, TDEDMLoss(weight="online")),
-            "EDM without TD": lambda: tdkern_step(*given, EDMLoss()),
-            "TD at .3<sigma<5, a share": lambda: tdkern_step(*given, WINDOW),
-            "the same, bfloat16 target": lambda: tdkern_step(*given, WINDOW),
-            "published-style eager": lambda: other_step(
-                *given, published_draw, lambda *args: eager_td_edm(*args)[:, None]
-            ),
-            "torch.compile": lambda: other_step(*given, fused[clean_draw], fused[cancelled]),
-        }[competitor]()
+        net = EDMPrecond(model, dtype=dtype).to(DEVICE)
+        return make(net, torch.randn(SHAPE, device=DEVICE) / 2)
 
-    compare("training step", name(SHAPE), competitor, make, moved=None, seconds=2.0, rotate=False)
+    return made
 
 
-# ---- the published run's own step: its settings, EDM's kind of network, the loops around it ----
+def bench_step(in_turn):
+    makes = {each: one_network(make) for each, make in STEPS.items()}
+    if HALF:
+        makes |= {f"{each}, bf16": one_network(STEPS[each], torch.bfloat16) for each in IN_BFLOAT16}
+    in_turn("training step", name(SHAPE), makes)
+
+
+# ---- the published run's own step: its settings, EDM's kind of network, the loops around it ------
 
 SETTINGS = {"k_idx": 3.0, "one_idx": 0.2}
+PUBLISHED = replace(TD, **SETTINGS)
 RESOLUTIONS = (8,) if TINY else (16, 32)
-WHOLE_STEP = [
-    "published style",
-    "tdkern, EDM's network",
-    "tdkern, its network and AdamEMA",
-    "EDM without TD",
-]
 
 
 class Denoised(torch.nn.Module):
@@ -141,105 +203,44 @@ class Denoised(torch.nn.Module):
         return self.net(x, sigma, class_labels, augment_labels)
 
 
-def published_loss(net, target, images):
-    """The published TD loss on two denoisers, of which the target sees the valid samples alone."""
-    sigma = (1.2 * torch.randn(len(images), dtype=torch.float64, device=DEVICE) - 1.2).exp()
-    one = torch.ones_like(sigma)
-    levels, valid = td_levels(sigma, **SETTINGS)
-    x_t, x_tp = pair(images, one, levels[:, 0], one, levels[:, 2])
-    D, D_p = net(x_t, levels[:, 0].float()), torch.zeros_like(images)
-    if valid.any():
-        with torch.no_grad():
-            D_p[valid] = target(x_tp[valid], levels[valid, 2].float())
-    return eager_td_edm(D, D_p, images, x_t, x_tp, levels, valid, denoised=True)
+WHOLE_STEPS = {
+    "published style": lambda net, images: loop_step(
+        Denoised(net), images, partial(published_loss, **SETTINGS), by_a_loop
+    ),
+    "tdkern, EDM's network": lambda net, images: loop_step(
+        Denoised(net), images, PUBLISHED, lambda target, net: target.update(net, DECAYS[1])
+    ),
+    "tdkern, its network and AdamEMA": lambda net, images: fused_step(net, images, PUBLISHED),
+    "EDM without TD": lambda net, images: loop_step(Denoised(net), images, PLAIN, of_no_target),
+    "EDM's networks alone, TD": lambda net, images: networks_alone(
+        Denoised(net), images, PUBLISHED
+    ),
+    "tdkern's networks alone, TD": lambda net, images: networks_alone(net, images, PUBLISHED),
+}
 
 
-def whole_step(competitor: str, resolution: int):
-    """The step of a loop with a target network and EDM's own average of the weights."""
-    torch.manual_seed(0)
-    model = SongUNet(
-        resolution,
-        3,
-        3,
-        model_channels=4 if TINY else 16,
-        channel_mult=[1, 2],
-        num_blocks=1 if TINY else 4,
-        attn_resolutions=[16],
-        dropout=0.13,
-    )
-    net = EDMPrecond(model).to(DEVICE)
-    images = torch.randn(2 if TINY else 16, 3, resolution, resolution, device=DEVICE) / 2
-    loss_fn = EDMLoss() if "EDM without" in competitor else TDEDMLoss(weight="online", **SETTINGS)
-    scale = images[0].numel() / len(images)
-    own = competitor == "tdkern, its network and AdamEMA"
-    net = net if own else Denoised(net)
-    target, average = EMA(net), EMA(net)
-    params = list(net.parameters())
-    if own:
-        averages = [each.module.parameters() for each in (target, average)]
-        optimizer = AdamEMA(params, 1e-4, averages=averages, decays=[0.999, 0.9999])
-    else:
-        optimizer = torch.optim.Adam(params, 1e-4)
+def edms_size(make: Callable, resolution: int):
+    """What makes a step of a network as EDM's, small."""
 
-    def step():
-        optimizer.zero_grad(set_to_none=True)
-        if competitor == "published style":
-            loss = published_loss(net, target.module, images) * scale
-        else:
-            loss = loss_fn(net, target, images, gradient_scale=scale)
-        loss.sum().backward()
-        if not own:  # EDM's loop; AdamEMA leaves out a step that is not finite
-            for param in params:
-                torch.nan_to_num(param.grad, nan=0, posinf=1e5, neginf=-1e5, out=param.grad)
-        optimizer.step()
-        if own:
-            return
-        if competitor == "published style":
-            python_loop([list(target.module.parameters())], params, [0.999])
-        elif "EDM without" not in competitor:
-            target.update(net, 0.999)
-        python_loop([list(average.module.parameters())], params, [0.9999])
+    def made():
+        torch.manual_seed(0)
+        model = SongUNet(
+            resolution,
+            3,
+            3,
+            model_channels=4 if TINY else 16,
+            channel_mult=[1, 2],
+            num_blocks=1 if TINY else 4,
+            attn_resolutions=[16],
+            dropout=0.13,
+        )
+        images = torch.randn(2 if TINY else 16, 3, resolution, resolution, device=DEVICE) / 2
+        return make(EDMPrecond(model).to(DEVICE), images)
 
-    return step
+    return made
 
 
 @pytest.mark.parametrize("resolution", RESOLUTIONS)
-@pytest.mark.parametrize("competitor", WHOLE_STEP)
-def bench_whole_step(compare, competitor, resolution):
-    compare(
-        "published training step",
-        f"{resolution} pixels",
-        competitor,
-        lambda: whole_step(competitor, resolution),
-        moved=None,
-        seconds=4.0,
-        rotate=False,
-    )
-
-
-def in_turn(rounds: int) -> None:
-    """Prints every competitor's time beside the published style's, their steps taken in turn: what
-    else the machine does then falls on all alike. The ratio is the median over rounds.
-    """
-    torch.set_num_threads(1)
-    torch.ones(31 * 2**18)  # glibc then keeps what is freed, as conftest says
-    for resolution in RESOLUTIONS:
-        steps = {each: whole_step(each, resolution) for each in WHOLE_STEP}
-        times = {each: [] for each in WHOLE_STEP}
-        for number in range(rounds + 2):
-            for each in WHOLE_STEP if number % 2 else reversed(WHOLE_STEP):
-                torch.manual_seed(number)  # of as many valid samples for all
-                start = time.process_time()
-                steps[each]()
-                if number >= 2:
-                    times[each].append(time.process_time() - start)
-        published = times["published style"]
-        for each, its in times.items():
-            ratio = statistics.median(a / b for a, b in zip(its, published, strict=True))
-            print(
-                f"{resolution} pixels, {each}: {statistics.median(its) * 1e3:.0f} ms, {ratio:.3f}"
-            )
-
-
-if __name__ == "__main__":
-    in_turn(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+def bench_whole_step(in_turn, resolution):
+    makes = {each: edms_size(make, resolution) for each, make in WHOLE_STEPS.items()}
+    in_turn("published training step", f"{resolution} pixels", makes)

@@ -67,9 +67,8 @@ def bench_td_loss(compare, shape, competitor):
             "torch.compile": lambda: fused(F, F_p, x0, x_t, x_tp, coef32),
             "copy as an autograd node": node,
         }[competitor]
-        upstream = torch.ones_like(
-            forward()
-        )  # given, so that no competitor's time holds a sum over the batch
+        # given, so that no competitor's time holds a sum over the batch
+        upstream = torch.ones_like(forward())
         return lambda: torch.autograd.grad(forward(), F, upstream)
 
     compare("td_loss", name(shape), competitor, make, moved=moved)

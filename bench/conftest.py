@@ -9,7 +9,8 @@ a GPU, if there is one, measure.py says how. A benchmark calls `compare(op, size
 moved=bytes)`: make() makes inputs and returns the step on them. `moved` counts by hand, in a
 comment where it is given, the bytes that the operation cannot avoid moving: GB/s is of these, and
 "copy" is a competitor that copies as many, "negation in place" one that reads half as many and
-writes them back. TDKERN_BENCH_RESULTS names another folder for the results.
+writes them back. Where ratios of whole steps count, `in_turn(op, size, {competitor: make})`
+measures all of them in every round. TDKERN_BENCH_RESULTS names another folder for the results.
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import statistics
 import subprocess
 import time
 from datetime import datetime, timezone
@@ -25,7 +27,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from measure import DEVICE, TINY, copy_of, negation_of, on_cuda, peak_extra
+from measure import DEVICE, TINY, copy_of, instructions, negation_of, on_cuda, peak_extra
+from table import of_benchmarks, ratio
 
 import tdkern
 
@@ -78,29 +81,16 @@ def compare(request, threads):
         *,
         moved: int | None,
         seconds: float = 1.0,
-        elements: int | None = None,
         rotate: bool = True,
+        **facts: int,
     ):
         """Times make()'s step: the median of 10 to 500 rounds, as many as fit in `seconds`.
 
-        elements: of the op's arguments, for the time of one. rotate: whether a GPU may have several
-            sets of inputs, and a graph of them.
+        rotate: whether a GPU may have several sets of inputs, and a graph of them. facts: of the
+            row, for its table: "elements" of the op's arguments, "batch" and "batch_gpu" of a step.
         """
-        # optimizers are reference cycles: those of the benchmarks before would fill memory
-        gc.collect()
-        if DEVICE == "cpu":
-            # what they left free would make glibc return pages, and take them anew, in every round
-            # of this one
-            getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        row = {
-            "group": Path(request.node.fspath).stem,
-            "op": op,
-            "size": size,
-            "competitor": competitor,
-            "threads": threads,
-            "moved": moved,
-        }
-        row |= {"elements": elements} if elements else {}
+        tidy()
+        row = row_of(request, op, size, competitor, threads) | {"moved": moved} | facts
         seconds = 0.01 if TINY else seconds
         floor = {"copy": copy_of, "negation in place": negation_of}.get(competitor)
         make = (lambda: floor(moved)) if floor else make
@@ -112,6 +102,80 @@ def compare(request, threads):
         write_results()  # now: a benchmark that hangs must not cost those before it
 
     return run
+
+
+def row_of(request, op: str, size: str, competitor: str, threads: int) -> dict:
+    return {
+        "group": Path(request.node.fspath).stem,
+        "op": op,
+        "size": size,
+        "competitor": competitor,
+        "threads": threads,
+    }
+
+
+def tidy() -> None:
+    """Leave memory to a benchmark as if it were the first."""
+    # optimizers are reference cycles: those of the benchmarks before would fill memory
+    gc.collect()
+    if DEVICE == "cpu":
+        # what they left free would make glibc return pages, and take them anew, in every round
+        # of this one
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+
+
+@pytest.fixture
+def in_turn(request, threads):
+    def run(op: str, size: str, makes: dict, *, seconds: float = 60.0):
+        """Times the steps of {competitor: make} in rounds, each of which runs all of them, so that
+        what else the machine does falls on all alike: 10 to 100 rounds, as many as fit in
+        `seconds`. Their times are kept by round, as a ratio is the median over rounds. On a GPU
+        they are measured one by one.
+        """
+        tidy()
+        rows = [
+            row_of(request, op, size, competitor, threads) | {"moved": None} for competitor in makes
+        ]
+        if DEVICE == "cuda":
+            for row, make in zip(rows, makes.values(), strict=True):
+                row |= on_cuda(make, 1, seconds / 4 / len(makes), rotate=False)
+        else:
+            for row, found in zip(rows, rounds_of(list(makes.values()), seconds), strict=True):
+                row |= found
+        ROWS.extend(row | {"commit": commit()} for row in rows)
+        write_results()
+
+    return run
+
+
+def rounds_of(makes: list, seconds: float) -> list[dict]:
+    """What was measured of each step, on the CPU."""
+    steps = [make() for make in makes]
+    for step in steps:  # compiles, and makes optimizers' states
+        step(), step()
+    start = time.perf_counter()
+    for step in steps:
+        step()
+    once = time.perf_counter() - start
+    rounds = 1 if TINY else int(min(100, max(10, seconds / once)))
+    times = [[] for _ in steps]
+    for number in range(rounds):
+        first = number % len(steps)
+        for i in [*range(first, len(steps)), *range(first)]:
+            torch.manual_seed(number)  # of as many samples with a TD term for all
+            start = time.perf_counter()
+            steps[i]()
+            times[i].append(round(1e6 * (time.perf_counter() - start)))
+    return [
+        {
+            "median_us": statistics.median(own),
+            "min_us": min(own),
+            "rounds": rounds,
+            "times_us": own,
+            "extra_bytes": peak_extra(step, "cpu"),
+        }
+        for own, step in zip(times, steps, strict=True)
+    ]
 
 
 def on_cpu(benchmark, step, seconds: float) -> dict:
@@ -141,7 +205,7 @@ def with_ratios(rows: list[dict]) -> list[dict]:
     for *key, _ in found:
         ours, copy = found.get((*key, "tdkern")), found.get((*key, "copy"))
         for row in (row for (*other, _), row in found.items() if other == key):
-            row["times_ours"] = row["median_us"] / ours["median_us"] if ours else None
+            row["times_ours"] = ratio(row, ours) if ours else None
             row["gb_per_s"] = row["moved"] / row["median_us"] / 1e3 if row["moved"] else None
             row["share_of_copy"] = copy["median_us"] / row["median_us"] if copy else None
     return list(found.values())
@@ -170,6 +234,7 @@ def write_results() -> None:
     facts = tdkern.info()
     result = {
         "device": device_name(),
+        "instructions": instructions(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {name: facts[name] for name in ("tdkern", "torch", "triton", "python")},
         "build": facts["build"],
@@ -181,7 +246,5 @@ def write_results() -> None:
 
 
 def pytest_terminal_summary(terminalreporter):
-    from table import markdown
-
     if ROWS:
-        terminalreporter.write_line("\n" + markdown(results_file()))
+        terminalreporter.write_line("\n" + of_benchmarks(results_file()))

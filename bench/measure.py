@@ -9,16 +9,44 @@ import os
 import statistics
 import time
 import warnings
+from pathlib import Path
 
+import numpy as np
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = os.environ.get("TDKERN_BENCH_TINY") == "1"
+LOOKED_FOR = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # by the names that Linux has
+
+
+def instructions() -> list[str]:
+    """Which of LOOKED_FOR the processor has."""
+    with open("/proc/cpuinfo") as lines:
+        flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return [each for each in LOOKED_FOR if each in flags]
+
+
+# whether bfloat16 is faster than float32 here: without these a processor computes it in steps
+HALF = DEVICE == "cuda" or bool({"avx512_bf16", "amx_bf16"} & set(instructions()))
+
+
+def random_images(folder: Path, count: int, resolution: int) -> Path:
+    """A data set of random images for `tdkern train`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 3, resolution, resolution), np.uint8)
+    np.save(folder / "images.npy", pixels)
+    return folder / "images.npy"
 
 
 def sizes(*shapes: tuple[int, ...]) -> list[tuple[int, ...]]:
     """Shapes [B, ...] to measure."""
     return [(2, *shapes[0][1:])] if TINY else list(shapes)
+
+
+def of_device(*, tiny, cpu, cuda):
+    """The sizes for this run: to see that it runs, or to time it on this device."""
+    if TINY:
+        return tiny
+    return cpu if DEVICE == "cpu" else cuda
 
 
 def name(shape: tuple[int, ...]) -> str:
@@ -63,9 +91,8 @@ def peak_extra(step, device: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    return sorted(_traced_peak(step) for _ in range(3))[
-        1
-    ]  # seldom, on a machine under load, a trace lacks some of its events
+    # seldom, on a machine under load, a trace lacks some of its events
+    return sorted(_traced_peak(step) for _ in range(3))[1]
 
 
 def _traced_peak(step) -> int:

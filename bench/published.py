@@ -1,35 +1,17 @@
-"""What users run today: the TD loss as eager PyTorch in the style of the published training loops.
-
-Written from the paper's equations, not from anyone's code: preconditioning as separate passes,
-valid samples gathered by a boolean mask, all four posterior means formed, and the terms scattered
-back to their samples.
+"""The TD loss in plain PyTorch on the networks' raw outputs: what users run today, and the best
+that can be made of it.
 """
 
 import torch
 from torch import Tensor
 
-from tdkern.schedules import EDM
-
-
-def td_levels(sigma: Tensor, *, k_idx: float = 1.0, one_idx: float = 0.25) -> tuple[Tensor, Tensor]:
-    """The four noise levels [B, 4] of each sigma [B] on EDM's schedule, and which samples are
-    valid.
-    """
-    schedule = EDM()
-    index = schedule.index(sigma)
-    levels = torch.stack(
-        [sigma, *(schedule.sigma(index + step) for step in (one_idx, k_idx, k_idx + one_idx))], 1
-    )
-    valid = (
-        (sigma >= schedule.sigma_min)
-        & (sigma <= schedule.sigma_max)
-        & (index <= schedule.steps - 1 - (k_idx + one_idx))
-    )
-    return levels, valid
+from tdkern.benchmark.published import td_edm_terms
+from tdkern.columns import SIGMA, SIGMA_P
+from tdkern.preconditioning import EDM, append_dims
 
 
 def _column(value: Tensor, like: Tensor) -> Tensor:
-    return value.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    return append_dims(value.to(like.dtype), like.ndim)
 
 
 def eager_td_edm(
@@ -40,45 +22,20 @@ def eager_td_edm(
     x_tp: Tensor,
     levels: Tensor,
     valid: Tensor,
-    *,
-    sigma_data: float = 0.5,
-    lambda_edm: float = 0.5,
-    denoised: bool = False,
 ) -> Tensor:
-    """Per-sample TD+EDM loss [B]: online weight, Markov coupling, `levels` [B, 4] as `td_coef`
-    returns them. denoised: whether F and F_p are the denoised images already.
+    """Per-sample TD+EDM loss [B] as `tdkern bench` has it for the published style, with the
+    preconditioning as separate passes before it.
     """
-    sigma, sigma_tau, sigma_p, sigma_tau_p = (_column(level, x0) for level in levels.unbind(1))
 
-    def denoise(x, F, sigma):
-        if denoised:
-            return F
-        c_skip = sigma_data**2 / (sigma**2 + sigma_data**2)
-        c_out = sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt()
-        return c_skip * x + c_out * F
+    def denoise(x, out, sigma):
+        skip, scale = (_column(factor, x0) for factor in EDM().skip_scale(sigma))
+        return skip * x + scale * out
 
-    D = denoise(x_t, F, sigma)
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    recon = (weight * (D - x0) ** 2).flatten(1).mean(1)
-    losses = (1 + lambda_edm) * recon
-    if valid.any():  # a host synchronisation on a GPU
-        y, x, x_p = x0[valid], x_t[valid], x_tp[valid]
-        D_valid = D[valid]
-        with torch.no_grad():
-            D_p = denoise(x_p, F_p[valid], sigma_p[valid])
-        kappa = (sigma_tau / sigma)[valid] ** 2
-        kappa_p = (sigma_tau_p / sigma_p)[valid] ** 2
-        mu_true = (1 - kappa) * y + kappa * x
-        mu_true_p = (1 - kappa_p) * y + kappa_p * x_p
-        mu_model = (1 - kappa) * D_valid + kappa * x
-        mu_model_p = (1 - kappa_p) * D_p + kappa_p * x_p
-        residual = (mu_true - mu_true_p) - (mu_model - mu_model_p)
-        c_out = (sigma * sigma_data / (sigma**2 + sigma_data**2).sqrt())[valid]
-        w_td = 1 / ((1 - kappa) ** 2 * c_out**2).clamp(min=1e-8)
-        td = (w_td * residual**2).flatten(1).mean(1)
-        losses = losses.clone()
-        losses[valid] = td + lambda_edm * recon[valid]
-    return losses
+    def denoise_p(x):
+        return denoise(x, F_p[valid], levels[valid, SIGMA_P])
+
+    denoised = denoise(x_t, F, levels[:, SIGMA])
+    return td_edm_terms(denoised, denoise_p, x0, x_t, x_tp, levels, valid)
 
 
 def cancelled(

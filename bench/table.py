@@ -1,15 +1,59 @@
-"""Puts measured tables into docs/performance.md and docs/demo.md, between their markers.
+"""Measured tables of the documents as Markdown, each of one file of bench/results (report.py)."""
 
-python bench/table.py bench/results/<device>.json --demo demo/demo.txt
-"""
-
-import argparse
+import gzip
 import json
-import re
+import statistics
 from pathlib import Path
+from typing import NamedTuple
+
+TD, SHARE = "training step", "TD at .3<sigma<5, a share"
+STYLE = "published-style eager"
+PLAIN_ALONE, TD_ALONE = "the networks alone, without TD", "the networks alone, TD"
+SHARE_ALONE = "the networks alone, a share"
+WHOLE = "published training step"
 
 
-def markdown(path: Path) -> str:
+class Aim(NamedTuple):
+    """A ratio of the times of two steps on a CPU, and what it should be."""
+
+    op: str
+    step: str
+    beside: str
+    bound: float | None
+    is_most: bool = True
+    floors: tuple[str, str] | None = None  # the same ratio of the networks' calls alone
+
+
+AIMS = {
+    "TD+EDM / EDM": Aim(TD, "tdkern", "EDM without TD", 1.30, floors=(TD_ALONE, PLAIN_ALONE)),
+    "TD+EDM / EDM, bf16": Aim(TD, "tdkern, bf16", "EDM without TD, bf16", 1.30),
+    "windowed TD on its share / EDM": Aim(
+        TD, SHARE, "EDM without TD", 1.15, floors=(SHARE_ALONE, PLAIN_ALONE)
+    ),
+    "windowed TD on its share / EDM, bf16": Aim(TD, f"{SHARE}, bf16", "EDM without TD, bf16", 1.15),
+    "published style / tdkern": Aim(TD, STYLE, "tdkern", 1.10, False, (STYLE, TD_ALONE)),
+    "published style / tdkern --compile": Aim(TD, STYLE, "tdkern, --compile", None, False),
+    "published style / tdkern --compile --bf16": Aim(
+        TD, STYLE, "tdkern, --compile, bf16", 1.50, False
+    ),
+    "tdkern on EDM's network / published style": Aim(
+        WHOLE,
+        "tdkern, EDM's network",
+        "published style",
+        1.00,
+        floors=("EDM's networks alone, TD", "published style"),
+    ),
+    "tdkern, its network and AdamEMA / published style": Aim(
+        WHOLE,
+        "tdkern, its network and AdamEMA",
+        "published style",
+        0.92,
+        floors=("tdkern's networks alone, TD", "published style"),
+    ),
+}
+
+
+def of_benchmarks(path: Path) -> str:
     """The tables of one results file: the competitors, side by side for each number of threads, and
     how tdkern's time grows.
     """
@@ -18,11 +62,132 @@ def markdown(path: Path) -> str:
         f"{result['device']}, torch {result['versions']['torch']}, {result['date'][:10]}; "
         f"from `bench/results/{Path(path).name}`"
     )
+    if "instructions" in result:
+        about += f". Of its instructions: {', '.join(result['instructions']) or 'none of these'}"
+    rows = result["rows"]
     tables = [
-        competitors([row for row in result["rows"] if "elements" not in row]),
-        growth([row for row in result["rows"] if "elements" in row]),
+        aims(rows),
+        competitors([row for row in rows if "elements" not in row and "batch" not in row]),
+        growth([row for row in rows if "elements" in row]),
+        by_batch([row for row in rows if "batch" in row]),
     ]
     return "\n\n".join([about, *filter(None, tables)])
+
+
+def ratio(row: dict, other: dict) -> float:
+    """How many times as long a row's step takes as another's: in the rounds that both were in,
+    their median.
+    """
+    pairs = zip(row.get("times_us", []), other.get("times_us", []), strict=False)
+    found = [own / theirs for own, theirs in pairs]
+    return statistics.median(found) if found else row["median_us"] / other["median_us"]
+
+
+def aims(rows: list[dict]) -> str:
+    """Ratios of whole steps that were measured in turn, the aim, and what the networks alone take
+    of it.
+    """
+    found = {
+        (row["op"], row["size"], row["threads"], row["competitor"]): row
+        for row in rows
+        if "times_us" in row
+    }
+    body = []
+    for what, aim in AIMS.items():
+        for place in sorted({key[:3] for key in found if key[0] == aim.op}):
+            names = (aim.step, aim.beside, *(aim.floors or ()))
+            step, beside, *floors = (found.get((*place, name)) for name in names)
+            if step and beside:
+                cells = [what, place[1], str(place[2]), *judged(aim, ratio(step, beside))]
+                body.append([*cells, f"{ratio(*floors):.2f}" if floors else ""])
+    head = ["whole steps, in turn", "size", "threads", "aim", "measured", "by the networks alone"]
+    return table(head, body, left=2)
+
+
+def judged(aim: Aim, value: float) -> tuple[str, str]:
+    """An aim in words, and what was measured."""
+    if aim.bound is None:
+        return "", f"{value:.2f}"
+    missed = value > aim.bound if aim.is_most else value < aim.bound
+    bound = f"{'at most' if aim.is_most else 'at least'} {aim.bound:.2f}"
+    return bound, f"{value:.2f}{' (missed)' * missed}"
+
+
+def by_batch(rows: list[dict]) -> str:
+    """The driver's step by batch, and by how much of it is in one forward pass."""
+    threads = sorted({row["threads"] for row in rows})
+    parts = sorted({row["batch_gpu"] for row in rows})
+    body = []
+    for batch in sorted({row["batch"] for row in rows}):
+        own = {(row["threads"], row["batch_gpu"]): row for row in rows if row["batch"] == batch}
+        times = [own.get((count, batch)) for count in threads]
+        cells = [f"{row['median_us'] / 1e3 / batch:.2f} ms" if row else "" for row in times]
+        memory = [own.get((threads[0], part)) for part in parts]
+        cells += [f"{row['extra_bytes'] / 2**20:.1f} MiB" if row else "" for row in memory]
+        body.append([str(batch), *cells])
+    head = ["`tdkern train`'s step: batch"]
+    head += [f"an image, {count} thread{'s' * (count > 1)}" for count in threads]
+    head += [f"memory beside, `--batch-gpu {part}`" for part in parts]
+    return table(head, body, left=0)
+
+
+def of_demo(path: Path) -> str:
+    """What `tdkern demo` printed, of the numbers that it wrote."""
+    from tdkern.demo import from_json, report
+
+    text = report(from_json(json.loads(Path(path).read_text())))
+    return f"```text\n{text}\n```"
+
+
+def of_ablation(path: Path) -> str:
+    """What `tdkern report` says of a file of results of `tdkern ablate`, under no title."""
+    from tdkern.ablation.comparison import comparisons_in
+    from tdkern.ablation.report import report
+
+    text = report(comparisons_in(path), f"evidence-{path.stem}").markdown
+    return text.partition("\n\n")[2].rstrip()
+
+
+def of_couplings(path: Path) -> str:
+    """What the noise of the pair does to TD's target, for each loss of coupling.py."""
+    result = json.loads(Path(path).read_text())
+    levels = ", ".join(f"{sigma:g}" for sigma in result["sigma"])
+    head = ["loss", 'r, "markov"', 'variance, "markov"', f'bias of "shared" at sigma {levels}']
+    body = []
+    for name, numbers in result["losses"].items():
+        spans = ["{:.2f} to {:.2f}".format(*numbers[key]) for key in ("r", "variance")]
+        digits = 0 if max(numbers["bias_percent"]) > 1 else 1
+        bias = ", ".join(f"{value:+.{digits}f}" for value in numbers["bias_percent"])
+        body.append([name, *spans, f"{bias} %"])
+    return table(head, body, left=4)
+
+
+def of_loader(path: Path) -> str:
+    """Images a second of the loader, by number of readers (reliability/loader.py)."""
+    result = json.loads(Path(path).read_text())
+    head = ["", "no reader", "1 reader", "2 readers", f"MB for {result['images']}"]
+    body = []
+    for kind, rates in result["rates"].items():
+        readers = [f"{rates[f'{count} readers']:,}" for count in range(3)]
+        body.append([kind, *readers, f"{rates['MB']}"])
+    return table(head, body, left=1)
+
+
+def of_overlap(path: Path) -> str:
+    """How much of the gradients' exchange lies within the backward (overlap.py)."""
+    told = json.loads(gzip.decompress(Path(path).read_bytes()))["summary"]
+    about = (
+        f"{told['parameters'] / 1e6:.1f} M parameters, {told['batch']} images of "
+        f"{told['resolution']} pixels, {told['processes']} processes of one thread, gloo, torch "
+        f"{told['torch']}; from `bench/results/{Path(path).name}`"
+    )
+    head = ["process", "step", "backward", "all-reduces", "they take", "within the backward"]
+    body = []
+    for rank, own in enumerate(told["by process"]):
+        times = [f"{own[key]:,.0f} ms" for key in ("step_ms", "backward_ms", "all_reduce_ms")]
+        share = f"{own['share_within_backward']:.0%}"
+        body.append([str(rank), *times[:2], str(own["all_reduces"]), times[2], share])
+    return f"{about}:\n\n{table(head, body, left=1)}"
 
 
 def competitors(rows: list[dict]) -> str:
@@ -44,8 +209,9 @@ def competitors(rows: list[dict]) -> str:
     threads = sorted({row["threads"] for row in rows})
     head, lines = ["op", "size", "what"], {}
     for count in threads:
+        threads_title = "1 thread" if count == 1 else f"{count} threads"
         head += [
-            "median" if on_gpu else f"{count} thread" + "s" * (count > 1),
+            "median" if on_gpu else threads_title,
             *(title for title, _, _ in columns),
         ]
     for row in rows:
@@ -109,32 +275,3 @@ def table(head: list[str], body: list[list[str]], left: int) -> str:
     """Markdown; the first `left` columns are text, the others numbers. Empty without a body."""
     lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if body else ""
-
-
-def fill(page: Path, marker: str, text: str) -> None:
-    """Put `text` between the markers of a page."""
-    whole = page.read_text()
-    marked = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.S)
-    if not marked.search(whole):
-        raise SystemExit(
-            f"{page}: has no <!-- {marker} --> … <!-- /{marker} --> to put the text between"
-        )
-    page.write_text(marked.sub(lambda found: f"{found[1]}{text}\n{found[2]}", whole))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, nargs="*", help="results files, for the bench tables")
-    parser.add_argument("--demo", type=Path, help="the demo's demo.txt")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    args = parser.parse_args()
-    if args.results:
-        fill(args.docs / "performance.md", "bench", "\n\n".join(map(markdown, args.results)))
-    if args.demo:
-        fill(args.docs / "demo.md", "demo", f"```text\n{args.demo.read_text().rstrip()}\n```")
-
-
-if __name__ == "__main__":
-    main()

@@ -40,6 +40,15 @@ double two_moment_kappa(
   return kappa;
 }
 
+using Element =
+    double (*)(const Sample<double>&, double, double, double, double, double, double&, double&);
+
+template <Norm BASE>
+Element element_of(bool consistency) {
+  if (consistency) return td_element<true, BASE, true, double, double>;
+  return td_element<true, BASE, false, double, double>;
+}
+
 // One sample: (delta^2 mean, base^2 or |base| mean, dF), unweighted sums over n elements with
 // coef's eight numbers.
 std::tuple<double, double, Doubles> td_sample(Doubles coef,
@@ -59,10 +68,7 @@ std::tuple<double, double, Doubles> td_sample(Doubles coef,
   const auto& row = *reinterpret_cast<const Coef*>(coef.data());
   const Sample<double> sample =
       make_sample<double>(l1 ? Norm::l1 : Norm::l2, row, n, {1, 1}, true, true);
-  const auto element = consistency ? (l1 ? td_element<true, Norm::l1, true, double, double>
-                                         : td_element<true, Norm::l2, true, double, double>)
-                                   : (l1 ? td_element<true, Norm::l1, false, double, double>
-                                         : td_element<true, Norm::l2, false, double, double>);
+  const auto element = l1 ? element_of<Norm::l1>(consistency) : element_of<Norm::l2>(consistency);
   Doubles dF(n);
   double td = 0, base = 0;
   for (py::ssize_t i = 0; i < n; ++i) {

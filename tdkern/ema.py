@@ -98,7 +98,7 @@ def _sharded(net: nn.Module) -> "list[FSDPModule]":
 
 
 @torch.no_grad()
-def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float]) -> None:
+def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float] | Tensor) -> None:
     """Take `net` into several averages, each with its own decay, reading its parameters once."""
     for module in (net, *averages):
         for sharded in _sharded(module):
@@ -237,8 +237,17 @@ def posthoc(
             "use more snapshots, or widths on both sides of it",
             stacklevel=2,
         )
-    weight_of = dict(zip(where, weights.tolist(), strict=True))
-    sums, whole_of, dtypes = {}, -1.0, {}
+    return _weighted_sum(snapshots, dict(zip(where, weights.tolist(), strict=True)))
+
+
+def _weighted_sum(
+    snapshots: Sequence[Mapping[str, Tensor] | str | os.PathLike],
+    weight_of: dict[tuple[int, float], float],
+) -> dict[str, Tensor]:
+    """The sum of all averages, each times the weight of (its snapshot's place, its width)."""
+    sums = {}
+    dtypes = {}
+    whole_of = -1.0  # the step of the snapshot that whole numbers are taken from
     for i, source in enumerate(snapshots):
         own_step, averages = _read_snapshot(source, i)
         for width, tensors in averages.items():

@@ -32,6 +32,7 @@ FINITE = Range("must be a finite number", math.isfinite)
 POSITIVE = Range("must be positive", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE = Range("must be at least 0", lambda value: 0 <= value < math.inf)
 AT_LEAST_1 = Range("must be at least 1", lambda value: 1 <= value < math.inf)
+AT_LEAST_2 = Range("must be at least 2", lambda value: 2 <= value < math.inf)
 UNIT = Range("must be in [0, 1]", lambda value: 0 <= value <= 1)
 EVEN = Range("must be positive and even", lambda value: value > 0 and value % 2 == 0)
 WIDTH = Range("must be above 0 and at most 12^-0.5", lambda value: 0 < value <= 12**-0.5)
@@ -90,7 +91,9 @@ def check(fields: Iterable[dataclasses.Field], values: dict, *, whole: bool = Tr
             themselves, together with the range.
     """
     for field in fields:
-        name, value, rules = field.name, values[field.name], field.metadata
+        name = field.name
+        value = values[field.name]
+        rules = field.metadata
         if not _is_of(value, field.type, whole):
             raise ValueError(f"{name} must be {_described(field.type)}, got {short(value)}")
         if value is None:

@@ -1,6 +1,19 @@
 """`python -m tdkern.info`: what this installation is and can do, for a bug report."""
 
+import sys
+import types
+
 from ._info import info
+
+
+class _Info(types.ModuleType):
+    """This module, which `import tdkern.info` puts in the place of the function `tdkern.info`."""
+
+    def __call__(self) -> dict:
+        return info()
+
+
+sys.modules[__name__].__class__ = _Info
 
 if __name__ == "__main__":
     facts = info()

@@ -78,9 +78,8 @@ class AdamEMA(torch.optim.Adam):
             params, lr, betas, eps, weight_decay, decoupled_weight_decay=decoupled, fused=True
         )
         every = [param for group in self.param_groups for param in group["params"]]
-        device = (
-            every[0].device if every else torch.device("cpu")
-        )  # ZeroRedundancyOptimizer may leave a process without parameters
+        # ZeroRedundancyOptimizer may leave a process without parameters
+        device = every[0].device if every else torch.device("cpu")
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.backend, self.flag_group = backend, flag_group
         self._step_supports_amp_scaling = takes_grad_scale

@@ -374,9 +374,8 @@ class VP(VariancePreserving):
     def __post_init__(self):
         if not 0 < self.epsilon_t < 1:
             raise ValueError(f"VP: epsilon_t must be between 0 and 1, got {self.epsilon_t}")
-        if (
-            not 0 < min(self.beta_d * self.epsilon_t / 2, self.beta_d) + self.beta_min < math.inf
-        ):  # so that noise is there at epsilon_t, and rises up to 1
+        # so that noise is there at epsilon_t, and rises up to 1
+        if not 0 < min(self.beta_d * self.epsilon_t / 2, self.beta_d) + self.beta_min < math.inf:
             raise ValueError(
                 "VP: beta_min must be above -beta_d epsilon_t / 2 and -beta_d, got "
                 f"{self.beta_min} with beta_d {self.beta_d}"

@@ -30,9 +30,8 @@ torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
 
 def _params(backends):
-    built = (
-        _backends.LIB_DIR / "libtdkern_cpu.so"
-    ).exists()  # then the C++ backend has to work: never skipped
+    # where it is built, the C++ backend has to work: never skipped
+    built = (_backends.LIB_DIR / "libtdkern_cpu.so").exists()
     for name in backends:
         missing = _backends.MISSING[name]
         yield pytest.param(
@@ -96,10 +95,8 @@ def persistence(monkeypatch):
     def _reconstruct_persistent_obj(meta):
         raise AssertionError("executed")
 
-    _reconstruct_persistent_obj.__module__, _reconstruct_persistent_obj.__qualname__ = (
-        "torch_utils.persistence",
-        "_reconstruct_persistent_obj",
-    )
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
     module._reconstruct_persistent_obj = _reconstruct_persistent_obj
     monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
     monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)

@@ -62,7 +62,6 @@ STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in (*STEMS, "norm_silu", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
-LATE = " (out of time)"
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
 SHARES = {
     "build": 70,
@@ -103,6 +102,11 @@ class Failed(Exception):
     def __init__(self, message: str, **facts):
         super().__init__(message)
         self.facts = facts
+
+
+def with_time(text: str, done: dict) -> str:
+    """What is said of a command that failed, and whether it was out of time."""
+    return f"{text} (out of time)" if done["timed_out"] else text
 
 
 @dataclass
@@ -238,9 +242,7 @@ def build_into(at: Campaign, folder: str | None) -> dict:
     )
     facts = {"seconds": done["seconds"], "architecture": arch}
     if done["rc"]:
-        raise Failed(
-            "the build failed" + LATE * done["timed_out"], **facts, tail=done["text"][-3000:]
-        )
+        raise Failed(with_time("the build failed", done), **facts, tail=done["text"][-3000:])
     reports = ROOT / (f"{folder}/lib/tdkern" if folder else "tdkern") / "lib/ptxas"
     used = {
         path.stem: re.findall(r"Used (\d+) registers", path.read_text())
@@ -277,9 +279,7 @@ def smoke(at: Campaign) -> dict:
     backends = ["cpp"] if at.dry else ["cuda", "triton"]
     with ThreadPoolExecutor() as pool:
         facts = dict(zip(backends, pool.map(call, backends), strict=True))
-    bad = [
-        backend + LATE * facts[backend]["timed_out"] for backend in backends if facts[backend]["rc"]
-    ]
+    bad = [with_time(backend, facts[backend]) for backend in backends if facts[backend]["rc"]]
     if bad:
         raise Failed(f"an op fails on {', '.join(bad)}", **facts)
     return facts
@@ -298,7 +298,7 @@ def tests(at: Campaign) -> dict:
             "large": at.pytest("bench/gpu/test_large.py"),
         }
     bad = [
-        name + LATE * part["timed_out"]
+        with_time(name, part)
         for name, part in facts.items()
         if part["failed"] or part["rc"] or not part["passed"]
     ]
@@ -348,11 +348,7 @@ def sanitize(at: Campaign) -> dict:
             for name in tools
         }
         facts = {name: each.result() for name, each in running.items()}
-    bad = [
-        name + LATE * each["timed_out"]
-        for name, each in facts.items()
-        if each["rc"] or not each["done"]
-    ]
+    bad = [with_time(name, each) for name, each in facts.items() if each["rc"] or not each["done"]]
     if bad:
         raise Failed("not clean: " + ", ".join(bad), checks=facts)
     return {"checks": facts}
@@ -369,7 +365,7 @@ def bench(at: Campaign) -> dict:
         results = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     facts["rows"] = results[0]["rows"] if results else []
     if facts["rc"] or not results:
-        raise Failed("benchmarks failed" + LATE * facts["timed_out"], **facts)
+        raise Failed(with_time("benchmarks failed", facts), **facts)
     return facts
 
 
@@ -394,7 +390,7 @@ def steps(at: Campaign, part: str) -> dict:
     facts = {"rc": done["rc"], "rows": rows}
     bad = sum("failure" in row for row in rows)
     if bad or done["rc"] or not rows:
-        reason = f"{bad} of {len(rows)} cases failed" + LATE * done["timed_out"]
+        reason = with_time(f"{bad} of {len(rows)} cases failed", done)
         raise Failed(reason, **facts, tail=done["text"][-3000:])
     return facts
 
@@ -443,18 +439,17 @@ def profiled(text: str) -> list[dict]:
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     rows = list(csv.DictReader(line for line in lines[start:] if line.startswith('"')))
+    # the first names the units
     return [
         {"kernel": row["Kernel Name"][:120]}
         | {ours: row.get(name) for name, ours in METRICS.items()}
         for row in rows[1:]
-    ]  # the first names the units
+    ]
 
 
 def finished(done: dict, facts: dict) -> dict:
     if done["rc"]:
-        raise Failed(
-            "the profile failed" + LATE * done["timed_out"], **facts, tail=done["text"][-3000:]
-        )
+        raise Failed(with_time("the profile failed", done), **facts, tail=done["text"][-3000:])
     return facts
 
 

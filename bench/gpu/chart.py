@@ -1,18 +1,12 @@
-"""Draws docs/performance.png from a campaign's results.
+"""Pictures of the documents as PNG files, each of one file of bench/results (bench/report.py)."""
 
-python bench/gpu/chart.py bench/results/<device>.json
-"""
-
+import io
 import json
-import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from comparison import HERE, LARGE, about, measured
-from matplotlib import pyplot as plt
+from comparison import LARGE, about, measured
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 OPS = ("td_loss", "ema_update_", "heun_step", "noise_pair", "adam_ema_")
 COMPETITORS = {  # of the loss path, which the figure is made of
@@ -34,7 +28,23 @@ def bars(axes, names, values, form, fill, **label):
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw(file: Path, to: Path) -> None:
+def of_demo(file: Path) -> bytes:
+    """The picture of `tdkern demo`."""
+    from tdkern.demo import draw_picture, from_json
+
+    return draw_picture(from_json(json.loads(file.read_text())))
+
+
+def of_ablation(file: Path, number: int = 1) -> bytes:
+    """A picture of what `tdkern report` says of a file of `tdkern ablate`, counted from 1."""
+    from tdkern.ablation.comparison import comparisons_in
+    from tdkern.ablation.report import report
+
+    return list(report(comparisons_in(file), file.stem).pictures.values())[number - 1]
+
+
+def of_ops(file: Path) -> bytes:
+    """What a campaign measured: each op against a copy, and the loss path against others."""
     run = json.loads(file.read_text())
     rows = run["stages"]["bench"]["rows"]
     shares = {op: measured(rows, op, LARGE, "share of a copy") for op in OPS}
@@ -44,7 +54,9 @@ def draw(file: Path, to: Path) -> None:
         for name, figure in COMPETITORS.items()
     }
     ratios = {name: ratio for name, ratio in ratios.items() if ratio is not None}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained")
+    figure = Figure(figsize=(10, 3.1), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
     figure.suptitle(f"{about(run)}; bench/results/{file.name}", fontsize=9)
     bars(
         left,
@@ -64,8 +76,6 @@ def draw(file: Path, to: Path) -> None:
         xscale="log", xlim=(0.9, 600), xlabel="time, in times of tdkern's; 512 images of 3x32x32"
     )
     right.set_title("The loss path: how many times slower", fontsize=11)
-    figure.savefig(to, dpi=110, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    draw(Path(sys.argv[1]), HERE.parents[1] / "docs/performance.png")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()

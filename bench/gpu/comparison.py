@@ -1,9 +1,6 @@
-"""What a campaign measured beside what NOTES.md predicts.
+"""What a campaign measured beside what NOTES.md predicts, as tables (bench/report.py).
 
-    python bench/gpu/comparison.py bench/results/<device>.json
-
-puts the table into NOTES.md, and what was measured into docs/performance.md, six rows of it into
-the README. Predictions are shares of the copy's bandwidth that the same run measured, ratios to
+Predictions are shares of the copy's bandwidth that the same run measured, ratios to
 competitors of the same run, and counts.
 """
 
@@ -12,10 +9,9 @@ import sys
 from collections.abc import Collection
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from table import fill, table  # noqa: E402
+from table import table
 
 LARGE = "1e+08"
 PARAMETERS = "54 M parameters, K=2"
@@ -152,6 +148,20 @@ def sampler_ratio(rows: list[dict]) -> float | None:
     return ms["eager"] / ms["graph"] if ms.get("eager") and ms.get("graph") else None
 
 
+def driver_figures(rows: list[dict]) -> dict[str, float | None]:
+    """Of a step of `tdkern train`: waits of the host, times faster in a graph, the same bits."""
+    found = {row["mode"]: row for row in rows if row["op"] == "driver"}
+    eager, graph = found.get("eager", {}), found.get("graph", {})
+    both = eager.get("ms") and graph.get("ms")
+    return {
+        "host waits": eager.get("host_waits"),
+        "host waits, in a graph": graph.get("host_waits"),
+        "eager / graph": eager["ms"] / graph["ms"] if both else None,
+        "same bits twice": eager.get("same_bits"),
+        "same bits in a graph": graph.get("same_bits"),
+    }
+
+
 def cells(form: str, predicted, aim, value, at_most: bool) -> list[str]:
     texts = ["" if number is None else form.format(number) for number in (predicted, aim, value)]
     if value is not None and aim is not None and (value > aim if at_most else value < aim):
@@ -177,7 +187,12 @@ def lines(run: dict) -> list[list[str]]:
         texts = cells("{:.2f}×", predicted, aim, step_ratio(steps, what), at_most)
         every.append(["step", "256x3x32x32", what, *texts])
     texts = cells("{:.1f}×", None, 2, sampler_ratio(steps), False)
-    return [*every, ["sampler", "64x3x32x32", "eager / one graph", *texts]]
+    every.append(["sampler", "64x3x32x32", "eager / one graph", *texts])
+    for what, value in driver_figures(steps).items():
+        aim = None if "/" in what else float("bits" in what)
+        texts = cells("{:.2f}×" if "/" in what else "{:g}", aim, aim, value, "waits" in what)
+        every.append(["driver", "256x3x32x32", what, *texts])
+    return every
 
 
 def about(run: dict) -> str:
@@ -205,9 +220,6 @@ def measured_alone(file: Path, only: Collection[str] | None = None) -> str:
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"
 
 
-if __name__ == "__main__":
-    source = Path(sys.argv[1])
-    fill(HERE / "NOTES.md", "comparison", markdown(source))
-    root = HERE.parents[1]
-    fill(root / "docs/performance.md", "gpu", measured_alone(source))
-    fill(root / "README.md", "gpu", measured_alone(source, HEADLINES))
+def headlines(file: Path) -> str:
+    """The figures of the README."""
+    return measured_alone(file, HEADLINES)

@@ -6,17 +6,22 @@ A line of JSON for each case as soon as it is measured, in order of worth, until
 A step takes clean images to new weights and averages: EDM's average and, where there is one, the
 target network. "published" is the same step as the published training loops write it: the plain
 network (bench_network.py), the loss as separate passes (published.py), torch's Adam, gradients
-cleaned and averages moved one parameter at a time.
+cleaned and averages moved one parameter at a time. "driver" is a step of `tdkern train` itself, and
+with --cuda-graph the graph that it captures: whether the weights are the same bits as without.
 """
 
 import argparse
 import gc
+import io
 import json
 import sys
+import tempfile
 import time
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,6 +38,10 @@ from tdkern.networks import CTPrecond, EDMPrecond, unet
 from tdkern.optim import AdamEMA
 from tdkern.samplers import heun
 from tdkern.schedules import EDM
+from tdkern.training import Trainer
+from tdkern.training.distributed import this_process
+from tdkern.training.graph import WARM_UP
+from tdkern.training.options import Options, nested
 
 LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
 WINDOW = (0.3, 5.0)
@@ -56,13 +65,24 @@ class Sampler:
     mode: str
 
 
-def cases(part: str) -> list[Case | Sampler]:
+@dataclass(frozen=True)
+class Driver:
+    """A step of `tdkern train`: also its draws, augmentation, averages and statistics."""
+
+    mode: str
+    batch: int = 256
+
+
+OPS = {Case: "step", Sampler: "sampler", Driver: "driver"}  # as the rows call them
+
+
+def cases(part: str) -> list[Case | Sampler | Driver]:
     """The cases of a part, those first that an aim asks for."""
     if part == "compile":
         return [Case("TD+EDM", mode="compile"), Case("EDM", mode="compile")]
     three = ("EDM", "TD+EDM", "TD+EDM window")
     main = [Case(loss, mode=mode) for mode in ("eager", "graph") for loss in three]
-    main += [Sampler("eager"), Sampler("graph")]
+    main += [Sampler("eager"), Sampler("graph"), Driver("eager"), Driver("graph")]
     main += [Case("TD+EDM", "published", precision) for precision in ("bf16", "fp32")]
     main += [Case("TD+EDM", precision="fp32")]
     main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
@@ -168,6 +188,60 @@ def make_step(case: Case, tiny: bool):
     return tdkern_step(case, net, ema, target, images)
 
 
+# ---- the driver's own step -----------------------------------------------------------------------
+
+
+def write_images(path: Path, size: int) -> Path:
+    """A data set of noise."""
+    import PIL.Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+    with zipfile.ZipFile(path, "w") as file:
+        for i, image in enumerate(pixels):
+            png = io.BytesIO()
+            PIL.Image.fromarray(image).save(png, "png")
+            file.writestr(f"{i}.png", png.getvalue())
+    return path
+
+
+def driver_of(case: Driver, data: Path, tiny: bool, mode: str) -> Trainer:
+    """A new run of the same options and seed; on a CPU there is no graph."""
+    options = {"data": str(data), "batch": case.batch, "duration": 1.0, "precision": "bf16"}
+    options |= {"cbase": 8, "cres": [1]} if tiny else {}
+    graph = mode == "graph" and DEVICE == "cuda"
+    return Trainer(Options(**nested({}, options | {"cuda_graph": graph})), this_process())
+
+
+def measured_driver(case: Driver, tiny: bool, seconds: float) -> dict:
+    """Of steps like that of the first in one run's place, and whether another's bits are the same.
+
+    The other is not captured. cuDNN's kernels are those that a run has without --bench.
+    """
+    set_arithmetic("fp32")
+    torch.backends.cudnn.deterministic = True
+    size = 8 if tiny else 32
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_images(Path(folder) / "images.zip", size)
+        ours, other = (driver_of(case, data, tiny, mode) for mode in (case.mode, "eager"))
+    images = torch.randint(256, (case.batch, 3, size, size), dtype=torch.uint8).to(DEVICE)
+    labels = torch.zeros(case.batch, 0, device=DEVICE)
+    for trainer in (ours, other):
+        for _ in range(WARM_UP + 2):
+            trainer.train_step(images, labels)
+    expected, found = other.tensors(), ours.tensors()
+    row = {"same_bits": all(torch.equal(found[name], expected[name]) for name in expected)}
+    del other, expected, found
+    step = lambda: ours.train_step(images, labels)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        row |= {"host_waits": measure.syncs(step), **measure.launches(step)}
+    row |= timed(step, seconds)
+    torch.backends.cudnn.deterministic = False
+    if DEVICE == "cuda":
+        row["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return row | {"images_per_s": 1e3 * case.batch / row["ms"]}
+
+
 # ---- measuring ----------------------------------------------------------------------------------
 
 
@@ -181,11 +255,13 @@ def timed(step, seconds: float) -> dict:
     return {"ms": 1e3 * (time.perf_counter() - start), "rounds": 1}
 
 
-def measured(case: Case | Sampler, tiny: bool, seconds: float) -> dict:
+def measured(case: Case | Sampler | Driver, tiny: bool, seconds: float) -> dict:
     if isinstance(case, Sampler):
         return measured_sampler(case.mode, tiny, seconds)
     if tiny:
         case = replace(case, batch=4)
+    if isinstance(case, Driver):
+        return measured_driver(case, tiny, seconds)
     step = make_step(case, tiny)
     for _ in range(1 if tiny else 3):
         step()
@@ -246,7 +322,7 @@ def main() -> None:
         if time.monotonic() > ends:
             break
         start = time.monotonic()
-        row = {"op": "sampler" if isinstance(case, Sampler) else "step", **asdict(case)}
+        row = {"op": OPS[type(case)], **asdict(case)}
         row |= attempt(case, args.tiny, args.each)
         row["took_s"] = round(time.monotonic() - start, 1)
         with open(args.out, "a") as file:

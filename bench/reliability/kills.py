@@ -1,6 +1,7 @@
 """Kills, signals and power cuts of real runs: is what comes out the same, bit for bit?
 
-    PYTHONPATH=.:tests python bench/reliability/kills.py OUT.json [--kills 50] [--part NAME ...]
+    PYTHONPATH=.:tests python bench/reliability/kills.py bench/results/reliability.json \\
+        [--kills 50] [--part NAME ...]
 
 Each part starts runs of twelve steps, ends them in its way at random moments, half of them in the
 middle of writing, goes on with what is left, and compares what comes of it with a run in one go.

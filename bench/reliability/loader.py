@@ -1,6 +1,7 @@
 """Images a second of the loader: PNG zip, JPEG zip and packed array, by number of readers.
 
-    PYTHONPATH=. python bench/reliability/loader.py DATA.zip OUT.json [--images 10000] [--batch 256]
+    PYTHONPATH=. python bench/reliability/loader.py DATA.zip bench/results/loader.json \\
+        [--images 10000] [--batch 256]
 
 DATA is a zip of images; all are made of it. Beside it stands how long the training loop waits for
 the loader in a step of the tiny network of the tests, and of the CIFAR-10 preset.

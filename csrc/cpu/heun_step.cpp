@@ -56,9 +56,9 @@ TDKERN_EACH_ISA(template <typename N, typename D, typename I>
 
 namespace {
 
-constexpr int64_t kChunk = 4096;  // elements; a thread's share is a whole number of them, so that
-                                  // it starts at a full cache line
-constexpr int64_t kGrain = 8;     // chunks worth a thread
+// Elements of a chunk. A thread has whole chunks, so that it starts at a full cache line.
+constexpr int64_t kChunk = 4096;
+constexpr int64_t kGrain = 8;  // chunks that are worth a thread
 
 std::tuple<Tensor, Tensor> heun_step(Tensor F,
                                      Tensor x,

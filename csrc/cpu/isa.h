@@ -20,8 +20,8 @@ inline Isa detect_isa() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
-  const char* most =
-      std::getenv("TDKERN_CPU_ISA");  // base, avx2 or avx512: no higher than this; for tests
+  // base, avx2 or avx512: no higher than this; for tests
+  const char* most = std::getenv("TDKERN_CPU_ISA");
   if (avx512 && avx2 && (most == nullptr || std::strcmp(most, "avx512") == 0)) return Isa::avx512;
   if (avx2 && (most == nullptr || std::strcmp(most, "base") != 0)) return Isa::avx2;
 #endif
@@ -31,6 +31,13 @@ inline Isa detect_isa() {
 inline Isa isa() {
   static const Isa chosen = detect_isa();
   return chosen;
+}
+
+// The kernel of the chosen set.
+template <typename Kernel>
+TDKERN_INLINE Kernel* pick(Kernel* avx512, Kernel* avx2, Kernel* base) {
+  if (isa() == Isa::avx512) return avx512;
+  return isa() == Isa::avx2 ? avx2 : base;
 }
 
 }  // namespace tdkern
@@ -49,10 +56,7 @@ inline Isa isa() {
 
 // TDKERN_PICK(kernel<...>): the pointer to the chosen set's.
 #if defined(__x86_64__)
-#define TDKERN_PICK(...)                                      \
-  (tdkern::isa() == tdkern::Isa::avx512 ? avx512::__VA_ARGS__ \
-   : tdkern::isa() == tdkern::Isa::avx2 ? avx2::__VA_ARGS__   \
-                                        : base::__VA_ARGS__)
+#define TDKERN_PICK(...) tdkern::pick(&avx512::__VA_ARGS__, &avx2::__VA_ARGS__, &base::__VA_ARGS__)
 #else
 #define TDKERN_PICK(...) base::__VA_ARGS__
 #endif

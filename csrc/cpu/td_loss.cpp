@@ -39,8 +39,9 @@ TDKERN_INLINE void loop(Chunk<N, D>& chunk) {
       F_p = load<T>(c.F_p + i, count...);
       x_tp = load<T>(c.x_tp + i, count...);
     }
-    const Vec<T> F = load<T>(c.F + i, count...), x0 = load<T>(c.x0 + i, count...),
-                 x_t = load<T>(c.x_t + i, count...);
+    const Vec<T> F = load<T>(c.F + i, count...);
+    const Vec<T> x0 = load<T>(c.x0 + i, count...);
+    const Vec<T> x_t = load<T>(c.x_t + i, count...);
     const Vec<T> dF =
         td_element<TD, BASE, CONSISTENCY>(c.sample, F, F_p, x0, x_t, x_tp, sum_td, sum_base);
     if constexpr (kStore == Store::streamed && sizeof...(count) == 0) {
@@ -130,8 +131,9 @@ Chunk<N, D> make_chunk(const TdLossRows<N, D>& in, Norm norm, int64_t b, int64_t
 
 int64_t chunks_per_sample(int64_t n) { return (n + kChunk - 1) / kChunk; }
 
+// Calls fn(sample, chunk).
 template <typename Fn>
-void each_chunk(int64_t batch, int64_t n, const Fn& fn) {  // fn(sample, chunk)
+void each_chunk(int64_t batch, int64_t n, const Fn& fn) {
   const int64_t chunks = chunks_per_sample(n);
   if (batch * chunks == 0) return;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::min(n, kChunk));
@@ -154,9 +156,9 @@ std::tuple<Tensor, Tensor> td_loss(Tensor out,
   const Tensor grad = want_grad ? layout : torch::stable::new_empty(out, {0});
   const TdLossInputs in =
       td_loss_inputs(out, out_target, x0, coef, x_t, x_tp, consistency, l1, layout);
-  const Tensor loss = torch::stable::new_empty(
-      out, {in.batch, 2},
-      x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float);
+  const ScalarType wide =
+      x0.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor loss = torch::stable::new_empty(out, {in.batch, 2}, wide);
   const int64_t chunks = chunks_per_sample(in.n);
   const auto sums = std::make_unique<Terms<double>[]>(in.batch * chunks);
   by_storage<BFloat16, Half>(
@@ -211,8 +213,8 @@ void td_loss_backward_(Tensor grad,
           const Terms<T> g = view.upstream[b];
           if (g.td == 1 && g.base == 1) return;
           Chunk<N, D> chunk = make_chunk(view, in.norm, b, c * kChunk);
-          if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss
-                                                 // scale, dF may have underflowed
+          // half precision is computed anew: before a loss scale, dF may have underflowed
+          if constexpr (std::is_same_v<N, T>) {
             if (g.td == g.base && g.td != 0) return TDKERN_PICK(scale<T>)(chunk.dF, chunk.n, g.td);
           }
           compute(chunk);

@@ -5,8 +5,9 @@
 
 namespace tdkern {
 
-constexpr int64_t kListChunk = 512;  // elements; short, since a core prefetches better from two or
-                                     // three streams at a time than from many
+// Elements of a chunk: few, since a core prefetches better from two or three streams at a time than
+// from many.
+constexpr int64_t kListChunk = 512;
 constexpr int64_t kListGrain = 32768;  // elements worth a thread; a row counts as whole chunks
 
 // fn(row, begin, count): elements [begin, begin + count) of a row.

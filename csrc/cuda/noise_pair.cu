@@ -8,8 +8,8 @@ namespace tdkern {
 namespace {
 
 constexpr int kRound = 4 * kThreads;  // elements that a block draws at a time
-constexpr int kChunk =
-    4 * kRound;  // elements of a task: so many that what a task costs once is a small part of it
+// Elements of a task: so many that what a task costs once is a small part of it.
+constexpr int kChunk = 4 * kRound;
 
 // Four normals of each stream.
 template <int streams, typename T>
@@ -89,13 +89,18 @@ __device__ __forceinline__ void compute(const PairSample<T>& s,
   }
 }
 
+// Blocks per SM, at the least.
+template <bool packed, typename D>
+constexpr int pair_blocks() {
+  if (std::is_same_v<D, double>) return 2;
+  return packed ? 4 : kBlocks;
+}
+
 // packed: n is a multiple of four, and four elements lie behind one another and at a multiple of
 // their size, in every tensor.
 template <bool packed, bool shared, typename D>
-__global__ void __launch_bounds__(kThreads,
-                                  std::is_same_v<D, double> ? 2
-                                  : packed                  ? 4
-                                           : kBlocks) pair_kernel(PairRows<D> in, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, (pair_blocks<packed, D>()))
+    pair_kernel(PairRows<D> in, int64_t chunks) {
   using T = typename PairRows<D>::T;
   __shared__ PairSample<T> s;
   __shared__ PhiloxKeys keys;  // fewer instructions to load, four at a time, than to add up anew
@@ -109,10 +114,11 @@ __global__ void __launch_bounds__(kThreads,
       begin = (task - b * chunks) * kChunk;
     }
     const int count = static_cast<int>(in.n - begin < kChunk ? in.n - begin : kChunk);
-    const int64_t from = b * in.x0.stride, to = b * in.x_t.stride,
-                  mine = begin + 4 * threadIdx.x;  // the outputs lie alike
-    const D* x0 = in.x0.data + from + mine;  // these three, where packed, go from round to round:
-                                             // from an index they would be computed anew in each
+    const int64_t from = b * in.x0.stride, to = b * in.x_t.stride;  // the outputs lie alike
+    const int64_t mine = begin + 4 * threadIdx.x;
+    // these three, where packed, go from round to round: from an index they would be computed anew
+    // in each
+    const D* x0 = in.x0.data + from + mine;
     D *x_t = in.x_t.data + to + mine, *x_tp = in.x_tp.data + to + mine;
     Walk walk(packed ? in.n : in.plane, in.step, mine);
 
@@ -137,8 +143,8 @@ __global__ void __launch_bounds__(kThreads,
         }
         draw<shared ? 1 : 2>(static_cast<uint32_t>(begin / 4) + call, in.word(b), offset, keys, n);
       }
-      if (first == 0)
-        __syncthreads();  // not before the draws, behind which thread 0's division and root hide
+      // not before the draws, behind which thread 0's division and root hide
+      if (first == 0) __syncthreads();
       if (left <= 0) continue;
       compute(s, shared, n, e);
       if constexpr (packed) {

@@ -1,7 +1,4 @@
 // td_coef on CUDA: one thread per sample, float64.
-#include <string>
-#include <tuple>
-
 #include "launch.cuh"
 #include "td_coef.h"
 
@@ -15,25 +12,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) td_coef_kernel(
     td_coef_sample(options, noise[b], coef[b], levels[b]);
 }
 
-std::tuple<Tensor, Tensor> td_coef(Tensor noise,
-                                   bool from_index,
-                                   int64_t steps,
-                                   double sigma_min,
-                                   double sigma_max,
-                                   double rho,
-                                   double sigma_data,
-                                   double k_idx,
-                                   double one_idx,
-                                   double lambda_base,
-                                   std::string precond,
-                                   std::string base_weight,
-                                   double eta,
-                                   std::string weight,
-                                   double td_lo,
-                                   double td_hi) {
-  const CoefOptions options =
-      coef_options(from_index, steps, sigma_min, sigma_max, rho, sigma_data, k_idx, one_idx,
-                   lambda_base, precond, base_weight, eta, weight, td_lo, td_hi);
+CoefResult td_coef(const CoefOptions& options, const Tensor& noise) {
   const Launch launch(noise);
   const auto [from, coef, levels] = td_coef_tensors(noise);
   const int64_t batch = noise.size(0);
@@ -47,5 +26,5 @@ std::tuple<Tensor, Tensor> td_coef(Tensor noise,
 }  // namespace tdkern
 
 STABLE_TORCH_LIBRARY_IMPL(tdkern, TDKERN_CUDA_KEY, m) {
-  m.impl("td_coef.cuda", TORCH_BOX(&tdkern::td_coef));
+  m.impl("td_coef.cuda", TORCH_BOX(&tdkern::td_coef_op<tdkern::td_coef>));
 }

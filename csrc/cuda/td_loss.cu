@@ -11,12 +11,11 @@ namespace tdkern {
 namespace {
 
 constexpr int64_t kChunk = 8192;  // elements; sets the order of summation
-// Of backward, in which there is mostly nothing to do: starting more of them would take longer than
-// that.
+// Of the backward pass, in which there is mostly nothing to do: to start more blocks would take
+// longer than their work.
 constexpr int64_t kBackwardBlocks = std::min<int64_t>(1024, kMaxGrid);
 
-// Blocks of an SM in the forward pass: with four, 64 registers for each thread, but float64 needs
-// more.
+// Blocks per SM in the forward pass: four leave each thread 64 registers, but float64 needs more.
 template <typename D>
 constexpr int kResident = std::is_same_v<D, double> ? 3 : 4;
 
@@ -85,8 +84,8 @@ __device__ __forceinline__ void compute(
   const Coef& coef = in.coef[b];
   const Terms<double> upstream = in.gradient(b);
   const Sample<T> sample = make_sample<T>(NORM, coef, in.n, upstream, in.has_x_t, in.has_x_tp);
-  const bool has_td = coef.w_td != 0 && upstream.td != 0,
-             has_base = coef.w_base != 0 && upstream.base != 0;
+  const bool has_td = coef.w_td != 0 && upstream.td != 0;
+  const bool has_base = coef.w_base != 0 && upstream.base != 0;
   if (has_td && has_base && in.consistency) return loop<true, NORM, true, vec>(c, sample, td, base);
   if (has_td && has_base) return loop<true, NORM, false, vec>(c, sample, td, base);
   if (has_td) return loop<true, Norm::none, false, vec>(c, sample, td, base);
@@ -144,8 +143,8 @@ __device__ __forceinline__ void correct(const TdLossRows<N, D>& in, int64_t b, i
   using T = typename TdLossRows<N, D>::T;
   const Chunk<N, D> c = chunk_at(in, b, begin);
   const Terms<T> g = in.upstream[b];
-  if constexpr (std::is_same_v<N, T>) {  // half precision is computed anew: before a loss scale, dF
-                                         // may have underflowed
+  // half precision is computed anew: before a loss scale, dF may have underflowed
+  if constexpr (std::is_same_v<N, T>) {
     if (g.td == g.base && g.td != 0) {
       for (int i = threadIdx.x; i < c.count; i += kThreads) c.dF[i] *= g.td;
       return;
@@ -162,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int64_t first = blockIdx.x * group, tasks = in.batch * chunks;
   const int64_t last = first + group < tasks ? first + group : tasks;
   for (int64_t start = first; start < last; start += kThreads) {
-    const int64_t mine = start + threadIdx.x,
-                  end = start + kThreads < last ? start + kThreads : last;
+    const int64_t mine = start + threadIdx.x;
+    const int64_t end = start + kThreads < last ? start + kThreads : last;
     if (!__syncthreads_or(mine < end && differs(in, mine / chunks))) continue;
     for (int64_t task = start; task < end; ++task) {
       const int64_t b = task / chunks;
@@ -256,8 +255,8 @@ void td_loss_backward_(Tensor grad,
         const auto kernel =
             in.norm == Norm::l1 ? backward_of<Norm::l1>(view) : backward_of<Norm::l2>(view);
         const int64_t chunks = chunks_per_sample(in.n);
-        const int64_t tasks = in.batch * chunks,
-                      group = (tasks + kBackwardBlocks - 1) / kBackwardBlocks;
+        const int64_t tasks = in.batch * chunks;
+        const int64_t group = (tasks + kBackwardBlocks - 1) / kBackwardBlocks;
         launch("td_loss_backward_", kernel, static_cast<int>((tasks + group - 1) / group), view,
                chunks, group);
       });

@@ -59,8 +59,8 @@ inline void on_huge_pages(const Tensor& fresh) {
 #endif
 }
 
-inline Tensor empty_like(const Tensor& like,
-                         ScalarType dtype) {  // the stable ABI's own has no dtype
+// The stable ABI's own empty_like takes no dtype.
+inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
   using torch::stable::detail::from;
   StableIValue stack[6] = {from(like),         from(std::optional(dtype)), from(std::nullopt),
                            from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
@@ -70,8 +70,8 @@ inline Tensor empty_like(const Tensor& like,
   return fresh;
 }
 
-// An empty tensor in out's own layout if that keeps samples apart in memory, else contiguous
-// (_empty_grad in ops/td_loss.py).
+// An empty tensor in out's own layout if that keeps samples apart in memory, else contiguous;
+// gradient_like in tdkern/ops/td_loss.py is the same.
 inline Tensor empty_rows_like(const Tensor& out) {
   Tensor grad = empty_like(out, out.scalar_type());
   const bool apart =

@@ -16,8 +16,8 @@ namespace tdkern {
 
 template <typename V>
 TDKERN_HD V fused_lanes(V a, V b, V c) {
-#if defined(__AVX512F__)  // not lane by lane: the compiler does not always make one instruction of
-                          // that
+// Not lane by lane: the compiler does not always make one instruction of that.
+#if defined(__AVX512F__)
   if constexpr (std::is_same_v<std::decay_t<decltype(a[0])>, double>) {
     return reinterpret_cast<V>(_mm512_fmadd_pd(
         reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b), reinterpret_cast<__m512d>(c)));

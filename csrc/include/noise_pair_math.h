@@ -30,8 +30,8 @@ struct Lane {
   }
   static TDKERN_HD F to_float(I value) { return static_cast<float>(value); }
   static TDKERN_HD F sqrt(F value) {  // of a normal number that is not tiny
-#if defined(__CUDA_ARCH__)  // sqrtf itself, correctly rounded, without its branch for what is left
-                            // out here
+#if defined(__CUDA_ARCH__)
+    // sqrtf itself, correctly rounded, without its branch for what is left out here
     float inverse;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(value));
     const float root = __fmul_rn(value, inverse);

@@ -1,8 +1,9 @@
-// td_coef's arguments, checked: what the CPU's and CUDA's launchers share.
+// td_coef's arguments, checked and by name: what the CPU's and CUDA's launchers share.
 #pragma once
 
 #include <initializer_list>
 #include <string>
+#include <tuple>
 
 #include "checks.h"
 #include "td_coef_math.h"
@@ -21,42 +22,51 @@ Enum named(const char* argument,
   STD_TORCH_CHECK(false, "td_coef: ", argument, " has no such value: ", name);
 }
 
-inline CoefOptions coef_options(bool from_index,
-                                int64_t steps,
-                                double sigma_min,
-                                double sigma_max,
-                                double rho,
-                                double sigma_data,
-                                double k_idx,
-                                double one_idx,
-                                double lambda_base,
-                                const std::string& precond,
-                                const std::string& base_weight,
-                                double eta,
-                                const std::string& weight,
-                                double td_lo,
-                                double td_hi) {
-  const double root_max = pow(sigma_max, 1.0 / rho), root_min = pow(sigma_min, 1.0 / rho);
-  return {.from_index = from_index,
-          .steps = static_cast<double>(steps),
-          .sigma_min = sigma_min,
-          .sigma_max = sigma_max,
-          .rho = rho,
-          .sigma_data = sigma_data,
-          .k_idx = k_idx,
-          .one_idx = one_idx,
-          .lambda_base = lambda_base,
-          .eta = eta,
-          .td_lo = td_lo,
-          .td_hi = td_hi,
-          .precond = named<Precond>("precond", precond, {"edm", "ct"}),
-          .base_weight = named<BaseWeight>("base_weight", base_weight,
-                                           {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
-          .weight = named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
-          .root_max = root_max,
-          .root_min = root_min,
-          .end_max = pow(root_max, rho),
-          .end_min = pow(root_min, rho)};
+using CoefResult = std::tuple<Tensor, Tensor>;  // coef [B, 8], levels [B, 4]
+
+// The op as torch calls it, with a backend's own part: COMPUTE(options, noise). The arguments are
+// those of tdkern/ops/_schemas.py, in their order.
+template <CoefResult (*COMPUTE)(const CoefOptions&, const Tensor&)>
+CoefResult td_coef_op(Tensor noise,
+                      bool from_index,
+                      int64_t steps,
+                      double sigma_min,
+                      double sigma_max,
+                      double rho,
+                      double sigma_data,
+                      double k_idx,
+                      double one_idx,
+                      double lambda_base,
+                      std::string precond,
+                      std::string base_weight,
+                      double eta,
+                      std::string weight,
+                      double td_lo,
+                      double td_hi) {
+  const double root_max = pow(sigma_max, 1.0 / rho);
+  const double root_min = pow(sigma_min, 1.0 / rho);
+  const CoefOptions options = {
+      .from_index = from_index,
+      .steps = static_cast<double>(steps),
+      .sigma_min = sigma_min,
+      .sigma_max = sigma_max,
+      .rho = rho,
+      .sigma_data = sigma_data,
+      .k_idx = k_idx,
+      .one_idx = one_idx,
+      .lambda_base = lambda_base,
+      .eta = eta,
+      .td_lo = td_lo,
+      .td_hi = td_hi,
+      .precond = named<Precond>("precond", precond, {"edm", "ct"}),
+      .base_weight = named<BaseWeight>("base_weight", base_weight,
+                                       {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
+      .weight = named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
+      .root_max = root_max,
+      .root_min = root_min,
+      .end_max = pow(root_max, rho),
+      .end_min = pow(root_min, rho)};
+  return COMPUTE(options, noise);
 }
 
 struct CoefTensors {

@@ -9,8 +9,8 @@
 namespace tdkern {
 
 struct TdLossInputs {
-  Tensor F, F_p, x0, x_t, x_tp,
-      coef;          // x_t and x_tp stand for x0 where they are not given: their skip is then 0
+  // x_t and x_tp are x0 where they are not given: their skip is then 0
+  Tensor F, F_p, x0, x_t, x_tp, coef;
   int64_t batch, n;  // samples, elements of each
   bool has_x_t, has_x_tp, consistency;
   Norm norm;  // of the base loss

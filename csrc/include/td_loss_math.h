@@ -44,9 +44,11 @@ TDKERN_HD Sample<T> make_sample(Norm base,
 template <typename T, typename V>
 TDKERN_HD V sign(V x) {
   if constexpr (std::is_same_v<T, V>) {
-    return x > 0 ? 1 : x < 0 ? -1 : x;
-  } else {  // GCC takes a comparison of vectors wider than the processor's apart, but not this: |x|
-            // by its bits, and a division
+    if (x > 0) return 1;
+    return x < 0 ? -1 : x;
+  } else {
+    // |x| by its bits, and a division: GCC takes a comparison of vectors that are wider than the
+    // processor's apart, but not this
     using Bits = decltype(x > x);
     using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
     return x / (reinterpret_cast<V>(reinterpret_cast<Bits>(x) &

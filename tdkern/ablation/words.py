@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from ..data.files import first_of
-from ..demo.report import verdict
+from ..demo.tables import verdict
 from .bootstrap import CONFIDENCE, LEAST, Difference
 from .comparison import Comparison
 

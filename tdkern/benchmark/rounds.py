@@ -51,7 +51,9 @@ def measure(
                 raise
             first_line = (str(error).strip().splitlines() or [""])[0]
             errors[name] = f"{type(error).__name__}: {first_line[:200]}"
-    samples, began, rounds = defaultdict(list), time.monotonic(), 0
+    samples = defaultdict(list)
+    began = time.monotonic()
+    rounds = 0
     names = list(ready)
     while rounds < MOST_ROUNDS:
         if rounds >= LEAST_ROUNDS and time.monotonic() - began >= seconds:

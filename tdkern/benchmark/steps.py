@@ -85,7 +85,9 @@ def _step(net, target, optimizer, loss_of: Callable[[], Tensor], average: Callab
 
 
 def _plain(setting: Setting, td: bool) -> Step:
-    net, target, images = setting.net, setting.target.module, setting.images
+    net = setting.net
+    target = setting.target.module
+    images = setting.images
     given = (images, setting.labels, setting.sigma_data)
     elements = images[0].numel()
 
@@ -108,7 +110,8 @@ def _ours(
     compiled: bool = False,
 ) -> Step:
     ema, images = setting.target, setting.images
-    net, target = setting.net, ema.module
+    net: nn.Module | Callable = setting.net
+    target: nn.Module | Callable = ema.module
     if compiled:
         net, target = torch.compile(net), torch.compile(target)
     scale = images[0].numel() / len(images)
@@ -123,16 +126,16 @@ def _ours(
         return terms.sum()
 
     if adam_ema:
-        optimizer = AdamEMA(
+        fused = AdamEMA(
             setting.net.parameters(), LR, averages=[ema.module.parameters()], decays=[DECAY]
         )
-        return _step(net, target, optimizer, loss_of, lambda: ema.copy_buffers(setting.net))
+        return _step(net, target, fused, loss_of, lambda: ema.copy_buffers(setting.net))
     optimizer = torch.optim.Adam(setting.net.parameters(), LR)
     return _step(net, target, optimizer, loss_of, lambda: ema.update(setting.net, DECAY))
 
 
 @contextmanager
-def _in_bfloat16(modules: list[nn.Module]):
+def _in_bfloat16(modules: list):
     """What to call in place of networks so that they compute in bfloat16, by the network.
 
     Ours do so by their `dtype`, and stay what they are; others under autocast.

@@ -7,6 +7,7 @@ COMMANDS = (
     "train",
     "generate",
     "fid",
+    "detector",
     "dataset",
     "convert",
     "ema",

@@ -33,7 +33,7 @@ from .types import Numbers, Real
     type=Numbers(int),
     required=True,
     metavar="C,H,W",
-    help="Of an image, such as 3,32,32.",
+    help="Shape of an image, such as 3,32,32.",
 )
 @click.option(
     "--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images in a step."
@@ -48,7 +48,7 @@ from .types import Numbers, Real
 @click.option(
     "--device",
     type=click.Choice(["cpu", "cuda"]),
-    help="Where. [default: cuda, where there is a GPU]",
+    help="Device to measure on. [default: cuda, where there is a GPU]",
 )
 @click.option(
     "--no-compile", is_flag=True, help="Without torch.compile, which begins slowly on a CPU."

@@ -14,31 +14,40 @@ from ..data.resize import FITS
 @click.command()
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--size", type=click.IntRange(1, 4096), help="Pixels a side. [default: as they are]")
+@click.option(
+    "--size",
+    type=click.IntRange(1, 4096),
+    help="Height and width in pixels. [default: as they are]",
+)
 @click.option(
     "--fit",
     type=click.Choice(FITS),
     default="crop",
     show_default=True,
-    help="Make squares by cutting off the edges, by stretching, or take squares alone.",
+    help="How images become square: their edges are cut off, they are stretched, or only squares "
+    "are taken.",
 )
-@click.option("--grey", is_flag=True, help="Grey images in place of RGB.")
+@click.option("--grey", is_flag=True, help="Make grey images in place of RGB.")
 @click.option(
     "--labels",
     type=click.Choice(LABELS),
     default="auto",
     show_default=True,
-    help="Of a folder or zip: from its dataset.json, by the folders that images are in, or none. "
-    "auto: from dataset.json where there is one.",
+    help="Where the labels of a folder or zip come from: its dataset.json (file), the folders that "
+    "its images are in, or nowhere. auto: its dataset.json, if there is one.",
 )
 @click.option(
     "--split",
     type=click.Choice(["train", "test"]),
     default="train",
     show_default=True,
-    help="Of CIFAR and of Hugging Face's data sets.",
+    help="Which part of CIFAR or of a Hugging Face data set.",
 )
-@click.option("--max-images", type=click.IntRange(min=1), help="Take the first so many.")
+@click.option(
+    "--max-images",
+    type=click.IntRange(min=1),
+    help="Take only the first images, this many at most.",
+)
 @click.option(
     "--workers",
     type=click.IntRange(1, 256),
@@ -47,14 +56,14 @@ from ..data.resize import FITS
     help="Processes that decode and resize.",
 )
 def dataset(source, dest, size, fit, grey, labels, split, max_images, workers):
-    """Make a data set for training of images that others keep.
+    """Make a data set for training from images in other formats.
 
     SOURCE is a folder or zip of images, CIFAR-10 or -100 for Python (its folder or tar.gz), an
     lmdb, a folder of Hugging Face's save_to_disk, or a tar in WebDataset's layout. DEST is a new
     .zip, which EDM reads too, or a new .npy file, which is larger and needs no decoding.
 
     Images are turned as EXIF says and resized by Lanczos' filter. What cannot be taken is left
-    out, and reported with the reason. A call that was killed is gone on with by the same call.
+    out, and reported with the reason. After a kill, the same call goes on where it stopped.
 
     \b
     tdkern dataset cifar-10-python.tar.gz cifar10.zip

@@ -64,7 +64,7 @@ def demo(family, outdir, **values):
     text, path = report(study), outdir / (f"demo-{family}" if family else "demo")
     click.echo(f"\n{text}\n")
     write_atomic(path.with_suffix(".txt"), f"{text}\n".encode())
-    write_atomic(path.with_suffix(".json"), json.dumps(to_json(study), indent=1).encode())
+    write_atomic(path.with_suffix(".json"), f"{json.dumps(to_json(study, family))}\n".encode())
     write_atomic(path.with_suffix(".png"), draw_picture(study))
     click.echo(
         f"The picture is {path}.png, the tables are in {path}.txt, the numbers in {path}.json."

@@ -28,10 +28,10 @@ from .types import Real
     help="Where in training the average ends, in thousands of images. [default: at the newest]",
 )
 def ema(run, dst, sigma_rel, kimg):
-    """Make a network of any average from the snapshots of a run with --power-ema.
+    """Make the average of any width from the snapshots of a run with --power-ema.
 
     EDM2's post-hoc EMA: RUN is the run's directory, DST a new .safetensors file. More snapshots
-    (a smaller --snap in training) and two widths give a truer average; poor ones are told.
+    (a smaller --snap in training) and two widths give a truer average; a poor one is reported.
 
     \b
     tdkern train --outdir runs --data images.zip --power-ema 0.05,0.10 --snap 10
@@ -43,17 +43,17 @@ def ema(run, dst, sigma_rel, kimg):
         raise CheckpointError(
             f"{run}: no {checkpoint.AVERAGES}-* in it; give a run that was trained with --power-ema"
         )
-    for path in found:
-        meta, tensors = checkpoint.read(path, checkpoint.AVERAGES)  # which checks it
+    for path in found:  # every one is checked; the last one's are used
+        meta, newest = checkpoint.read(path, checkpoint.AVERAGES)
     step = None
     if kimg is not None:  # all batches of a run are alike
-        step = float(tensors["_extra_state"]) * 1000 * kimg / meta["nimg"]
+        step = float(newest["_extra_state"]) * 1000 * kimg / meta["nimg"]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        tensors = posthoc([path / checkpoint.TENSORS for path in found], sigma_rel, step)
+        average = posthoc([path / checkpoint.TENSORS for path in found], sigma_rel, step)
     for warning in told:
         click.echo(one_line(f"Warning: {warning.message}"), err=True)
-    save_network(load(meta.get("network"), tensors, found[-1]), dst)
+    save_network(load(meta.get("network"), average, found[-1]), dst)
     click.echo(
         one_line(f"{dst}: the average of width {sigma_rel} of {len(found)} snapshots in {run}")
     )

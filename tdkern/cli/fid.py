@@ -1,34 +1,45 @@
 """`tdkern fid`."""
 
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 from tqdm import tqdm
 
+from .._version import __version__
 from ..data import DatasetError, ImageDataset
 from ..data.files import one_line
+from ..evaluation.detectors import Detector, key_of, make_detector
 from ..evaluation.features import (
-    Recorder,
-    gathered,
     kernel_distance,
     precision_recall_density_coverage,
+    squared_mmd,
 )
 from ..evaluation.fid import (
+    FeatureSums,
     Inception,
     Statistics,
-    feature_statistics,
+    features_of,
     frechet_distance,
     read_features,
     read_statistics,
     write_statistics,
 )
+from ..evaluation.intervals import (
+    frechet_floor,
+    frechet_interval,
+    kernel_floor,
+    kernel_interval,
+    some_images,
+)
+from ..evaluation.unfinished import Unfinished, add_up, default_folder, named
 from ..families import default_sampler
+from ..networks.saved import fingerprint
 from ..samplers import SAMPLERS
 from ..training import load_network, sample
 from ..training.distributed import Process, joined
@@ -57,44 +68,51 @@ with_workers = click.option(
 )
 with_detector = click.option(
     "--detector",
-    metavar="FILE",
-    help="torch-fidelity's weights of Inception-v3. [default: torch.hub's copy, else downloaded]",
+    metavar="NAME|FILE",
+    help="What gives the features: a .safetensors file of tdkern detector train, the name of one "
+    "that comes with tdkern, or torch-fidelity's weights of Inception-v3. [default: Inception-v3, "
+    "of torch.hub's copy, else downloaded]",
 )
-METRICS = ("fid", "kid", "prdc")
-TITLES = {"fid": "FID", "kid": "KID", "prdc": "precision, recall, density, coverage"}
-
-
-def _metrics(ctx, param, value: str) -> list[str]:
-    chosen = value.split(",")
-    for name in chosen:
-        if name not in METRICS:
-            raise click.BadParameter(f"must be a list of {', '.join(METRICS)}, got {value!r}")
-    return [name for name in METRICS if name in chosen]
-
-
+with_state = click.option(
+    "--state",
+    metavar="DIR",
+    help="Where a measurement that is not over is kept: killed, the same command goes on from it, "
+    "in any number of processes. [default: ~/.cache/tdkern]",
+)
 with_metrics = click.option(
     "--metrics",
-    default="fid",
-    show_default=True,
     metavar="LIST",
-    callback=_metrics,
     help="Of fid, kid (kernel inception distance) and prdc (precision and recall, density and "
-    "coverage). The last two need a reference of fid ref --features.",
+    "coverage); with another detector than Inception of frechet, kernel and prdc. All but the "
+    "first need a reference of fid ref --features. [default: the first]",
 )
+with_bootstrap = click.option(
+    "--bootstrap",
+    type=click.IntRange(min=50),
+    metavar="N",
+    help="Add 95 % intervals of frechet and kernel from so many resamples, 200 say, and their "
+    "noise floor. Not with Inception, of whose features a resample takes many seconds; needs a "
+    "reference of fid ref --features.",
+)
+MEASURES = ("frechet", "kernel", "prdc")
+TITLES = {"fid": "FID", "kid": "KID", "prdc": "precision, recall, density, coverage"}
 
 
 @click.group()
 def fid():
     """Frechet inception distance (FID) of images to reference statistics, and other distances.
 
-    Compare only FIDs of as many images to one reference. For several GPUs: torchrun --standalone
-    --nproc_per_node=8 -m tdkern.cli -- fid calc ...
+    Compare only FIDs of as many images to one reference. With another --detector than Inception
+    these are Frechet and kernel distances on its features, and no FIDs. For several GPUs: torchrun
+    --standalone --nproc_per_node=8 -m tdkern.cli -- fid calc ...
 
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-49999 --subdirs
     tdkern fid ref --data cifar10-train-32x32.zip --dest cifar10.npz --features
     tdkern fid calc --images images --ref cifar10.npz --metrics fid,kid,prdc
     tdkern fid steps --network runs/00000-... --ref cifar10.npz --steps 4,6,9,12,18
+    tdkern fid ref --data images.zip --dest own.npz --features --detector mine.safetensors
+    tdkern fid calc --images images --ref own.npz --detector mine.safetensors --bootstrap 200
     """
 
 
@@ -102,41 +120,107 @@ def fid():
 class Measure:
     """What is asked for, and the reference, which the first process alone has."""
 
-    metrics: list[str]
-    extract: Inception | Recorder
+    measures: list[str]  # of MEASURES
+    detector: Detector
     process: Process
-    reference: Statistics | None
-    real: torch.Tensor | None  # [N, dim], the reference's features, for kid and prdc
+    resamples: int | None  # None leaves out intervals and floors
+    reference: Statistics | None = None
+    real: torch.Tensor | None = None  # [N, dim], its features, where they are needed
 
-    def __call__(self, batches: Iterable) -> dict[str, float] | None:
-        """The metrics of a process's images, by name; None but on the first process."""
-        device, extract = self.process.device, self.extract
-        ours, generated = feature_statistics(batches, extract, device), None
-        if isinstance(extract, Recorder):
-            generated = gathered(extract.parts, extract.dim, device)
-            extract.parts.clear()
-        if self.process.rank > 0:
-            return None
+    def __call__(self, sums: FeatureSums) -> dict[str, float]:
+        """The numbers of images, by name; for the first process."""
         found = {}
-        if "fid" in self.metrics:
-            found["fid"] = frechet_distance(ours, self.reference)
-        if "kid" in self.metrics:
-            kid = kernel_distance(generated, self.real)
-            found |= {"kid": kid.mean, "kid_std": kid.std}
-        if "prdc" in self.metrics:
-            prdc = precision_recall_density_coverage(generated, self.real, device=device)
+        generated = torch.cat(sums.features) if self.needs_features else None
+        if "frechet" in self.measures:
+            found["frechet"] = frechet_distance(sums.statistics(), self.reference)
+            if self.resamples:
+                interval = frechet_interval(generated, self.reference, resamples=self.resamples)
+                found |= {"frechet_low": interval.low, "frechet_high": interval.high}
+        if "kernel" in self.measures:
+            found |= self._kernel(generated)
+        if "prdc" in self.measures:
+            prdc = precision_recall_density_coverage(
+                generated, self.real, device=self.process.device
+            )
             found |= prdc._asdict()
+        return self._named(found)
+
+    @property
+    def names(self) -> list[str]:
+        return [key_of(measure, self.detector) for measure in self.measures]
+
+    @property
+    def needs_features(self) -> bool:
+        return self.measures != ["frechet"] or bool(self.resamples)
+
+    def floor(self, num: int) -> dict[str, float]:
+        """The noise floor of the distances of so many images, by name; of the first process."""
+        floors = {}
+        if self.resamples and "frechet" in self.measures:
+            floors["frechet"] = frechet_floor(self.real, num, splits=self.resamples)
+        if self.resamples and "kernel" in self.measures:
+            floors["kernel"] = kernel_floor(some_images(self.real), num, splits=self.resamples)
+        found = {}
+        for measure, floor in floors.items():
+            found[f"{measure}_floor"] = floor.mean
+            found |= {f"{measure}_floor_low": floor.low, f"{measure}_floor_high": floor.high}
+        return self._named(found)
+
+    def _kernel(self, generated: torch.Tensor) -> dict[str, float]:
+        if self.detector.name == Inception.name:  # KID's subsets
+            kid = kernel_distance(generated, self.real)
+            return {"kernel": kid.mean, "kernel_std": kid.std}
+        sets = some_images(generated), some_images(self.real)
+        found = {"kernel": squared_mmd(*sets).item()}
+        if self.resamples:
+            interval = kernel_interval(*sets, resamples=self.resamples)
+            found |= {"kernel_low": interval.low, "kernel_high": interval.high}
         return found
 
+    def _named(self, found: dict[str, float]) -> dict[str, float]:
+        return {key_of(name, self.detector): value for name, value in found.items()}
 
-def _measure(metrics: list[str], ref: str, detector, num: int, process: Process) -> Measure:
-    reference = _reference(ref, num if "fid" in metrics else None, process)
-    wants_features = metrics != ["fid"]
-    real = read_features(ref) if wants_features and process.rank == 0 else None
-    extract: Any = Inception(detector, process.device)
-    if wants_features:
-        extract = Recorder(extract)
-    return Measure(metrics, extract, process, reference, real)
+
+def _measure(
+    metrics: str | None,
+    ref: str,
+    name: str | None,
+    num: int,
+    resamples: int | None,
+    process: Process,
+) -> Measure:
+    """What flags ask for of `num` images; `name` is the detector's. Warns if they are too few."""
+    detector = make_detector(name, process.device)
+    if resamples and detector.name == Inception.name:
+        raise click.UsageError(
+            "--bootstrap needs a small detector: give --detector a file of tdkern detector train"
+        )
+    measure = Measure(_measures(metrics, detector), detector, process, resamples)
+    if process.rank > 0:
+        return measure
+    measure.reference = read_statistics(ref, detector)
+    if measure.needs_features:
+        measure.real = read_features(ref)
+    if "fid" in measure.names and num < 10000:
+        click.echo(
+            f"Warning: the FID of {num} images is biased upwards; 50000 are usual, 10000 the least "
+            "to compare",
+            err=True,
+        )
+    return measure
+
+
+def _measures(metrics: str | None, detector: Detector) -> list[str]:
+    """Those of MEASURES that a list names by their names with a detector; the first of None."""
+    names = {key_of(measure, detector).partition("_")[0]: measure for measure in MEASURES}
+    chosen = next(iter(names)) if metrics is None else metrics
+    for name in chosen.split(","):
+        if name not in names:
+            raise click.UsageError(
+                f"--metrics must be a list of {', '.join(names)} with the detector "
+                f"{detector.name}, got {metrics!r}"
+            )
+    return [measure for name, measure in names.items() if name in chosen.split(",")]
 
 
 @fid.command()
@@ -153,10 +237,12 @@ def _measure(metrics: list[str], ref: str, detector, num: int, process: Process)
     help="Chooses the images, where there are more.",
 )
 @with_metrics
+@with_bootstrap
 @with_batch
 @with_workers
 @with_detector
-def calc(images, ref, num, seed, metrics, batch, workers, detector):
+@with_state
+def calc(images, ref, num, seed, metrics, bootstrap, batch, workers, detector, state):
     """FID, or other --metrics, of the images in a folder or zip.
 
     Prints the FID alone, or of other metrics a line each and the same as one line of JSON.
@@ -168,21 +254,23 @@ def calc(images, ref, num, seed, metrics, batch, workers, detector):
                 f"{images}: holds {len(dataset)} images, --num asks for {num}; generate more, or "
                 f"give --num {len(dataset)}"
             )
-        measure = _measure(metrics, ref, detector, num, process)
+        measure = _measure(metrics, ref, detector, num, bootstrap, process)
         _tell_left_out(dataset, process)
-        with _images(dataset, batch, workers, process) as batches:
-            found = measure(batches)
+        run = Summing(measure.detector, measure.needs_features, num, batch, process, state)
+        sums = run(partial(_images, dataset, workers), command="calc", images=dataset.fingerprint())
         if process.rank > 0:
             return
-        label = _label(metrics, num, dataset.image_shape[0])
+        found = measure(sums)
+        label = _label(measure, num, dataset.image_shape[0])
         click.echo(f"{label} in {images} against {ref}:", err=True)
-        if metrics == ["fid"]:
-            click.echo(f"{found['fid']:g}")
-            return
-        for name, value in found.items():
-            click.echo(f"{name:<9} {value:g}")
-        about = {"images": images, "ref": ref, "num": num, "seed": seed}
-        click.echo(json.dumps(about | found))
+        if len(found) == 1:
+            click.echo(f"{found[measure.names[0]]:g}")
+        else:
+            found |= measure.floor(num)
+            _print_lines(found)
+            about = {"images": images, "ref": ref, "detector": measure.detector.identity}
+            click.echo(json.dumps(about | {"num": num, "seed": seed} | found))
+        run.over()
 
 
 @fid.command("ref")
@@ -197,28 +285,27 @@ def calc(images, ref, num, seed, metrics, batch, workers, detector):
 @click.option(
     "--features",
     is_flag=True,
-    help="Also write all images' features, for kid and prdc; 8 KB an image.",
+    help="Also write all images' features, for all but fid and frechet; 4 bytes a feature of an "
+    "image, 8 KB an image of Inception's.",
 )
 @with_batch
 @with_workers
 @with_detector
-def reference_statistics(data, dest, features, batch, workers, detector):
+@with_state
+def reference_statistics(data, dest, features, batch, workers, detector, state):
     """Write reference statistics: mean and covariance of all images' features."""
     with joined() as process:
         dataset = ImageDataset(data)
-        extract: Any = Inception(detector, process.device)
-        if features:
-            extract = Recorder(extract)
+        extract = make_detector(detector, process.device)
         if process.rank == 0:
             Path(dest).parent.mkdir(parents=True, exist_ok=True)  # before the work
         _tell_left_out(dataset, process)
-        with _images(dataset, batch, workers, process) as batches:
-            statistics = feature_statistics(batches, extract, process.device)
-        recorded = None
-        if features:
-            recorded = gathered(extract.parts, extract.dim, process.device)
+        run = Summing(extract, features, len(dataset), batch, process, state)
+        sums = run(partial(_images, dataset, workers), command="ref", images=dataset.fingerprint())
+        statistics = sums.statistics()
         if process.rank == 0:
-            write_statistics(dest, statistics, recorded)
+            write_statistics(dest, statistics, torch.cat(sums.features) if features else None)
+            run.over()
             click.echo(f"{dest}: statistics of {len(dataset)} images of {data}", err=True)
 
 
@@ -253,9 +340,11 @@ def reference_statistics(data, dest, features, batch, workers, detector):
     help="With its defaults. [default: multistep of a consistency model, else heun]",
 )
 @with_metrics
+@with_bootstrap
 @with_batch
 @with_detector
-def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
+@with_state
+def steps(network, ref, steps, num, seed, sampler, metrics, bootstrap, batch, detector, state):
     """FID of a network's images for several numbers of sampling steps, without writing them.
 
     The images are those of tdkern generate with the same seeds, --sampler, --steps and --batch; for
@@ -270,26 +359,32 @@ def steps(network, ref, steps, num, seed, sampler, metrics, batch, detector):
             raise click.UsageError(
                 f"--steps must be at least {least} each with {sampler}, got {min(steps)}"
             )
-        measure = _measure(metrics, ref, detector, num, process)
-        batches = torch.arange(seed, seed + num).split(batch)[process.rank :: process.world]
-        label = _label(metrics, num, meta["network"]["img_channels"])
+        measure = _measure(metrics, ref, detector, num, bootstrap, process)
+        run = Summing(measure.detector, measure.needs_features, num, batch, process, state)
+        inputs = {"network": meta["network"], "weights": fingerprint(net.state_dict())}
+        label = _label(measure, num, meta["network"]["img_channels"])
         if process.rank == 0:
             click.echo(f"{label} of {network} against {ref}, {sampler}:", err=True)
         rows = []
         for count in steps:
             sigmas, options = sampling_levels(net, sampler, count)
-            options |= {"sampler": SAMPLERS[sampler].sample} | choice(meta)
-            with _bar(batches, process) as bar:
-                found = measure(
-                    sample(net, meta["network"], seeds.tolist(), sigmas, **options) for seeds in bar
-                )
+            options |= choice(meta)
+            inputs |= {"levels": [float(level) for level in sigmas], "options": options}
+            options = options | {"sampler": SAMPLERS[sampler].sample}
+            draw = partial(sample, net, meta["network"], sigmas=sigmas, **options)
+            batches = partial(_drawn, draw, seed)
+            sums = run(batches, command="steps", sampler=sampler, seed=seed, **inputs)
             if process.rank == 0:
                 nfe = SAMPLERS[sampler].evaluations(len(sigmas) - 1)
-                rows.append({"steps": count, "nfe": nfe} | found)
+                rows.append({"steps": count, "nfe": nfe} | measure(sums))
                 _print_row(rows)
         if process.rank == 0:
-            about = {"network": network, "ref": ref, "sampler": sampler, "num": num, "seed": seed}
-            click.echo(json.dumps(about | {"results": rows}))
+            floor = measure.floor(num)
+            _print_lines(floor)
+            about = {"network": network, "ref": ref, "detector": measure.detector.identity}
+            about |= {"sampler": sampler, "num": num, "seed": seed}
+            click.echo(json.dumps(about | floor | {"results": rows}))
+            run.over()
 
 
 def _print_row(rows: list[dict]) -> None:
@@ -299,8 +394,14 @@ def _print_row(rows: list[dict]) -> None:
         titles = ["FID" if name == "fid" else name for name in names]
         click.echo(" ".join([f"{'steps':>5} {'NFE':>4}", *(f"{title:>10}" for title in titles)]))
     *_, row = rows
-    numbers = [f"{row[name]:>10.{4 if name == 'fid' else 6}f}" for name in names]
+    numbers = [f"{row[name]:>{max(10, len(name))}.{4 if name == 'fid' else 6}f}" for name in names]
     click.echo(" ".join([f"{row['steps']:>5} {row['nfe']:>4}", *numbers]))
+
+
+def _print_lines(found: dict[str, float]) -> None:
+    width = max([9, *map(len, found)])
+    for name, value in found.items():
+        click.echo(f"{name:<{width}} {value:g}")
 
 
 def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
@@ -308,39 +409,68 @@ def _tell_left_out(dataset: ImageDataset, process: Process) -> None:
         click.echo(one_line(f"Left out of {dataset.path}: {dataset.left_out}"), err=True)
 
 
-def _reference(ref: str, num: int | None, process: Process) -> Statistics | None:
-    """The reference statistics, for the first process alone, which also warns of few images."""
-    if process.rank > 0:
-        return None
-    reference = read_statistics(ref)
-    if len(reference.mu) != Inception.dim:
-        raise ValueError(
-            f"{ref}: must have the {Inception.dim} features of Inception-v3, got "
-            f"{len(reference.mu)}; make it with tdkern fid ref"
-        )
-    if num is not None and num < 10000:
-        click.echo(
-            f"Warning: the FID of {num} images is biased upwards; 50000 are usual, 10000 the least "
-            "to compare",
-            err=True,
-        )
-    return reference
+Batches = Callable[[Process, list[torch.Tensor]], AbstractContextManager[Iterable[torch.Tensor]]]
+
+
+class Summing:
+    """Sums over the features of images, each kept in a file until `over`.
+
+    Args:
+        detector: whose features they are.
+        keep: whether to keep the features too.
+        num: of the images.
+        batch: images at once.
+        process: this one.
+        state: the folder of the files; None is that of `default_folder`.
+    """
+
+    def __init__(
+        self, detector: Detector, keep: bool, num: int, batch: int, process: Process, state
+    ):
+        self.detector, self.keep, self.num, self.batch = detector, keep, num, batch
+        self.process, self.folder = process, Path(state) if state else default_folder()
+        self.files: list[Unfinished] = []
+
+    def __call__(self, batches: Batches, **inputs) -> FeatureSums:
+        """The sums over all images of all processes.
+
+        Args:
+            batches: of some image numbers each, to be entered; this process's.
+            inputs: what the images depend on, as JSON holds it.
+        """
+        rank, world, device = self.process
+        inputs |= {"num": self.num, "batch": self.batch, "features": self.keep}
+        inputs |= {"detector": self.detector.identity, "tdkern": __version__}
+        path = named(self.folder, inputs) if rank == 0 else None
+        self.files.append(Unfinished(path, inputs, tell))
+        sums = FeatureSums(self.detector, device, keep=self.keep)
+        self.files[-1].load(sums)
+        numbers = torch.arange(self.num).split(self.batch)[-(-sums.count // self.batch) :]
+        with batches(self.process, list(numbers[rank::world])) as own:
+            features = (features_of(images, self.detector, device) for images in own)
+            add_up(sums, features, -(-len(numbers) // world), self.files[-1].after_turn)
+        self.files[-1].after_all(sums)
+        return sums
+
+    def over(self) -> None:
+        """All is told: the files are not needed any more."""
+        for file in self.files:
+            file.remove()
+
+
+def tell(text: str) -> None:
+    """Print a line to stderr."""
+    click.echo(one_line(text), err=True)
 
 
 @contextmanager
 def _images(
-    dataset: ImageDataset, batch: int, workers: int, process: Process
+    dataset: ImageDataset, workers: int, process: Process, numbers: list[torch.Tensor]
 ) -> Iterator[Iterable]:
-    """A process's batches of all images of a data set, while the context lasts.
-
-    They do not depend on the number of processes.
-    """
-    order = [indices.tolist() for indices in torch.arange(len(dataset)).split(batch)][
-        process.rank :: process.world
-    ]
+    """Batches of the images of these numbers of a data set, while the context lasts."""
     loader = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=order,
+        batch_sampler=[some.tolist() for some in numbers],
         pin_memory=process.device.type == "cuda",
         **readers(workers),
     )
@@ -348,11 +478,20 @@ def _images(
         yield (images for images, _ in bar)
 
 
+@contextmanager
+def _drawn(
+    draw: Callable, seed: int, process: Process, numbers: list[torch.Tensor]
+) -> Iterator[Iterable]:
+    """Batches of the images that are drawn of `seed` plus these numbers, in the context."""
+    with _bar(numbers, process) as bar:
+        yield (draw(seeds=(some + seed).tolist()) for some in bar)
+
+
 def _bar(batches: Iterable, process: Process) -> tqdm:
     """A progress bar, to be entered: one that is left open would stand before an error's line."""
     return tqdm(batches, unit="batch", leave=False, disable=process.rank > 0)
 
 
-def _label(metrics: list[str], num: int, channels: int) -> str:
-    titles = ", ".join(TITLES[name] for name in metrics)
+def _label(measure: Measure, num: int, channels: int) -> str:
+    titles = ", ".join(TITLES.get(name, name) for name in measure.names)
     return f"{titles} of {num} images{' (grey, as RGB)' if channels == 1 else ''}"

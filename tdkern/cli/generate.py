@@ -1,22 +1,29 @@
 """`tdkern generate`."""
 
+import math
 import os
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 
 import click
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ..data import save_grid, save_image
-from ..data.files import remove_leftovers
+from .._version import __version__
+from ..data import save_grid
+from ..data.drawn import DrawnFolder
+from ..data.files import one_line, remove_leftovers
 from ..families import default_sampler
 from ..networks.precond import Preconditioned
+from ..networks.saved import fingerprint
 from ..samplers import SAMPLERS
-from ..samplers.ablation import RANGES, SCALINGS, SCHEDULES, SOLVERS
-from ..samplers.ddim import VARIANCES
+from ..samplers.ddpm_ddim import VARIANCES
+from ..samplers.generalised import RANGES, SCALINGS, SCHEDULES, SOLVERS
 from ..training import load_network, sample
-from ..training.distributed import this_process
+from ..training.distributed import Process, this_process
 from ..training.sampling import choice, sampling_levels
 from .types import Numbers, Real, boolean, on_command_line
 
@@ -156,6 +163,10 @@ def generate(
     samplers run; EDM's generate.py draws float32: there the same seed is another image. Start with
     torchrun to use several GPUs.
 
+    Images that --outdir has already are not drawn again: what was killed goes on, in any number of
+    processes, to the same files. Beside them generate.json says how they are drawn; a folder in
+    which it says otherwise is refused.
+
     \b
     tdkern generate --network runs/00000-... --outdir images --seeds 0-63 --grid images.png
     tdkern generate --network model.safetensors --outdir images --sampler unipc --steps 8
@@ -173,23 +184,62 @@ def generate(
         net, sampler, steps, disc=disc or "edm", sigma_min=sigma_min, sigma_max=sigma_max, rho=rho
     )
     options = follow | options | choice(meta)
-    options |= {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
     every = [seeds[first : first + batch] for first in range(0, len(seeds), batch)]
     batches = every[process.rank :: process.world]
-    paths = _paths(outdir, subdirs, [seed for part in batches for seed in part])
-    _prepare(paths, grid)
-    images = []
-    for part in tqdm(batches, unit="batch", disable=process.rank > 0):
-        drawn = sample(net, meta["network"], part, sigmas, **options)
-        for seed, image in zip(part, drawn if outdir else (), strict=bool(outdir)):
-            save_image(paths[seed], image, durable=False)
-        if grid:
-            images.append(drawn)
+    folder = None
+    if outdir:
+        settings = {"sampler": sampler, "steps": steps, "class": class_idx, **options}
+        settings |= {"batch": batch, "levels": sigmas.tolist(), "network": meta["network"]}
+        settings |= {"weights": fingerprint(net.state_dict()), "tdkern": __version__}
+        folder = DrawnFolder(outdir, _without_infinity(settings), subdirs=subdirs)
+    _prepare(folder, seeds, batches, grid)
+    options |= {"sampler": SAMPLERS[sampler].sample, "class_idx": class_idx}
+    draw = partial(sample, net, meta["network"], sigmas=sigmas, **options)
+    images = _draw_missing(draw, batches, folder, bool(grid), process)
     if grid:
         save_grid(grid, torch.cat(images), columns=round(len(seeds) ** 0.5))
     if process.world > 1:
-        share = f"{sum(map(len, batches))} of the {len(seeds)} images"
-        click.echo(f"Process {process.rank} of {process.world} drew {share}", err=True)
+        share = f"its {sum(map(len, batches))} of the {len(seeds)} images are there"
+        click.echo(f"Process {process.rank} of {process.world}: {share}", err=True)
+
+
+def _draw_missing(
+    draw: Callable[..., Tensor],
+    batches: list[list[int]],
+    folder: DrawnFolder | None,
+    grid: bool,
+    process: Process,
+) -> list[Tensor]:
+    """Draw the batches that are not in the folder, or for a grid all, and write what is missing.
+
+    A batch is drawn whole, as it would have been without a kill: rounding depends on the batch.
+
+    Returns:
+        With `grid` the images, [B, C, H, W] uint8 each.
+    """
+    there = {seed for part in batches for seed in part if folder and folder.is_there(seed)}
+    if there:
+        share = f"{len(there)} of {sum(map(len, batches))} images are in {folder.folder} already"
+        click.echo(one_line(share), err=True)
+    images = []
+    todo = [part for part in batches if grid or not there.issuperset(part)]
+    for part in tqdm(todo, unit="batch", disable=process.rank > 0):
+        drawn = draw(part)
+        for seed, image in zip(part, drawn, strict=True):
+            if folder and seed not in there:
+                folder.save(seed, image)
+        if grid:
+            images.append(drawn)
+    return images
+
+
+def _without_infinity(value):
+    """A setting as JSON holds it, which has no infinite numbers."""
+    if isinstance(value, dict):
+        return {name: _without_infinity(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_without_infinity(each) for each in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _default_sampler(net: Preconditioned, disc: str | None, options: dict) -> str:
@@ -205,33 +255,28 @@ def _check_steps(sampler: str, steps: int) -> None:
         raise click.UsageError(f"--steps must be at least {least} with {sampler}, got {steps}")
 
 
-def _paths(outdir: str | None, subdirs: bool, seeds: list[int]) -> dict[int, Path]:
-    """Where each seed's image goes; none without an outdir."""
-    if not outdir:
-        return {}
-    return {
-        seed: Path(outdir, f"{seed - seed % 1000:06d}" if subdirs else "", f"{seed:06d}.png")
-        for seed in seeds
-    }
+def _prepare(
+    folder: DrawnFolder | None, seeds: list[int], batches: list[list[int]], grid: str | None
+) -> None:
+    """Before the work, make the folders and see that all images can be written to them.
 
-
-def _prepare(paths: dict[int, Path], grid: str | None) -> None:
-    """Before the work, make the folders and see that they can be written to.
-
-    What a killed process left of these images is removed.
+    What a killed process left of this one's images is removed.
     """
-    folders = {path.parent for path in paths.values()} | ({Path(grid).parent} if grid else set())
-    names = {path.name for path in paths.values()} | ({Path(grid).name} if grid else set())
-    for folder in sorted(folders):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(f"{folder} cannot be written to")
-        remove_leftovers(folder, names.__contains__)
-    for path in (*paths.values(), *([Path(grid)] if grid else ())):
+    paths = [folder.path(seed) for part in batches for seed in part] if folder else []
+    paths += [Path(grid)] if grid else []
+    names = {path.name for path in paths}
+    for parent in sorted({path.parent for path in paths}):
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(f"{parent} cannot be written to")
+        remove_leftovers(parent, names.__contains__)
+    for path in paths:
         if path.is_dir():
             raise IsADirectoryError(
                 f"{path} is a folder; give the name of a file, such as {path}/grid.png"
             )
+    if folder:
+        folder.check(seeds)
 
 
 def _options(sampler: str, disc: str | None, values: dict) -> dict:

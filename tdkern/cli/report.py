@@ -19,7 +19,7 @@ RESULTS = ".jsonl"
     default="report.html",
     show_default=True,
     metavar="HTML",
-    help="The page; one that is there is replaced.",
+    help="The page to write; an older one is replaced.",
 )
 def report(inputs, out):
     """Compare runs, or make a report of results of `tdkern ablate`.

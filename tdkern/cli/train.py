@@ -11,6 +11,8 @@ from pathlib import Path
 import click
 
 from ..data.files import one_line
+from ..evaluation.detectors import BUILT_IN
+from ..evaluation.fid import is_address
 from ..training import CheckpointError, Options, Trainer, checkpoint
 from ..training import train as train_
 from ..training.distributed import joined
@@ -128,7 +130,11 @@ def _run(trainer: Trainer, run_dir: Path | None) -> None:
 
 def _absolute(options: dict) -> dict:
     """Options with absolute paths: a run may be resumed from elsewhere."""
-    paths = {name: options.get(name) for name in ("data", "transfer")}
+    paths = {name: options.get(name) for name in ("data", "transfer", "fid_ref", "fid_detector")}
+    if is_address(paths["fid_ref"]):
+        del paths["fid_ref"]
+    if paths["fid_detector"] in list(BUILT_IN):
+        del paths["fid_detector"]
     return options | {
         name: os.path.abspath(path)
         for name, path in paths.items()
@@ -247,6 +253,7 @@ def _check_free(outdir: Path) -> None:
             path.name in checkpoint.RECORDS
             or checkpoint.NAME.fullmatch(path.name)
             or checkpoint.PICTURE.fullmatch(path.name)
+            or checkpoint.BEST.fullmatch(path.name)
             or checkpoint.EVENTS.fullmatch(path.name)
         )
         if ours:

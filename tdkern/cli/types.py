@@ -27,7 +27,9 @@ class Numbers(click.ParamType):
     """Comma-separated numbers; integers may be given as ranges, 0-63."""
 
     def __init__(self, number: type, count: int | None = None):
-        self.number, self.count, self.name = number, count, "list"
+        self.number = number
+        self.count = count
+        self.name = "list"
 
     def convert(self, value, param, ctx):
         if not isinstance(value, str):

@@ -145,7 +145,9 @@ class Lmdb(Collection):
             import lmdb
         except ModuleNotFoundError as error:
             raise DatasetError(f"{path}: an lmdb needs lmdb; run: pip install lmdb") from error
-        self.path, self.pid, self.lmdb = path, None, lmdb
+        self.path = path
+        self.pid = None
+        self.lmdb = lmdb
         with self._opened().begin() as transaction:
             self.keys = list(transaction.cursor().iternext(values=False))
         self.database.close()  # each process opens its own
@@ -201,7 +203,9 @@ class Tar(Collection):
     """A tar in WebDataset's layout: files of one sample share their name up to the first dot."""
 
     def __init__(self, path: Path):
-        self.path, samples, others = path, {}, 0
+        self.path = path
+        samples = {}
+        others = 0
         try:
             with tarfile.open(path, "r:") as archive:
                 for member in archive:

@@ -122,7 +122,7 @@ class ImageDataset(torch.utils.data.Dataset):
         return None if len(found) == self.label_dim else found
 
     def fingerprint(self) -> str:
-        """A hash by which other images or labels are told from these."""
+        """A hash that is another where the images or labels are others."""
         return fingerprint(self._source, self._sizes, self.names, self.labels.tobytes())
 
     def __len__(self) -> int:

@@ -36,9 +36,8 @@ class FileError(ValueError):
 
     def __init__(self, message: object = ""):
         message = str(message)
-        if message.startswith(
-            "Caught "
-        ):  # DataLoader's, with a worker's whole traceback before ours
+        # DataLoader's, with a worker's whole traceback before ours
+        if message.startswith("Caught "):
             last = message.strip().rpartition("\n")[2]
             message = last.partition("Error: ")[2] or last
         super().__init__(one_line(message))

@@ -28,9 +28,8 @@ def derive_seed(seed: int, stream: str, *numbers: int) -> int:
     )
 
 
-@tensor_cache(
-    maxsize=2
-)  # a step touches two epochs at most, unless its batch is larger than the data set
+# a step touches two epochs at most, unless its batch is larger than the data set
+@tensor_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(
         size, generator=torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
@@ -71,12 +70,10 @@ class StepBatches:
         rank: int = 0,
         world: int = 1,
     ):
-        self.size, self.batch, self.seed, self.steps = (
-            size,
-            batch,
-            seed,
-            range(first_step, last_step),
-        )
+        self.size = size
+        self.batch = batch
+        self.seed = seed
+        self.steps = range(first_step, last_step)
         self.share = slice(rank * batch // world, (rank + 1) * batch // world)
 
     def __len__(self) -> int:

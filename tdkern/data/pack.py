@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -192,20 +193,23 @@ def _table(labels: list | None) -> bytes:
     return json.dumps({"labels": pairs}).encode()
 
 
-def _write_zip(dest: Path, parts: Iterator, count: int, shape: tuple, labels: list | None) -> None:
+def _png(image: np.ndarray) -> bytes:
+    """An image [C, H, W] as a PNG file."""
     import PIL.Image
 
-    unfinished, i = beside(dest), 0
+    png = io.BytesIO()
+    array = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
+    PIL.Image.fromarray(array).save(png, format="png", compress_level=4)
+    return png.getvalue()
+
+
+def _write_zip(dest: Path, parts: Iterator, count: int, shape: tuple, labels: list | None) -> None:
+    unfinished, images = beside(dest), chain.from_iterable(parts)
     try:
         with open(open_new(unfinished), "wb") as file:
             with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for pixels in parts:
-                    for image in pixels:
-                        png = io.BytesIO()
-                        array = image[0] if shape[0] == 1 else image.transpose(1, 2, 0)
-                        PIL.Image.fromarray(array).save(png, format="png", compress_level=4)
-                        archive.writestr(packed_name(i), png.getvalue())
-                        i += 1
+                for i, image in enumerate(images):
+                    archive.writestr(packed_name(i), _png(image))
                 archive.writestr("dataset.json", _table(labels))
             file.flush()
             os.fsync(file.fileno())

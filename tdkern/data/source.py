@@ -17,13 +17,16 @@ from .files import FileError, check_file, read_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg")
 MAX_IMAGE_FILE = 1 << 28  # bytes
+# what lies beside images and belongs to them: their labels, and how tdkern generate drew them
+BESIDE = ("dataset.json", "generate.json")
+# folders of systems, not of users
 SERVICE = (
     "__MACOSX",
     "@eaDir",
     "@Recycle",
     "$RECYCLE.BIN",
     "lost+found",
-)  # folders of systems, not of users
+)
 SAMPLED = 1000  # files whose content a fingerprint covers
 
 
@@ -53,7 +56,7 @@ def left_out(listing: Listing, wanted: tuple[str, ...] = EXTENSIONS) -> str:
     others = [
         name
         for name in listing.sizes
-        if not name.lower().endswith(wanted) and name.rpartition("/")[2] != "dataset.json"
+        if not name.lower().endswith(wanted) and name.rpartition("/")[2] not in BESIDE
     ]
     endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in others)
     words = [f"{count} {ending}" for ending, count in sorted(endings.items())][:10]

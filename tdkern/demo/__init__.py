@@ -2,8 +2,9 @@
 
 from .families import FAMILIES, STUDY, Family
 from .picture import draw_picture
-from .report import conclusion, report, to_json
+from .saved import from_json, to_json
 from .study import Config, Study, run_study
+from .tables import conclusion, report
 
 __all__ = [
     "FAMILIES",
@@ -13,6 +14,7 @@ __all__ = [
     "Study",
     "conclusion",
     "draw_picture",
+    "from_json",
     "report",
     "run_study",
     "to_json",

@@ -3,25 +3,28 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..evaluation.mixture import GaussianMixture
 from ..families import FAMILIES as losses_of
-from ..losses import Loss, TDDDPMLoss, TDEDMLoss
+from ..losses import Loss, TDCTLoss, TDDDPMLoss, TDEDMLoss
+from ..losses.path import PathLoss
 from ..networks import CTPrecond, Denoiser, EDMPrecond, VEPrecond, VPPrecond
 from ..preconditioning import append_dims
 from ..samplers import ablation, ddim, ddpm, euler, heun, multistep, unipc
 from ..schedules import DDPM, EDM
 
+# noise levels from, to, and how many are measured
 BANDS = (
     (0.02, 0.2, 6),
     (0.2, 0.4, 2),
     (0.4, 4.0, 6),
     (4.0, 12.0, 3),
     (12.0, 40.0, 3),
-)  # noise levels from, to, and how many are measured
+)
 
 
 class Levels:
@@ -59,18 +62,16 @@ class Family:
     losses: dict[str, Loss]  # the first is the baseline, "TD" the one that the conclusion is about
     # from a network that takes c_noise in EDM's range, -1.6 to 1.1
     network: Callable[[nn.Module], nn.Module]
-    draw: Callable[
-        [int, torch.Generator], dict[str, Tensor]
-    ]  # n noise levels, as a keyword of `loss.pair`
+    # n noise levels, as a keyword of `loss.pair`
+    draw: Callable[[int, torch.Generator], dict[str, Tensor]]
     cdf: Callable[[Tensor], Tensor]  # the share of those below sigma
     sampler: Callable
     sampler_name: str
     sigmas: Callable[[int], Tensor]  # the sampler's levels for so many steps
     budgets: tuple[int, ...]  # sampling steps
     config: dict = field(default_factory=dict)  # what it needs otherwise than `study.Config` has it
-    exact: Callable[[GaussianMixture], Callable] = lambda mixture: (
-        mixture.denoise
-    )  # what a perfect network gives
+    # what a perfect network gives
+    exact: Callable[[GaussianMixture], Callable] = lambda mixture: mixture.denoise
     exact_name: str = "the exact denoiser"
     error_name: str = "excess of EDM's loss over the exact denoiser's"
     # over training: the distance of samples with the smallest budget instead of the error
@@ -97,7 +98,10 @@ class Timed(nn.Module):
         c_in: Callable[[Tensor], Tensor] = torch.ones_like,
     ):
         super().__init__()
-        self.mlp, self.lo, self.hi, self.c_in = mlp, lo, hi, c_in
+        self.mlp = mlp
+        self.lo = lo
+        self.hi = hi
+        self.c_in = c_in
         self.num_models = getattr(mlp, "num_models", 1)
         self.label_dim = getattr(mlp, "label_dim", 0)
 
@@ -123,7 +127,7 @@ def _losses(family: str, baseline: str, **td) -> dict[str, Loss]:
 
 
 def _edm(losses: dict[str, Loss]) -> Family:
-    loss = losses["TD"]
+    loss = cast("TDEDMLoss", losses["TD"])
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         normal = torch.randn(n, generator=generator, dtype=torch.float64)
@@ -143,7 +147,7 @@ def _edm(losses: dict[str, Loss]) -> Family:
 
 def _path(losses: dict[str, Loss], **settings) -> Family:
     """A family with uniform times of a schedule; `settings` are of the `Family`."""
-    path = losses["TD"].schedule
+    path = cast("PathLoss", losses["TD"]).schedule
 
     def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
         if isinstance(path, DDPM):
@@ -166,7 +170,7 @@ def _ddpm_network(path: DDPM) -> Callable[[nn.Module], nn.Module]:
 
 
 def _ct(losses: dict[str, Loss]) -> Family:
-    scales = losses["TD"].num_scales
+    scales = cast("int", cast("TDCTLoss", losses["TD"]).num_scales)
     levels = EDM(scales).sigma(torch.arange(scales - 1))
 
     def exact(mixture: GaussianMixture):

@@ -7,13 +7,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .families import Levels
-from .report import BAND_NAMES, CLEAR, Difference
 from .study import Study
+from .tables import BAND_NAMES, CLEAR, Difference
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; markers tell the lines apart
 # without colour
 EXACT = "#A85585"
 STYLES = (("#000000", "o"), ("#0072B2", "s"), ("#D55E00", "^"), ("#009E73", "D"), ("#8C8C8C", "v"))
+PLACES = (-1.5, 1.3)  # of the data, in both coordinates
 
 
 def draw_picture(study: Study) -> bytes:
@@ -23,7 +24,7 @@ def draw_picture(study: Study) -> bytes:
     """
     figure = Figure(figsize=(16, 9.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.1, 1.45])
+    (top,), (bottom,) = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.1, 1.45])
     _samples(study, top)
     axes = bottom.subplots(1, 4, width_ratios=[1, 1.25, 1, 1])
     for panel, axis in zip((_error, _difference, _distance, _training), axes, strict=True):
@@ -51,47 +52,46 @@ def _spread(values):
 
 
 def _samples(study: Study, figure) -> None:
-    ticks = torch.linspace(-1.5, 1.3, 141, dtype=torch.float64)
+    config, family = study.config, study.family
+    figure.suptitle(
+        f"{config.seeds} paired seeds, {config.iterations} iterations of batch {config.batch}.  "
+        f"Samples of the first seed after {family.budgets[-1]} steps; the lines hold 50, 90 "
+        "and 99 % of the data",
+        fontsize=12,
+    )
+    exact = family.exact_name.removeprefix("the ")
+    panels = [(exact, study.exact_samples, study.exact_distance[-1])]
+    panels += [
+        (name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()
+    ]
+    colors = [EXACT] + [color for color, _ in STYLES]
+    axes = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    for axis, (name, samples, distance), color in zip(axes, panels, colors, strict=False):
+        axis.scatter(*samples.T.numpy(), s=1.5, color=color, alpha=0.45, linewidths=0)
+        _draw_density(study, axis)
+        axis.set(
+            title=f"{name}\nsliced W2 {distance:.3f}",
+            aspect="equal",
+            xlim=PLACES,
+            ylim=PLACES,
+            xlabel="$x_1$",
+        )
+        axis.label_outer()
+    figure.axes[0].set_ylabel("$x_2$")
+
+
+def _draw_density(study: Study, axis) -> None:
+    """The lines that hold so much of the data."""
+    ticks = torch.linspace(*PLACES, 141, dtype=torch.float64)
     grid = torch.cartesian_prod(ticks, ticks)
     density = study.mixture.log_prob(grid, 0.0).unflatten(0, (141, 141)).T.exp()
     mass = density.flatten().sort(descending=True).values
     levels = [
         mass[(mass.cumsum(0) < share * mass.sum()).sum()].item() for share in (0.99, 0.9, 0.5)
     ]
-    figure.suptitle(
-        f"{study.config.seeds} paired seeds, {study.config.iterations} iterations of batch "
-        f"{study.config.batch}.  "
-        f"Samples of the first seed after {study.family.budgets[-1]} steps; the lines hold 50, 90 "
-        "and 99 % of the data",
-        fontsize=12,
+    axis.contour(
+        ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7
     )
-    panels = [
-        (
-            study.family.exact_name.removeprefix("the "),
-            study.exact_samples,
-            study.exact_distance[-1],
-        )
-    ]
-    panels += [
-        (name, outcome.samples, outcome.distance[0, -1]) for name, outcome in study.outcomes.items()
-    ]
-    colors = [EXACT] + [color for color, _ in STYLES]
-    for axis, (name, samples, distance), color in zip(
-        figure.subplots(1, len(panels), sharex=True, sharey=True), panels, colors, strict=False
-    ):
-        axis.scatter(*samples.T.numpy(), s=1.5, color=color, alpha=0.45, linewidths=0)
-        axis.contour(
-            ticks.numpy(), ticks.numpy(), density.numpy(), levels, colors="#444444", linewidths=0.7
-        )
-        axis.set(
-            title=f"{name}\nsliced W2 {distance:.3f}",
-            aspect="equal",
-            xlim=(-1.5, 1.3),
-            ylim=(-1.5, 1.3),
-            xlabel="$x_1$",
-        )
-        axis.label_outer()
-    figure.axes[0].set_ylabel("$x_2$")
 
 
 def _error(study: Study, axis) -> None:

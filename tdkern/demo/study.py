@@ -96,7 +96,7 @@ class Draw(NamedTuple):
 
 def _on_a_path(loss: Loss) -> bool:
     draws_both = "noise_p" in signature(loss.pair).parameters
-    return draws_both and loss.coupling != "shared"
+    return draws_both and getattr(loss, "coupling", "shared") != "shared"
 
 
 def draws(config: Config, mixture: GaussianMixture, family: Family) -> Iterator[Draw]:
@@ -116,12 +116,10 @@ class Run:
     """One method in training: all seeds as one batched network, its averages and its optimizer."""
 
     def __init__(self, config: Config, loss: Loss, net: torch.nn.Module, iterations: int):
-        self.config, self.loss, self.net, self.iterations = (
-            config,
-            loss,
-            copy.deepcopy(net),
-            iterations,
-        )
+        self.config = config
+        self.loss = loss
+        self.net = copy.deepcopy(net)
+        self.iterations = iterations
         self.ema, self.target = EMA(net), EMA(net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=config.lr, fused=True)
         self.seconds, self.curve_steps, self.curve = [], [], []
@@ -209,9 +207,8 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
         FloatingPointError: a seed diverged.
     """
     threads = torch.get_num_threads()
-    torch.set_num_threads(
-        1
-    )  # the matrices are so small that a second thread would only be waited for
+    # the matrices are so small that a second thread would only be waited for
+    torch.set_num_threads(1)
     try:
         return _run_study(replace(config, **family.config), family)
     finally:
@@ -219,32 +216,8 @@ def run_study(config: Config, family: Family = STUDY) -> Study:
 
 
 def _run_study(config: Config, family: Family) -> Study:
-    mixture, losses = GaussianMixture.ring(), family.losses
-    baseline = next(iter(losses))
-    runs = train(
-        config,
-        mixture,
-        family,
-        losses,
-        config.iterations,
-        f"{len(losses)} methods x {config.seeds} seeds",
-    )
-    step_ms = {
-        name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item()
-        for name, run in runs.items()
-    }
-    compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
-    name = f"{baseline}, {compute:.2f}x iterations"
-    runs |= train(
-        config,
-        mixture,
-        family,
-        {name: losses[baseline]},
-        round(compute * config.iterations),
-        f"{baseline} at equal compute",
-    )
-    step_ms[name] = step_ms[baseline]
-
+    mixture = GaussianMixture.ring()
+    runs, step_ms, compute = _train_all(config, mixture, family)
     data, exact = Samples(config, mixture), family.exact(mixture)
     exact_distance, exact_samples = data.distance(exact, 1, family, family.budgets)
     outcomes = {}
@@ -272,15 +245,35 @@ def _run_study(config: Config, family: Family) -> Study:
     )
 
 
+def _train_all(
+    config: Config, mixture: GaussianMixture, family: Family
+) -> tuple[dict[str, Run], dict[str, float], float]:
+    """Every method's run, the last of which is the baseline at the compute of TD, the median time
+    of their steps in ms, and that compute as a multiple of the baseline's.
+    """
+    losses = family.losses
+    baseline = next(iter(losses))
+    desc = f"{len(losses)} methods x {config.seeds} seeds"
+    runs = train(config, mixture, family, losses, config.iterations, desc)
+    step_ms = {
+        name: 1e3 * torch.tensor(run.seconds, dtype=torch.float64).median().item()
+        for name, run in runs.items()
+    }
+    compute = round(max(config.compute or step_ms["TD"] / step_ms[baseline], 1), 2)
+    longer, name = round(compute * config.iterations), f"{baseline}, {compute:.2f}x iterations"
+    alone = {name: losses[baseline]}
+    runs |= train(config, mixture, family, alone, longer, f"{baseline} at equal compute")
+    step_ms[name] = step_ms[baseline]
+    return runs, step_ms, compute
+
+
 class Samples:
     """The latents that samplers start from, and the data that samples are compared with."""
 
     def __init__(self, config: Config, mixture: GaussianMixture):
-        self.seed, self.latents, self.reference = (
-            config.seed,
-            normal_points(config.points, 2, seed=config.seed + 1000),
-            mixture.points(config.points),
-        )
+        self.seed = config.seed
+        self.latents = normal_points(config.points, 2, seed=config.seed + 1000)
+        self.reference = mixture.points(config.points)
 
     def distance(
         self, denoiser, num_models: int, family: Family, budgets: tuple[int, ...]
@@ -291,11 +284,9 @@ class Samples:
         """
         distances = []
         for steps in budgets:
-            sigmas, generator, noise = (
-                family.sigmas(steps),
-                torch.Generator().manual_seed(self.seed),
-                {},
-            )
+            sigmas = family.sigmas(steps)
+            generator = torch.Generator().manual_seed(self.seed)
+            noise = {}
             if "randn_like" in signature(family.sampler).parameters:
                 noise["randn_like"] = lambda x, generator=generator: torch.randn(
                     self.latents.shape, generator=generator, dtype=x.dtype

@@ -4,7 +4,6 @@ KID, precision and recall, density and coverage.
 """
 
 from collections.abc import Iterator
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -15,44 +14,26 @@ from torch import Tensor
 CHUNK = 1 << 24  # distances at once
 
 
-class Recorder:
-    """A detector that keeps, on the CPU, the features that it has given: `parts`, in float32."""
-
-    def __init__(self, detector):
-        self.detector, self.dim, self.parts = detector, detector.dim, []
-
-    def __call__(self, images: Tensor) -> Tensor:
-        features = self.detector(images)
-        self.parts.append(features.float().cpu())
-        return features
-
-
-def gathered(parts: list[Tensor], dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """The features of every process, in the order in which one process would have had the batches.
+def gathered(features: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The features of every process, those of the first process first.
 
     Args:
-        parts: [B, dim] float32 each, this process's batches; the first process has the first batch,
-            the next the second, and so on.
+        features: [B, d], this process's; B may differ, and may be 0.
         device: the process group's, such as its GPU with NCCL.
 
     Returns:
-        [N, dim] float32 on the CPU, the same on every process.
+        [N, d] float32 on the CPU, the same on every process.
     """
-    mine = torch.cat([torch.empty(0, dim), *parts])
     if not dist.is_initialized():
-        return mine
-    sizes = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(sizes, [len(part) for part in parts])
-    padded = torch.zeros(max(map(sum, sizes)), dim, device=device)
-    padded[: len(mine)] = mine.to(device)
-    everyone = [torch.empty_like(padded) for _ in sizes]
+        return features.float().cpu()
+    counts = [0] * dist.get_world_size()
+    dist.all_gather_object(counts, len(features))
+    padded = torch.zeros(max(counts), features.shape[1], device=device)
+    padded[: len(features)] = features
+    everyone = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(everyone, padded)
-    by_process = [
-        theirs[: sum(counts)].cpu().split(counts)
-        for theirs, counts in zip(everyone, sizes, strict=True)
-    ]
-    turns = zip_longest(*by_process)
-    return torch.cat([part for turn in turns for part in turn if part is not None])
+    parts = [theirs[:count].cpu() for theirs, count in zip(everyone, counts, strict=True)]
+    return torch.cat(parts)
 
 
 class KernelDistance(NamedTuple):
@@ -100,25 +81,55 @@ def kernel_distance(
     estimates = []
     for _ in range(subsets):
         x, y = (
-            each[torch.from_numpy(random.choice(len(each), size, replace=False))].double()
+            each[torch.from_numpy(random.choice(len(each), size, replace=False))]
             for each in (generated, real)
         )
-        estimates.append(_mmd2(x, y))
+        estimates.append(squared_mmd(x, y).item())
     return KernelDistance(float(np.mean(estimates)), float(np.std(estimates)))
 
 
-def _mmd2(x: Tensor, y: Tensor) -> float:
-    """The unbiased estimate of two sets of as many features."""
-    n = len(x)
+@torch.no_grad()
+def squared_mmd(
+    x: Tensor, y: Tensor, x_weights: Tensor | None = None, y_weights: Tensor | None = None
+) -> Tensor:
+    """The unbiased squared maximum mean discrepancy of `kernel_distance`, of whole sets.
 
-    def kernel(a: Tensor, b: Tensor) -> Tensor:
-        return (a @ b.T / a.shape[1] + 1) ** 3
+    With weights u of x and v of y, resamples of the sets,
 
-    def off_diagonal(a: Tensor) -> Tensor:
-        k = kernel(a, a)
-        return (k.sum() - k.trace()) / (n * (n - 1))
+    MMD^2 = <u, u> + <v, v> - 2 <u, v>,  <u, v> = sum u_i v_j k_ij / sum u_i v_j,
 
-    return (off_diagonal(x) + off_diagonal(y) - 2 * kernel(x, y).mean()).item()
+    where both sums of <u, u> and <v, v> leave out i = j.
+
+    Args:
+        x, y: [N, d] and [M, d], features of any real dtype; computed in float64.
+        x_weights, y_weights: [B, N] and [B, M], or [1, N] and [1, M] for all alike; each row is of
+            one resample, in which an image counts so many times. None is once.
+
+    Returns:
+        [B] float64. Deterministic.
+    """
+    x, y = x.double(), y.double()
+    u = torch.ones(1, len(x)).to(x) if x_weights is None else x_weights.to(x)
+    v = torch.ones(1, len(y)).to(y) if y_weights is None else y_weights.to(y)
+    cross = _kernel_sum(x, y, u, v) / (u.sum(1) * v.sum(1))
+    return _mean_of_pairs(x, u) + _mean_of_pairs(y, v) - 2 * cross
+
+
+def _mean_of_pairs(x: Tensor, u: Tensor) -> Tensor:
+    """[B], the mean of k_ij for i != j in each of B resamples."""
+    squares = u.square()
+    own = (x.square().sum(1) / x.shape[1] + 1) ** 3
+    return (_kernel_sum(x, x, u, u) - squares @ own) / (u.sum(1).square() - squares.sum(1))
+
+
+def _kernel_sum(x: Tensor, y: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """[B], sum_ij u_i v_j k_ij, for some i at a time."""
+    total = torch.zeros(max(len(u), len(v))).to(x)
+    count = max(1, CHUNK // len(y))
+    for part, weights in zip(x.split(count), u.split(count, dim=1), strict=True):
+        kernel = (part @ y.T / x.shape[1] + 1) ** 3
+        total += (weights @ kernel * v).sum(1)
+    return total
 
 
 class Coverage(NamedTuple):

@@ -10,7 +10,6 @@ import time
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..data.files import check_file, one_line, read_file, write_atomic
+from .features import gathered
 
+IDENTITY = "detector"  # the array of a file of statistics that names their detector
 MAX_ARRAY = 1 << 27  # bytes, of 4096 features in float64
 MAX_FEATURES = 1 << 30  # bytes, of 131,072 images' 2048 in float32
 MAX_STATISTICS = MAX_FEATURES + (1 << 28)  # bytes of a file
@@ -52,6 +53,7 @@ class Statistics(NamedTuple):
 
     mu: np.ndarray  # [d] float64
     sigma: np.ndarray  # [d, d] float64, with divisor n - 1
+    detector: str = ""  # the identity of the detector whose features they are; "" if not known
 
 
 class Inception:
@@ -73,6 +75,8 @@ class Inception:
     """
 
     dim = 2048
+    name = "inception"
+    identity = "inception-v3"
 
     def __init__(self, weights: str | Path | None = None, device: torch.device | str = "cpu"):
         try:
@@ -80,10 +84,8 @@ class Inception:
                 URL_INCEPTION_V3,
                 FeatureExtractorInceptionV3,
             )
-        except (
-            ImportError,
-            RuntimeError,
-        ) as error:  # RuntimeError: torchvision is built for another torch
+        except (ImportError, RuntimeError) as error:
+            # RuntimeError: torchvision is built for another torch
             raise ImportError(
                 f"fid needs torch-fidelity and the torchvision of your torch ({error}); run: pip "
                 "install 'tdkern[evaluation]'"
@@ -136,45 +138,69 @@ def _fetched(url: str) -> Path:
     return path
 
 
-@torch.no_grad()
-def feature_statistics(
-    batches: Iterable[Tensor], detector, device: torch.device | str = "cpu"
-) -> Statistics:
-    """Mean and covariance of the features of images, those of every process together where
-    processes are joined.
+class FeatureSums:
+    """What the mean and covariance of features are made of, added up turn by turn.
 
-    mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64; every process gets both.
+    In a turn each process has the features of a batch, or none any more. Where processes are
+    joined, every one has the sums over all.
+
+    mu = sum x / n,  sigma = (sum x x^T - n mu mu^T) / (n - 1), in float64.
+
+    Deterministic; of the number of processes the sums depend by float64's rounding.
 
     Args:
-        batches: images [B, 1 or 3, H, W] uint8, this process's share; grey ones are given to the
-            detector as RGB.
-        detector: `detector(images [B, 3, H, W] uint8) -> features [B, detector.dim]`, such as
-            `Inception`.
-        device: the detector's.
+        detector: whose features they are; of it `dim` is asked for, and `identity` if it has one.
+        device: where the sums are, the process group's.
+        keep: whether to keep the features too.
 
-    Returns:
-        Statistics, deterministic if the detector is; of the number of processes they depend by
-        float64's rounding.
-
-    Raises:
-        ValueError: there are fewer than two images.
+    Attributes:
+        sums: [1 + dim + dim^2] float64: n, sum x and sum x x^T.
+        features: with `keep`, [B, dim] float32 on the CPU for each turn, in the order in which one
+            process would have had the batches.
     """
-    count = torch.zeros((), dtype=torch.float64, device=device)
-    total = torch.zeros(detector.dim, dtype=torch.float64, device=device)
-    outer = torch.zeros(detector.dim, detector.dim, dtype=torch.float64, device=device)
-    for images in batches:
-        features = detector(images.to(device).expand(-1, 3, -1, -1)).double()
-        count += len(features)
-        total += features.sum(0)
-        outer += features.T @ features
-    if dist.is_initialized():
-        for moment in (count, total, outer):
-            dist.all_reduce(moment)
-    n = int(count)
-    if n < 2:
-        raise ValueError(f"feature_statistics: a covariance needs at least 2 images, got {n}")
-    mu = total / n
-    return Statistics(mu.cpu().numpy(), ((outer - n * torch.outer(mu, mu)) / (n - 1)).cpu().numpy())
+
+    def __init__(self, detector, device: torch.device | str = "cpu", *, keep: bool = False):
+        self.dim, self.identity = detector.dim, getattr(detector, "identity", "")
+        self.device, self.keep = device, keep
+        size = 1 + self.dim + self.dim**2
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self.features: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        """Images so far; waits for the device."""
+        return int(self.sums[0])
+
+    def add(self, features: Tensor) -> None:
+        """A turn; every process has to call it, also one without images.
+
+        Args:
+            features: [B, dim], this process's.
+        """
+        x = features.double()
+        total = x.new_tensor([len(x)])
+        turn = torch.cat([total, x.sum(0), (x.T @ x).flatten()])
+        if dist.is_initialized():
+            dist.all_reduce(turn)
+        self.sums += turn
+        if self.keep:
+            self.features.append(gathered(features, self.device))
+
+    def statistics(self) -> Statistics:
+        """Mean and covariance; raises ValueError for fewer than two images."""
+        n = self.count
+        if n < 2:
+            raise ValueError(f"FeatureSums: a covariance needs at least 2 images, got {n}")
+        _, total, outer = self.sums.split([1, self.dim, self.dim**2])
+        mu = total / n
+        sigma = (outer.view(self.dim, self.dim) - n * torch.outer(mu, mu)) / (n - 1)
+        return Statistics(mu.cpu().numpy(), sigma.cpu().numpy(), self.identity)
+
+
+@torch.no_grad()
+def features_of(images: Tensor, detector, device: torch.device | str = "cpu") -> Tensor:
+    """[B, dim], a detector's features of images [B, 1 or 3, H, W] uint8, grey ones as RGB."""
+    return detector(images.to(device).expand(-1, 3, -1, -1))
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -208,17 +234,21 @@ def _root(sigma: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(values.clip(0))
 
 
-def read_statistics(source: str | Path) -> Statistics:
+def read_statistics(source: str | Path, detector=None) -> Statistics:
     """Statistics from an .npz with `mu` and `sigma`, such as EDM's reference files; nothing in it
     is executed.
 
     Args:
         source: a file, or its address, http:// or https://.
+        detector: whose features they must be of, if given; EDM's files do not say it, and then the
+            number of features must be its.
 
     Raises:
-        ValueError: it cannot be had, or does not hold statistics.
+        ValueError: it cannot be had, or does not hold such statistics.
     """
-    mu, sigma = _read_arrays(source, ("mu", "sigma"), MAX_ARRAY, "tdkern fid ref")
+    mu, sigma, identity = _read_arrays(
+        source, ("mu", "sigma", IDENTITY), MAX_ARRAY, "tdkern fid ref"
+    )
     if (
         mu.ndim != 1
         or sigma.shape != mu.shape * 2
@@ -229,7 +259,21 @@ def read_statistics(source: str | Path) -> Statistics:
             f"{list(sigma.shape)}; "
             "make one with tdkern fid ref"
         )
-    return Statistics(mu, sigma)
+    statistics = Statistics(mu, sigma, one_line(identity.tobytes().decode("ascii", "replace")))
+    if detector is not None:
+        _check_detector(source, statistics, detector)
+    return statistics
+
+
+def _check_detector(source: str | Path, statistics: Statistics, detector) -> None:
+    """Raise ValueError for statistics of another detector's features."""
+    count, known = len(statistics.mu), statistics.detector
+    if known not in ("", detector.identity) or count != detector.dim:
+        raise ValueError(
+            f"{source}: must have the {detector.dim} features of {detector.identity}, got {count} "
+            f"of {known or 'a detector that it does not name'}; make it with tdkern fid ref and "
+            "the same --detector"
+        )
 
 
 def read_features(source: str | Path) -> Tensor:
@@ -253,12 +297,17 @@ def read_features(source: str | Path) -> Tensor:
     return torch.from_numpy(features.astype(np.float32))
 
 
+def is_address(source: str | Path) -> bool:
+    """Whether statistics are at an address, and not in a file."""
+    return str(source).startswith(("http://", "https://"))
+
+
 def _read_arrays(
     source: str | Path, names: tuple[str, ...], most: int, make: str
 ) -> list[np.ndarray]:
     """Arrays of an .npz file or address, each of at most so many bytes; `make` makes one."""
     try:
-        if str(source).startswith(("http://", "https://")):
+        if is_address(source):
             data = _download(str(source))
         else:
             data = read_file(source, MAX_STATISTICS)
@@ -272,9 +321,11 @@ def _read_arrays(
 
 
 def _array(arrays: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
-    """One array of an .npz file, as float64, or features as they are; what its header asks for
-    must be there before memory is taken.
+    """One array of an .npz file, mu and sigma as float64; what its header asks for must be there
+    before memory is taken. Where there is no IDENTITY it is empty.
     """
+    if name == IDENTITY and f"{name}.npy" not in arrays.namelist():
+        return np.frombuffer(b"", np.uint8)
     info = arrays.getinfo(f"{name}.npy")
     if info.file_size > most:
         raise ValueError(f"{name} has {info.file_size:,} bytes, more than the {most:,} allowed")
@@ -285,11 +336,12 @@ def _array(arrays: zipfile.ZipFile, name: str, most: int) -> np.ndarray:
         (2, 0): np.lib.format.read_array_header_2_0,
     }
     shape, fortran, dtype = read_header[version](file)
-    if dtype.kind not in "fiu" or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
+    kinds = "S" if name == IDENTITY else "fiu"
+    if dtype.kind not in kinds or math.prod(shape) * dtype.itemsize != info.file_size - file.tell():
         raise ValueError(f"{name} does not hold the numbers that its header says")
     array = np.frombuffer(file.getbuffer(), dtype, offset=file.tell())
     array = array.reshape(shape, order="F" if fortran else "C")
-    return array if name == "features" else array.astype(np.float64)
+    return array.astype(np.float64) if name in ("mu", "sigma") else array
 
 
 def _download(url: str) -> bytes:
@@ -315,10 +367,13 @@ def write_statistics(
     path: str | Path, statistics: Statistics, features: Tensor | None = None
 ) -> None:
     """Write an .npz with `mu` and `sigma`, whole or not at all; what reads EDM's reference files
-    reads it. With features [N, d] it holds them too, as `features`.
+    reads it. It holds the detector's identity too, as bytes, and features [N, d], if they are
+    given.
     """
     file = io.BytesIO()
-    arrays: dict[str, Any] = statistics._asdict()
+    arrays: dict[str, Any] = {"mu": statistics.mu, "sigma": statistics.sigma}
+    if statistics.detector:
+        arrays[IDENTITY] = np.bytes_(statistics.detector.encode())
     if features is not None:
         arrays["features"] = features.numpy()
     np.savez(file, **arrays)

@@ -61,7 +61,7 @@ class GaussianMixture:
         """Root mean square of a coordinate: the standard deviation, where the mean is 0."""
         return float((self.weights @ (self.means.square().mean(1) + self.stds**2)).sqrt())
 
-    def log_prob(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """ln p(x; sigma), the density of data plus noise of level sigma: [B] float64.
 
         x is [B, d], sigma [B] or a number >= 0.

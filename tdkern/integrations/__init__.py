@@ -4,7 +4,7 @@
 names; docs/swap_in.md shows each in its loop.
 """
 
-from .convert import convert, load_converted
+from .conversion import convert, load_converted
 from .export import export_diffusers
 from .pickles import PickleError, PickleFile
 from .targets import attach_target

@@ -8,7 +8,7 @@ averaging the model beside the target network. diffusers itself is not imported 
 from ..losses import DDPMLoss, FlowLoss, TDDDPMLoss, TDFlowLoss
 from ..losses import Loss as AnyLoss
 from ..networks import Denoiser
-from ..schedules import of_scheduler
+from ..schedules import FlowMatching, of_scheduler
 from .targets import attach_target
 
 __all__ = ["Denoiser", "Loss", "attach_target"]
@@ -33,7 +33,7 @@ class Loss:
             ValueError: the scheduler is none of these.
         """
         prediction, path = of_scheduler(scheduler)
-        if prediction == "velocity":
+        if isinstance(path, FlowMatching):
             return (TDFlowLoss if td else FlowLoss)(**{"shift": path.shift, **settings})
-        family = TDDDPMLoss if td else DDPMLoss
-        return family(path.T, prediction=prediction, beta_schedule=path.beta_schedule, **settings)
+        loss: type[DDPMLoss] = TDDDPMLoss if td else DDPMLoss
+        return loss(T=path.T, prediction=prediction, beta_schedule=path.beta_schedule, **settings)

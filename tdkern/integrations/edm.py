@@ -7,6 +7,7 @@ import inspect
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ class TDLoss:
     """
 
     def __init__(self, *, decay: float | Callable[[int], float] = paper_decay, **settings):
-        self.loss, self.decay, self.target = TDEDMLoss(**settings), decay, None
+        self.loss, self.decay = TDEDMLoss(**settings), decay
+        self.target: EMA | None = None
 
     def attach(self, net: nn.Module, optimizer: torch.optim.Optimizer, target: EMA | None = None):
         """Make the target network; see `attach_target`."""
@@ -112,10 +114,22 @@ def EDMPrecond(
     img_resolution: int,
     img_channels: int,
     label_dim: int = 0,
-    model_type="DhariwalUNet",
+    model_type: str = "DhariwalUNet",
     **settings,
 ) -> networks.EDMPrecond:
-    """A network by the arguments of EDM's class of this name; see `_network`."""
+    """EDM's network by the arguments of its class of this name, as EDM's loop makes it by name.
+
+    So are the three below.
+
+    Args:
+        img_resolution, img_channels, label_dim: of the images and classes.
+        model_type: "SongUNet" or "DhariwalUNet".
+        settings: use_fp16, and the arguments of the wrapper in `tdkern.networks` and of the U-Net.
+
+    Raises:
+        ValueError: model_type is another.
+        TypeError: an argument is none of these.
+    """
     images = (img_resolution, img_channels, label_dim)
     return _network(networks.EDMPrecond, images, img_channels, model_type, settings)
 
@@ -127,7 +141,7 @@ def VPPrecond(
     model_type: str = "SongUNet",
     **settings,
 ) -> networks.VPPrecond:
-    """The same for VP."""
+    """VP's network; see `EDMPrecond`."""
     images = (img_resolution, img_channels, label_dim)
     return _network(networks.VPPrecond, images, img_channels, model_type, settings)
 
@@ -139,7 +153,7 @@ def VEPrecond(
     model_type: str = "SongUNet",
     **settings,
 ) -> networks.VEPrecond:
-    """The same for VE."""
+    """VE's network; see `EDMPrecond`."""
     images = (img_resolution, img_channels, label_dim)
     return _network(networks.VEPrecond, images, img_channels, model_type, settings)
 
@@ -148,29 +162,25 @@ def iDDPMPrecond(
     img_resolution: int,
     img_channels: int,
     label_dim: int = 0,
-    model_type="DhariwalUNet",
+    model_type: str = "DhariwalUNet",
     **settings,
 ) -> networks.iDDPMPrecond:
-    """The same for improved DDPM, whose U-Net gives twice the channels."""
+    """Improved DDPM's network, whose U-Net gives twice the channels; see `EDMPrecond`."""
     images = (img_resolution, img_channels, label_dim)
     return _network(networks.iDDPMPrecond, images, 2 * img_channels, model_type, settings)
 
 
+Wrapper = TypeVar("Wrapper", bound=nn.Module)
+
+
 def _network(
-    wrapper: type, images: tuple[int, int, int], out_channels: int, model_type: str, settings: dict
-) -> nn.Module:
-    """A wrapper around a U-Net, as EDM's loop constructs its network by `class_name`.
-
-    Args:
-        wrapper: of `tdkern.networks`.
-        images: img_resolution, img_channels, label_dim.
-        out_channels: of the U-Net.
-        model_type: "SongUNet" or "DhariwalUNet".
-        settings: the wrapper's own, use_fp16, and the U-Net's.
-
-    Raises:
-        ValueError: model_type is another. TypeError: an argument is none of these.
-    """
+    wrapper: type[Wrapper],
+    images: tuple[int, int, int],
+    out_channels: int,
+    model_type: str,
+    settings: dict,
+) -> Wrapper:
+    """A wrapper around a U-Net; `images` are img_resolution, img_channels and label_dim."""
     if model_type not in ("SongUNet", "DhariwalUNet"):
         raise ValueError(
             f"{wrapper.__name__}: model_type must be SongUNet or DhariwalUNet, got {model_type!r}"

@@ -3,10 +3,11 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import cast
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.files import beside, remove_leftovers, sync_directory, write_atomic
 from ..networks import DhariwalUNet
@@ -43,23 +44,34 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
         raise ValueError(
             f"convert: DST must not be there yet, got {dst}; remove it or give another name"
         )
-    if reason := _no_counterpart(net.model):
-        raise ValueError(
-            f"{name}: no UNet2DModel computes this {type(net.model).__name__}: {reason}; `tdkern "
-            "generate` samples from it"
-        )
-    config, tensors = _config(net.model), _tensors(net.model)
+    model = _adm_of(net, name)
+    config, tensors = _config(model), _tensors(model)
     _write_folder(dst, config, tensors)
-    left = (
-        "the augmentation labels' layer, which sampling does without"
-        if net.model.map_augment is not None
-        else "nothing"
-    )
+    left = "nothing"
+    if model.map_augment is not None:
+        left = "the augmentation labels' layer, which sampling does without"
     return (
-        f"{dst}: the {type(net.model).__name__} of {name} as a UNet2DModel, to be called with c_in "
-        f"x and c_noise of {type(net).__name__}: "
+        f"{dst}: the {type(model).__name__} of {name} as a UNet2DModel, to be called with c_in x "
+        f"and c_noise of {type(net).__name__}: "
         f"{len(tensors)} tensors, {sum(map(Tensor.numel, tensors.values())):,} numbers; left out: "
         f"{left}"
+    )
+
+
+def _adm_of(net: Preconditioned, name: str) -> DhariwalUNet:
+    """The U-Net of a network, where a UNet2DModel computes it; raises ValueError."""
+    model = net.model
+    reason = (
+        "it scales its residual sums by sqrt(1/2), and its decoder has attention in the last "
+        "block of a level alone, which a UNet2DModel cannot"
+    )
+    if isinstance(model, DhariwalUNet):
+        reason = _misfit(model)
+        if not reason:
+            return model
+    raise ValueError(
+        f"{name}: no UNet2DModel computes this {type(model).__name__}: {reason}; `tdkern "
+        "generate` samples from it"
     )
 
 
@@ -84,17 +96,16 @@ def _write_folder(dst: Path, config: dict, tensors: dict[str, Tensor]) -> None:
     sync_directory(dst.parent)
 
 
+def _block_of(part: nn.ModuleDict, name: str) -> ResBlock:
+    return cast("ResBlock", part[name])
+
+
 def _widths(model: DhariwalUNet) -> list[int]:
-    return [model.enc[f"{level}_block0"].out_channels for level in model.levels]
+    return [_block_of(model.enc, f"{level}_block0").out_channels for level in model.levels]
 
 
-def _no_counterpart(model: torch.nn.Module) -> str:
+def _misfit(model: DhariwalUNet) -> str:
     """Why no UNet2DModel computes what a network does; empty if one does."""
-    if not isinstance(model, DhariwalUNet):
-        return (
-            "it scales its residual sums by sqrt(1/2), and its decoder has attention in the last "
-            "block of a level alone, which a UNet2DModel cannot"
-        )
     widths, embedding = _widths(model), model.map_layer0.in_features
     if widths[0] != embedding:
         return (
@@ -111,7 +122,7 @@ def _no_counterpart(model: torch.nn.Module) -> str:
 
 
 def _config(model: DhariwalUNet) -> dict:
-    attends = [model.enc[f"{level}_block0"].heads > 0 for level in model.levels]
+    attends = [_block_of(model.enc, f"{level}_block0").heads > 0 for level in model.levels]
     return {
         "_class_name": "UNet2DModel",
         "sample_size": model.img_resolution,
@@ -133,9 +144,9 @@ def _config(model: DhariwalUNet) -> dict:
         "attn_norm_num_groups": 32,
         "norm_eps": model.out_norm.eps,
         "act_fn": "silu",
-        "dropout": model.dec[f"{model.levels[0]}_block0"].style.dropout,
+        "dropout": _block_of(model.dec, f"{model.levels[0]}_block0").style.dropout,
         "time_embedding_type": "positional",
-        "time_embedding_dim": len(model.map_layer0.bias),
+        "time_embedding_dim": len(model.map_layer0.weight),
         "flip_sin_to_cos": True,
         "freq_shift": 0,
         "num_class_embeds": model.label_dim or None,
@@ -153,24 +164,26 @@ def _tensors(model: DhariwalUNet) -> dict[str, Tensor]:
     if model.map_label is not None:
         tensors["class_embedding.weight"] = model.map_label.weight.T
     tensors |= _layer(model.enc[f"{model.levels[0]}_conv"], "conv_in")
+    enc, dec = partial(_block_of, model.enc), partial(_block_of, model.dec)
     for i, level in enumerate(model.levels):
         if i > 0:
-            tensors |= _block(model.enc[f"{level}_down"], f"down_blocks.{i - 1}", "downsamplers", 0)
+            tensors |= _block(enc(f"{level}_down"), f"down_blocks.{i - 1}", "downsamplers", 0)
         for j in range(model.num_blocks):
-            tensors |= _block(model.enc[f"{level}_block{j}"], f"down_blocks.{i}", "resnets", j)
+            tensors |= _block(enc(f"{level}_block{j}"), f"down_blocks.{i}", "resnets", j)
     for j in range(2):
-        tensors |= _block(model.dec[f"{model.levels[-1]}_in{j}"], "mid_block", "resnets", j)
+        tensors |= _block(dec(f"{model.levels[-1]}_in{j}"), "mid_block", "resnets", j)
     for i, level in enumerate(reversed(model.levels)):
         if i > 0:
-            tensors |= _block(model.dec[f"{level}_up"], f"up_blocks.{i - 1}", "upsamplers", 0)
+            tensors |= _block(dec(f"{level}_up"), f"up_blocks.{i - 1}", "upsamplers", 0)
         for j in range(model.num_blocks + 1):
-            tensors |= _block(model.dec[f"{level}_block{j}"], f"up_blocks.{i}", "resnets", j)
+            tensors |= _block(dec(f"{level}_block{j}"), f"up_blocks.{i}", "resnets", j)
     tensors |= _layer(model.out_norm, "conv_norm_out") | _layer(model.out_conv, "conv_out")
     return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
-def _layer(layer: torch.nn.Module, name: str) -> dict[str, Tensor]:
-    return {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+def _layer(layer: nn.Module, name: str) -> dict[str, Tensor]:
+    """Weight and bias under a layer's new name."""
+    return {f"{name}.{key}": each for key, each in layer.named_parameters(recurse=False)}
 
 
 def _block(block: ResBlock, place: str, kind: str, number: int) -> dict[str, Tensor]:
@@ -186,14 +199,13 @@ def _block(block: ResBlock, place: str, kind: str, number: int) -> dict[str, Ten
     if block.heads:
         name = f"{place}.attentions.{number}"
         tensors |= _layer(block.norm2, f"{name}.group_norm")
+        weight, bias = block.qkv.weight_and_bias
         weight, bias = (
             p.unflatten(0, (block.heads, -1, 3)).movedim(2, 0).flatten(1, 2)
-            for p in (block.qkv.weight.flatten(1), block.qkv.bias)
+            for p in (weight.flatten(1), bias)
         )
         for i, part in enumerate("qkv"):
             tensors |= {f"{name}.to_{part}.weight": weight[i], f"{name}.to_{part}.bias": bias[i]}
-        tensors |= {
-            f"{name}.to_out.0.weight": block.proj.weight.flatten(1),
-            f"{name}.to_out.0.bias": block.proj.bias,
-        }
+        weight, bias = block.proj.weight_and_bias
+        tensors |= {f"{name}.to_out.0.weight": weight.flatten(1), f"{name}.to_out.0.bias": bias}
     return tensors

@@ -29,7 +29,9 @@ class TDCallback(lightning.Callback):
     def __init__(
         self, net: str = "net", decay: Decay = paper_decay, averages: dict[str, Decay] | None = None
     ):
-        self.net, self.decay, self.averages = net, decay, averages or {}
+        self.net = net
+        self.decay = decay
+        self.averages = averages or {}
 
     def on_fit_start(self, trainer, pl_module) -> None:
         """Make them, before a checkpoint's optimizer is loaded."""

@@ -183,7 +183,10 @@ class _Collector:
     """Tensors by name, together no larger than what the file could hold."""
 
     def __init__(self, file: PickleFile):
-        self.file, self.tensors, self.seen, self.size = file, {}, set(), 0
+        self.file = file
+        self.tensors = {}
+        self.seen = set()
+        self.size = 0
         self.buffers, self.entered = set(), 0
 
     def enter(self, value, name: str) -> None:
@@ -270,7 +273,9 @@ def nested_tensors(file: PickleFile, value: dict | list | tuple) -> tuple[dict[s
     part that is in several places has its tensors under the names of all of them.
     """
     found, holders = _Collector(file), _holders(file, value)
-    others, unknown, todo = 0, {}, [("", value)]
+    others = 0
+    unknown = {}
+    todo = [("", value)]
     while todo:
         prefix, part = todo.pop()
         for name, entry in found.entries(prefix, part):
@@ -295,7 +300,9 @@ def _holders(file: PickleFile, root) -> set[int]:
     Each is entered once, however deep it is and wherever it is: from those that hold a tensor
     themselves, up to all in which they are.
     """
-    inside, holders, todo = {id(root): []}, set(), [root]
+    inside = {id(root): []}
+    holders = set()
+    todo = [root]
     while todo:
         part = todo.pop()
         for entry in part.values() if type(part) is dict else part:

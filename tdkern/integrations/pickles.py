@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from math import prod
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -187,7 +188,10 @@ class _Machine:
         storage: Callable[[tuple], Storage] | None = None,
         strange: list[str] | None = None,
     ):
-        self.stream, self.names, self.budget, self.storage = stream, names, budget, storage
+        self.stream = stream
+        self.names = names
+        self.budget = budget
+        self.storage = storage
         self.strange = strange
 
     def run(self):
@@ -245,9 +249,8 @@ class _Machine:
             stack.append(self._call(_is(stack.pop(), tuple), stack.pop()))
         elif name == "BUILD":
             state = stack.pop()
-            if (
-                type(stack[-1]) is not dict
-            ):  # what an OrderedDict has beside its items is not wanted
+            # what an OrderedDict has beside its items is not wanted
+            if type(stack[-1]) is not dict:
                 _is(stack[-1], Call).state = state
         elif name == "BINPERSID" and self.storage:
             stack.append(self.storage(_is(stack.pop(), tuple)))
@@ -473,7 +476,7 @@ class PickleFile:
             dtype = _array_dtype(value)
             if dtype is None:
                 raise Refused("an array in it is not of numbers")
-            _, shape, _, fortran, data = value.state
+            _, shape, _, fortran, data = cast("tuple", value.state)
             data = data.encode("latin1") if type(data) is str else _is(data, bytes)
             numbers = np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
             return numbers.astype(dtype.newbyteorder("="), order="C")
@@ -507,8 +510,10 @@ def _dtype(value) -> np.dtype | None:
 
 def _array_dtype(value: Call) -> np.dtype | None:
     """The type of an array's numbers; None of an array of others, and of what is no array."""
-    is_array = value.name in ARRAYS and type(value.state) is tuple and len(value.state) == 5
-    return _dtype(value.state[2]) if is_array else None
+    state = value.state
+    if value.name not in ARRAYS or type(state) is not tuple or len(state) != 5:
+        return None
+    return _dtype(state[2])
 
 
 def _scalar(value):

@@ -6,12 +6,14 @@ is 0.999 from the first step on, and the gradient is numel x batch times smaller
 Adam's eps of 1e-8. The learning rate of the command is 2e-4.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ..losses import TDEDMLoss
 from . import edm
 
-SETTINGS = {"lambda_base": 0.5, "k_idx": 3.0, "one_idx": 0.2, "weight": "online"}
+SETTINGS: dict[str, Any] = {"lambda_base": 0.5, "k_idx": 3.0, "one_idx": 0.2, "weight": "online"}
 TARGET_DECAY = 0.999  # at every step
 LEARNING_RATE = 2e-4
 

@@ -5,9 +5,10 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..ema import EMA, target_decay
+from ..ema import EMA, target_decay, update
+from ..optim import AdamEMA
 from ..preconditioning import unwrapped
 
 RATE = 0.999  # of the target network, the paper's
@@ -29,11 +30,13 @@ def attach_target(
     """A target network that follows `net` at each step of an optimizer and is saved with it.
 
     A loop needs no line for its update, and none for saving it: behind every `optimizer.step()`
-    that is made (GradScaler and accumulation leave some out) the target takes `net` in, and
-    `optimizer.state_dict()` holds it, with its count of steps, for `load_state_dict`. A state
-    without it, of a run that had no target, warns, and the target begins as a copy of `net`.
-    torch.distributed.checkpoint's `get_optimizer_state_dict` leaves such entries out: save the
-    target's own `state_dict()` there. An optimizer's copies and pickles leave the target behind.
+    that is made (GradScaler and accumulation leave some out) the target takes `net` in. Where the
+    optimizer itself leaves a step out, as `AdamEMA` does, and torch's fused ones under GradScaler,
+    the target stays, and nothing waits for the device. `optimizer.state_dict()` holds it, with its
+    count of steps, for `load_state_dict`. A state without it, of a run that had no target, warns,
+    and the target begins as a copy of `net`. torch.distributed.checkpoint's
+    `get_optimizer_state_dict` leaves such entries out: save the target's own `state_dict()` there.
+    An optimizer's copies and pickles leave the target behind.
 
     Args:
         net: the network, as it is or inside DistributedDataParallel, `torch.compile` or what
@@ -59,21 +62,49 @@ class Follower:
     def __init__(
         self, net: nn.Module, target: EMA, decay: float | Callable[[int], float], key: str
     ):
-        self.net, self.target, self.decay, self.key, self.step = net, target, decay, key, 0
+        self.net = net
+        self.target = target
+        self.decay = decay
+        self.key = key
+        self.step = 0
         self._loaded: dict | None = None  # of a state that the optimizer has not taken yet
+        self._skipped: Tensor | None = None  # AdamEMA's count, as it was before the step
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Be called with each step of an optimizer, and be part of its state."""
-        optimizer.register_step_post_hook(lambda *_: self.update())
+        optimizer.register_step_pre_hook(lambda *_: self._before(optimizer))
+        optimizer.register_step_post_hook(lambda *_: self.update(self._left_out(optimizer)))
         optimizer.register_state_dict_post_hook(self._into_optimizer)
         optimizer.register_load_state_dict_pre_hook(self._taken_out)
         optimizer.register_load_state_dict_post_hook(lambda _: self._put_in())
 
-    def update(self) -> None:
-        """Take the network in, by the decay of this update."""
+    def update(self, left_out: Tensor | None = None) -> None:
+        """Take the network in, by the decay of this update.
+
+        Args:
+            left_out: whether the target stays as it is, a bool scalar, which nothing waits for.
+        """
         decay = self.decay(self.step) if callable(self.decay) else self.decay
-        self.target.update(self.net, decay)
+        if left_out is None:
+            self.target.update(self.net, decay)
+        else:
+            decays = left_out.double().clamp(min=decay)  # 1 keeps what is there
+            update([self.target], self.net, decays.reshape(1))
         self.step += 1
+
+    def _before(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, AdamEMA):
+            self._skipped = optimizer.skipped.clone()
+
+    def _left_out(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
+        """Whether the step that was just called left the weights alone; None where it never
+        does.
+        """
+        if isinstance(optimizer, AdamEMA):
+            assert self._skipped is not None
+            return optimizer.skipped != self._skipped.to(optimizer.skipped.device)
+        found = getattr(optimizer, "found_inf", None)  # GradScaler's, for a fused optimizer
+        return None if found is None else found != 0
 
     def state_dict(self) -> dict:
         """The target's tensors, and its count of updates."""

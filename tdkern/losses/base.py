@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ def base_weight_flag(default: str = OWN, *, kw_only: bool = True):
     return flag(
         default,
         "Weight of a noise level in the base loss, of mean((x0 - D)^2); own is the family's, "
-        "inverse-step is for consistency training. In Python a callable of sigma too.",
+        "inverse-step is for consistency training. In Python also a callable of sigma.",
         choices=ALL_BASE_WEIGHTS,
         kw_only=kw_only,
     )
@@ -58,8 +58,8 @@ def share_flag():
     """The field of the target network's share of a batch, where it serves the TD term alone."""
     return flag(
         1.0,
-        "The most of each batch that the target network runs on, highest noise first, in (0, 1]; a "
-        "sample whose TD term has no room has the base loss in its place.",
+        "Largest share of a batch that the target network runs on, in (0, 1], highest noise first; "
+        "a sample beyond it has the base loss in place of its TD term.",
         metavar="SHARE",
         default_help="what --td-sigma needs, else 1",
     )
@@ -110,6 +110,22 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return append_dims(values.to(like.dtype), like.ndim)
 
 
+def _scale_weights(coef: Tensor, gradient_scale: float, u: Tensor | None) -> None:
+    """Multiply the weights in `coef` by the gradient's scale and by exp(-u), in place."""
+    coef[:, W_TD:] *= gradient_scale
+    if u is not None:
+        coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
+
+
+def _with_uncertainty(loss: Tensor, u: Tensor | None, gradient_scale: float) -> Tensor:
+    """exp(-u) L + u of a loss [B] with exp(-u) in its weights, where it is a number: its gradient
+    is that of exp(-u) L.
+    """
+    if u is None:
+        return loss
+    return loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+
+
 def path_coef(
     alpha: Tensor,
     sigma: Tensor,
@@ -155,6 +171,9 @@ def path_coef(
     w_base = lambda_base * w + torch.where(valid, 0.0, w_end)
     coef = torch.stack([skip[0], scale[0], skip[1], scale[1], A, A_p, w_td, w_base], 1)
     return coef, levels.T
+
+
+L = TypeVar("L", bound="Loss")
 
 
 @dataclass(frozen=True)
@@ -214,7 +233,7 @@ class Loss(ABC):
         """
         return self._with(place=(first, samples))
 
-    def _with(self, **changes) -> "Loss":
+    def _with(self: L, **changes) -> L:
         """This loss with other values of its fields, which are not checked anew: a curriculum's
         first steps may have what is refused of a whole run, such as no TD term yet.
         """
@@ -300,22 +319,16 @@ class Loss(ABC):
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
         target_net = target_net.module if isinstance(target_net, EMA) else target_net
+        u = None if uncertainty is None else uncertainty(batch.sigma)
         coef = batch.coef.clone()
         chosen = None
         if batch.x_tp is not None:
             chosen = self._choose(coef, batch.sigma, target_net)
-        coef[:, W_TD:] *= gradient_scale
-        u = None
-        if uncertainty is not None:
-            u = uncertainty(batch.sigma)
-            coef[:, W_TD:] *= (-u.detach()).exp().to(coef.dtype)[:, None]
+        _scale_weights(coef, gradient_scale, u)
         outputs = self._outputs(net, target_net, batch, given, chosen)
         terms = self._weighted(outputs, batch, coef)
         td, base = terms.unbind(1)
-        loss = terms.sum(1)
-        if u is not None:
-            # exp(-u) is in the weights, as a number; its gradient is that of L exp(-u)
-            loss = loss - loss.detach() * (u - u.detach()) + gradient_scale * u
+        loss = _with_uncertainty(terms.sum(1), u, gradient_scale)
         return TDTerms(loss, td, base, coef[:, W_TD] != 0)
 
     def _weighted(self, outputs: tuple, batch: TDBatch, coef: Tensor) -> Tensor:
@@ -398,11 +411,12 @@ class Loss(ABC):
             room = min(room, max(int(valid.unflatten(0, (num_models, -1)).sum(1).max()), 1))
         if room >= size:
             return None
+        # topk may break ties anyhow
         order = (
             torch.where(valid, sigma, -1.0)
             .unflatten(0, (num_models, -1))
             .argsort(descending=True, stable=True)
-        )  # topk may break ties anyhow
+        )
         first = torch.arange(num_models, device=sigma.device)[:, None] * size
         chosen = (order[:, :room] + first).flatten()
         if self.td_share < 1:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,7 +70,7 @@ class CTLoss(Loss):
     of torch's global generators, of the CPU and of x's device. This holds under activation
     checkpointing and for networks that are compiled alike. `torch.compile` of the loss itself
     breaks its graph there, so that `fullgraph=True` needs a dropout of 0; a CUDA graph's capture
-    needs it too, and says so.
+    needs it too, and says so, but for that of `tdkern train --cuda-graph`.
 
     `loss(net, target_net, images, labels=None, augment_pipe=None) -> [B]`; `pair` and `evaluate`
     are its two halves. The fused path needs `networks.CTPrecond` with the same sigma_data and
@@ -138,12 +140,11 @@ class CTLoss(Loss):
                 f"{name}: lognormal must be (P_mean, P_std) with P_std > 0, got "
                 f"{short(self.lognormal)}"
             )
-        if isinstance(self.num_scales, float):
-            if self.num_scales % 1:
-                raise ValueError(
-                    f"{name}: num_scales must be a whole number, got {self.num_scales}"
-                )
-            object.__setattr__(self, "num_scales", int(self.num_scales))
+        number: object = self.num_scales
+        if isinstance(number, float):
+            if number % 1:
+                raise ValueError(f"{name}: num_scales must be a whole number, got {number}")
+            object.__setattr__(self, "num_scales", int(number))
         # these two ops check the others
         steps = {"steps": 2} if callable(self.num_scales) else {}
         empty = torch.zeros(0, 8, dtype=torch.float32, device="cpu")
@@ -155,7 +156,7 @@ class CTLoss(Loss):
                 "evenly, got None"
             )
         if self.lognormal is not None:
-            low, high = self._lognormal_range()
+            low, high = self._lognormal_range
             if not low < high:
                 raise ValueError(
                     f"{name}: lognormal must have levels between sigma_min and sigma_max, "
@@ -176,7 +177,12 @@ class CTLoss(Loss):
     @property
     def scales(self) -> float:
         """How fine the noise levels are: their number, or a `Mapping`'s ratio."""
-        return self.num_scales.ratio if isinstance(self.num_scales, Mapping) else self.num_scales
+        return self.num_scales.ratio if isinstance(self.num_scales, Mapping) else self._count
+
+    @property
+    def _count(self) -> int:
+        """`num_scales` where it is a number."""
+        return cast("int", self.num_scales)
 
     def _coef_args(self) -> dict:
         return {
@@ -258,7 +264,7 @@ class CTLoss(Loss):
         if index is None:
             index = self._draw_index(images)
         self._check_shape("index", index, images.shape[:1])
-        last = self.num_scales - 2
+        last = self._count - 2
         if can_check_values(index) and not ((index >= 0) & (index <= last)).all():
             found = f"{index.min().item()} to {index.max().item()}"
             raise ValueError(f"{name}: index must be from 0 to {last}, got values from {found}")
@@ -267,15 +273,16 @@ class CTLoss(Loss):
 
     def _mapped(self, t: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
         """coef and levels at t and the t' that the mapping has for it."""
+        mapping = cast("Mapping", self.num_scales)
         if t is None:
-            mean, std = self.lognormal
+            mean, std = cast("tuple", self.lognormal)
             normal = self._draw(
                 images, lambda n: torch.randn(n, dtype=torch.float64, device=images.device)
             )
             t = (mean + std * normal).exp()
         self._check_shape("t", t, images.shape[:1])
         t = t.double()
-        t_p = self.num_scales(t)
+        t_p = mapping(t)
         skip, scale = self.preconditioning.skip_scale(torch.stack([t, t_p]))
         zero = torch.zeros_like(t)
         columns = [skip[0], scale[0], skip[1], scale[1], zero, zero, zero, torch.ones_like(t)]
@@ -292,25 +299,24 @@ class CTLoss(Loss):
         return coef
 
     def _draw_index(self, images: Tensor) -> Tensor:
-        assert not callable(self.num_scales)
+        count = self._count
         if self.lognormal is None:
             return self._draw(
-                images,
-                lambda n: torch.randint(self.num_scales - 1, (n,), device=images.device),
+                images, lambda n: torch.randint(count - 1, (n,), device=images.device)
             )
         mean, std = self.lognormal
-        low, high = self._lognormal_range()
+        low, high = self._lognormal_range
         uniform = self._draw(
             images, lambda n: torch.rand(n, dtype=torch.float64, device=images.device)
         )
         sigma = (mean + std * ndtri(low + (high - low) * uniform)).exp()
-        index = EDM(self.num_scales, self.sigma_min, self.sigma_max, self.rho).index(sigma)
-        return index.long().clamp(max=self.num_scales - 2)
+        index = EDM(count, self.sigma_min, self.sigma_max, self.rho).index(sigma)
+        return index.long().clamp(max=count - 2)
 
+    @cached_property  # its numbers are read by the host, which a step is not to do
     def _lognormal_range(self) -> list[float]:
         """The distribution function of `lognormal` at sigma_min and sigma_max."""
-        assert self.lognormal is not None
-        mean, std = self.lognormal
+        mean, std = cast("tuple", self.lognormal)
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64, device="cpu")
         return ndtr((ends.log() - mean) / std).tolist()
 
@@ -431,4 +437,10 @@ def lpips() -> Callable[[Tensor, Tensor], Tensor]:
             image = interpolate(image, size=224, mode="bilinear")
         return image / 2 + 0.5
 
-    return lambda D, D_p: distance(prepared(D), prepared(D_p))
+    def measured(D: Tensor, D_p: Tensor) -> Tensor:
+        # moved once: piq copies them from where they are in every call
+        distance.mean, distance.std = distance.mean.to(D.device), distance.std.to(D.device)
+        distance.weights = [each.to(D.device) for each in distance.weights]
+        return distance(prepared(D), prepared(D_p))
+
+    return measured

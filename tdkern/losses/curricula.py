@@ -41,13 +41,8 @@ class Progressive:
 
     def __call__(self, step: int) -> int:
         s0, s1 = self.start_scales, self.end_scales
-        return (
-            max(
-                math.ceil(math.sqrt(step / self.total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2) - 1),
-                1,
-            )
-            + 1
-        )
+        square = step / self.total_steps * ((s1 + 1) ** 2 - s0**2) + s0**2
+        return max(math.ceil(math.sqrt(square) - 1), 1) + 1
 
 
 @dataclass(frozen=True)
@@ -75,39 +70,8 @@ class Exponential:
 
     def __call__(self, step: int) -> int:
         doublings = step // math.floor(self.total_steps / self._lengths)
-        return (
-            min(self.start_scales << min(doublings, math.ceil(self._lengths)), self.end_scales) + 1
-        )
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Progressive distillation's: N is halved every K' steps down to 2, and after 2 K' more to 1.
-
-    N(k) = max(floor(s0 / 2^floor(k/K')), 2).
-
-    With j = floor(max(k - K' (log2 s0 - 1), 0) / (2 K')), a 2 becomes max(floor(2 / 2^j), 1).
-    Consistency training needs at least 2.
-
-    Args:
-        start_scales: s0 >= 2.
-        steps: K' >= 1, of a halving.
-    """
-
-    start_scales: int = 64
-    steps: int = 50_000
-
-    def __post_init__(self):
-        _check(self, {"start_scales": 2, "steps": 1})
-
-    def __call__(self, step: int) -> int:
-        scales = max(self.start_scales >> step // self.steps, 2)
-        if scales > 2:
-            return scales
-        halvings = max(step - self.steps * (math.log2(self.start_scales) - 1), 0) // (
-            2 * self.steps
-        )
-        return 2 if halvings < 1 else 1
+        doublings = min(doublings, math.ceil(self._lengths))
+        return min(self.start_scales << doublings, self.end_scales) + 1
 
 
 @dataclass(frozen=True)

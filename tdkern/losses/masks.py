@@ -1,14 +1,23 @@
 """One set of random masks for two calls of a network, as consistency training needs it."""
 
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
 
 from ..preconditioning import unwrapped
 
+# While a CUDA graph is captured there is no state to read. Who captures may say here how draws
+# begin again where the last `net` began: by entering what this makes.
+masks_begin_again: ContextVar[Callable[[], AbstractContextManager] | None] = ContextVar(
+    "masks_begin_again", default=None
+)
+State = list[Tensor] | Callable[[], AbstractContextManager]
 
-def random_state(net, device: torch.device) -> list[Tensor] | None:
+
+def random_state(net, device: torch.device) -> State | None:
     """The state of the generators that a call of `net` on a device draws its masks from.
 
     They are torch's global ones, of the CPU and of the device. None where the call draws nothing,
@@ -16,10 +25,14 @@ def random_state(net, device: torch.device) -> list[Tensor] | None:
     graph there (and `fullgraph=True` refuses), and a CUDA graph's capture has no state to read.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured, and the network draws.
+        RuntimeError: a CUDA graph is being captured without `masks_begin_again`, and the network
+            draws.
     """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and masks_begin_again.get() is not None:
+        return masks_begin_again.get()
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    if (torch.compiler.is_compiling() or capturing) and not draws(net):
+    if (compiling or capturing) and not draws(net):
         return None
     if capturing:
         raise RuntimeError(
@@ -30,10 +43,14 @@ def random_state(net, device: torch.device) -> list[Tensor] | None:
 
 
 @contextmanager
-def drawing_from(states: list[Tensor] | None, device: torch.device):
+def drawing_from(states: State | None, device: torch.device):
     """Inside, the generators begin at `states`; behind it they are as before."""
     if states is None:
         yield
+        return
+    if callable(states):
+        with states():
+            yield
         return
     before = _read(device)
     _set(states, device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..preconditioning import PREDICTIONS
-from ..schedules import flow_time, interpolated_index, of_scheduler
+from ..schedules import FlowMatching, flow_time, interpolated_index, of_scheduler
 from .precond import Preconditioned, index_argument
 from .unet import UNet
 
@@ -59,6 +59,7 @@ class Denoiser(Preconditioned):
 
     PREDICTIONS = ("x0", "eps", "v", "velocity")
     learned_variance = True
+    log_sigmas: Tensor  # [T], of alphas_cumprod
 
     def __init__(
         self,
@@ -105,7 +106,7 @@ class Denoiser(Preconditioned):
             ValueError: its levels or its prediction are none of these.
         """
         prediction, path = of_scheduler(scheduler)
-        if prediction == "velocity":  # its models are told of t T
+        if isinstance(path, FlowMatching):  # its models take t T
             scale = {"time_scale": float(scheduler.config.num_train_timesteps)}
             return cls(module, prediction, **scale | settings)
         return cls(module, prediction, alphas_cumprod=path.alphas_cumprod, **settings)

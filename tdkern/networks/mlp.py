@@ -1,15 +1,18 @@
 """An MLP for points, any number of which train side by side as one."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
 FREQUENCIES = (
     0.5,
     1.0,
     1.5,
     2.0,
-)  # of the noise embedding: EDM's c_noise spans -1.6 to 1.1; with faster waves training is unstable
+)
 
 
 class ModelLinear(nn.Module):
@@ -98,6 +101,7 @@ class MLP(nn.Module):
         )
         emb = torch.cat([angles.cos(), angles.sin()], 1).unflatten(0, (self.num_models, -1))
         h = self.input(torch.cat([x.unflatten(0, (self.num_models, -1)), emb], 2))
-        for first, second in self.blocks:
+        for block in self.blocks:
+            first, second = cast("nn.ModuleList", block)
             h = h + second(F.silu(first(torch.cat([F.silu(h), emb], 2))))
         return self.output(F.silu(h)).flatten(0, 1)

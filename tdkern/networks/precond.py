@@ -197,7 +197,9 @@ class Preconditioned(Remembered, KeepsBuffers):
             return None
         if label_dim and class_labels is None:
             return c_noise.new_zeros(len(c_noise), label_dim)
-        if not label_dim or class_labels.ndim != 1 or class_labels.dtype.is_floating_point:
+        if not label_dim or class_labels is None or class_labels.ndim != 1:
+            return class_labels
+        if class_labels.dtype.is_floating_point:
             return class_labels
         if (
             can_check_values(class_labels)
@@ -334,6 +336,7 @@ class iDDPMPrecond(Preconditioned):
 
     preconditioning = Eps()
     learned_variance = True
+    u: Tensor  # [M + 1], the levels, falling
 
     def __init__(
         self,

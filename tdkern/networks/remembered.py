@@ -18,7 +18,7 @@ class Remembered(nn.Module):
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
         if "__init__" in vars(cls):
-            cls.__init__ = _remembering(cls.__init__)
+            cls.__init__ = _remembering(cls.__init__)  # type: ignore[method-assign]  # its point
 
 
 def _remembering(init):

@@ -5,6 +5,7 @@ metadata: format, network (`NetworkSpec.to_json`, or null for tensors of a netwo
 not), source.
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -120,7 +121,7 @@ def _one_of(name: str, value, known: dict):
     return known[value]
 
 
-def describe(net: Preconditioned) -> NetworkSpec:
+def describe(net: nn.Module) -> NetworkSpec:
     """How to make a network of tdkern's again, from what it and its U-Net were made with.
 
     Raises:
@@ -172,7 +173,7 @@ def _plain_arguments(module: Remembered, but: tuple[str, ...] = ()) -> dict:
     return plain
 
 
-def state_of(net: Preconditioned) -> dict[str, Tensor]:
+def state_of(net: nn.Module) -> dict[str, Tensor]:
     """A network's state dict under the names it has without torch's wrappers, whole on this
     process: of a network under `fully_shard` all processes must ask together.
     """
@@ -333,11 +334,20 @@ def check_like(own: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -
     """
     for name in sorted(own.keys() | tensors.keys()):
         ours, theirs = (
-            list(state[name].shape) if name in state else "nothing" for state in (own, tensors)
+            str(list(state[name].shape)) if name in state else "nothing" for state in (own, tensors)
         )
         if ours == theirs and own[name].is_floating_point() != tensors[name].is_floating_point():
-            ours, theirs = own[name].dtype, tensors[name].dtype
+            ours, theirs = str(own[name].dtype), str(tensors[name].dtype)
         if ours != theirs:
             raise CheckpointError(
                 f"{path}: does not match the network: {name} must be {ours}, got {theirs}"
             )
+
+
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """A hash by which other tensors, or others' names, are told from these."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -4,6 +4,7 @@ They have the constructor arguments and parameter names of EDM's checkpoints.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -44,11 +45,9 @@ class UNet(Remembered):
         label_dropout: float,
     ):
         super().__init__()
-        self.img_resolution, self.in_channels, self.out_channels = (
-            img_resolution,
-            in_channels,
-            out_channels,
-        )
+        self.img_resolution = img_resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
         self.label_dim, self.augment_dim, self.label_dropout = label_dim, augment_dim, label_dropout
 
     def _build(
@@ -96,8 +95,9 @@ class UNet(Remembered):
     ) -> list[int]:
         """Add `enc`; returns the channels of every layer's output."""
         self.enc = nn.ModuleDict()
-        resample = {"resample_filter": style.resample_filter}
-        channels, aux_channels, skips = stem, self.in_channels, []
+        channels = stem
+        aux_channels = self.in_channels
+        skips = []
         for level, resolution, width in zip(self.levels, resolutions, widths, strict=True):
             if level == self.levels[0]:
                 self.enc[f"{level}_conv"] = Conv2d(self.in_channels, stem, 3, style.init)
@@ -105,12 +105,22 @@ class UNet(Remembered):
                 self.enc[f"{level}_down"] = ResBlock(channels, channels, style, down=True)
                 if self.encoder_type == "skip":
                     self.enc[f"{level}_aux_down"] = Conv2d(
-                        aux_channels, aux_channels, 0, down=True, **resample
+                        aux_channels,
+                        aux_channels,
+                        0,
+                        down=True,
+                        resample_filter=style.resample_filter,
                     )
                     self.enc[f"{level}_aux_skip"] = Conv2d(aux_channels, channels, 1, style.init)
                 if self.encoder_type == "residual":
                     self.enc[f"{level}_aux_residual"] = Conv2d(
-                        aux_channels, channels, 3, style.init, down=True, fused=True, **resample
+                        aux_channels,
+                        channels,
+                        3,
+                        style.init,
+                        down=True,
+                        fused=True,
+                        resample_filter=style.resample_filter,
                     )
                     aux_channels = channels
             skips.append(channels)
@@ -160,7 +170,7 @@ class UNet(Remembered):
         In training, rows are zeroed with probability `label_dropout`.
         """
         shape = None if class_labels is None else list(class_labels.shape)
-        if shape != [emb.shape[0], self.label_dim]:
+        if class_labels is None or shape != [emb.shape[0], self.label_dim]:
             raise ValueError(
                 f"{type(self).__name__}: class_labels must have shape "
                 f"{[emb.shape[0], self.label_dim]}, got {shape}"
@@ -170,10 +180,10 @@ class UNet(Remembered):
             class_labels = class_labels * (torch.rand_like(emb[:, :1]) >= self.label_dropout)
         return class_labels
 
-    def _block(self, block: ResBlock, x: Tensor, emb: Tensor) -> Tensor:
-        return (
-            checkpoint(block, x, emb, use_reentrant=False) if self.checkpointing else block(x, emb)
-        )
+    def _block(self, block: nn.Module, x: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing:
+            return checkpoint(block, x, emb, use_reentrant=False)
+        return block(x, emb)
 
     def _encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """The output of every layer of the encoder, for the decoder to take from the end."""
@@ -299,6 +309,7 @@ class SongUNet(UNet):
 
     def _build_embedding(self, fourier: bool, channels: int, style: BlockStyle) -> None:
         """Add the layers that embed c_noise and the labels."""
+        self.map_noise: nn.Module
         if fourier:
             self.map_noise = FourierEmbedding(channels)
         else:
@@ -352,14 +363,18 @@ class SongUNet(UNet):
             emb = emb + self.map_augment(augment_labels.to(emb.dtype))
         emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-        aux = None
-        for level, h in zip(
-            reversed(self.levels), self._decode(self._encode(x, emb), emb), strict=True
-        ):
-            if level == self.levels[0] or self.decoder_type == "skip":
-                out = self.dec[f"{level}_aux_conv"](self.dec[f"{level}_aux_norm"].silu(h))
-                aux = out if aux is None else self.dec[f"{level}_aux_up"](aux) + out
+        outputs = self._decode(self._encode(x, emb), emb)
+        if self.decoder_type != "skip":
+            return self._image(self.levels[0], outputs[-1])
+        aux = self._image(self.levels[-1], outputs[0])
+        for level, h in zip(reversed(self.levels[:-1]), outputs[1:], strict=True):
+            aux = self.dec[f"{level}_aux_up"](aux) + self._image(level, h)
         return aux
+
+    def _image(self, level: str, h: Tensor) -> Tensor:
+        """What the output of a level of the decoder adds to F."""
+        norm = cast("GroupNorm", self.dec[f"{level}_aux_norm"])
+        return self.dec[f"{level}_aux_conv"](norm.silu(h))
 
 
 class DhariwalUNet(UNet):
@@ -389,10 +404,8 @@ class DhariwalUNet(UNet):
         super().__init__(
             img_resolution, in_channels, out_channels, label_dim, augment_dim, label_dropout
         )
-        init, init_zero = (
-            Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5),
-            Init("kaiming_uniform", 0),
-        )
+        init = Init("kaiming_uniform", (1 / 3) ** 0.5, (1 / 3) ** 0.5)
+        init_zero = Init("kaiming_uniform", 0)
         emb_channels = model_channels * channel_mult_emb
         style = BlockStyle(
             emb_channels,

@@ -28,9 +28,8 @@ COMPILED = ("cuda", "triton", "cpp")  # the order in which "auto" takes them
 BACKENDS = (*COMPILED, "reference")
 BY_DEVICE = "by_device"  # the overload without a name
 LIB_DIR = Path(__file__).parents[1] / "lib"
-CUDA_HOST = os.environ.get(
-    "TDKERN_CUDA_HOST"
-)  # for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
+# for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
+CUDA_HOST = os.environ.get("TDKERN_CUDA_HOST")
 BUILD_AGAIN = "build it again: `pip install --no-build-isolation .`"
 # What a wrong argument may raise before the check that explains it.
 REFUSED = (AttributeError, IndexError, RuntimeError, TypeError)

@@ -124,9 +124,8 @@ def _overlaps_itself(tensor: Tensor) -> bool:
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     in_a, in_b = np.sort(_places(a)), np.sort(_places(b))
-    behind = np.searchsorted(
-        in_b, in_a
-    )  # for each element of a, the first element of b that does not begin before it
+    # for each element of a, the first element of b that does not begin before it
+    behind = np.searchsorted(in_b, in_a)
     after = behind < len(in_b)
     before = behind > 0
     return bool(

@@ -12,7 +12,7 @@ from .. import reference
 from . import _backends, _modes, _shards
 from ._checks import check_number, check_tensor, check_tensors, kind_of, refuse_overlap
 from ._dtypes import FLOAT_NAMES, FLOATS, STORAGE_PAIRS, WIDE
-from .ema_update import checked_decays, lists_of
+from .ema_update import check_one_decay_each, checked_decays, lists_of
 
 # params, grads, exp_avgs, exp_avg_sqs, steps
 Columns = tuple[
@@ -333,16 +333,7 @@ def _check(
     skipped: Tensor | None,
 ) -> None:
     _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages)
-    if decays.ndim != 1 or decays.dtype not in WIDE:
-        raise ValueError(
-            f"adam_ema_: decays must be float32 or float64 of shape [K], got {decays.dtype} of "
-            f"shape {list(decays.shape)}"
-        )
-    if len(averages) != len(decays):
-        raise ValueError(
-            f"adam_ema_: decays must hold one decay for each of the {len(averages)} averages, got "
-            f"{len(decays)}"
-        )
+    check_one_decay_each("adam_ema_", averages, decays)
     device = params[0].device if params else decays.device
     if device.type == "cuda" and len(averages) > 16:
         raise ValueError(f"adam_ema_: on CUDA at most 16 averages, got {len(averages)}")

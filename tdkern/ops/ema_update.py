@@ -114,11 +114,23 @@ def checked_decays(op: str, decays: Sequence[float] | Tensor) -> Tensor:
         raise
     if not inside:
         raise ValueError(f"{op}: decays must be in [0, 1], got {values}")
-    return (
-        decays
-        if isinstance(decays, Tensor)
-        else torch.tensor(values, dtype=torch.float64, device="cpu")
-    )
+    if isinstance(decays, Tensor):
+        return decays
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def check_one_decay_each(op: str, averages: Sequence[Sequence[Tensor]], decays: Tensor) -> None:
+    """Refuse decays that are no tensor [K] of one for each average."""
+    if decays.ndim != 1 or decays.dtype not in WIDE:
+        raise ValueError(
+            f"{op}: decays must be float32 or float64 of shape [K], got {decays.dtype} of "
+            f"shape {list(decays.shape)}"
+        )
+    if len(averages) != len(decays):
+        raise ValueError(
+            f"{op}: decays must hold one decay for each of the {len(averages)} averages, "
+            f"got {len(decays)}"
+        )
 
 
 def _check_lists(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor]) -> None:
@@ -139,16 +151,7 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
     check_tensors("ema_update_", "params", params)
     for k, average in enumerate(averages):
         check_tensors("ema_update_", f"averages[{k}]", average)
-    if decays.ndim != 1 or decays.dtype not in WIDE:
-        raise ValueError(
-            f"ema_update_: decays must be float32 or float64 of shape [K], got {decays.dtype} of "
-            f"shape {list(decays.shape)}"
-        )
-    if len(averages) != len(decays):
-        raise ValueError(
-            f"ema_update_: decays must hold one decay for each of the {len(averages)} averages, "
-            f"got {len(decays)}"
-        )
+    check_one_decay_each("ema_update_", averages, decays)
     device = params[0].device if params else decays.device
     if decays.device not in (device, torch.device("cpu")):
         raise ValueError(
@@ -166,32 +169,33 @@ def _check(averages: Sequence[Sequence[Tensor]], params: Sequence[Tensor], decay
                 f"ema_update_: averages[{k}] must hold {len(params)} tensors, one for each "
                 f"parameter, got {len(average)}"
             )
-        for i, (avg, param) in enumerate(zip(average, params, strict=True)):
-            if avg.shape != param.shape:
-                raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s shape "
-                    f"{list(param.shape)}, got {list(avg.shape)}"
-                )
-            if avg.device != device:
-                raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must be on {device}, got {avg.device}"
-                )
-            if (param.dtype, avg.dtype) not in STORAGE_PAIRS:
-                raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have params[{i}]'s dtype, or float32 "
-                    "beside a bfloat16 or float16 parameter, "
-                    f"got {avg.dtype} beside {param.dtype}"
-                )
-            if avg.dtype != averages[0][i].dtype:
-                raise ValueError(
-                    f"ema_update_: averages[{k}][{i}] must have averages[0][{i}]'s dtype "
-                    f"{averages[0][i].dtype}, got {avg.dtype}"
-                )
+        for i, (avg, param, first) in enumerate(zip(average, params, averages[0], strict=True)):
+            _check_average(f"averages[{k}][{i}]", i, avg, param, first)
     refuse_overlap(
         "ema_update_",
         {f"averages[{k}]": average for k, average in enumerate(averages)},
         {"params": params},
     )
+
+
+def _check_average(name: str, i: int, avg: Tensor, param: Tensor, first: Tensor) -> None:
+    """Refuse an average that does not belong to parameter i; first: the parameter's first one."""
+    if avg.shape != param.shape:
+        raise ValueError(
+            f"ema_update_: {name} must have params[{i}]'s shape {list(param.shape)}, got "
+            f"{list(avg.shape)}"
+        )
+    if avg.device != param.device:
+        raise ValueError(f"ema_update_: {name} must be on {param.device}, got {avg.device}")
+    if (param.dtype, avg.dtype) not in STORAGE_PAIRS:
+        raise ValueError(
+            f"ema_update_: {name} must have params[{i}]'s dtype, or float32 beside a bfloat16 or "
+            f"float16 parameter, got {avg.dtype} beside {param.dtype}"
+        )
+    if avg.dtype != first.dtype:
+        raise ValueError(
+            f"ema_update_: {name} must have averages[0][{i}]'s dtype {first.dtype}, got {avg.dtype}"
+        )
 
 
 def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Sequence[Tensor]]:
@@ -200,9 +204,8 @@ def lists_of(averages: Sequence[Tensor], params: Sequence[Tensor]) -> list[Seque
 
 
 def _fake(averages, params, decays):
-    _check(
-        lists_of(averages, params), params, decays
-    )  # a tensor on "meta" brings an eager call here too
+    # a tensor on "meta" brings an eager call here too
+    _check(lists_of(averages, params), params, decays)
 
 
 def _reference(averages, params, decays):

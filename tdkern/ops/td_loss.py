@@ -2,11 +2,13 @@
 launch."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..columns import W_BASE
 from . import _backends, _modes
 from ._checks import check_number, check_tensor
 from ._dtypes import STORAGE_PAIRS, WIDE
@@ -69,112 +71,103 @@ def td_loss(
     what must not count. Deterministic: the result does not depend on the number of threads or the
     launch shape. No host synchronisation.
     """
-    tensors, kind = (out, out_target, x0, coef, x_t, x_tp), (base, base_norm, huber_c)
+    given, kind = Given(out, out_target, x0, coef, x_t, x_tp), Kind(base, base_norm, huber_c)
     try:
-        return _on_backend(*tensors, *kind, backend)
+        return _on_backend(given, kind, backend)
     except _backends.REFUSED:
-        _check(*tensors, *kind)  # says in full which argument is wrong
+        _check(given, kind)  # says in full which argument is wrong
         raise
 
 
-def _on_backend(
-    out: Tensor,
-    out_target: Tensor,
-    x0: Tensor,
-    coef: Tensor,
-    x_t: Tensor | None,
-    x_tp: Tensor | None,
-    base: str,
-    base_norm: str,
-    huber_c: float | None,
-    backend: str,
-) -> Tensor:
+class Given(NamedTuple):
+    """`td_loss`'s tensors."""
+
+    out: Tensor
+    out_target: Tensor
+    x0: Tensor
+    coef: Tensor
+    x_t: Tensor | None
+    x_tp: Tensor | None
+
+    def on_one_device(self) -> bool:
+        device = self.out.device
+        for tensor in self[1:]:
+            if tensor is not None and tensor.device != device:
+                return False
+        return True
+
+    def fixed(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All but `out`, without gradients; but in forward mode with their tangents, which would
+        otherwise be dropped without a word.
+        """
+        if _modes.forward_mode():
+            return self[1:]
+        x_t = None if self.x_t is None else self.x_t.detach()
+        x_tp = None if self.x_tp is None else self.x_tp.detach()
+        return self.out_target.detach(), self.x0.detach(), self.coef.detach(), x_t, x_tp
+
+
+class Kind(NamedTuple):
+    """`td_loss`'s choices."""
+
+    base: str
+    base_norm: str
+    huber_c: float | None
+
+    def known(self) -> bool:
+        """Whether the compiled ops have it, as it is."""
+        return self.base in BASES and self.base_norm in ("l2", "l1") and self.huber_c is None
+
+    def flags(self) -> tuple[bool, bool]:
+        """The ops' `consistency` and `l1`."""
+        return self.base == "consistency", self.base_norm == "l1"
+
+
+def _on_backend(given: Given, kind: Kind, backend: str) -> Tensor:
     """`td_loss` on the backend that fits; what that one checks itself is not checked before."""
+    out = given.out
     backend = _backends.resolve("td_loss", backend, out.device)
-    if base_norm == "huber":
-        return _huber(out, out_target, x0, coef, x_t, x_tp, base, huber_c, backend)
+    if kind.base_norm == "huber":
+        return _huber(given, kind, backend)
     compiling = torch.compiler.is_compiling()
-    one_device = (
-        out_target.device == x0.device == coef.device == out.device
-        and (x_t is None or x_t.device == out.device)
-        and (x_tp is None or x_tp.device == out.device)
-    )
-    known = base in BASES and base_norm in NORMS and huber_c is None
     # Of the rest the C++ and the CUDA op check themselves.
-    if backend not in ("cpp", "cuda") or not known or compiling or not one_device:
-        _check(out, out_target, x0, coef, x_t, x_tp, base, base_norm, huber_c)
+    checks_itself = backend in ("cpp", "cuda") and kind.known() and not compiling
+    if not checks_itself or not given.on_one_device():
+        _check(given, kind)
     if backend == "reference":
-        return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, base_norm)
-    kind = (base == "consistency", base_norm == "l1")
+        return reference.td_loss(out, *given.fixed(), kind.base, kind.base_norm)
     recorded = backend == _backends.BY_DEVICE  # a replay finds out in its backward pass
     want_grad = out.requires_grad and torch.is_grad_enabled() and not recorded
     if want_grad and not compiling:
-        return _TDLoss.apply(out, (out_target, x0, coef, x_t, x_tp, *kind), backend)
-    fixed = _fixed(out_target, x0, coef, x_t, x_tp)
-    return _backends.call("td_loss", backend, (out, *fixed, *kind, want_grad))[0]
+        return _TDLoss.apply(out, (*given[1:], *kind.flags()), backend)
+    arguments = (out, *given.fixed(), *kind.flags(), want_grad)
+    return _backends.call("td_loss", backend, arguments)[0]
 
 
-def _huber(
-    out: Tensor,
-    out_target: Tensor,
-    x0: Tensor,
-    coef: Tensor,
-    x_t: Tensor | None,
-    x_tp: Tensor | None,
-    base: str,
-    huber_c: float | None,
-    backend: str,
-) -> Tensor:
+def _huber(given: Given, kind: Kind, backend: str) -> Tensor:
     """Pseudo-Huber from the op's unweighted mean(b^2): w (sqrt(s + c^2) - c) / n with s = n
     mean(b^2), without the cancellation.
 
     Its slope in the mean reaches the op as a sample's upstream gradient.
     """
-    _check(out, out_target, x0, coef, x_t, x_tp, base, "huber", huber_c)
-    n = max(out[0:1].numel(), 1)
-    c = 0.00054 * n**0.5 if huber_c is None else huber_c
+    _check(given, kind)
+    n = max(given.out[0:1].numel(), 1)
+    c = 0.00054 * n**0.5 if kind.huber_c is None else kind.huber_c
     if backend == "reference":
-        return reference.td_loss(out, *_fixed(out_target, x0, coef, x_t, x_tp), base, "huber", c)
-    w_base = coef.detach()[:, 7]
-    coef = torch.cat([coef[:, :7], (w_base != 0)[:, None]], 1)
-    td, mean = td_loss(out, out_target, x0, coef, x_t, x_tp, base=base, backend=backend).unbind(1)
+        return reference.td_loss(given.out, *given.fixed(), kind.base, "huber", c)
+    coef = given.coef
+    w_base = coef.detach()[:, W_BASE]
+    coef = torch.cat([coef[:, :W_BASE], (w_base != 0)[:, None]], 1)
+    unweighted = given._replace(coef=coef)
+    td, mean = td_loss(*unweighted, base=kind.base, backend=backend).unbind(1)
     return torch.stack([td, w_base.to(mean.dtype) * mean / ((n * mean + c**2).sqrt() + c)], 1)
 
 
-def _fixed(
-    out_target: Tensor, x0: Tensor, coef: Tensor, x_t: Tensor | None, x_tp: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Without gradients; but in forward mode with their tangents, which would otherwise be dropped
-    without a word."""
-    if _modes.forward_mode():
-        return out_target, x0, coef, x_t, x_tp
-    x_t = None if x_t is None else x_t.detach()
-    x_tp = None if x_tp is None else x_tp.detach()
-    return out_target.detach(), x0.detach(), coef.detach(), x_t, x_tp
-
-
-def _check(
-    out: Tensor,
-    out_target: Tensor,
-    x0: Tensor,
-    coef: Tensor,
-    x_t: Tensor | None,
-    x_tp: Tensor | None,
-    base: str,
-    base_norm: str,
-    huber_c: float | None,
-) -> None:
-    tensors = (
-        ("out", out),
-        ("out_target", out_target),
-        ("x0", x0),
-        ("coef", coef),
-        ("x_t", x_t),
-        ("x_tp", x_tp),
-    )
-    for name, tensor in tensors:
+def _check(given: Given, kind: Kind) -> None:
+    for name, tensor in given._asdict().items():
         if tensor is not None or name not in ("x_t", "x_tp"):
             check_tensor("td_loss", name, tensor)
+    out, x0 = given.out, given.x0
     if out.ndim < 1:
         raise ValueError("td_loss: out must have shape [B, ...], got []")
     if (out.dtype, x0.dtype) not in STORAGE_PAIRS:
@@ -182,14 +175,11 @@ def _check(
             "td_loss: x0 must have out's dtype, or float32 beside a bfloat16 or float16 out, got "
             f"{x0.dtype} beside {out.dtype}"
         )
-    for name, tensor, dtype in (
-        ("out_target", out_target, out.dtype),
-        ("x0", x0, x0.dtype),
-        ("x_t", x_t, x0.dtype),
-        ("x_tp", x_tp, x0.dtype),
-    ):
+    for name in ("out_target", "x0", "x_t", "x_tp"):
+        tensor = getattr(given, name)
         if tensor is None:
             continue
+        dtype = out.dtype if name == "out_target" else x0.dtype
         if tensor.shape != out.shape:
             raise ValueError(
                 f"td_loss: {name} must have out's shape {list(out.shape)}, got {list(tensor.shape)}"
@@ -198,8 +188,8 @@ def _check(
             raise ValueError(f"td_loss: {name} must be {dtype}, got {tensor.dtype}")
         if tensor.device != out.device:
             raise ValueError(f"td_loss: {name} must be on {out.device}, got {tensor.device}")
-    _check_coef(coef, out)
-    _check_kind(base, base_norm, huber_c)
+    _check_coef(given.coef, out)
+    _check_kind(*kind)
 
 
 def _check_coef(coef: Tensor, out: Tensor) -> None:
@@ -244,13 +234,11 @@ def _fake(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
 def _setup_context(ctx, inputs, output):
     *tensors, consistency, l1, want_grad = inputs
     ctx.kind = consistency, l1
-    ctx.save_for_backward(
-        *tensors
-    )  # only references to what the caller holds anyway; dF is the one new buffer
+    # references to what the caller holds anyway; dF is the one new buffer
+    ctx.save_for_backward(*tensors)
     ctx.grad = output[1] if want_grad else None
-    ctx.mark_non_differentiable(
-        output[1]
-    )  # an output with a grad_fn, held by that grad_fn, would be a reference cycle
+    # an output with a grad_fn, held by that grad_fn, would be a reference cycle
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -262,8 +250,9 @@ def _backward(backend, ctx, upstream, _=None):
     tensors = ctx.saved_tensors
     # Where dF is differentiated again, or one upstream gradient stands for many.
     if torch.is_grad_enabled() or _modes.batched(upstream):
-        out, *rest = tensors
-        return (reference.td_loss_gradient(upstream, out, *_fixed(*rest), *ctx.kind), *(None,) * 8)
+        given = Given(*tensors)
+        dF = reference.td_loss_gradient(upstream, given.out, *given.fixed(), *ctx.kind)
+        return (dF, *(None,) * 8)
     grad, ctx.grad = ctx.grad, None  # handed out once: whoever gets it owns it
     if grad is None:  # a further backward through a retained graph
         grad = _backends.call("td_loss", backend, (*tensors, *ctx.kind, True))[1]
@@ -293,7 +282,7 @@ class _TDLoss(torch.autograd.Function):
 
 
 def _reference(out, out_target, x0, coef, x_t, x_tp, consistency, l1, want_grad):
-    base, norm = BASES[consistency], "l1" if l1 else "l2"
+    base, norm = "consistency" if consistency else "denoise", "l1" if l1 else "l2"
     loss = reference.td_loss(out, out_target, x0, coef, x_t, x_tp, base, norm)
     if not want_grad:
         return loss, out.new_empty(0)

@@ -20,17 +20,15 @@ def philox4x32(counter: Tensor, key: Tensor, rounds: int = 10) -> Tensor:
     c0, c1, c2, c3 = counter.unbind(-1)
     key_0, key_1 = key.unbind(-1)
     for _ in range(rounds):
-        product_0, product_1 = (
-            c0 * 0xD2511F53,
-            c2 * 0xCD9E8D57,
-        )  # may wrap around; the 64 bits are still right
-        c0, c1, c2, c3 = (
-            (product_1 >> 32 & WORD) ^ c1 ^ key_0,
-            product_1 & WORD,
-            (product_0 >> 32 & WORD) ^ c3 ^ key_1,
-            product_0 & WORD,
-        )
-        key_0, key_1 = key_0 + 0x9E3779B9 & WORD, key_1 + 0xBB67AE85 & WORD
+        # the products may wrap around; the 64 bits are still right
+        product_0 = c0 * 0xD2511F53
+        product_1 = c2 * 0xCD9E8D57
+        c0 = (product_1 >> 32 & WORD) ^ c1 ^ key_0
+        c1 = product_1 & WORD
+        c2 = (product_0 >> 32 & WORD) ^ c3 ^ key_1
+        c3 = product_0 & WORD
+        key_0 = key_0 + 0x9E3779B9 & WORD
+        key_1 = key_1 + 0xBB67AE85 & WORD
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
 
 

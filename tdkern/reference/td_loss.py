@@ -27,10 +27,8 @@ def td_loss(
     x_t = torch.zeros_like(x0) if x_t is None else x_t.to(dtype)
     x_tp = torch.zeros_like(x0) if x_tp is None else x_tp.to(dtype)
     skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = (_column(c, x0) for c in coef.unbind(1))
-    kappa, kappa_p = (
-        1 - A,
-        1 - A_p,
-    )  # alpha = 1; any kappa gives the same delta, which is what the kernels use
+    # alpha = 1; any kappa gives the same delta, which is what the kernels use
+    kappa, kappa_p = 1 - A, 1 - A_p
 
     D = skip * x_t + scale * out
     D_p = skip_p * x_tp + scale_p * out_target

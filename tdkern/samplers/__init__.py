@@ -32,11 +32,11 @@ does every other callable.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from .ablation import ablation, ablation_sigmas
 from .consistency import multistep, onestep
-from .ddim import ddim, ddpm
+from .ddpm_ddim import ddim, ddpm
 from .edm import euler, heun
 from .fewstep import dpmpp, unipc
+from .generalised import ablation, ablation_sigmas
 
 
 def _one_a_step(steps: int) -> int:

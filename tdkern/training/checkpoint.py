@@ -47,9 +47,19 @@ SNAPSHOT, AVERAGES, STATE = "network-snapshot", "averages-snapshot", "training-s
 TENSORS, META = "tensors.safetensors", "meta.json"
 NAME = re.compile(rf"({SNAPSHOT}|{AVERAGES}|{STATE})-(\d{{6,}})\.(\d{{3}})", re.ASCII)
 PICTURE = re.compile(r"(fakes|curves)-(\d{6,})\.(\d{3})\.png", re.ASCII)
+# the files of the snapshots of the lowest FIDs, which `best` writes, by the number of steps
+BEST = re.compile(r"network-snapshot-best-(\d+)\.safetensors", re.ASCII)
+UNFINISHED_FID = "fid-unfinished.safetensors"  # what is measured of a FID so far
 ASIDE = "set-aside-"  # before the name of what is later than where training goes on from
 # what tdkern writes into a run directory, beside checkpoints and grids
-RECORDS = ("training_options.json", "stats.jsonl", "log.txt", "reals.png", "wandb-run.txt")
+RECORDS = (
+    "training_options.json",
+    "stats.jsonl",
+    "log.txt",
+    "reals.png",
+    "wandb-run.txt",
+    UNFINISHED_FID,
+)
 EVENTS = re.compile(r"events\.out\.tfevents\..+", re.DOTALL)  # files that TensorBoard reads
 MAX_META = 1 << 22  # bytes: a hundred times what a large network's take
 # what comes of a damaged file, beside SafetensorError
@@ -189,16 +199,18 @@ def set_aside(run_dir: Path, nimg: int) -> list[str]:
         for path in run_dir.iterdir()
         if (images_of(path, PICTURE) or 0) > nimg and path.is_file()
     ]
-    names = []
-    for path in sorted(found):
-        aside = path.with_name(ASIDE + path.name)
-        number = 1
-        while aside.exists():
-            number += 1
-            aside = path.with_name(f"{ASIDE}{number}-{path.name}")
-        os.rename(path, aside)
-        names.append(aside.name)
-    return names
+    return [rename_aside(path) for path in sorted(found)]
+
+
+def rename_aside(path: Path) -> str:
+    """Give a checkpoint or file the name of what is set aside, and return it."""
+    aside = path.with_name(ASIDE + path.name)
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{ASIDE}{number}-{path.name}")
+    os.rename(path, aside)
+    return aside.name
 
 
 def forget_same(path: Path) -> None:
@@ -214,7 +226,8 @@ def forget_same(path: Path) -> None:
 def clean(run_dir: Path) -> None:
     """Remove what killed runs left unfinished in their directory."""
     names = "|".join(map(re.escape, RECORDS))
-    own = re.compile(rf"({ASIDE}(\d+-)?)?({NAME.pattern}|{PICTURE.pattern})|{names}", re.ASCII)
+    kinds = "|".join(kind.pattern for kind in (NAME, PICTURE, BEST))
+    own = re.compile(rf"({ASIDE}(\d+-)?)?({kinds})|{names}", re.ASCII)
     remove_leftovers(run_dir, own.fullmatch)
 
 

@@ -1,5 +1,6 @@
 """The processes of a run: those that torchrun started, or this one alone."""
 
+import inspect
 import math
 import os
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -195,6 +196,14 @@ def agree(process: Process, **facts: object) -> None:
                 )
 
 
+def shared(value, process: Process):
+    """The first process's value, in all of them."""
+    values = [value]
+    if process.world > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
+
+
 def broadcast_(module: nn.Module) -> None:
     """Give every process the first one's parameters and buffers."""
     for tensor in module.state_dict().values():
@@ -240,12 +249,15 @@ def data_parallel(net: nn.Module, process: Process) -> nn.Module:
     """
     if process.world == 1:
         return net
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {buffers: False}  # they are the same in all
     return DistributedDataParallel(
         net,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
         static_graph=True,
+        **options,  # the older name warns where both are known
     )
 
 
@@ -253,3 +265,9 @@ def sum_(tensor: Tensor, process: Process) -> None:
     """Replace a tensor by its sum over all processes."""
     if process.world > 1:
         dist.all_reduce(tensor)
+
+
+def mean_(tensor: Tensor, process: Process) -> None:
+    """Replace a tensor by its mean over all processes."""
+    sum_(tensor, process)
+    tensor /= process.world

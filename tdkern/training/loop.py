@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from ..data import StepBatches
 from . import checkpoint
-from .distributed import whole
+from .distributed import shared, whole
 from .lock import locked
+from .prefetch import on_device
 from .record import Record
 from .signals import Stopped, StopRequest, readers
 from .statistics import memory
@@ -71,14 +72,18 @@ def _run(trainer: Trainer, record: Record | None, request: StopRequest) -> None:
         **readers(options.workers),
     )
     with progress(trainer) as bar:
-        for images, labels in loader:
+        _measure_fids(trainer, record, request)  # what a run that was stopped has not measured
+        for images, labels in on_device(loader, process.device):
             trainer.train_step(images, labels)
             bar.update(options.batch)
             if crossed(trainer, 1):
                 _tick(trainer, record, bar)
+                _measure_fids(trainer, record, request)
             signum = request.asked()
             if signum and trainer.step < options.total_steps:
                 _stop(trainer, record, request, signum)
+    if record and trainer.meter:
+        record.last_fids()
 
 
 def progress(trainer: Trainer) -> tqdm:
@@ -111,7 +116,9 @@ def _tick(trainer: Trainer, record: Record | None, bar: tqdm) -> None:
     if trainer.idle >= IDLE_TICKS:
         raise Diverged(_diagnosis(trainer, terms, record))
     # A state of the first such tick has the weights of before it; later ones would only replace it.
-    due = trainer.idle == 1 or (crossed(trainer, options.dump) and not trainer.idle)
+    # To measure a FID takes long: a run that is ended meanwhile goes on with that.
+    dumps = crossed(trainer, options.dump) or _measures(trainer)
+    due = trainer.idle == 1 or (dumps and not trainer.idle)
     if due and trainer.not_finite():
         raise Diverged(_diagnosis(trainer, terms, record))
     snap = crossed(trainer, options.snap) and trainer.idle < 2
@@ -126,6 +133,32 @@ def _tick(trainer: Trainer, record: Record | None, bar: tqdm) -> None:
         if due:
             record.state(tensors)
         record.time = time.monotonic()  # what was saved is no part of the next tick
+
+
+def _measures(trainer: Trainer) -> bool:
+    """Whether FIDs are to be measured at this image."""
+    due = trainer.step > 0 and crossed(trainer, trainer.options.fid_every)
+    return trainer.meter is not None and due and not trainer.idle
+
+
+def _measure_fids(trainer: Trainer, record: Record | None, request: StopRequest) -> None:
+    """Measure the FIDs that are due at this image and not there yet; raises Stopped in between."""
+    if not _measures(trainer):
+        return
+    todo = shared(record.unmeasured() if record else None, trainer.process)
+    if not todo:
+        return
+    net = trainer.whole_average()
+    path = record.run_dir / checkpoint.UNFINISHED_FID if record else None
+    tell = record.log if record else print
+    for steps in todo:
+        signum, fid = trainer.meter.measure(net, steps, path, tell, request.asked)
+        if signum:
+            _stop(trainer, record, request, signum)
+        if record:
+            record.fid(fid, net.state_dict())
+    if record:
+        record.time = time.monotonic()
 
 
 def _diagnosis(trainer: Trainer, terms: dict[str, float], record: Record | None) -> str:

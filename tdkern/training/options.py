@@ -9,6 +9,7 @@ from typing import Any
 from ..families import DEFAULT, FAMILIES, Family, families_with
 from ..fields import (
     AT_LEAST_1,
+    AT_LEAST_2,
     BELOW_1,
     EVEN,
     NOT_NEGATIVE,
@@ -24,6 +25,7 @@ from ..losses.curricula import Easy, Exponential, Progressive
 from ..networks.presets import PRESETS
 from ..networks.saved import PRECISIONS
 from ..optim import OPTIMIZERS
+from ..samplers import SAMPLERS
 
 CURRICULA: dict[str, Any] = {"progressive": Progressive, "exponential": Exponential, "easy": Easy}
 # what may change when a run goes on: these do not touch the weights (duration does under a decay,
@@ -40,11 +42,16 @@ FREE = (
     "workers",
     "wandb",
     "cache",
+    "fid_every",
+    "fid_ref",
+    "fid_steps",
+    "fid_num",
+    "fid_detector",
 )
 
 
 # what may change besides, as it changes rounding alone, and dropout's masks
-SPLIT = ("gpus", "batch_gpu", "shard", "compile", "bench", "ls")
+SPLIT = ("gpus", "batch_gpu", "shard", "compile", "cuda_graph", "bench", "ls")
 
 
 def _consistency(family: Family) -> bool:
@@ -68,6 +75,11 @@ class Options:
     arch: str = flag("ddpmpp", "Network.", choices=PRESETS)
     family: str = flag(DEFAULT, "Loss and preconditioning.", choices=FAMILIES)
     td: bool = flag(True, "Whether the loss has the temporal-difference term.")
+    uncertainty: bool = flag(
+        False,
+        "Learn EDM2's uncertainty u of a noise level beside the network: a sample's loss L becomes "
+        "exp(-u) L + u, so that all levels weigh alike in the gradient.",
+    )
     duration: float = flag(
         200.0, "Training duration, million images.", within=POSITIVE, metavar="MIMG"
     )
@@ -96,11 +108,11 @@ class Options:
         default_help="5% of the duration, at most 10000",
     )
     lr_decay: str = flag(
-        "none", "Fall of the learning rate over the duration.", choices=("none", "cosine")
+        "none", "How the learning rate falls over the duration.", choices=("none", "cosine")
     )
     optim: str = flag("adam", "Optimizer.", choices=OPTIMIZERS)
     weight_decay: float = flag(
-        0.0, "Weight decay, by its own step and not by the gradient.", within=NOT_NEGATIVE
+        0.0, "Weight decay, apart from the gradient, as in AdamW.", within=NOT_NEGATIVE
     )
     clip: float | None = flag(
         None,
@@ -135,9 +147,12 @@ class Options:
         within=POSITIVE,
     )
     compile: bool = flag(False, "Compile the networks by torch.compile.")
+    cuda_graph: bool = flag(
+        False, "On a GPU capture the whole step once as a CUDA graph, and replay it."
+    )
     bench: bool = flag(
         False,
-        "On a GPU choose kernels by measuring, and TF32: faster, but not the same bits again.",
+        "On a GPU choose kernels by measuring, and use TF32: faster, but not the same bits again.",
     )
     target_precision: str | None = flag(
         None,
@@ -170,8 +185,8 @@ class Options:
     )
     start_scales: int | None = flag(
         None,
-        "Noise levels at the start of training: steps between them, with fixed all levels, with "
-        "easy q.",
+        "Steps between noise levels at the start of training; with fixed their number, with easy "
+        "its q.",
         only=_consistency,
         default_help="by --scale-mode",
     )
@@ -183,7 +198,7 @@ class Options:
     )
     total_training_steps: int | None = flag(
         None,
-        "Training steps to the end of that growth, or with easy of each of its stages.",
+        "Training steps until that growth ends; with easy those of a stage.",
         only=_consistency,
         default_help="those of the duration",
     )
@@ -227,13 +242,39 @@ class Options:
     )
     keep_every: int = flag(
         0,
-        "Of every so many dumps the state stays for good; 0: of none.",
+        "Keep the state of every N-th dump for good; 0: of none.",
         within=NOT_NEGATIVE,
         metavar="N",
     )
+    fid_every: int = flag(
+        0,
+        "How often to measure the FID of the averaged network, and to save the training state with "
+        "it; 0: never.",
+        within=NOT_NEGATIVE,
+        metavar="TICKS",
+    )
+    fid_ref: str | None = flag(
+        None,
+        "Reference statistics for --fid-every: of tdkern fid ref, or EDM's.",
+        metavar="NPZ|URL",
+        default_help="none",
+    )
+    fid_steps: list[int] | None = flag(  # noqa: RUF009  (its default is None)
+        None,
+        "Numbers of sampling steps with each of which a FID is measured, by the family's sampler.",
+        within=AT_LEAST_1,
+        default_help="5,9,18; of consistency models 1,2",
+    )
+    fid_num: int = flag(50000, "Images of each FID, of the seeds from 0.", within=AT_LEAST_2)
+    fid_detector: str | None = flag(
+        None,
+        "What gives the features, as --detector of tdkern fid.",
+        metavar="NAME|FILE",
+        default_help="Inception-v3",
+    )
     time_limit: float | None = flag(
         None,
-        "Save the state and end after so many minutes, as at SIGTERM.",
+        "After so many minutes save the state and end, as at SIGTERM.",
         within=POSITIVE,
         metavar="MIN",
         default_help="none",
@@ -262,8 +303,11 @@ class Options:
         self._check_batch()
         if _consistency(FAMILIES[self.family]):
             self._complete_scales()
+        self._complete_fid()
         self._complete_loss()
         self.make_loss()  # which checks its own arguments
+        if self.cuda_graph and self.gpus > 1:
+            raise ValueError(f"cuda_graph must be False with {self.gpus} processes, got True")
 
     def _fill_in(self) -> None:
         """Refuse the options of other families, and replace what is None by its value."""
@@ -320,6 +364,21 @@ class Options:
                 raise ValueError(
                     f"{name} is for scale_mode {known}, got scale_mode {self.scale_mode}"
                 )
+
+    def _complete_fid(self) -> None:
+        """Fill in at which numbers of steps FIDs are measured."""
+        family = FAMILIES[self.family]
+        if self.fid_every and not self.fid_ref:
+            raise ValueError("fid_ref must be given with fid_every; tdkern fid ref makes one")
+        if self.fid_steps is None:
+            self.fid_steps = [1, 2] if family.consistency else [5, 9, 18]
+        least = SAMPLERS[family.sampler_with_steps].least_steps
+        if min(self.fid_steps) < least:
+            raise ValueError(
+                f"fid_steps must be at least {least} each with {family.sampler_with_steps}, got "
+                f"{self.fid_steps}"
+            )
+        self.fid_steps = sorted(set(self.fid_steps))
 
     def _complete_loss(self) -> None:
         """Check the losses' options and give those that are not there their defaults."""

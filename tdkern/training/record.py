@@ -18,10 +18,11 @@ from ..data.files import append_line, brief, one_line, sync_file, write_atomic
 from ..families import default_sampler
 from ..networks.saved import load
 from ..samplers import SAMPLERS
-from . import checkpoint, statistics
+from . import best, checkpoint, statistics
 from .curves import draw_curves
 from .formats import as_json
 from .sampling import NotFinite, preview_levels, sample
+from .statistics import Fid
 from .trackers import trackers
 from .trainer import Trainer, learning_rate, passed
 
@@ -31,9 +32,12 @@ class Record:
 
     def __init__(self, trainer: Trainer, run_dir: Path):
         self.trainer, self.run_dir = trainer, run_dir
-        self.time, self.nimg, self.saved = time.monotonic(), trainer.nimg, trainer.step
+        self.time = time.monotonic()
+        self.nimg = trainer.nimg
+        self.saved = trainer.step
         checkpoint.clean(run_dir)
         aside = checkpoint.set_aside(run_dir, trainer.nimg)
+        aside += best.set_aside(run_dir, trainer.nimg)
         self._write_options()
         self._drop_later_statistics()
         for warning in trainer.warnings:
@@ -106,9 +110,13 @@ class Record:
 
     def warn(self, text: str) -> None:
         """Tell the user something that does not end the run."""
-        self.log(f"Warning: {text}")
+        self.tell(f"Warning: {text}")
+
+    def tell(self, text: str) -> None:
+        """Add a line to log.txt, and print it."""
+        self.log(text)
         if sys.stderr is not None:
-            tqdm.write(f"Warning: {one_line(text)}", file=sys.stderr)
+            tqdm.write(one_line(text), file=sys.stderr)
 
     def snapshot(self, weights: dict[str, Tensor]) -> None:
         """Save the EMA network and, where they can be made, a grid of its images and the curves.
@@ -131,8 +139,8 @@ class Record:
             checkpoint.forget_same(path)
 
     def _draw_curves(self, path: Path) -> None:
-        ticks = statistics.read_ticks(self.run_dir / statistics.FILE)
-        write_atomic(path, draw_curves(self.trainer.levels, list(ticks.values())))
+        lines = statistics.read_lines(self.run_dir / statistics.FILE)
+        write_atomic(path, draw_curves(self.trainer.levels, statistics.ticks_of(lines)))
 
     def averages(self, tensors: dict[str, Tensor]) -> None:
         """Save the averages of --power-ema; tensors: their state dict."""
@@ -143,7 +151,8 @@ class Record:
         """The EMA network's images of the seeds from 0."""
         net, dataset = self.trainer.ema.module, self.trainer.dataset
         if self.trainer.sharded:  # the other processes do not sample with this one
-            net = load(self.trainer.network, weights, self.run_dir).to(self.trainer.process.device)
+            net = load(self.trainer.network, weights, self.run_dir).eval()
+            net.to(self.trainer.process.device)
         choice: dict[str, Any] = {"classes": dataset.classes}
         if dataset.classes == []:  # labels are no classes that could be drawn
             choice = {"labels": self.labels}
@@ -156,6 +165,43 @@ class Record:
             network = self.trainer.network
             parts.append(sample(net, network, seeds.tolist(), levels, sampler=sampler, **given))
         return torch.cat(parts)
+
+    def unmeasured(self) -> list[int]:
+        """The numbers of steps at which this image's FID is to be measured yet."""
+        trainer, meter = self.trainer, self.trainer.meter
+        lines = statistics.read_lines(self.run_dir / statistics.FILE)
+        wanted = {meter.kind(steps): steps for steps in trainer.options.fid_steps}
+        for kimg, fid in statistics.fids_of(lines):
+            if kimg == trainer.nimg / 1000:
+                wanted.pop(fid.kind, None)
+        return list(wanted.values())
+
+    def fid(self, fid: Fid, weights: dict[str, Tensor]) -> None:
+        """Add a line to stats.jsonl and to log.txt, and keep the snapshot if it is the best.
+
+        Args:
+            fid: the averaged network's.
+            weights: the network's state dict.
+        """
+        trainer = self.trainer
+        line = {"kimg": trainer.nimg / 1000, **fid.to_json(), "time": time.time()}
+        append_line(self.run_dir / statistics.FILE, json.dumps(line))
+        if not math.isfinite(fid.value):
+            self.warn(f"{fid.name} is not known at image {trainer.nimg}: images are not finite")
+            return
+        self._track("tick", trainer.nimg, {f"{fid.metric}/{fid.steps}": fid.value})
+        network, classes = trainer.network, trainer.dataset.classes
+        is_best = best.keep(self.run_dir, fid, trainer.nimg, network, weights, classes)
+        found = f"{fid.value:.4f} at image {trainer.nimg}, of {fid.num} images, {fid.nfe} NFE"
+        self.tell(f"{fid.name}: {found}{', the lowest so far' if is_best else ''}")
+
+    def last_fids(self) -> None:
+        """Tell the means over the run's last FIDs."""
+        fids = statistics.fids_of(statistics.read_lines(self.run_dir / statistics.FILE))
+        for curve in statistics.curves_of(fids):
+            mean = curve.last_mean
+            if math.isfinite(mean):
+                self.tell(f"{curve.fid.name}: {mean:.4f} is the mean over the run's last 15 %")
 
     def state(self, tensors: dict[str, Tensor], unfinished: dict | None = None) -> None:
         """Save the training state and, once that is durable, remove the older ones.
@@ -217,5 +263,5 @@ class Record:
         """
         path = self.run_dir / statistics.FILE
         if path.exists():
-            kept = statistics.read_ticks(path, until=self.trainer.nimg / 1000)
+            kept = statistics.read_lines(path, until=self.trainer.nimg / 1000)
             write_atomic(path, "".join(f"{line}\n" for line in kept).encode())

@@ -12,7 +12,7 @@ from ..data.files import first_of
 from ..families import default_sampler
 from ..networks.precond import Preconditioned
 from ..samplers import SAMPLERS, ablation_sigmas, heun
-from ..samplers.ablation import RANGES
+from ..samplers.generalised import RANGES
 
 
 class NotFinite(ValueError):

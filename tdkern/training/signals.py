@@ -37,7 +37,9 @@ class StopRequest:
     """
 
     def __init__(self, time_limit: float | None, world: int = 1):
-        self.signum, self.came, self.world = 0, 0.0, world
+        self.signum = 0
+        self.came = 0.0
+        self.world = world
         self.deadline = time.monotonic() + 60 * time_limit if time_limit else float("inf")
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.group = dist.new_group(backend="gloo") if world > 1 else None  # of the hosts alone

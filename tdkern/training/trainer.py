@@ -6,6 +6,7 @@ bits.
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -27,19 +28,24 @@ from ..ema import EMA, PowerFunctionEMA, consistency_decay, copy_decay, edm_deca
 from ..ema import target_decay as ramped_decay
 from ..families import FAMILIES
 from ..losses import Loss
-from ..networks.saved import PRECISIONS, NetworkSpec, restore
+from ..networks.precond import Preconditioned
+from ..networks.saved import PRECISIONS, NetworkSpec, load, restore
 from ..ops._schemas import digest
 from ..optim import OPTIMIZERS, AdamEMA
+from ..weighting import Uncertainty
 from . import checkpoint
 from .distributed import (
     Process,
     agree,
     broadcast_,
     data_parallel,
+    mean_,
     shard_,
     shard_like,
     sum_,
 )
+from .fids import FidMeter
+from .graph import CaptureError, Seeds, StepGraph
 from .options import Options
 from .state import ADAM, check_adam, check_place, check_step, check_tensors
 from .sums import SIZE, TERMS, Sums, add_norm, of_samples
@@ -59,22 +65,19 @@ def make_augment_pipe(options: Options) -> AugmentPipe | None:
     )
 
 
-def target_decay(options: Options, loss: Loss, step: int, updates: int | Tensor) -> float | Tensor:
-    """Decay of the target network in a step.
+def target_decay(options: Options, loss: Loss, step: int) -> float:
+    """Decay of the target network in a step, where it is an average.
 
     Args:
         options: the run's.
         loss: of the step.
         step: from 0.
-        updates: the steps before it, less those that were skipped.
     """
     if FAMILIES[options.family].consistency:
         if options.target_ema_mode == "fixed":
             return options.start_ema
         scales = loss.num_scales  # type: ignore[attr-defined]  # of every such family's loss
         return consistency_decay(options.start_ema, options.start_scales, scales)
-    if options.target_copy:
-        return copy_decay(options.target_copy, updates)
     return ramped_decay(options.target_ema_tau, step)
 
 
@@ -127,6 +130,8 @@ class Trainer:
 
     def __init__(self, options: Options, process: Process, state: Path | None = None):
         self.options, self.process, self.step = options, process, 0
+        if options.cuda_graph and process.device.type != "cuda":
+            raise ValueError("cuda_graph must be False where there is no GPU, got True")
         self.dataset = ImageDataset(
             options.data, use_labels=options.cond, xflip=options.xflip, cache=options.cache
         )
@@ -142,6 +147,10 @@ class Trainer:
         saved = _Saved(state) if state else None
         self._make_networks(saved)
         self.optimizer = self._make_optimizer()
+        self.seeds = Seeds(options.seed, process.device)
+        self.run_step: Callable = self._step
+        if options.cuda_graph:
+            self.run_step = StepGraph(self._step, self.seeds, process.device)
         # over the samples since image `counted`
         self.sums = torch.zeros(SIZE, dtype=torch.float64, device=process.device)
         self.levels: list[list[float]] = []  # `Sums.levels` of the last tick
@@ -151,6 +160,9 @@ class Trainer:
         self.warnings = []  # for the first process to tell
         if saved:
             self._restore_rest(saved)
+        self.meter = None
+        if options.fid_every:
+            self.meter = FidMeter(options, process, self.dataset, self.network)
         if process.world > 1 and not self.sharded:
             self._settle_buckets()
 
@@ -166,6 +178,7 @@ class Trainer:
             restore(self.net, source.state_dict(), Path(options.transfer))
         if saved:
             restore(self.net, saved.parts["net"], saved.path)
+        self._make_uncertainty(saved)
         self.sharded = options.shard and process.world > 1
         # before the copies below, as it gives all processes the first one's weights
         if self.sharded:
@@ -181,6 +194,17 @@ class Trainer:
         if options.compile:
             self.online = torch.compile(self.online)
             self.target_net = torch.compile(self.target_net) if self.target else None
+
+    def _make_uncertainty(self, saved: "_Saved | None") -> None:
+        """EDM2's u(sigma): trained beside the network, in no average, and whole in every
+        process.
+        """
+        self.uncertainty: Uncertainty | None = None
+        if self.options.uncertainty:
+            torch.manual_seed(derive_seed(self.options.seed, "init", 1))
+            self.uncertainty = Uncertainty().to(self.process.device)
+            if saved:
+                restore(self.uncertainty, saved.parts["uncertainty"], saved.path)
 
     def _make_averages(self) -> None:
         options = self.options
@@ -205,6 +229,11 @@ class Trainer:
             decays=torch.ones(len(self.averages), dtype=torch.float64, device=device),
             averages=[average.module.parameters() for average in self.averages],
         )
+        if self.uncertainty:  # without averages, and with a weight that nothing should pull to 0
+            group = {"params": self.uncertainty.parameters(), "decays": (), "weight_decay": 0.0}
+            optimizer.add_param_group(group)
+        for group in optimizer.param_groups:  # `_set_numbers` writes it
+            group["lr"] = torch.full((), options.lr, dtype=torch.float64, device=device)
         if options.ls != 1:  # GradScaler's protocol: the step takes it out of the gradients
             optimizer.grad_scale = torch.tensor(options.ls, device=device)  # type: ignore
         return optimizer
@@ -212,7 +241,8 @@ class Trainer:
     def _agree(self) -> None:
         """Raises ValueError where the processes of the run were not started alike."""
         own = asdict(self.options)
-        own |= {name: None for name in ("data", "transfer", "workers")}  # a machine's own
+        of_machine = ("data", "transfer", "workers", "fid_ref", "fid_detector")
+        own |= dict.fromkeys(of_machine)
         versions = {"tdkern": __version__, "torch": torch.__version__, "ops": digest()}
         agree(self.process, **own, versions=versions, images=self.data)
 
@@ -257,12 +287,54 @@ class Trainer:
             images: [B, C, H, W] uint8.
             labels: [B, label_dim].
         """
-        options, loss = self.options, self.loss.at(self.step)
+        loss, device = self.loss.at(self.step), self.process.device
+        self._set_numbers(loss)
+        self.seeds.start(self.step)
+        self.optimizer.zero_grad(set_to_none=True)  # before a capture, whose memory is its own
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        try:
+            self.run_step(loss, images, labels)
+        except CaptureError:
+            self.whole = True
+            raise
+        self.step += 1
+        if self.power:
+            self.power.step = float(self.step)
+        self.whole = True
+
+    def _set_numbers(self, loss: Loss) -> None:
+        """The learning rate and the decays of all averages in this step, where the device reads
+        them.
+        """
+        options = self.options
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(options, self.nimg)
-        self.optimizer.zero_grad(set_to_none=True)
+            group["lr"].fill_(learning_rate(options, self.nimg))
+        decays = [edm_decay(options.batch, 1e6 * options.ema, self.nimg)]
+        if self.target:
+            decays.append(target_decay(options, loss, self.step))
+        if self.power:
+            decays += self.power.decays(self.step + 1)
+        for own, decay in zip(self.optimizer.decays, decays, strict=True):
+            own.fill_(decay)
+
+    def _step(self, loss: Loss, images: Tensor, labels: Tensor) -> None:
+        """What a step does on the device, and a CUDA graph holds.
+
+        What changes from step to step is in tensors (`_set_numbers`) and seeds (`Seeds`); nothing
+        waits for the device, and no shape depends on a number.
+
+        Args:
+            loss: of the step.
+            images, labels: as `train_step`'s, on the device.
+        """
+        options = self.options
         sums = self._accumulate(loss, images, labels)
-        self._set_decays(loss)
+        if self.uncertainty:
+            mean_(self.uncertainty.weight.grad, self.process)
+        if options.target_copy:
+            # the device alone knows of skipped steps
+            updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
+            self.optimizer.decays[1] = copy_decay(options.target_copy, updates)
         grads = [param.grad for param in self.net.parameters() if param.grad is not None]
         norm = gradient_norm(grads)
         clip = clip_factor(norm, options.clip * options.ls) if options.clip else None
@@ -273,19 +345,14 @@ class Trainer:
             average.copy_buffers(self.net)
         add_norm(sums, norm / options.ls)
         self.sums += sums
-        self.step += 1
-        if self.power:
-            self.power.step = float(self.step)
-        self.whole = True
 
     def _accumulate(self, loss: Loss, images: Tensor, labels: Tensor) -> Tensor:
-        """Add up the gradient of this process's share, part by part; arguments as `train_step`'s.
+        """Add up the gradient of this process's share, part by part; arguments as `_step`'s.
 
         Returns:
             [SIZE], the sums of the step: one that fails halfway has no part in the statistics.
         """
-        options, device = self.options, self.process.device
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        options = self.options
         sums = torch.zeros_like(self.sums)
         share = options.batch // self.process.world
         for done in range(0, share, options.batch_gpu):
@@ -297,18 +364,6 @@ class Trainer:
                 sums += self._backward(loss, images[part], labels[part], first)
         return sums
 
-    def _set_decays(self, loss: Loss) -> None:
-        """The decays of all averages in this step."""
-        options = self.options
-        self.optimizer.decays[0] = edm_decay(options.batch, 1e6 * options.ema, self.nimg)
-        # on the device, which alone knows of skipped steps
-        updates = self.optimizer.state[next(self.net.parameters())].get("step", 0)
-        if self.target:
-            self.optimizer.decays[1] = target_decay(options, loss, self.step, updates)
-        if self.power:
-            decays = torch.tensor(self.power.decays(self.step + 1))
-            self.optimizer.decays[-len(decays) :] = decays
-
     def _exchange(self, last: bool) -> AbstractContextManager:
         """Within it a backward adds up the processes' gradients, if it is the last of the step."""
         if self.sharded:
@@ -318,7 +373,7 @@ class Trainer:
         return self.online.no_sync()
 
     def _backward(self, loss: Loss, images: Tensor, labels: Tensor, first: int) -> Tensor:
-        """Add the gradient of a part of the batch; arguments as `train_step`'s.
+        """Add the gradient of a part of the batch; arguments as `_step`'s.
 
         Args:
             first: the index of the part's first sample in the whole batch.
@@ -328,13 +383,11 @@ class Trainer:
         """
         options = self.options
         batch = (first, options.batch)
-        # All draws take the global generators of the CPU and of CUDA, which this sets both: what a
-        # step draws depends on nothing before it, so a resumed run needs no generator's state. A
-        # sample's draws belong to its place in the batch: any number of processes makes the same.
-        torch.manual_seed(derive_seed(options.seed, "step", self.step))
+        # a sample's draws belong to its place in the batch: any number of processes makes the same
+        self.seeds.begin("step")
         x0, augment_labels = self._augmented(to_float(images), *batch)
         pair = loss.part_of(*batch).pair(x0)
-        torch.manual_seed(derive_seed(options.seed, "dropout", self.step, first))
+        self.seeds.begin("dropout", first)
         # a loss is a mean over elements; EDM's gradients are of a sum over elements and a mean over
         # the whole batch, and those of several processes are averaged
         scale = x0[0].numel() / (options.batch // self.process.world)
@@ -344,6 +397,7 @@ class Trainer:
             pair,
             labels if labels.shape[1] else None,
             augment_labels,
+            uncertainty=self.uncertainty,
             gradient_scale=scale * options.ls,
         )
         terms.loss.sum().backward()
@@ -385,10 +439,17 @@ class Trainer:
         """All that training goes on from, beside the step."""
         moments = {
             f"{key}.{name}": self.optimizer.state[param][key]
-            for name, param in self.net.named_parameters()
+            for name, param in self._trained().items()
             for key in ADAM
         }
         return self._modules_tensors() | moments
+
+    def _trained(self) -> dict[str, Tensor]:
+        """The optimizer's parameters in its order, by their names in a training state."""
+        named: dict[str, Tensor] = dict(self.net.named_parameters())
+        if self.uncertainty:
+            named |= dict(self.uncertainty.named_parameters("uncertainty"))
+        return named
 
     def _modules_tensors(self) -> dict[str, Tensor]:
         modules = {"net": self.net, "ema": self.ema.module}
@@ -396,11 +457,25 @@ class Trainer:
             modules["target"] = self.target.module
         if self.power:
             modules["power"] = self.power.profiles
+        if self.uncertainty:
+            modules["uncertainty"] = self.uncertainty
         return {
             f"{prefix}.{name}": tensor
             for prefix, module in modules.items()
             for name, tensor in module.state_dict().items()
         }
+
+    def whole_average(self) -> Preconditioned:
+        """The averaged network; of one that the processes share, which all have to ask, a copy."""
+        net = self.ema.module
+        if not self.sharded:
+            return net
+        weights = {
+            name: tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor.cpu()
+            for name, tensor in net.state_dict().items()
+        }
+        copied = load(self.network, weights, Path("the averaged network"))
+        return copied.to(self.process.device).eval().requires_grad_(False)
 
     def not_finite(self) -> list[str]:
         """The names of the tensors that are not finite; waits for the device."""
@@ -426,10 +501,10 @@ class Trainer:
     def _restore_rest(self, saved: "_Saved") -> None:
         """The optimizer, the place in the run, and what is told of a tick that was not over."""
         meta, parts, path = saved.meta, saved.parts, saved.path
-        named = list(self.net.named_parameters())
-        check_adam({key: parts[key] for key in ADAM}, dict(named), meta["step"], path)
+        named = self._trained()
+        check_adam({key: parts[key] for key in ADAM}, named, meta["step"], path)
         state = {}
-        for i, (name, param) in enumerate(named):
+        for i, (name, param) in enumerate(named.items()):
             state[i] = {key: shard_like(parts[key][name], param) for key in ADAM if key != "step"}
             state[i]["step"] = parts["step"][name]
         groups = self.optimizer.state_dict()["param_groups"]

@@ -14,11 +14,17 @@ from .ema_update import block_of, update_averages
 from .lists import flat, on_device
 
 
-# s: AdamStep of adam_ema_math.h, in float64.
 @triton.jit
 def adam_kernel(
     grad, exp_avg, exp_avg_sq, param, averages, decays, s, skip, n, BLOCK: tl.constexpr
 ):
+    """One step of a parameter [n] and its averages, unless `skip` [1] is not 0.
+
+    Args:
+        grad, exp_avg, exp_avg_sq, param: [n].
+        averages: a tuple of [n], or None; decays: [K] float64, theirs.
+        s: [9] float64, the numbers of adam_ema_math.h's AdamStep, the last without its minus.
+    """
     T: tl.constexpr = tl.float64 if param.dtype.element_ty == tl.float64 else tl.float32
     grad_factor, shrink, weight_decay = tl.load(s).to(T), tl.load(s + 1).to(T), tl.load(s + 2).to(T)
     weight1, beta2, weight2 = tl.load(s + 3).to(T), tl.load(s + 4).to(T), tl.load(s + 5).to(T)
@@ -26,10 +32,8 @@ def adam_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n * (1 - tl.load(skip))
     g, p = tl.load(grad + i, inside, other=0.0).to(T), tl.load(param + i, inside, other=0.0).to(T)
-    m, v = (
-        tl.load(exp_avg + i, inside, other=0.0).to(T),
-        tl.load(exp_avg_sq + i, inside, other=0.0).to(T),
-    )
+    m = tl.load(exp_avg + i, inside, other=0.0).to(T)
+    v = tl.load(exp_avg_sq + i, inside, other=0.0).to(T)
     g = g * grad_factor
     g = tl.where(weight_decay != 0, g + weight_decay * p, g)
     m = m + weight1 * (g - m)
@@ -98,9 +102,8 @@ def adam_ema_(
     if skipped is not None:
         skipped += skip.view_as(skipped)
     counted = (~skip).float()
-    torch._foreach_add_(
-        steps, [counted.view_as(count) for count in steps]
-    )  # of one tensor it would wait for its value
+    # one tensor for all would be waited for
+    torch._foreach_add_(steps, [counted.view_as(count) for count in steps])
     constants = _constants(steps, lr, factor, beta1, beta2, eps, weight_decay, decoupled)
     flag = skip.to(torch.int32)
     with torch.cuda.device_of(flag):

@@ -11,18 +11,21 @@ from .lists import flat, on_device
 BLOCK = 2048  # elements of a program; float64 has half as many, which registers hold
 
 
-# lerp from the nearer end as torch.lerp does; a weight of 1 copies; where the parameter is not
-# finite, the average as it is (ema_update_math.h).
 @triton.jit
 def ema_element(avg, param, weight):
+    """lerp from the nearer end, as torch.lerp does; a weight of 1 copies; where the parameter is
+    not finite, the average as it is (ema_update_math.h).
+    """
     change = param - avg
     average = tl.where(weight < 0.5, avg + weight * change, param - (1 - weight) * change)
     return tl.where(param - param == 0, tl.where(weight == 1, param, average), avg)
 
 
-# The averages of a block of one parameter; value: it, as it is stored.
 @triton.jit
 def update_averages(averages, decays, value, i, inside, T: tl.constexpr):
+    """The averages of a block of one parameter; value: the parameter, already in its storage
+    dtype.
+    """
     for k in tl.static_range(len(averages)):
         avg = averages[k] + i
         new = ema_element(tl.load(avg, inside).to(T), value.to(T), (1 - tl.load(decays + k)).to(T))

@@ -8,14 +8,12 @@ from torch import Tensor
 from ..ops import _backends
 
 BLOCK = 512  # elements of a program: four of a thread
-OPTIONS = {
-    "num_warps": 4,
-    "enable_fp_fusion": True,
-}  # fusion in words: Triton 3.10 turns its default off
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # Triton 3.10 turns its default off
 
 
 @triton.jit
 def heun_step_kernel(F, x, coef, x_hat, noise, x_next, net_input, n, BLOCK: tl.constexpr):
+    """A block of x_next [n], and of net_input [n] unless it is None; of the op's arguments."""
     D: tl.constexpr = x.dtype.element_ty
     ratio = tl.load(coef + 3) / tl.load(coef)  # h / sigma
     w_x, w_F = 1 + ratio * (1 - tl.load(coef + 1)), -ratio * tl.load(coef + 2)

@@ -33,9 +33,8 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     same = all(
         size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
-    return (
-        same and torch.empty_like(a).stride() == a.stride()
-    )  # dense, or empty_like would have other strides
+    # dense, or empty_like would have other strides
+    return same and torch.empty_like(a).stride() == a.stride()
 
 
 @contextmanager

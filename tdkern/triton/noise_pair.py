@@ -1,5 +1,15 @@
 """noise_pair in Triton: one program per block of a sample's elements, one lane per Philox call. The
 formulas are those of csrc/include/noise_pair_math.h.
+
+The arguments of `pair_kernel`:
+
+    x0, x_t, x_tp: [B, n]; from a sample to the next x0_row, or out_row, elements.
+    alpha, sigma, alpha_p, sigma_p: [B]; from one to the next alpha_step, ... elements.
+    seed, offset: numbers; where seed_at or offset_at is not None, what it points to instead.
+    first_sample: the stream of the first sample.
+    n, chunks: a sample's elements and blocks.
+    plane, step: element k of a sample, as they are drawn, lies at k % plane * step + k // plane.
+    SHARED, FLAT: whether the coupling is "shared", and whether step is 1.
 """
 
 import torch
@@ -13,10 +23,11 @@ BLOCK = 512  # elements of a program: four of a thread, which float64 too holds 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-# Two words to two normals. float32: the header's polynomials; float64: Taylor's, nested, of an
-# angle of at most pi/4.
 @triton.jit
 def _box_muller(a, b, T: tl.constexpr):
+    """Two words to two normals. float32: the header's polynomials; float64: Taylor's, nested, of an
+    angle of at most pi/4.
+    """
     if T == tl.float64:
         minus_2_ln_u = -2 * tl.log((a.to(T) + 0.5) * 2.3283064365386963e-10)
         angle = (b << 2).to(tl.int32, bitcast=True).to(T) * (
@@ -58,25 +69,23 @@ def _box_muller(a, b, T: tl.constexpr):
     return radius * tl.where(swap, sine, cosine), radius * tl.where(swap, cosine, sine)
 
 
-# BLOCK normals of one stream, in the order of the elements.
 @triton.jit
 def _normals(seed, block, sample, offset_low, offset_high, T: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK normals of one stream, in the order of the elements."""
     w0, w1, w2, w3 = tl.philox(seed, block, sample, offset_low, offset_high)
     n0, n1 = _box_muller(w0, w1, T)
     n2, n3 = _box_muller(w2, w3, T)
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
 
 
-# (a, s) of x_t = a x_tp + s n2, the step from the level of x_tp to that of x_t.
 @triton.jit
 def _transition(alpha, sigma, alpha_p, sigma_p):
+    """(a, s) of x_t = a x_tp + s n2, the step from the level of x_tp to that of x_t."""
     a = alpha / alpha_p
     variance = sigma * sigma - (a * sigma_p) * (a * sigma_p)
     return a, tl.sqrt(tl.where(variance < 0, 0, variance))  # not maximum, which would drop a NaN
 
 
-# Logical element k of a sample lies at k % plane * step + k // plane. seed_at and offset_at are
-# read in place of seed and offset unless None.
 @triton.jit(do_not_specialize=["seed", "offset", "first_sample"])
 def pair_kernel(
     x0,
@@ -105,6 +114,7 @@ def pair_kernel(
     FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """A block of a sample's x_t and x_tp."""
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * BLOCK
@@ -119,7 +129,7 @@ def pair_kernel(
     k = begin + tl.arange(0, BLOCK)
     inside = k < n
     at = k if FLAT else k % plane * step + k // plane
-    clean = tl.load(x0 + b * x0_row + at, inside, other=0.0).to(T)
+    x0_k = tl.load(x0 + b * x0_row + at, inside, other=0.0).to(T)
     block = (begin // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
     zero = tl.zeros_like(block)
     sample = zero + (first_sample + b).to(tl.uint32)
@@ -127,15 +137,15 @@ def pair_kernel(
     offset_high = zero + (counter >> 31 & 0xFFFFFFFE).to(tl.uint32)
     n1 = _normals(key, block, sample, offset_low, offset_high, T, BLOCK)
     # An fma by name: which of the two products the compiler would fuse depends on the code around.
-    clean_p = tl.fma(sigma_p_b.to(T), n1, alpha_p_b.to(T) * clean)
+    x_tp_k = tl.fma(sigma_p_b.to(T), n1, alpha_p_b.to(T) * x0_k)
     if SHARED:
-        clean_t = tl.fma(s.to(T), n1, a.to(T) * clean)
+        x_t_k = tl.fma(s.to(T), n1, a.to(T) * x0_k)
     else:
         n2 = _normals(key, block, sample, offset_low, offset_high + 1, T, BLOCK)
-        clean_t = tl.fma(s.to(T), n2, a.to(T) * clean_p)
+        x_t_k = tl.fma(s.to(T), n2, a.to(T) * x_tp_k)
     at += b * out_row
-    tl.store(x_t + at, clean_t.to(x_t.dtype.element_ty), inside)
-    tl.store(x_tp + at, clean_p.to(x_tp.dtype.element_ty), inside)
+    tl.store(x_t + at, x_t_k.to(x_t.dtype.element_ty), inside)
+    tl.store(x_tp + at, x_tp_k.to(x_tp.dtype.element_ty), inside)
 
 
 def noise_pair(

@@ -3,6 +3,8 @@ and one for the result. What a target network and a sampler run between two conv
 brings the image into channels first for it and back, in nine passes over memory.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,6 @@ def _tile(
     return values, at, inside
 
 
-# Of each channel in each tile: the mean, and the sum of squares about it.
 @triton.jit
 def sums_kernel(
     x,
@@ -52,6 +53,7 @@ def sums_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Of each channel in each tile: the mean, and the sum of squares about it."""
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     values, _, inside = _tile(
@@ -66,7 +68,6 @@ def sums_kernel(
     tl.store(squares + to, tl.sum(away * away, 0), column < channels)
 
 
-# Of each group: the mean, and 1 / sqrt(variance + eps).
 @triton.jit
 def groups_kernel(
     means,
@@ -82,6 +83,7 @@ def groups_kernel(
     SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Of each group: the mean, and 1 / sqrt(variance + eps)."""
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     size = channels // groups
@@ -124,6 +126,7 @@ def result_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """A tile of y = silu((x + add - mean) inverse weight + bias)."""
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     values, at, inside = _tile(
@@ -163,9 +166,9 @@ def group_norm_silu(
     if x.numel() == 0:
         return y
     tiles, blocks = triton.cdiv(pixels, ROWS), triton.cdiv(channels, COLUMNS)
-    wide = {"dtype": torch.float32, "device": x.device}
-    means, squares = torch.empty(2, batch, tiles, channels, **wide)
-    mean_of, inverse_of = torch.empty(2, batch, groups, **wide)
+    new = partial(torch.empty, dtype=torch.float32, device=x.device)
+    means, squares = new(2, batch, tiles, channels)
+    mean_of, inverse_of = new(2, batch, groups)
     grid, counts = (batch * tiles * blocks,), (pixels, channels, tiles)
     size = triton.next_power_of_2(channels // groups)
     tiles_at_once = min(triton.next_power_of_2(tiles), max(1, SUMS // size))

@@ -11,47 +11,49 @@ BLOCK = 128
 
 
 @triton.jit
-def _f64(
-    value,
-    # a Python float, which every scalar is in the interpreter, is float32 to min, max and where
-    # before Triton 3.9
-):
+def _f64(value):
+    """A Python float, which every scalar is in the interpreter, is float32 to min, max and where
+    before Triton 3.9.
+    """
     return tl.full([], value, tl.float64)
 
 
 @triton.jit
-def _pow(x, y):  # x >= 0, y > 0
+def _pow(x, y):
+    """x^y, for x >= 0 and y > 0."""
     return tl.exp(y * tl.log(x))
 
 
-# sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b = sigma_min^(1/rho): EDM's
-# schedule.
 @triton.jit
 def _sigma(index, intervals, a, b, rho):
+    """EDM's schedule: sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho),
+    b = sigma_min^(1/rho).
+    """
     return _pow(tl.minimum(tl.maximum(a + index / intervals * (b - a), _f64(b)), _f64(a)), rho)
 
 
-# The inverse, within the schedule.
 @triton.jit
 def _index(sigma, intervals, a, b, inverse_rho):
+    """The inverse, within the schedule."""
     return tl.minimum(tl.maximum((_pow(sigma, inverse_rho) - a) / (b - a), 0), 1) * intervals
 
 
-# Of the two-moment mean with alpha = 1: A = 1 - kappa, kappa = r sqrt(1 - eta^2 + (eta r)^2), r =
-# sigma_tau / sigma_t.
 @triton.jit
 def _A(sigma, sigma_tau, eta):
+    """A of the two-moment mean with alpha = 1: A = 1 - kappa,
+    kappa = r sqrt(1 - eta^2 + (eta r)^2), r = sigma_tau / sigma_t.
+    """
     r = sigma_tau / sigma
     return 1 - r * tl.sqrt(1 - eta * eta + eta * r * (eta * r))
 
 
-# (skip, scale) of D = skip x + scale F.
 @triton.jit
 def _preconditioning(sigma, sigma_data, sigma_min, PRECOND: tl.constexpr):
+    """(skip, scale) of D = skip x + scale F."""
     shifted = sigma - sigma_min if PRECOND == "ct" else sigma
-    return sigma_data * sigma_data / (
-        shifted * shifted + sigma_data * sigma_data
-    ), shifted * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+    skip = sigma_data * sigma_data / (shifted * shifted + sigma_data * sigma_data)
+    scale = shifted * sigma_data / tl.sqrt(sigma * sigma + sigma_data * sigma_data)
+    return skip, scale
 
 
 @triton.jit
@@ -84,13 +86,13 @@ def _td_weighting(A, A_p, scale, scale_p, WEIGHT: tl.constexpr):
 
 @triton.jit
 def _store_four(to, first, second, third, fourth, inside):
+    """Four columns that lie side by side."""
     tl.store(to, first, inside)
     tl.store(to + 1, second, inside)
     tl.store(to + 2, third, inside)
     tl.store(to + 3, fourth, inside)
 
 
-# The scalars' types are given, since Triton would pass a Python float as float32.
 @triton.jit
 def coef_kernel(
     noise,
@@ -117,6 +119,12 @@ def coef_kernel(
     WEIGHT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """The rows of coef [B, 8] and levels [B, 4], in the order of tdkern/columns.py, from noise [B].
+
+    The scalars are those of the op, but for intervals = steps - 1, a = sigma_max^(1/rho),
+    b = sigma_min^(1/rho) and inverse_rho = 1 / rho. Their types are given, since Triton would pass
+    a Python float as float32.
+    """
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < batch
     sample = tl.load(noise + i, inside, other=1.0)

@@ -1,5 +1,19 @@
 """td_loss in Triton: one program per chunk of a sample; where a sample is several chunks, a second
 small kernel adds their sums in order.
+
+The kernels' arguments, of which the pointers in `_chunk` and `_correct` are those of a chunk:
+
+    F, F_p, x0, x_t, x_tp: [B, n], the op's `out` to `x_tp`; the last two may be None.
+    dF: [B, n], or None where no gradient is wanted.
+    F_row to dF_row: from a sample to the next, in elements; those of one sample are side by side.
+    coef: [B, 8] float64.
+    upstream: [B, 2], the gradient of the loss; None in the forward pass.
+    sums: [B, chunks, 2], of delta^2 and of base^2 or |base|; None where a sample is one chunk.
+    loss: [B, 2].
+    n, inverse_n, chunks: a sample's elements, 1 / n, and its chunks.
+    rest: elements from the chunk's first to the sample's last.
+    CONSISTENCY, L1: the op's `consistency` and `l1`.
+    CHUNK, BLOCK: elements of a program, and of its registers at a time.
 """
 
 import torch
@@ -13,10 +27,7 @@ from ..ops.td_loss import gradient_like
 CHUNK = 8192  # most elements of a program; this and the two blocks set the order of summation
 BLOCK = 2048  # elements in registers at a time
 SUM_BLOCK = 1024
-OPTIONS = {
-    "num_warps": 8,
-    "enable_fp_fusion": True,
-}  # fusion in words: Triton 3.10 turns its default off
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # Triton 3.10 turns its default off
 
 
 @triton.jit
@@ -25,16 +36,30 @@ def _load(pointer, i, end, T: tl.constexpr):
 
 
 @triton.jit
-def _sign(x):  # 0 at 0, and NaN at NaN
+def _sign(x):
+    """0 at 0, and NaN at NaN."""
     return tl.where(x > 0, 1, tl.where(x < 0, -1, x))
+
+
+@triton.jit
+def _columns(coef):
+    """A sample's eight numbers, in the order of tdkern/columns.py."""
+    return (
+        tl.load(coef),
+        tl.load(coef + 1),
+        tl.load(coef + 2),
+        tl.load(coef + 3),
+        tl.load(coef + 4),
+        tl.load(coef + 5),
+        tl.load(coef + 6),
+        tl.load(coef + 7),
+    )
 
 
 # Where a product feeds a sum it is an fma by name: which products the compiler would fuse by itself
 # depends on the code around them, such as whether dF is written, and so would the bits.
-#
-# One chunk of a sample, of which `rest` elements are left: its sums of delta^2 and of base^2 or
-# |base|; writes dF for the upstream gradient g_td, g_base. A term that is off adds exactly 0,
-# whatever its error is, and what only terms that are off need is not read.
+
+
 @triton.jit
 def _chunk(
     F,
@@ -53,18 +78,22 @@ def _chunk(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One chunk of a sample: returns its sums of delta^2 and of base^2 or |base|, and writes dF.
+
+    g_td and g_base are the sample's upstream gradient. A term that is off adds exactly 0, whatever
+    its error is, and what only terms that are off need is not read.
+    """
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
-    skip, scale = tl.load(coef).to(T), tl.load(coef + 1).to(T)
-    skip_p, scale_p = tl.load(coef + 2).to(T), tl.load(coef + 3).to(T)
-    A, A_p = tl.load(coef + 4).to(T), tl.load(coef + 5).to(T)
-    w_td, w_base = tl.load(coef + 6), tl.load(coef + 7)
+    skip, scale, skip_p, scale_p, A, A_p, w_td, w_base = _columns(coef)
     has_td, has_base = (w_td != 0) & (g_td != 0), (w_base != 0) & (g_base != 0)
     td_end, base_end = tl.where(has_td, rest, 0), tl.where(has_base, rest, 0)
     end = tl.where(has_td | has_base, rest, 0)
     target_end = end if CONSISTENCY else td_end
-    unit = -2 * tl.load(coef + 1) * inverse_n
-    grad_td = tl.where(has_td, unit * w_td * g_td * tl.load(coef + 4), 0).to(T)
+    unit = -2 * scale * inverse_n
+    grad_td = tl.where(has_td, unit * w_td * g_td * A, 0).to(T)
     grad_base = tl.where(has_base, (0.5 * unit if L1 else unit) * w_base * g_base, 0).to(T)
+    skip, scale, A = skip.to(T), scale.to(T), A.to(T)
+    skip_p, scale_p, A_p = skip_p.to(T), scale_p.to(T), A_p.to(T)
 
     sum_td, sum_base = tl.zeros([BLOCK], T), tl.zeros([BLOCK], T)
     for start in range(0, CHUNK, BLOCK):
@@ -75,8 +104,8 @@ def _chunk(
             D = tl.fma(skip, _load(x_t, i, end, T), D)
         if x_tp is not None:
             D_p = tl.fma(skip_p, _load(x_tp, i, target_end, T), D_p)
-        clean = _load(x0, i, end, T)
-        e, e_p = clean - D, clean - D_p
+        x0_i = _load(x0, i, end, T)
+        e, e_p = x0_i - D, x0_i - D_p
 
         delta = tl.where(i < td_end, tl.fma(A, e, -(A_p * e_p)), 0)
         base = tl.where(i < base_end, e - e_p if CONSISTENCY else e, 0)
@@ -91,11 +120,12 @@ def _chunk(
 
 @triton.jit
 def _store_loss(loss, coef, b, inverse_n, td, base):
-    tl.store(loss + 2 * b, tl.load(coef + 6) * td * inverse_n)
-    tl.store(loss + 2 * b + 1, tl.load(coef + 7) * base * inverse_n)
+    """The sample's row of loss [B, 2], from the sums over its elements."""
+    _, _, _, _, _, _, w_td, w_base = _columns(coef)
+    tl.store(loss + 2 * b, w_td * td * inverse_n)
+    tl.store(loss + 2 * b + 1, w_base * base * inverse_n)
 
 
-# dF, which holds the gradient for an upstream gradient of 1, for the one at g.
 @triton.jit
 def _correct(
     F,
@@ -113,6 +143,7 @@ def _correct(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Makes dF, which holds the gradient for an upstream gradient of 1, that for the one at g."""
     T: tl.constexpr = tl.float64 if x0.dtype.element_ty == tl.float64 else tl.float32
     g_td, g_base = tl.load(g), tl.load(g + 1)
     # Half precision is computed anew: before a loss scale, dF may have underflowed.
@@ -142,9 +173,6 @@ def _correct(
             )
 
 
-# Forward, where upstream is None: writes dF unless it is None, and the sums, or at once the loss
-# where a sample is one chunk (sums is None). Backward: dF holds the gradient for an upstream
-# gradient of 1; corrects the samples whose upstream gradient is another.
 @triton.jit
 def chunk_kernel(
     F,
@@ -171,6 +199,9 @@ def chunk_kernel(
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Forward: writes dF, and the sums, or at once the loss where a sample is one chunk. Backward:
+    corrects dF where a sample's upstream gradient is not 1.
+    """
     task = tl.program_id(0).to(tl.int64)
     b, begin = task // chunks, task % chunks * CHUNK
     F += b * F_row + begin
@@ -203,6 +234,7 @@ def chunk_kernel(
 def sum_kernel(
     sums, coef, loss, inverse_n: tl.float64, chunks, SPAN: tl.constexpr, SUM_BLOCK: tl.constexpr
 ):
+    """The losses of samples of several chunks: adds their sums, in order."""
     b = tl.program_id(0).to(tl.int64)
     sums += 2 * b * chunks
     td, base = tl.zeros([SUM_BLOCK], tl.float64), tl.zeros([SUM_BLOCK], tl.float64)

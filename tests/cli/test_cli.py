@@ -62,6 +62,7 @@ def test_train_then_generate(tmp_path, data):
         "000001.png",
         "000002.png",
         "001005.png",
+        "generate.json",
     ]
     grid = image(tmp_path / "grid.png")
     assert grid.shape == (16, 16, 3)
@@ -74,7 +75,7 @@ def test_train_then_generate(tmp_path, data):
     again = image(tmp_path / "again" / "001000" / "001005.png")
     assert np.abs(again - grid[8:, 8:]).max() <= 1
     assert "class must be one of the network's 3 classes" in tdkern_(
-        "generate", "--network", run_dir, "--outdir", images, "--class", "3", code=1
+        "generate", "--network", run_dir, "--outdir", tmp_path / "new", "--class", "3", code=1
     )
 
 
@@ -210,7 +211,7 @@ def test_generate_shares_the_seeds_among_processes(tmp_path, data, monkeypatch):
             "--steps",
             "2",
         )
-        assert sorted(int(path.stem) for path in (tmp_path / rank).iterdir()) == seeds
+        assert sorted(int(path.stem) for path in (tmp_path / rank).glob("*.png")) == seeds
     assert "--grid needs all images in one process" in tdkern_(
         "generate", "--network", tmp_path, "--grid", tmp_path / "a.png", code=2
     )
@@ -382,7 +383,7 @@ def test_runs_that_start_at_once_get_a_number_each(tmp_path):
 
 def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, monkeypatch):
     """And nothing else of that form."""
-    monkeypatch.setattr("tdkern.cli.fid.Inception", Detector)
+    monkeypatch.setattr("tdkern.cli.fid.make_detector", Detector)
     made = {
         "model.safetensors": ["convert", DATA / "edm_snapshot_tiny.pkl"],
         "000001.png": ["generate", "--network", trained, "--seeds", "1", "--steps", "2"],
@@ -392,6 +393,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, mo
         "ref.npz": ["fid", "ref", "--data", trained / "images.zip", "--workers", "0"],
     }
     flags = {"000001.png": ["--outdir"], "grid.png": ["--grid"], "ref.npz": ["--dest"]}
+    beside_it = {"packed.json", "generate.json"}
     for name, args in made.items():
         folder = tmp_path / f"of {name}"
         folder.mkdir()
@@ -400,7 +402,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path, trained, mo
         others.write_text("of another call, or a user's")
         dest = folder if name == "000001.png" else folder / name
         tdkern_(*args, *flags.get(name, []), dest)
-        left = {path.name for path in folder.iterdir()} - {"packed.json"}
+        left = {path.name for path in folder.iterdir()} - beside_it
         assert left == {name, others.name}
 
 

@@ -13,10 +13,19 @@ import torch
 from click.testing import CliRunner
 
 from tdkern.cli import main
-from tdkern.demo import STUDY, Config, conclusion, report, run_study
+from tdkern.demo import (
+    FAMILIES,
+    STUDY,
+    Config,
+    conclusion,
+    from_json,
+    report,
+    run_study,
+    to_json,
+)
 from tdkern.demo.families import BANDS, Levels
-from tdkern.demo.report import Difference
 from tdkern.demo.study import Run, draws, train
+from tdkern.demo.tables import Difference
 from tdkern.evaluation.mixture import GaussianMixture, denoiser_error
 from tdkern.networks import MLP, EDMPrecond
 
@@ -101,12 +110,13 @@ def test_levels_fill_the_bands_and_weigh_as_training_does():
     for i, (lo, hi, count) in enumerate(BANDS):
         inside = Levels.sigma[Levels.band == i]
         assert len(inside) == count and lo < inside.min() and inside.max() < hi
+    # 32,000
     drawn = torch.cat(
         [
             draw.level["sigma"]
             for draw in islice(draws(dataclasses.replace(SMALL, seeds=100), RING, STUDY), 20)
         ]
-    )  # 32,000
+    )
     for i, (lo, hi, _) in enumerate(BANDS):
         assert LEVELS.share[Levels.band == i].sum().item() == pytest.approx(
             ((drawn > lo) & (drawn < hi)).double().mean().item(), abs=0.012
@@ -144,14 +154,11 @@ def test_equal_compute(study):
 
 
 def test_difference_is_paired():
-    values, baseline = (
-        torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]]),
-        torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]]),
-    )
+    values = torch.tensor([[1.0, 5.0], [2.0, 5.0], [3.0, 8.0]])
+    baseline = torch.tensor([[2.0, 4.0], [3.0, 6.0], [4.0, 2.0]])
     first, second = Difference.of(values, baseline)
-    assert (
-        first == (pytest.approx(-100 / 3), 0, 3) and first.clear
-    )  # lower by 1 of 3 in every seed, though the seeds overlap
+    # lower by 1 of 3 in every seed, though the seeds overlap
+    assert first == (pytest.approx(-100 / 3), 0, 3) and first.clear
     assert second == (
         pytest.approx(50),
         pytest.approx(100 / 4 * torch.tensor([1.0, -1.0, 6.0]).std().item() / 3**0.5),
@@ -262,3 +269,16 @@ def test_command_refuses_before_it_works(tmp_path):
     ):
         result = CliRunner().invoke(main, ["demo", option, str(value)])
         assert result.exit_code != 0 and message in result.output and "it/s" not in result.output
+
+
+def test_a_study_comes_back_from_its_numbers(study):
+    """With the same tables, and a picture of samples to four digits."""
+    again = from_json(json.loads(json.dumps(to_json(study, None))))
+    assert report(again) == report(study)
+    for name, outcome in study.outcomes.items():
+        assert again.outcomes[name].curve.equal(outcome.curve)
+        torch.testing.assert_close(
+            again.outcomes[name].samples, outcome.samples.double(), rtol=0, atol=6e-5
+        )
+    assert again.exact_samples.shape == study.exact_samples.shape
+    assert from_json(to_json(study, "edm")).family is FAMILIES["edm"]

@@ -41,9 +41,8 @@ def test_family_trains_and_samples(name, monkeypatch):
             2,
             len(family.budgets),
         )
-        assert (
-            outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]
-        ).all()  # EDM's start, F = 0, is close: see test_demo.py
+        # EDM's start, F = 0, is close: see test_demo.py
+        assert (outcome.curve[-1] < (1.0 if name == "edm" else 0.7) * outcome.curve[0]).all()
     text = report(result)
     assert max(map(len, text.splitlines())) <= 120
     for words in (*result.outcomes, family.sampler_name, family.exact_name):

@@ -82,6 +82,51 @@ def test_the_page_compares_runs_and_needs_no_other_file(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', text) and "url(" not in text
 
 
+def fid_line(kimg, value, steps=5, changes=()):
+    line = {"kimg": kimg, "metric": "fid", "steps": steps, "nfe": 2 * steps - 1, "value": value}
+    return json.dumps(line | {"num": 100, "against": "ab"} | dict(changes)) + "\n"
+
+
+def test_fids_have_curves_and_their_best_and_last(tmp_path):
+    """Those that were measured as the last one was; of a run that has none, no row."""
+    measured, plain = run_of(tmp_path / "measured", grid=False), run_of(tmp_path / "plain")
+    lines = [fid_line(0.1, 1.0, changes={"num": 50})]  # of fewer images
+    lines += [fid_line(0.2 + i / 100, 30.0 - i) for i in range(20)]
+    lines += [fid_line(0.5, 40.0), fid_line(0.5, 12.5, steps=18), fid_line(0.6, None, steps=18)]
+    text = "".join(lines) + (measured / "stats.jsonl").read_text()
+    (measured / "stats.jsonl").write_text(text)
+    page_of_both = page([read_run(measured), read_run(plain)])
+    cells = Tags(page_of_both).cells
+    row = cells.index("fid")
+    assert cells[row - 1] == "[1] measured"
+    assert cells[row : row + 8] == ["fid", "100", "5", "9", "40", "11", "0.39", "21"]
+    assert cells[row + 9 : row + 17] == ["fid", "100", "18", "35", "12.5", "12.5", "0.5", "12.5"]
+    assert "[2] plain" not in cells[row : row + 17]
+    assert len(pictures(page_of_both)) == len(pictures(page([read_run(plain)] * 2))) - 2 + 1
+    last = [cells[i + 1] for i, cell in enumerate(cells) if cell == "[1] measured"]
+    assert last[1] == "3"  # a FID is no tick
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": HOSTILE},
+        {"metric": ["fid"]},
+        {"steps": "5"},
+        {"steps": True},
+        {"num": None},
+        {"value": 10**400},
+        {"value": "low"},
+    ],
+)
+def test_fids_that_are_none_are_left_out(tmp_path, changes):
+    run = run_of(tmp_path / "a")
+    with open(run / "stats.jsonl", "a") as file:
+        file.write(fid_line(3.0, 7.5, changes=changes))
+    text = page([read_run(run)])
+    assert "7.5" not in Tags(text).cells and len(pictures(text)) <= 4 and HOSTILE not in text
+
+
 def test_names_and_options_of_strangers_are_text(tmp_path):
     run = run_of(tmp_path / HOSTILE.replace("/", "|"))
     options = json.loads((run / "training_options.json").read_text())

@@ -26,6 +26,8 @@ class StandIn:
     """A detector of six features that is no linear function of the images."""
 
     dim = 6
+    name = "inception"
+    identity = "inception-v3"
 
     def __init__(self, weights=None, device="cpu"):
         pass
@@ -38,7 +40,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(cli, "Inception", StandIn)
+    monkeypatch.setattr(cli, "make_detector", StandIn)
 
 
 # ---- the numbers -------------------------------------------------------------------------------
@@ -159,7 +161,7 @@ def test_calc(tmp_path, stand_in):
         result = invoked(*calc, "--metrics", metrics)
         *lines, last = result.stdout.splitlines()
         found = json.loads(last)
-        assert list(found) == ["images", "ref", "num", "seed", *names]
+        assert list(found) == ["images", "ref", "detector", "num", "seed", *names]
         assert [line.split()[0] for line in lines] == names
         for line, name in zip(lines, names, strict=True):
             assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7)
@@ -172,7 +174,7 @@ def test_calc(tmp_path, stand_in):
     message = f"Error: {plain}: not an .npz file of features"
     assert message in refused and "make one with tdkern fid ref --features" in refused
     refused = invoked(*calc, "--metrics", "fid,is", code=2).output
-    assert "must be a list of fid, kid, prdc, got 'fid,is'" in refused
+    assert "must be a list of fid, kid, prdc with the detector inception, got 'fid,is'" in refused
 
 
 def test_files_of_features(tmp_path):
@@ -210,7 +212,7 @@ def test_steps_measures_them_too(tmp_path, stand_in, monkeypatch):
 
 def _rank(rank, args):
     """One of two processes."""
-    cli.Inception = StandIn
+    cli.make_detector = StandIn
     main(args, standalone_mode=False)
 
 

@@ -366,7 +366,8 @@ def test_steps_cover_what_is_asked():
         "batch": {64, 256, 512},
     }.items():
         assert {getattr(case, name) for case in of_steps} == values
-    assert [case.mode for case in cases if isinstance(case, steps.Sampler)] == ["eager", "graph"]
+    for kind in (steps.Sampler, steps.Driver):
+        assert [case.mode for case in cases if isinstance(case, kind)] == ["eager", "graph"]
     for under, over, *_ in comparison.STEPS.values():  # each ratio's cases are measured
         for wanted in (under, over):
             assert steps.Case(**{**comparison.DEFAULTS, **wanted}) in of_steps
@@ -559,6 +560,34 @@ def test_figures_of_steps():
     assert comparison.sampler_ratio([{"op": "sampler", "mode": "eager", "failure": "no"}]) is None
 
 
+def test_figures_of_the_driver():
+    rows = [
+        case("EDM", 100),
+        {"op": "driver", "mode": "eager", "ms": 9, "host_waits": 0, "same_bits": True},
+        {"op": "driver", "mode": "graph", "ms": 6, "host_waits": 2, "same_bits": False},
+    ]
+    found = comparison.driver_figures(rows)
+    assert list(found.values()) == [0, 2, 1.5, True, False]
+    failed = {"op": "driver", "mode": "graph", "failure": "no"}
+    assert list(comparison.driver_figures([*rows[:2], failed]).values()) == [
+        0,
+        None,
+        None,
+        True,
+        None,
+    ]
+    assert set(comparison.driver_figures([]).values()) == {None}
+    run = {"stages": {"step": {"rows": rows}}}
+    texts = {line[2]: line[3:] for line in comparison.lines(run) if line[0] == "driver"}
+    assert texts == {
+        "host waits": ["0", "0", "0"],
+        "host waits, in a graph": ["0", "0", "2 (missed)"],
+        "eager / graph": ["", "", "1.50×"],
+        "same bits twice": ["1", "1", "1"],
+        "same bits in a graph": ["1", "1", "0 (missed)"],
+    }
+
+
 def test_comparison(tmp_path):
     """Of a run whose stages failed, what they have is used, and what they have not is empty."""
     stages = {
@@ -598,48 +627,15 @@ def test_comparison(tmp_path):
     assert comparison.markdown(tmp_path / "not there").startswith("Not measured yet:")
 
 
-def between(file: Path, marker: str) -> str:
-    return file.read_text().split(f"<!-- {marker} -->\n")[1].split(f"\n<!-- /{marker} -->")[0]
-
-
-def test_notes_and_readme_hold_what_the_file_gives():
-    """As `python bench/gpu/comparison.py bench/results/<device>.json` writes them."""
-    notes = between(ROOT / "bench/gpu/NOTES.md", "comparison")
-    assert notes == comparison.markdown(H100)
-    every = comparison.measured_alone(H100)
-    assert between(ROOT / "docs/performance.md", "gpu") == every
-    headlines = between(ROOT / "README.md", "gpu")
-    assert headlines == comparison.measured_alone(H100, comparison.HEADLINES)
+def test_headlines_are_six_of_the_figures():
+    """Of the README; what is measured and what is predicted are of the same figures."""
+    headlines, every = comparison.headlines(H100), comparison.measured_alone(H100)
     assert len(headlines.splitlines()) == 5 + 6
     assert set(headlines.splitlines()) <= set(every.splitlines())
-    assert notes.startswith("NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, commit ")
     predicted = [line.rpartition(" | ")[0] for line in comparison.markdown(None).splitlines()[2:]]
+    notes = comparison.markdown(H100)
     assert len(predicted) > 25 and all(line in notes for line in predicted)
-
-
-def test_comparison_fills_both(tmp_path):
-    """The command, in a copy of what it reads and writes."""
-    for name in ("bench/gpu/comparison.py", "bench/table.py"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    for name, marker in (
-        ("bench/gpu/NOTES.md", "comparison"),
-        ("README.md", "gpu"),
-        ("docs/performance.md", "gpu"),
-    ):
-        text = f"before\n<!-- {marker} -->\nold\n<!-- /{marker} -->\nafter\n"
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    command = [sys.executable, tmp_path / "bench/gpu/comparison.py", H100]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    for name, text in (
-        ("bench/gpu/NOTES.md", comparison.markdown(H100)),
-        ("docs/performance.md", comparison.measured_alone(H100)),
-        ("README.md", comparison.measured_alone(H100, comparison.HEADLINES)),
-    ):
-        marked = (tmp_path / name).read_text().splitlines()
-        assert marked[2:-2] == text.splitlines()
-        assert (marked[0], marked[-1]) == ("before", "after")
+    assert notes.startswith("NVIDIA H100 80GB HBM3, torch 2.11.0+cu130, commit ")
 
 
 def test_tables(tmp_path):
@@ -663,7 +659,7 @@ def test_tables(tmp_path):
     ]
     facts = {"device": "CPU", "date": "2026-11-25T", "versions": {"torch": "2"}}
     (tmp_path / "cpu.json").write_text(json.dumps(facts | {"rows": rows + growth}))
-    text = table.markdown(tmp_path / "cpu.json")
+    text = table.of_benchmarks(tmp_path / "cpu.json")
     assert (
         "| `loss path` | 512x3x32x32 | tdkern | 10 µs | 1.00× | 50% | 9 µs | 0.90× |  | 1,234 B |"
     ) in text

@@ -28,12 +28,10 @@ def problem(dtypes="float64", device="cpu", K=2, shapes=SHAPES, lie=(AS_IT_IS,) 
         values = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
         return [lie((value.abs() if positive else value).to(device, dtype)) for value in values]
 
-    grads, exp_avgs, exp_avg_sqs, params = (
-        draw(lie[0], net),
-        draw(lie[1], net),
-        draw(lie[2], net, True),
-        draw(lie[3], net),
-    )
+    grads = draw(lie[0], net)
+    exp_avgs = draw(lie[1], net)
+    exp_avg_sqs = draw(lie[2], net, True)
+    params = draw(lie[3], net)
     averages = [draw(lie[4], wide) for _ in range(K)]
     counts = [torch.tensor(float(steps + i), device=device) for i in range(len(shapes))]
     return [params, grads, exp_avgs, exp_avg_sqs, counts, averages, DECAYS[:K]]
@@ -59,9 +57,8 @@ def close(actual, expected, backend):
     """To the rounding of the parameters, which their averages see."""
     dtype = actual[0][0].dtype
     eps = torch.finfo(dtype).eps
-    ulps = (
-        16 if backend == "triton" and dtype == torch.bfloat16 else 8
-    )  # the interpreter cuts off instead of rounding
+    # the interpreter cuts off instead of rounding
+    ulps = 16 if backend == "triton" and dtype == torch.bfloat16 else 8
     for tensor, want in zip(flatten(actual), flatten(expected), strict=True):
         torch.testing.assert_close(
             tensor.double().cpu(), want.double(), rtol=ulps * eps, atol=ulps * eps

@@ -80,11 +80,9 @@ def odd_ones(t: Tensor) -> Tensor:
 
 # ---- the table ----------------------------------------------------------------------------------
 
-VALID, INVALID, MIXED = (
-    (0.7, 0.1, 3.0, 12.0, 0.03),
-    (90.0, 0.004, 200.0, 0.001),
-    (0.7, 90.0, 3.0, 0.004, 0.1),
-)
+VALID = (0.7, 0.1, 3.0, 12.0, 0.03)
+INVALID = (90.0, 0.004, 200.0, 0.001)
+MIXED = (0.7, 90.0, 3.0, 0.004, 0.1)
 
 
 @dataclass(frozen=True)
@@ -119,9 +117,8 @@ CASES = {
     "no elements": Case((3, 0, 4)),
     "no elements, huber": Case((3, 0, 4), norm=HUBER),
     "one sample": Case((1, 3, 8, 8)),
-    "one odd sample": Case(
-        (1, 107), "consistency", sigma=VALID
-    ),  # aligned, since there is no next row: packs, and a tail behind them
+    # aligned, since there is no next row: packs, and a tail behind them
+    "one odd sample": Case((1, 107), "consistency", sigma=VALID),
     "one element": Case((20, 1)),
     "1-D": Case((20,), "consistency"),
     "5-D": Case((2, 3, 2, 5, 3), "consistency"),
@@ -206,11 +203,8 @@ def inputs(
     net, data = DTYPES[dtypes]
     for key in NAMES:
         lie = case.lie.get(key, case.lie.get("all", torch.Tensor.contiguous))
-        tensors[key] = (
-            None
-            if key in case.absent
-            else lie(tensors[key].to(device, net if key.startswith("out") else data))
-        )
+        dtype = net if key.startswith("out") else data
+        tensors[key] = None if key in case.absent else lie(tensors[key].to(device, dtype))
     out, out_target, x0, x_t, x_tp = tensors.values()
     return out.requires_grad_(), out_target, x0, coef.to(device, case.coef_dtype), x_t, x_tp
 

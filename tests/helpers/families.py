@@ -11,6 +11,7 @@ import torch
 from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 
 SD = 0.5  # sigma_data
+BIASED = (0.5, 1.0, 2.0, 4.0)  # the noise levels of `Family.bias`, which docs/families.md has too
 
 
 def column(values, like):
@@ -37,6 +38,7 @@ class Family:
     times: where the tests look; the last has no TD term. etas: of the means, None being the
         coupling's own. argument: of `pair`, the time.
     base: what the base loss compares.
+    bias: in %, how far "shared" noise brings the target's slope off at the noise levels BIASED.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Family:
     etas: tuple = (None, 0.0)
     argument: str = "t"
     base: str = "denoise"
+    bias: tuple[float, ...] = ()
 
     def loss(self, coupling="markov", prediction=None, weight="pairwise", eta=None):
         return self.make(coupling, prediction or self.predictions[0], weight, eta)
@@ -63,7 +66,7 @@ class Family:
         return self.levels(torch.stack([t, t + tau, t + p, t + p + tau]))
 
 
-def ddpm(beta_schedule, T, k):
+def ddpm(beta_schedule, T, k, bias):
     def levels(t):
         if beta_schedule == "linear":
             beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64) * 1000 / T
@@ -94,10 +97,11 @@ def ddpm(beta_schedule, T, k):
         (-1, -k),
         [0.95 * T // 1, T // 2, k + 1, k],
         ("eps", "x0", "v"),
+        bias=bias,
     )
 
 
-def continuous(name, make, levels, t_min, t_max, prediction):
+def continuous(name, make, levels, t_min, t_max, prediction, bias):
     h = (t_max - t_min) / 17
     return Family(
         name,
@@ -106,6 +110,7 @@ def continuous(name, make, levels, t_min, t_max, prediction):
         (-h, -h),
         [t_max, 0.5, t_min + 2.1 * h, t_min + 1.9 * h],
         (prediction,),
+        bias=bias,
     )
 
 
@@ -133,11 +138,11 @@ def karras(steps):
 
 
 FAMILIES = [
-    ddpm("linear", 1000, 1),
-    ddpm("cosine", 50, 3),
-    continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps"),
-    continuous("ve", TDVELoss, ve, 0.0, 1.0, "score"),
-    continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity"),
+    ddpm("linear", 1000, 1, bias=(0.4, 0.4, 0.5, 0.6)),
+    ddpm("cosine", 50, 3, bias=(13, 17, 23, 40)),
+    continuous("vp", TDVPLoss, vp, 1e-5, 1.0, "eps", bias=(30, 34, 37, 45)),
+    continuous("ve", TDVELoss, ve, 0.0, 1.0, "score", bias=(17, 39, 56, 62)),
+    continuous("flow", TDFlowLoss, flow, 1e-3, 0.999, "velocity", bias=(14, 22, 29, 41)),
     Family(
         "edm",
         lambda coupling, prediction, weight, eta: TDEDMLoss(coupling=coupling, weight=weight),
@@ -147,6 +152,7 @@ FAMILIES = [
         ("edm",),
         (None,),
         "index",
+        bias=(22, 51, 69, 68),
     ),
     Family(
         "ct",

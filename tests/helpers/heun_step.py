@@ -35,12 +35,13 @@ DTYPES = [
     (F32, F32, None),
     (F32, F64, None),
 ]
+# x_hat, noise
 KINDS = {
     "euler": (False, False),
     "euler, noise": (False, True),
     "correction": (True, False),
     "correction, noise": (True, True),
-}  # x_hat, noise
+}
 # shape, then where F, x, x_hat and noise lie
 SAME = torch.Tensor.contiguous
 CASES = {

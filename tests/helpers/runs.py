@@ -107,9 +107,8 @@ def train_or_die(run_dir, options, kill):
     torch.set_num_threads(1)
     quick_pictures()
     sys.stderr = open(os.devnull, "w")
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its own lock between processes would be left behind by a kill
+    # its own lock between processes would be left behind by a kill
+    tqdm.set_lock(threading.RLock())
     if kill is not None:
         name, call = kill
         calls = iter(range(10**6))

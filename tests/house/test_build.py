@@ -79,13 +79,11 @@ def test_no_cuda_kernel_spills():
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
             reports[stem],
         )
-        assert len(spills) >= len(
-            tdkern.info()["build"]["cuda_architectures"].split()
-        )  # a kernel for each
+        # a kernel for each
+        assert len(spills) >= len(tdkern.info()["build"]["cuda_architectures"].split())
         assert all(frame == ("0", "0", "0") for frame in spills), (stem, spills)
-        assert (
-            max(map(int, re.findall(r"Used (\d+) registers", reports[stem]))) <= 128
-        )  # two blocks of 256 threads per SM at the least
+        # two blocks of 256 threads per SM at the least
+        assert max(map(int, re.findall(r"Used (\d+) registers", reports[stem]))) <= 128
 
 
 @cache
@@ -479,9 +477,8 @@ def test_a_mistake_in_the_environment_is_one_line(cuda_options, what, monkeypatc
         cuda_options(**env)
     assert "\n" not in str(error.value)
     if what != "TDKERN_CUDA":
-        assert cuda_options(**{**env, "TDKERN_CUDA": "0"}) == [
-            "-DTDKERN_CUDA=OFF"
-        ]  # nothing of it is looked at
+        # nothing of it is looked at
+        assert cuda_options(**{**env, "TDKERN_CUDA": "0"}) == ["-DTDKERN_CUDA=OFF"]
 
 
 def test_another_version_of_nvcc(cuda_options, monkeypatch):

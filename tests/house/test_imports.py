@@ -1,12 +1,17 @@
 """No import turns back, and nothing reaches into another module's insides."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import tdkern
 from helpers import ROOT
+from tdkern.ops import OPS
 
+STEMS = {op.stem for op in OPS.values()}
 ROOT = ROOT / "tdkern"
 
 
@@ -98,6 +103,26 @@ def _private(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_no_private_names_of_others(name):
     assert _private(name) == []
+
+
+# What a package gives has another name than its modules, but for an op, whose files all bear its
+# name, and for the U-Nets, whose module is named in pickles.
+NAMED_ALIKE = {"tdkern.networks": {"unet"}, "tdkern.ops": STEMS, "tdkern.reference": STEMS}
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if MODULES[name].name == "__init__.py"])
+def test_a_package_gives_nothing_by_the_name_of_its_module(name):
+    taken = {taken for _, taken in _imports(name) if taken}
+    alike = {each for each in taken if f"{name}.{each}" in MODULES}
+    assert alike <= NAMED_ALIKE.get(name, {"info"} if name == "tdkern" else set())
+
+
+def test_info_is_one_thing_however_it_is_imported():
+    code = "import tdkern; import tdkern.info; print(tdkern.info()['tdkern'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent
+    )
+    assert done.stdout.strip() == tdkern.__version__, done.stderr
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -7,7 +7,7 @@ import pytest
 
 from helpers import ROOT, TESTS
 
-FOLDERS = ("tdkern", "tests", "bench", "docs", "examples", "cmake")
+FOLDERS = ("tdkern", "tests", "bench", "csrc", "docs", "examples", "cmake")
 LENGTH = 60  # lines of a function, from `def` to the end
 WIDTH = 100
 
@@ -40,6 +40,27 @@ def long_lines(text):
         is_code = fenced or line.startswith("    ")
         is_table = line.lstrip().startswith("|")
         if len(line) > WIDTH and not is_code and not is_table and len(words) > 1:
+            yield number
+
+
+def nested_conditionals(text):
+    """The lines of conditional expressions within others."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.IfExp):
+            inner = [each for each in ast.walk(node) if isinstance(each, ast.IfExp)]
+            yield from (node.lineno for _ in inner[1:])
+
+
+def nested_conditionals_of_c(text):
+    """The parts of statements of C++ that have two conditional operators."""
+    code = re.sub(r"//.*|\"[^\"\n]*\"", "", text)
+    yield from (part for part in re.split(r"[,;{}]", code) if part.count("?") > 1)
+
+
+def stranded_comments(text):
+    """The lines that close a bracket and have a comment, which is about what was opened before."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(r" *[])}].*(?<!,)  # (?!type: |noqa)", line):
             yield number
 
 
@@ -82,6 +103,26 @@ def test_no_line_is_longer_than_the_others():
     assert excepted == []
 
 
+def found_in(suffixes, look):
+    """What a look finds, by file."""
+    return {
+        str(path.relative_to(ROOT)): found
+        for path in files(*suffixes)
+        if (found := list(look(path.read_text())))
+    }
+
+
+def test_no_conditional_is_within_another():
+    assert found_in([".py"], nested_conditionals) == {}
+    c = [".h", ".cuh", ".cpp", ".cu"]
+    assert len(files(*c)) > 30
+    assert found_in(c, nested_conditionals_of_c) == {}
+
+
+def test_no_comment_stands_behind_a_closing_bracket():
+    assert found_in([".py"], stranded_comments) == {}
+
+
 def test_no_test_module_imports_another():
     imports = {
         str(path.relative_to(ROOT)): names
@@ -103,6 +144,13 @@ def function(lines):
         (long_lines, "```\n" + "code " * 30 + "\n```", "```\n```\n" + "word " * 30),
         (long_lines, "| " + "cell | " * 30, "- " + "item " * 30),
         (long_lines, "- " + "x" * 200, "x" * 200 + " y"),
+        (
+            nested_conditionals,
+            "a = b if c else d; e = f if g else h",
+            "a = b if c else d if e else f",
+        ),
+        (nested_conditionals_of_c, "a = {b ? c : d, e ? f : g};", "a = b ? c\n : d ? e : f;"),
+        (stranded_comments, "f(  # why\n    a,  # what\n)", "f(\n    a\n)  # why"),
         (imported_tests, "from helpers.cases import test_like", "from ops.test_td_loss import x"),
         (imported_tests, "import helpers.testing", "import test_td_loss"),
     ],

@@ -246,9 +246,8 @@ def test_derived_seeds_differ():
     ]
     seeds = [derive_seed(seed, *use) for seed in (0, 1, 2**40) for use in uses]
     assert len(set(seeds)) == len(seeds)
-    assert (
-        derive_seed(7, "step", 3, 1) == 13839595843557499967
-    )  # fixed: an older run's state must go on to the same weights
+    # fixed: an older run's state must go on to the same weights
+    assert derive_seed(7, "step", 3, 1) == 13839595843557499967
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

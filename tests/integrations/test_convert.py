@@ -259,9 +259,8 @@ def test_arguments_that_would_take_too_much_are_refused(refused):
 def test_state_dict(tmp_path, form):
     torch.manual_seed(0)
     tied = torch.randn(4)
-    state = torch.nn.Sequential(
-        torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)
-    ).state_dict()  # has int64, and attributes beside its items
+    # has int64, and attributes beside its items
+    state = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3)).state_dict()
     state |= {
         "transposed": torch.randn(3, 5).T,
         "view": torch.randn(10)[3:7:2],
@@ -512,5 +511,5 @@ def test_command_line(tmp_path):
         "3",
     )
     assert result.exit_code == 0, result.output
-    assert os.listdir(tmp_path / "images") == ["000005.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["000005.png", "generate.json"]
     assert load_network(model)[1]["network"]["label_dim"] == 4

@@ -20,6 +20,7 @@ from tdkern.networks import Denoiser, DhariwalUNet, EDMPrecond, SongUNet, unet
 from tdkern.training import load_network
 from tdkern.training.checkpoint import SNAPSHOT, write
 
+# a level with attention and one without
 ADM = {
     "img_resolution": 8,
     "in_channels": 3,
@@ -31,7 +32,7 @@ ADM = {
     "num_blocks": 1,
     "attn_resolutions": [4],
     "dropout": 0.2,
-}  # a level with attention and one without
+}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,11 @@ import torch
 import tdkern
 from helpers.examples import example, lines_changed, same_tensors
 from helpers.tiny import in_two_processes
+from tdkern.ema import EMA
+from tdkern.losses import TDDDPMLoss, TDEDMLoss
+from tdkern.networks import Denoiser, EDMPrecond
+from tdkern.samplers import heun
+from tdkern.schedules import DDPM
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +51,37 @@ def test_mixed_precision_reaches_the_network_through_the_loss(monkeypatch):
     monkeypatch.setattr(loop, "unet", watched)
     loop.train(epochs=1, mixed_precision="bf16")
     assert torch.bfloat16 in seen
+
+
+@pytest.mark.parametrize("kind", ["EDMPrecond", "Denoiser"])
+def test_mixed_precision_reaches_what_is_prepared(kind):
+    """A wrapper of ours, or one around a foreign model, in the losses and in the samplers."""
+    from accelerate import Accelerator
+
+    conv = torch.nn.Conv2d(3, 3, 1)
+    if kind == "Denoiser":
+        net = Denoiser(Foreign(conv), "eps", alphas_cumprod=DDPM().alphas_cumprod)
+    else:
+        net = EDMPrecond(Foreign(conv))
+    target, seen, called = EMA(net), [], []
+    conv.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
+    net.register_forward_hook(lambda module, given, out: called.append(out.dtype))
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(net)
+    x = torch.randn(2, 3, 4, 4)
+    loss = TDEDMLoss() if kind == "EDMPrecond" else TDDDPMLoss()
+    loss(prepared, target, x).mean().backward()
+    heun(prepared, x, [2.0, 1.0, 0.0])
+    assert seen == [torch.bfloat16] * 4  # one of the loss, three of the sampler
+    assert called == [torch.float32] * 4  # which Accelerate makes of it
+
+
+class Foreign(torch.nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x, t):
+        return self.conv(x)
 
 
 def _train_in_two(rank, folder):

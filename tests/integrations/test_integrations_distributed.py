@@ -1,15 +1,20 @@
 """Plain loops under DistributedDataParallel and FSDP2: the examples, and the gradient's scale."""
 
 import copy
+import warnings
 
+import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import tdkern
 from helpers.examples import example, lines_changed, same_tensors
-from helpers.tiny import in_two_processes
+from helpers.tiny import in_processes, in_two_processes
 from tdkern.ema import EMA
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, unet
+from tdkern.training.distributed import Process, data_parallel
 
 
 def _ddp(rank, folder):
@@ -59,13 +64,11 @@ def _gradient(net):
 
 
 def _gradient_of_two(rank, folder):
-    import torch.distributed as dist
-
     dist.init_process_group("gloo")
     net, loss = _network(), TDEDMLoss()
     batch = _pair(loss)
     mine = type(batch)(*(part.chunk(2)[rank] for part in batch))
-    ddp = torch.nn.parallel.DistributedDataParallel(net)
+    ddp = DistributedDataParallel(net)
     scale = batch.x0[0].numel() / len(mine.x0)  # the process's own samples
     terms = loss.evaluate(ddp, EMA(_network()), mine, gradient_scale=scale)
     terms.loss.sum().backward()
@@ -83,3 +86,26 @@ def test_the_gradient_has_edms_scale_on_any_number_of_processes(tmp_path):
     for rank in (0, 1):
         of_two = torch.load(tmp_path / f"gradient{rank}", weights_only=True)
         torch.testing.assert_close(of_two, _gradient(net), rtol=1e-4, atol=1e-5)
+
+
+def _warned(rank, dtype):
+    """In a process of its own, as torch warns once."""
+    dist.init_process_group("gloo")
+    net = EDMPrecond(unet("ddpmpp", 16, 3, 0, cbase=4, cres=[1, 2]), dtype=dtype)
+    target, found = EMA(net), []
+    process = Process(0, 2, torch.device("cpu"))  # of two, or there would be nothing to exchange
+    for make in (lambda: data_parallel(net, process), lambda: DistributedDataParallel(net)):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            ddp = make()
+            TDEDMLoss()(ddp, target, torch.rand(2, 3, 16, 16)).mean().backward()
+        found.append([str(warning.message) for warning in seen])
+        net.zero_grad()
+    dist.destroy_process_group()
+    assert found == [[], []]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_data_parallel_warns_of_nothing(dtype):
+    """Neither in the driver nor in a loop, in which EDM's networks have it warn of strides."""
+    in_processes(1, _warned, dtype)

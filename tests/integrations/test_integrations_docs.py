@@ -197,6 +197,7 @@ NAMES = {
     "diffusers": of_diffusers,
     "Lightning": of_lightning,
     "Accelerate": of_accelerate,
+    "Loss scaling": common,
     "DistributedDataParallel and FSDP2": of_processes,
 }
 

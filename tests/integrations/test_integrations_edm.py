@@ -2,21 +2,23 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.examples import example, lines_changed, same_tensors
 from tdkern.ema import EMA, target_decay
-from tdkern.integrations import convert, edm
+from tdkern.integrations import attach_target, convert, edm
 from tdkern.integrations.edm import TDLoss, edm_sampler
 from tdkern.integrations.published import SETTINGS, TARGET_DECAY, published_loss
 from tdkern.integrations.published import TDLoss as PublishedTDLoss
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, iDDPMPrecond, unet
-from tdkern.optim import AdamEMA
+from tdkern.optim import AdamEMA, RAdamEMA
 from tdkern.schedules import EDM
 from tdkern.training import load_network
 
@@ -136,6 +138,48 @@ def test_the_target_follows_each_step_that_is_made():
             made += 1
     assert same_tensors(loss_fn.target.module, by_hand.module)
     assert optimizer.state_dict()["tdkern_target"]["step"] == 4
+
+
+OPTIMIZERS = {
+    "AdamEMA": (AdamEMA, {}),
+    "RAdamEMA": (RAdamEMA, {}),
+    "AdamEMA with the scale": (AdamEMA, {"takes_grad_scale": True}),
+    "fused Adam": (torch.optim.Adam, {"fused": True}),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_target_stays_where_the_optimizer_leaves_a_step_out(name, scaled):
+    """By itself, as AdamEMA does, or by GradScaler's word, as torch's fused optimizers do; nothing
+    is read back for it.
+    """
+    kind, options = OPTIMIZERS[name]
+    if kind is torch.optim.Adam and not scaled:
+        return  # which looks at no gradient
+    net = tiny()
+    optimizer = kind(net.parameters(), lr=0.1, **options)
+    target = attach_target(net, optimizer, decay=0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, enabled=scaled)
+    for step in range(4):
+        expected, before = copy.deepcopy(target), copy.deepcopy(target.module)
+        loss = TDEDMLoss()(net, target, torch.rand(2, 3, 8, 8)).mean()
+        scaler.scale(loss * (float("inf") if step == 2 else 1)).backward()
+        with NothingRead() if not scaled or options else nullcontext():
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        expected.update(net, 0.5)
+        assert same_tensors(target.module, before) == (step == 2)
+        assert step == 2 or same_tensors(target.module, expected.module)
+
+
+class NothingRead(TorchDispatchMode):
+    """Refuses to hand a tensor's number to Python, which would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
 
 
 def test_a_state_without_a_target_warns_and_begins_with_a_copy():

@@ -13,7 +13,7 @@ from helpers import golden_of
 from tdkern.ema import EMA, consistency_decay
 from tdkern.losses import CTLoss, TDCTLoss, TDEDMLoss
 from tdkern.losses.ct import lpips
-from tdkern.losses.curricula import Exponential, Halving, Progressive
+from tdkern.losses.curricula import Exponential, Progressive
 from tdkern.networks import MLP, CTPrecond
 from tdkern.ops import td_coef
 from tdkern.schedules import EDM
@@ -50,10 +50,8 @@ def test_golden(name, backend):
         float(golden[key])
         for key in ("sigma_data", "sigma_min", "sigma_max", "rho", "lambda_td", "one_idx")
     )
-    schedule, boundary = (
-        (int(golden["num_scales"]), sd, s_min, s_max, rho),
-        golden["boundary"].bool(),
-    )
+    schedule = (int(golden["num_scales"]), sd, s_min, s_max, rho)
+    boundary = golden["boundary"].bool()
     x0, noise, index = golden["x0"].double(), golden["noise"].double(), golden["indices"]
     for norm in ("l2", "l1"):
         for weighting in ("uniform", "karras", "snr"):
@@ -109,16 +107,12 @@ def test_golden(name, backend):
 @pytest.mark.parametrize("kind", ["a", "b"])
 def test_scalings_and_weightings_golden(kind):
     golden = golden_of("cm_tables")
-    sigma, sd, s_min = (
-        golden["scal_sigma"],
-        float(golden[f"scal_{kind}_sigma_data"]),
-        float(golden[f"scal_{kind}_sigma_min"]),
-    )
+    sigma = golden["scal_sigma"]
+    sd = float(golden[f"scal_{kind}_sigma_data"])
+    s_min = float(golden[f"scal_{kind}_sigma_min"])
     net = CTPrecond(nn.Identity(), sd, s_min)
-    (c_in, c_noise), (c_skip, c_out) = (
-        net.input_scaling(sigma),
-        net.preconditioning.skip_scale(sigma),
-    )
+    c_in, c_noise = net.input_scaling(sigma)
+    c_skip, c_out = net.preconditioning.skip_scale(sigma)
     assert error(c_noise, golden["net_time"]) < 1e-12
     for ours, name in ((c_skip, "c_skip"), (c_out, "c_out"), (c_in, "c_in")):
         assert error(ours, golden[f"scal_{kind}_boundary_{name}"]) < 1e-12, name
@@ -139,23 +133,12 @@ def test_scalings_and_weightings_golden(kind):
 
 def test_curricula_golden():
     golden = golden_of("cm_ema_scales")
-    for mode in (
-        "fixed_progressive",
-        "adaptive_progressive_a",
-        "adaptive_progressive_b",
-        "progdist",
-    ):
-        start_decay, s0, s1, total, halving = (
+    for mode in ("fixed_progressive", "adaptive_progressive_a", "adaptive_progressive_b"):
+        start_decay, s0, s1, total = (
             golden[f"{mode}_{key}"].item()
-            for key in (
-                "start_ema",
-                "start_scales",
-                "end_scales",
-                "total_steps",
-                "distill_steps_per_iter",
-            )
+            for key in ("start_ema", "start_scales", "end_scales", "total_steps")
         )
-        curriculum = Halving(s0, halving) if mode == "progdist" else Progressive(s0, s1, total)
+        curriculum = Progressive(s0, s1, total)
         steps, scales = golden[f"{mode}_step"].tolist(), golden[f"{mode}_scales"].tolist()
         assert [curriculum(step) for step in steps] == scales, mode
         if mode.startswith("adaptive"):
@@ -170,6 +153,7 @@ def test_exponential_curriculum():
     assert [
         curriculum(step) for step in (0, 49_999, 50_000, 149_999, 349_999, 350_000, 399_999, 10**9)
     ] == [11, 11, 21, 41, 641, 1281, 1281, 1281]
+    # K' = floor(9 / (log2 5 + 1)) = 2
     assert [Exponential(10, 50, 9)(step) for step in range(10)] == [
         11,
         11,
@@ -181,7 +165,7 @@ def test_exponential_curriculum():
         51,
         51,
         51,
-    ]  # K' = floor(9 / (log2 5 + 1)) = 2
+    ]
 
 
 # ---- draws, curriculum, norms -------------------------------------------------------------------
@@ -275,9 +259,8 @@ def test_fused_and_plain_network(norm):
             dim=1
         )
         c = 0.00054 * 12**0.5
-        torch.testing.assert_close(
-            12 * terms.base, 0.5 * ((d**2 + c**2).sqrt() - c)
-        )  # none of these indices leaves the schedule
+        # none of these indices leaves the schedule
+        torch.testing.assert_close(12 * terms.base, 0.5 * ((d**2 + c**2).sqrt() - c))
 
 
 def test_boundary_condition():
@@ -295,6 +278,7 @@ def test_lpips_through_a_stand_in(monkeypatch):
     class LPIPS:
         def __init__(self, replace_pooling, reduction):
             assert replace_pooling and reduction == "none"
+            self.mean, self.std, self.weights = torch.zeros(1), torch.ones(1), [torch.ones(1)]
 
         def __call__(self, x, y):
             calls.append((x, y))
@@ -333,6 +317,27 @@ def test_lpips_through_a_stand_in(monkeypatch):
         match=r"base_norm 'lpips' needs piq and torchvision: `pip install tdkern\[lpips\]`",
     ):
         loss.evaluate(*flat, batch)
+
+
+def test_lpips_copies_nothing_from_the_host_in_a_step(monkeypatch):
+    """piq keeps numbers of its own where it made them, and copies them in every call."""
+    made = []
+
+    class LPIPS:
+        def __init__(self, replace_pooling, reduction):
+            self.mean, self.std, self.weights = torch.zeros(1), torch.ones(1), [torch.ones(1)]
+            made.append(self)
+
+        def __call__(self, x, y):
+            return (x - y).mean((1, 2, 3))
+
+    monkeypatch.setitem(sys.modules, "piq", SimpleNamespace(LPIPS=LPIPS))
+    lpips.cache_clear()
+    D = torch.rand(4, 3, 2, 2, device="meta")
+    assert lpips()(D, D).shape == (4,)
+    kept = (made[0].mean, made[0].std, *made[0].weights)
+    assert [each.device.type for each in kept] == ["meta"] * 3
+    lpips.cache_clear()
 
 
 class Flat(nn.Module):
@@ -398,14 +403,13 @@ class Flat(nn.Module):
         (lambda: Exponential(0), "Exponential: start_scales must be at least 1, got 0"),
         (lambda: Exponential(20, 10), "Exponential: end_scales must be at least 20, got 10"),
         (lambda: Exponential(10, 1280, 7), "Exponential: total_steps must be at least 8, got 7"),
-        (lambda: Halving(1), "Halving: start_scales must be at least 2, got 1"),
         (
             lambda: consistency_decay(0.0, 2, 10),
             r"consistency_decay: rate must be in \(0, 1\) and num_scales at least 2, got 0.0 and "
             r"10",
         ),
         (
-            lambda: consistency_decay(0.9, 2, Halving(2, 1)(9)),
+            lambda: consistency_decay(0.9, 2, 1),
             r"consistency_decay: rate must be in \(0, 1\) and num_scales at least 2, got 0.9 and 1",
         ),
     ],
@@ -436,10 +440,8 @@ def test_td_target(at):
         r, D = A_p / A, D.detach()
         slope = (to_target * D).mean() / (D**2).mean()
         standard_error = (to_target - slope * D).std() / D.std() / B**0.5
-        denoiser, shrink = (
-            sd**2 / (sd**2 + t**2),
-            (sd**2 / (sd**2 + t_p**2)) ** power * (sd**2 + t * t_p) / (sd**2 + t**2),
-        )
+        denoiser = sd**2 / (sd**2 + t**2)
+        shrink = (sd**2 / (sd**2 + t_p**2)) ** power * (sd**2 + t * t_p) / (sd**2 + t**2)
         expected = ((1 - r) * denoiser + r * shrink) / denoiser**power - 1
         assert abs(100 * expected - rounded) < 0.5 and abs(slope - expected) < 4 * standard_error, t
 

@@ -232,17 +232,15 @@ def test_bad_arguments():
 
 def test_target_decay():
     assert [target_decay(0.999, step) for step in (0, 8, 90)] == [0.1, 0.5, 0.91]
-    assert (
-        target_decay(0.999, 8990) == 0.999 == target_decay(0.999, 10**6)
-    )  # (1 + step) / (10 + step) reaches .999 at 8990
+    # (1 + step) / (10 + step) reaches .999 at 8990
+    assert target_decay(0.999, 8990) == 0.999 == target_decay(0.999, 10**6)
     assert target_decay(0.999, 8989) < 0.999
 
 
 def test_edm_decay():
     assert edm_decay(512, 500_000, 10**9) ** (500_000 / 512) == pytest.approx(0.5)
-    assert edm_decay(512, 500_000, 1_000_000) ** (50_000 / 512) == pytest.approx(
-        0.5
-    )  # ramp: 5 % of the images seen
+    # ramp: 5 % of the images seen
+    assert edm_decay(512, 500_000, 1_000_000) ** (50_000 / 512) == pytest.approx(0.5)
     assert edm_decay(512, 500_000, 1_000_000, rampup_ratio=0.1) ** (100_000 / 512) == pytest.approx(
         0.5
     )
@@ -263,9 +261,8 @@ def test_power_function_profile(sigma_rel):
     t = torch.arange(1, T + 1, dtype=torch.float64)
     gamma = power_function_gamma(sigma_rel)
     beta = (1 - 1 / t) ** (gamma + 1)
-    later = (
-        torch.cat([beta, torch.ones(1)]).flip(0).cumprod(0).flip(0)[1:]
-    )  # product of the betas after t
+    # product of the betas after t
+    later = torch.cat([beta, torch.ones(1)]).flip(0).cumprod(0).flip(0)[1:]
     weight = (1 - beta) * later
     mean = (weight * t).sum()
     assert weight.sum().item() == pytest.approx(1)
@@ -284,9 +281,8 @@ def test_power_function_ema():
         ema.update(net, step)
         if step == 1:
             assert all(average.module.weight == value for average in ema.averages.values())
-    assert ema.averages[12**-0.5].module.weight.item() == pytest.approx(
-        sum(values) / 4
-    )  # gamma = 0, the plain mean
+    # gamma = 0, the plain mean
+    assert ema.averages[12**-0.5].module.weight.item() == pytest.approx(sum(values) / 4)
     gamma = power_function_gamma(0.05)
     expected = values[0]
     for step in (2, 3, 4):

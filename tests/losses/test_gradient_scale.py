@@ -78,10 +78,8 @@ def test_driver(data, upstreams, precision, changes):
 
 @pytest.mark.parametrize("name", ["edm", "ct", "flow"])
 def test_demo(upstreams, name):
-    family, config = (
-        families.FAMILIES[name],
-        study.Config(seeds=2, iterations=2, width=8, batch=4, compute=1.0),
-    )
+    family = families.FAMILIES[name]
+    config = study.Config(seeds=2, iterations=2, width=8, batch=4, compute=1.0)
     study.train(config, GaussianMixture.ring(), family, family.losses, 2, "")
     assert passes(upstreams) == 0
 
@@ -107,10 +105,8 @@ def test_readme(upstreams):
 
 
 def test_a_factor_behind_the_loss_is_a_second_pass(upstreams):
-    loss, net = (
-        TDEDMLoss(),
-        EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1)),
-    )
+    loss = TDEDMLoss()
+    net = EDMPrecond(SongUNet(8, 3, 3, model_channels=4, channel_mult=[1], num_blocks=1))
     (loss(net, net, torch.randn(4, 3, 8, 8)).sum() * 2).backward()
     assert passes(upstreams) == 4
 
@@ -139,10 +135,8 @@ def test_it_scales_loss_terms_and_gradient(loss):
         return torch.tanh(weight * x)
 
     batch = loss.pair(torch.randn(16, 3, dtype=torch.float64))
-    plain, scaled = (
-        loss.evaluate(net, net, batch),
-        loss.evaluate(net, net, batch, gradient_scale=6.5),
-    )
+    plain = loss.evaluate(net, net, batch)
+    scaled = loss.evaluate(net, net, batch, gradient_scale=6.5)
     for name in ("loss", "td", "base"):
         torch.testing.assert_close(
             getattr(scaled, name), 6.5 * getattr(plain, name), rtol=1e-12, atol=0

@@ -6,10 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.tiny import TINY, pixels
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, TDCTLoss, TDEDMLoss
 from tdkern.losses.masks import draws
-from tdkern.networks import CTPrecond, EDMPrecond, SongUNet
+from tdkern.networks import CTPrecond, EDMPrecond, SongUNet, layers
+from tdkern.training import Options, Trainer
+from tdkern.training.distributed import this_process
+from tdkern.training.presets import PRESETS
 
 ICT = CTLoss(151, base_norm="huber", base_weight="inverse-step", lognormal=(-1.1, 2.0))
 LOSSES = [ICT, CTLoss(151), TDCTLoss(151), CTLoss(151, base_norm="l1")]
@@ -190,3 +194,28 @@ def test_a_graph_s_capture_says_that_it_cannot():
     with pytest.raises(RuntimeError, match="CTLoss: the two networks cannot share their dropout"):
         with torch.cuda.graph(torch.cuda.CUDAGraph()):
             ICT.evaluate(net, net, batch)
+
+
+@pytest.mark.parametrize("preset", ["ict-cifar10", "ect-cifar10"])
+def test_improved_consistency_training_of_the_driver_has_one_mask(data, monkeypatch, preset):
+    """With the dropout of its preset, in every part of a step, and another mask in the next."""
+    own = PRESETS[preset]
+    changes = {name: TINY[name] for name in ("cbase", "cres", "batch", "workers")}
+    options = Options(**own | changes | {"data": data, "duration": 1e-3, "batch_gpu": 4})
+    trainer = Trainer(options, this_process())
+    assert trainer.options.dropout == own["dropout"] > 0
+    masks, real = [], layers.dropout
+
+    def watched(x, p):
+        out = real(x, p)
+        masks.append(out == 0)
+        return out
+
+    monkeypatch.setattr(layers, "dropout", watched)
+    trainer.train_step(torch.from_numpy(pixels(8)), torch.zeros(8, 0))
+    calls = len(masks) // 4  # of one network, in each of two parts
+    online, target, later, later_target = (masks[i * calls :][:calls] for i in range(4))
+    assert calls > 0 and len(masks) == 4 * calls
+    assert all(map(torch.equal, online, target)) and all(map(torch.equal, later, later_target))
+    assert not all(map(torch.equal, online, later))
+    assert 0 < torch.cat([mask.flatten() for mask in online]).float().mean() < 0.5

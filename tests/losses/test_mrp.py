@@ -23,9 +23,8 @@ def chain(family, k):
     torch.manual_seed(0)
     x0, noise = SD * torch.randn(5, dtype=torch.float64), torch.randn(k + 1, 5, dtype=torch.float64)
     hat = sigma / alpha
-    steps = torch.cat(
-        [hat[:-1] ** 2 - hat[1:] ** 2, hat[-1:] ** 2]
-    ).sqrt()  # from noise to data: independent increments of EDM's state
+    # from noise to data: independent increments of EDM's state
+    steps = torch.cat([hat[:-1] ** 2 - hat[1:] ** 2, hat[-1:] ** 2]).sqrt()
     x = (x0 + (steps[:, None] * noise).flip(0).cumsum(0).flip(0)) * alpha[:, None]
     return alpha[:, None], sigma[:, None], A[:, None], kappa[:, None], x, x0
 
@@ -44,12 +43,10 @@ def test_k_step_returns_telescope(family):
     for k in (1, 2, 4):
         torch.testing.assert_close(mrp.k_step_return(rewards[:k], V[k]), mu[0] - mu[k] + V[k])
         errors = [mrp.td_error(rewards[j], V[j], V[j + 1]) for j in range(k)]
-        torch.testing.assert_close(
-            mrp.k_step_return(rewards[:k], V[k]) - V[0], sum(errors)
-        )  # TD(k)'s error is the sum of TD(0)'s
-    torch.testing.assert_close(
-        mrp.k_step_return(rewards, mu[4]), mu[0]
-    )  # a last state whose value is its own mean
+        # TD(k)'s error is the sum of TD(0)'s
+        torch.testing.assert_close(mrp.k_step_return(rewards[:k], V[k]) - V[0], sum(errors))
+    # a last state whose value is its own mean
+    torch.testing.assert_close(mrp.k_step_return(rewards, mu[4]), mu[0])
 
 
 @pytest.mark.parametrize("family", PATHS, ids=ids)
@@ -61,10 +58,11 @@ def test_bellman_residual_of_the_true_value(family):
     (a, a_p), (s, s_p), (A, A_p), (kappa, kappa_p) = alpha[:, 0], sigma[:, 0], A[:, 0], kappa[:, 0]
     c, c_p = posterior(1, a, s), posterior(1, a_p, s_p)  # E[x0 | x] = c x
     residual = {}
+    # the covariance is that of the noises of x_t and x_t'
     for coupling, covariance in (
         ("markov", a / a_p * s_p**2),
         ("shared", s * s_p),
-    ):  # of the noises of x_t and x_t'
+    ):
         x_p = (a * a_p * SD**2 + covariance) / (a**2 * SD**2 + s**2)  # E[x_t' | x_t = 1]
         R = mrp.reward(mrp.mean(c, 1, A, kappa), mrp.mean(c, x_p, A_p, kappa_p))
         residual[coupling] = mrp.td_error(

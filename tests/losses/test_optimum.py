@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from helpers.families import FAMILIES, SD
+from helpers.families import BIASED, FAMILIES, SD
 from tdkern.evaluation.mixture import GaussianMixture
 from tdkern.losses import TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss, TDVELoss, TDVPLoss
 from tdkern.schedules import EDM
@@ -22,7 +22,6 @@ DATA = {
     "mixture": GaussianMixture.ring(SD),
 }
 PATHS = [family for family in FAMILIES if family.base == "denoise"]
-LEVELS = (0.5, 1.0, 2.0, 4.0)
 B = 12_000
 
 
@@ -153,22 +152,12 @@ def test_ratio_and_variance_over_all_times(loss, r, variance):
         assert (above.min(), above.max()) == {2: (3, 3), 10: (11, 17)}[loss.k]
 
 
-BIAS = {  # in %, of the slope at sigma_hat .5, 1, 2 and 4; in docs/families.md
-    "ddpm linear T=1000 k=1": (0.4, 0.4, 0.5, 0.6),
-    "ddpm cosine T=50 k=3": (13, 17, 23, 40),
-    "vp": (30, 34, 37, 45),
-    "ve": (17, 39, 56, 62),
-    "flow": (14, 21, 29, 42),
-    "edm": (22, 51, 69, 68),
-}
-
-
 @pytest.mark.parametrize("family", PATHS, ids=lambda family: family.name)
 def test_shared_target_is_biased(family):
     """Its slope is off by r s' (s - s') / (sd^2 + s'^2) of the optimal one, as docs/families.md
     says.
     """
-    for sigma, rounded in zip(LEVELS, BIAS[family.name], strict=True):
+    for sigma, rounded in zip(BIASED, family.bias, strict=True):
         loss = family.loss("shared")
         t = time_of(family, sigma).expand(B)
         x_t, residual, _, _, coef, levels = at_the_optimum(
@@ -210,7 +199,7 @@ def test_ct_target_is_biased(coupling):
     """
     loss, data = TDCTLoss(coupling=coupling), DATA["gaussian"]
     consistency = lambda x, sigma: SD * x / (SD**2 + sigma[:, None] ** 2).sqrt()
-    for sigma, off_D, off_f in zip(LEVELS, *CT_BIAS[coupling], strict=True):
+    for sigma, off_D, off_f in zip(BIASED, *CT_BIAS[coupling], strict=True):
         index = EDM(loss.num_scales).index(sigma).expand(B)
         for optimum, rounded in ((data.denoise, off_D), (consistency, off_f)):
             x_t, residual, _, _, coef, (s, _, s_p, _) = at_the_optimum(

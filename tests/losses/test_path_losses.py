@@ -293,9 +293,8 @@ def test_times_off_the_path_are_refused(loss):
     for t in (path.t_min, path.t_max):
         batch = loss.pair(torch.zeros(1, 2), t=torch.tensor([t], dtype=torch.float32))
         assert batch.coef.isfinite().all() and batch.x_t.isfinite().all()
-        assert (
-            batch.levels >= 0.999 * path.sigma_hat(path.t_end)
-        ).all()  # tau and tau' are on it too
+        # tau and tau' are on it too
+        assert (batch.levels >= 0.999 * path.sigma_hat(path.t_end)).all()
     for t in (path.t_min - 0.5, path.t_max + 0.5, math.nan):
         with pytest.raises(
             ValueError,

@@ -197,11 +197,9 @@ def test_tables_made_under_fake_tensors_are_not_kept():
 
 
 def test_golden_levels():
-    vp, iddpm, ablation = (
-        golden_of("precond_vp"),
-        golden_of("precond_iddpm"),
-        golden_of("heun_ablation"),
-    )
+    vp = golden_of("precond_vp")
+    iddpm = golden_of("precond_iddpm")
+    ablation = golden_of("heun_ablation")
     torch.testing.assert_close(VP().sigma_hat(vp["t_grid"]), vp["sigma_of_t"], rtol=1e-10, atol=0)
     torch.testing.assert_close(VP().time(vp["sigma"]), vp["t_of_sigma"], rtol=1e-10, atol=0)
     torch.testing.assert_close(iDDPM().u, iddpm["u"], rtol=1e-10, atol=0)
@@ -277,12 +275,10 @@ def test_two_moment_is_ddims_mean(t, tau, eta):
     """The design's own form, with s^2 written out: kappa = sqrt(sigma_tau^2 - s^2) / sigma_t."""
     tau = min(tau, t - 1)
     _, abar = ddpm()
-    alpha_t, alpha_tau, sigma_t, sigma_tau = (
-        abar[t].sqrt(),
-        abar[tau].sqrt(),
-        (1 - abar[t]).sqrt(),
-        (1 - abar[tau]).sqrt(),
-    )
+    alpha_t = abar[t].sqrt()
+    alpha_tau = abar[tau].sqrt()
+    sigma_t = (1 - abar[t]).sqrt()
+    sigma_tau = (1 - abar[tau]).sqrt()
     s2 = (
         eta**2
         * sigma_tau**2
@@ -336,9 +332,8 @@ def test_mean_by_monte_carlo(point, eta):
             + math.sqrt(sigma_t**2 - (alpha_t / alpha_tau * sigma_tau) ** 2) * step
         )
     else:
-        beta = (
-            1 - (alpha_t / alpha_tau * sigma_tau / sigma_t) ** 2
-        )  # the posterior's variance over sigma_tau^2
+        # the posterior's variance over sigma_tau^2
+        beta = 1 - (alpha_t / alpha_tau * sigma_tau / sigma_t) ** 2
         fresh = eta * sigma_tau * math.sqrt(beta)
         x_t = alpha_t * x0 + sigma_t * n
         x_tau = alpha_tau * x0 + math.sqrt(sigma_tau**2 - fresh**2) * n + fresh * step

@@ -11,6 +11,7 @@ from helpers.losses import Linear, error, plain
 from tdkern.losses import DDPMLoss, EDMLoss, FlowLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss
 from tdkern.networks import MLP, Denoiser, EDMPrecond
 
+# of eight samples; two have no pair on the schedule
 SIGMA = [
     0.05,
     2.0,
@@ -20,7 +21,7 @@ SIGMA = [
     100.0,
     0.31,
     0.2,
-]  # of eight samples; two have no pair on the schedule
+]
 
 
 class Seen(torch.nn.Module):
@@ -59,9 +60,8 @@ def test_the_largest_sigma_keep_their_td_term(td_sigma, room, wrap, backend):
     full = whole.evaluate(wrap(net), wrap(target), full_batch)
     keep = kept(full, SIGMA, room)
     assert keep.sum() == room < full.valid.sum()
-    batch.x_tp[~keep] = (
-        torch.nan
-    )  # the target network does not see the others, or is not listened to
+    # the target network does not see the others, or is not listened to
+    batch.x_tp[~keep] = torch.nan
     terms = share.evaluate(wrap(net), wrap(target), batch)
     edm = (
         1.5

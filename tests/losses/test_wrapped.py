@@ -15,6 +15,7 @@ from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFl
 from tdkern.networks import MLP, CTPrecond, Denoiser, EDMPrecond, SongUNet, VPPrecond
 from tdkern.preconditioning import unwrapped
 from tdkern.samplers import heun
+from tdkern.weighting import Uncertainty
 
 
 def compiled(net):
@@ -26,6 +27,7 @@ WRAPPERS = {
     "compile": compiled,
     "compile of DDP": lambda net: compiled(DistributedDataParallel(net)),
     "DDP of compile": lambda net: DistributedDataParallel(compiled(net)),
+    "DataParallel": torch.nn.DataParallel,
 }
 LOSSES = {
     "edm": (EDMLoss(), EDMPrecond),
@@ -116,6 +118,24 @@ def test_samplers(wrapper, monkeypatch):
     got = heun(WRAPPERS[wrapper](net), 10 * x, [10.0, 2.0, 0.5, 0.0])
     assert len(steps) == 10
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_learned_uncertainty(wrapper):
+    """EDM2's, whose gradients several processes must average as the network's."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    loss, net, u = TDEDMLoss(), EDMPrecond(Plain()), Uncertainty(8)
+    torch.nn.init.normal_(u.weight)
+    batch, found = loss.pair(*images()), []
+    for each in (u, WRAPPERS[wrapper](u)):
+        u.zero_grad()
+        value = loss.evaluate(net, net, batch, uncertainty=each).loss
+        value.sum().backward()
+        found.append((value.detach(), u.weight.grad.clone()))
+    for ours, alone in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, alone)
+    assert found[0][1].abs().max() > 0
 
 
 def test_other_callables_keep_their_denoised_output():

@@ -83,9 +83,10 @@ def test_denoises(prediction):
     )
     single = net.float()(x, sigma)
     assert single.dtype == torch.float32
+    # eps: x - 100 F cancels
     torch.testing.assert_close(
         single.double(), exact(x, sigma), atol=2e-2 if prediction == "eps" else 1e-3, rtol=1e-3
-    )  # eps: x - 100 F cancels
+    )
 
 
 def test_times_of_the_table():

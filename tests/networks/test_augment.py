@@ -1,12 +1,15 @@
 """EDM's augmentation: against golden numbers, and each transform alone against what it means."""
 
 import math
+import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers import golden_of
 from tdkern.data import AugmentPipe
+from tdkern.data.augment import resample
 
 EDM = {"xflip": 1e8, "yflip": 1, "scale": 1, "rotate_frac": 1, "aniso": 1, "translate_frac": 1}
 # Pixels where the reference, which pads by what its batch needs, cuts the filter's last taps; ours
@@ -38,6 +41,78 @@ def test_golden(name):
 
     single, _ = pipe(data["in_x"], draws)
     assert single.dtype == torch.float32 and (single - data["out_x"]).abs().max() < 2e-5
+
+
+def needed(linear, shift, size):
+    """How far beyond the left, right, upper and lower edge a batch's transforms read: to its
+    farthest corner, and 6 pixels more for the filters.
+    """
+    half = (size - 1) / 2
+    corners = half * torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1]], dtype=torch.float64)
+    points = (corners - shift[:, None]) @ linear.mT
+    low, high = points.amin(1), points.amax(1)  # [B, 2]
+    far = torch.stack([-low[:, 0], high[:, 0], -low[:, 1], high[:, 1]], 1) - half + 6
+    return far.clamp(0, size - 1).ceil().int()  # [B, 4]
+
+
+def cut_off(images, linear, shift, taps, margins):
+    """What is lost of `resample` where images are black beyond so many reflected pixels at each
+    edge.
+    """
+    room, results = images.shape[-1], []
+    for own in ([images.shape[-1] - 1] * 4, margins):
+        x = F.pad(images, own, mode="reflect")
+        x = F.pad(x, [room - margin for margin in own])
+        results.append(resample(x, linear, shift, taps)[..., room:-room, room:-room])
+    return results[0] - results[1]
+
+
+@pytest.mark.parametrize("name", ["augment_edm_p1", "augment_edm_p05"])
+def test_a_padding_by_what_the_batch_needs_is_the_references(name):
+    """To the pixels whose last taps it cuts."""
+    data, draws = golden(name)
+    draws = {key: draw.double() for key, draw in draws.items()}
+    pipe, images = AugmentPipe(p=data["p"].item(), **EDM), data["in_x"].double()
+    only_flips = {key: draw for key, draw in draws.items() if "flip" in key}
+    flipped, _ = AugmentPipe(p=pipe.p, xflip=1e8, yflip=1)(images, only_flips)
+    linear, shift, _ = pipe._transform(flipped, draws)
+    margins = needed(linear, shift, images.shape[-1]).amax(0).tolist()
+    lost = cut_off(flipped, linear, shift, pipe.taps.double(), margins)
+    assert lost.abs().max() > 1e-8
+    expected = data["out_x"].double()
+    torch.testing.assert_close(pipe(images, draws)[0] - lost, expected, atol=1e-12, rtol=0)
+
+
+def worst_of_a_batch(pipe, size):
+    """What the images that set a batch's padding lose by it, where, and the most that one in
+    [-1, 1] can lose in the worst of these pixels.
+    """
+    images = torch.zeros(16, 1, size, size, dtype=torch.float64)
+    linear, shift, _ = pipe._transform(images, pipe.draw(images))
+    own = needed(linear, shift, size)
+    setting = own.argmax(0).unique()
+    another = next(i for i in range(16) if i not in setting)
+    rows = torch.cat([setting, torch.tensor([another])])
+    noise = (2 * torch.rand_like(images[rows]) - 1).requires_grad_()
+    given = linear[rows], shift[rows], pipe.taps.double()
+    lost = cut_off(noise, *given, own.amax(0).tolist())
+    (weights,) = torch.autograd.grad(lost.flatten()[lost.abs().argmax()], noise)
+    lost = lost.detach().abs()[:, 0]
+    assert lost[-1].max() < 1e-12  # another image loses nothing
+    return lost.max().item(), (lost > 1e-12).nonzero()[:, 1:], weights.abs().sum().item()
+
+
+@pytest.mark.parametrize("seed", [1314, 1405, 1473, 1, 2])
+def test_the_docstrings_numbers_of_the_difference_to_ada_hold(seed):
+    """The first seeds are the worst of 500."""
+    noise, any_image = map(float, re.findall(r"\d\S*e-\d+", resample.__doc__))
+    torch.manual_seed(seed)
+    pipe, size = AugmentPipe(**EDM), 32
+    worst, places, most = worst_of_a_batch(pipe, size)
+    assert ((places < 2) | (places >= size - 2)).any(1).all()
+    assert worst <= noise and most <= any_image
+    if seed > 1000:
+        assert worst > noise / 10 and most > any_image / 10
 
 
 SIZE = 32
@@ -125,9 +200,10 @@ def test_translation_alone_by_whole_pixels_is_exact():
     """
     pipe = AugmentPipe(translate_frac=1)
     image = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    # times 16 / 8
     moved, labels = pipe(
         image, {"translate_normal": torch.tensor([[2.5], [-1.0]]), "translate_gate": torch.zeros(1)}
-    )  # times 16 / 8
+    )
     wide = torch.nn.functional.pad(image, [5, 0, 0, 2], mode="reflect")
     torch.testing.assert_close(moved, wide[:, :, 2:, :16], atol=1e-6, rtol=0)
     assert labels.tolist() == [[2.5, -1.0]]
@@ -189,9 +265,8 @@ def test_probabilities_and_distributions():
     assert abs(angle.mean()) < 0.2 and abs(angle.std() - math.pi / 3**0.5) < 0.1
     stretched = labels[:, 5] != 0
     assert abs((labels[stretched, 6] == 0).float().mean() - 0.5) < 0.06  # half along the axes
-    assert (turned & stretched).float().mean() == pytest.approx(
-        0.09, abs=0.03
-    )  # gates are independent
+    # gates are independent
+    assert (turned & stretched).float().mean() == pytest.approx(0.09, abs=0.03)
 
 
 def test_draws_come_from_the_global_generator():
@@ -223,10 +298,8 @@ def test_no_value_reaches_the_host():
 
 
 def test_gradient():
-    pipe, images = (
-        AugmentPipe(**EDM),
-        torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True),
-    )
+    pipe = AugmentPipe(**EDM)
+    images = torch.randn(2, 1, 4, 4, dtype=torch.float64, requires_grad=True)
     draws = pipe.draw(images)
     assert torch.autograd.gradcheck(lambda x: pipe(x, draws)[0], images, fast_mode=True)
 

@@ -58,10 +58,8 @@ def test_reads_points_and_noise():
 
 def test_works_inside_the_preconditioning_in_both_precisions():
     net = EDMPrecond(randomised(MLP()))
-    x, sigma = (
-        torch.randn(4, 2, dtype=torch.float64),
-        torch.tensor([0.01, 0.5, 5.0, 80.0], dtype=torch.float64),
-    )
+    x = torch.randn(4, 2, dtype=torch.float64)
+    sigma = torch.tensor([0.01, 0.5, 5.0, 80.0], dtype=torch.float64)
     single = net(x.float(), sigma.float(), class_labels=None)
     double = net.double()(x, sigma)
     assert single.dtype == torch.float32 and double.dtype == torch.float64

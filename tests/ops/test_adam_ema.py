@@ -107,9 +107,8 @@ def test_bits_of_torch_optim(monkeypatch, decoupled, betas, weight_decay):
         )
         for it in range(12):
             for i, (param, same) in enumerate(zip(ours, theirs, strict=True)):
-                if (
-                    it % 3 > 0 or i != 1
-                ):  # a parameter without a gradient keeps its own count of steps
+                # a parameter without a gradient keeps its own count of steps
+                if it % 3 > 0 or i != 1:
                     param.grad = torch.randn_like(param)
                     same.grad = param.grad.clone()
                 else:
@@ -400,10 +399,8 @@ def groups(net):
 
 def test_groups_and_schedulers():
     net, other = network(), network()
-    ours, theirs = (
-        AdamEMA(groups(net), 0.01),
-        torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0),
-    )
+    ours = AdamEMA(groups(net), 0.01)
+    theirs = torch.optim.AdamW(groups(other), 0.01, weight_decay=0.0)
     train(net, ours, 10, torch.optim.lr_scheduler.CosineAnnealingLR(ours, 10))
     train(other, theirs, 10, torch.optim.lr_scheduler.CosineAnnealingLR(theirs, 10))
     same(net, other)
@@ -413,17 +410,14 @@ def test_groups_and_schedulers():
 def test_state_dict_both_ways(kind):
     net, other, third = network(), network(), network()
     decoupled = kind is torch.optim.AdamW
-    ours, theirs = (
-        AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled),
-        kind(other.parameters(), 0.01, weight_decay=0.1),
-    )
+    ours = AdamEMA(net.parameters(), 0.01, weight_decay=0.1, decoupled=decoupled)
+    theirs = kind(other.parameters(), 0.01, weight_decay=0.1)
     train(net, ours, 5)
     train(other, theirs, 5)
     again = AdamEMA(third.parameters(), decoupled=not decoupled)
     third.load_state_dict(other.state_dict())
-    again.load_state_dict(
-        copy.deepcopy(theirs.state_dict())
-    )  # theirs into ours: with it lr, weight decay and its kind
+    # theirs into ours: with it lr, weight decay and its kind
+    again.load_state_dict(copy.deepcopy(theirs.state_dict()))
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))  # ours into theirs
     for each, optimizer in ((net, ours), (other, theirs), (third, again)):
         train(each, optimizer, 5, seed=1)
@@ -553,12 +547,13 @@ def saved(value):
 @pytest.mark.parametrize(
     "how", [copy.deepcopy, copy.copy, unpickled, saved], ids=lambda how: how.__name__
 )
-def test_a_copy_steps_as_the_optimizer(how, takes_grad_scale):
+@pytest.mark.parametrize("kind", [AdamEMA, RAdamEMA])
+def test_a_copy_steps_as_the_optimizer(kind, how, takes_grad_scale):
     """With its averages, its count of skipped steps, and GradScaler's protocol; also inside a
     scheduler.
     """
     net, average = network(), network()
-    optimizer = AdamEMA(
+    optimizer = kind(
         net.parameters(),
         0.01,
         averages=[average.parameters()],
@@ -674,10 +669,8 @@ def test_grad_scaler(unscale, takes_grad_scale):
 
 def test_clip_and_closure():
     net, other = network(), network()
-    ours, theirs = (
-        AdamEMA(net.parameters(), 0.01),
-        torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0),
-    )
+    ours = AdamEMA(net.parameters(), 0.01)
+    theirs = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.0)
     x = torch.ones(3, 4, dtype=torch.float64)
 
     def closure():

@@ -68,10 +68,8 @@ def noise_pair():
         ((20, 2), torch.float16),
         ((0, 3), float32),
     ):
-        x0, level = (
-            torch.linspace(-1, 1, math.prod(shape)).to(dtype).view(shape),
-            torch.linspace(0.5, 2, shape[0], dtype=F64),
-        )
+        x0 = torch.linspace(-1, 1, math.prod(shape)).to(dtype).view(shape)
+        level = torch.linspace(0.5, 2, shape[0], dtype=F64)
         for x in (
             (x0, x0.contiguous(memory_format=torch.channels_last)) if len(shape) == 4 else (x0,)
         ):

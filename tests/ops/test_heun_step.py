@@ -21,9 +21,8 @@ from helpers.cases import (
 from helpers.heun_step import CASES, COEF, DTYPES, KINDS, inputs, judge
 from tdkern.ops import _backends
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of what Triton's interpreter masks out afterwards
+# NumPy's, of what Triton's interpreter masks out afterwards
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 @pytest.mark.parametrize("kind", KINDS)

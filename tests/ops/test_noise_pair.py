@@ -36,9 +36,8 @@ from tdkern.ops._dtypes import FLOATS
 from tdkern.ops.noise_pair import output_like
 from tdkern.reference import philox
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of Triton's interpreter: products that wrap around
+# NumPy's, of Triton's interpreter: products that wrap around
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 SHAPES = {
     "odd": (5, 3, 5, 7),
@@ -295,10 +294,8 @@ def test_normals_are_float64s_to_rounding(compiled):
     u near 1, where float32 has no digits left, is among 2^20 draws to within 2^-20.
     """
     blocks = 2**8 if compiled == "triton" and _backends.interpreted() else 2**18
-    one, zero = (
-        torch.ones(4, dtype=F64, device=device_of(compiled)),
-        torch.zeros(4, blocks, device=device_of(compiled)),
-    )
+    one = torch.ones(4, dtype=F64, device=device_of(compiled))
+    zero = torch.zeros(4, blocks, device=device_of(compiled))
     expected = philox.normals(4, blocks, 7, device=zero.device)
     for dtype, bound in ((F32, 5e-7), (F64, 1e-14)):
         _, n1 = tdkern.noise_pair(zero.to(dtype), one, one, one, one, seed=7, backend=compiled)
@@ -345,12 +342,10 @@ def test_noise_pair_seeds_and_offsets(backend):
 
 def test_noise_pair_reads_a_seed_in_memory_anew(compiled):
     device = device_of(compiled)
-    x0, args, seed, step = (
-        torch.zeros(2, 9, device=device),
-        levels(2, device),
-        torch.tensor([3], device=device),
-        torch.tensor([0], device=device),
-    )
+    x0 = torch.zeros(2, 9, device=device)
+    args = levels(2, device)
+    seed = torch.tensor([3], device=device)
+    step = torch.tensor([0], device=device)
     first = tdkern.noise_pair(x0, *args, seed=seed, offset=step, backend=compiled)[0]
     step += 1
     second = tdkern.noise_pair(x0, *args, seed=seed, offset=step, backend=compiled)[0]
@@ -422,10 +417,8 @@ def test_distribution_independence():
     of their squares or of their signs.
     """
     n1, n2 = (n.double() for n in draws(256, 4096))
-    other_step, other_seed = (
-        draws(256, 4096, step=1)[0].double(),
-        draws(256, 4096, seed=SEED + 1)[0].double(),
-    )
+    other_step = draws(256, 4096, step=1)[0].double()
+    other_seed = draws(256, 4096, seed=SEED + 1)[0].double()
     pairs = {
         "n1, n2": (n1, n2),
         "n1, n2 shifted": (n1[:, 1:], n2[:, :-1]),
@@ -553,11 +546,12 @@ def test_noise_pair_same_bits_on_lesser_processors():
     root = str(_backends.LIB_DIR.parent.parent)
     digests = set()
     for isa in ("avx512", "avx2", "base"):
+        # without Triton's import
         env = os.environ | {
             "TDKERN_CPU_ISA": isa,
             "PYTHONPATH": root,
             "TRITON_INTERPRET": "0",
-        }  # without Triton's import
+        }
         done = subprocess.run(
             [sys.executable, "-c", BITS], capture_output=True, text=True, cwd=root, env=env
         )

@@ -12,6 +12,7 @@ from tdkern.ops import _backends
 pytestmark = pytest.mark.skipif(
     bool(_backends.MISSING["triton"]), reason=_backends.MISSING["triton"]
 )
+# more tiles than groups_kernel holds at a time
 SHAPES = [
     (2, 8, 3, 5),
     (1, 96, 8, 8),
@@ -20,7 +21,7 @@ SHAPES = [
     (2, 192, 9, 9),
     (0, 8, 4, 4),
     (1, 8, 72, 71),
-]  # more tiles than groups_kernel holds at a time
+]
 EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
 
 
@@ -62,10 +63,8 @@ def test_a_network_without_gradients_loses_no_more_in_one_kernel(make, monkeypat
     net = EDMPrecond(model).to(device).eval()
     for parameter in net.parameters():  # newly made, the last layers are zero
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
-    x, sigma = (
-        torch.randn(4, 3, 16, 16, device=device),
-        torch.tensor([0.1, 0.5, 2, 9], device=device),
-    )
+    x = torch.randn(4, 3, 16, 16, device=device)
+    sigma = torch.tensor([0.1, 0.5, 2, 9], device=device)
     calls = []
     one_kernel = half.norm_silu
     monkeypatch.setattr(half, "norm_silu", lambda *args: calls.append(0) or one_kernel(*args))

@@ -75,10 +75,8 @@ def test_adam_ema_refuses(backend, column, how):
         arguments[column][0] = tensor[:1].expand(N, 2)
     elif how == "what is read":
         buffer = memory(backend)
-        arguments[column][0], arguments["grads"][0] = (
-            buffer[2 : 2 + 2 * N].view(N, 2),
-            buffer[: 2 * N].view(N, 2),
-        )
+        arguments[column][0] = buffer[2 : 2 + 2 * N].view(N, 2)
+        arguments["grads"][0] = buffer[: 2 * N].view(N, 2)
     else:
         arguments[column][1] = tensor if column == "steps" else tensor[0]
     arguments["averages"] = [arguments["averages"]]
@@ -103,9 +101,10 @@ def test_what_does_not_overlap_is_taken(backend):
     tdkern.ema_update_([[buffer[0::2]]], [buffer[1::2]], [0.0], backend=backend)
     assert buffer[:4].tolist() == [2, 2, 4, 4]
     tdkern.ema_update_([[buffer[:N]]], [buffer[:N]], [0.5], backend=backend)
+    # one parameter twice
     tdkern.ema_update_(
         [[buffer[:N], buffer[N : 2 * N]]], [buffer[2 * N : 3 * N]] * 2, [0.5], backend=backend
-    )  # one parameter twice
+    )
     assert buffer.isfinite().all()
 
 

@@ -192,9 +192,8 @@ def tensor_parallel(rank, world):
             ]
             for column in columns
         ]
-        sharded[1][2] = distribute_tensor(
-            columns[1][2], mesh, [Shard(0)]
-        )  # a gradient that is laid otherwise than its parameter
+        # a gradient that is laid otherwise than its parameter
+        sharded[1][2] = distribute_tensor(columns[1][2], mesh, [Shard(0)])
         steps = [[torch.zeros(()) for _ in range(3)] for _ in range(2)]
         for (params, grads, m, v, average), counts in ((columns, steps[0]), (sharded, steps[1])):
             adam_ema_(params, grads, m, v, counts, [average], [0.9], lr=0.1, backend=backend)
@@ -207,9 +206,8 @@ def tensor_parallel(rank, world):
             [Shard(0)],
             src_data_rank=None,
         )
-        assert (
-            found_inf([sharded[0][0], bad], backend=backend).item() == 1
-        )  # of rank 0's rows alone
+        # of rank 0's rows alone
+        assert found_inf([sharded[0][0], bad], backend=backend).item() == 1
         assert found_inf(sharded[0], backend=backend).item() == 0
         part = torch.distributed.tensor.DTensor.from_local(
             torch.full((2,), math.inf if rank == 0 else -math.inf), mesh, [Partial()]

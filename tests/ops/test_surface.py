@@ -40,9 +40,8 @@ from tdkern.schedules import two_moment
 sys.path.append(str(ROOT / "bench"))
 from measure import peak_extra
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of Triton's interpreter
+# NumPy's, of Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 # ---- Hypothesis ---------------------------------------------------------------------------------
 
@@ -84,7 +83,9 @@ def for_all(backend, **strategies):
     """Runs the test for examples of the strategies, the same ones every time; few where every one
     is slow.
     """
-    count = 6 if backend == "triton" and _backends.interpreted() else 60 if backend == "cpp" else 25
+    count = 60 if backend == "cpp" else 25
+    if backend == "triton" and _backends.interpreted():
+        count = 6
     limits = settings(
         max_examples=count,
         derandomize=True,
@@ -360,12 +361,10 @@ def test_two_moment_is_differentiable_twice():
 
 # ---- bad arguments: those of one op alone are in its own file -----------------------------------
 
-COLUMN, SIX, PAIR, COEF = (
-    torch.ones(2, dtype=F64),
-    torch.ones(6, dtype=F64),
-    torch.zeros(2, 3),
-    torch.ones(2, 8),
-)
+COLUMN = torch.ones(2, dtype=F64)
+SIX = torch.ones(6, dtype=F64)
+PAIR = torch.zeros(2, 3)
+COEF = torch.ones(2, 8)
 META = {dtype: torch.zeros(2, 3, dtype=dtype, device="meta") for dtype in (F32, F64)}
 LEVELS = dict.fromkeys(("alpha", "sigma", "alpha_p", "sigma_p"), COLUMN)
 CALLS = {
@@ -430,11 +429,12 @@ BAD = [  # op, what is wrong, its message
         {"noise": torch.tensor([math.nan]), "from_index": True},
         "noise must be finite, got values from nan to nan",
     ),
+    # tau later than t
     (
         "td_coef",
         {"one_idx": -0.25},
         "one_idx must be a positive number, got -0.25",
-    ),  # tau later than t
+    ),
     ("td_coef", {"k_idx": -1.0}, "k_idx must be a positive number, got -1.0"),  # t' later than t
     ("noise_pair", {"sigma": torch.tensor([1.0, -2.0], dtype=F64)}, "sigma must be >= 0, got -2.0"),
     (
@@ -564,10 +564,8 @@ def test_td_loss_in_a_cuda_graph(name):
     case = CASES[name]
     for backend in ("cuda", "triton"):
         if not _backends.MISSING[backend]:
-            args, upstream = (
-                inputs(name, device="cuda"),
-                torch.linspace(0, 2, 2 * case.shape[0], device="cuda").view(-1, 2),
-            )
+            args = inputs(name, device="cuda")
+            upstream = torch.linspace(0, 2, 2 * case.shape[0], device="cuda").view(-1, 2)
             loss = lambda *a, b=backend: tdkern.td_loss(*a, base=case.base, **case.norm, backend=b)
             with_gradient(loss, args, upstream)  # Triton compiles before the capture
             graph = torch.cuda.CUDAGraph()
@@ -619,9 +617,8 @@ def test_the_loss_path_takes_one_dF(compiled, dtypes, norm):
 
         step()
         dF = F.numel() * F.element_size()
-        assert (
-            dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)
-        )  # a GPU's allocations are multiples of 512 bytes
+        # a GPU's allocations are multiples of 512 bytes
+        assert dF <= peak_extra(step, device) <= dF + (2048 if device == "cpu" else 16 * 512)
 
 
 @pytest.mark.parametrize("loss", [EDMLoss(), TDEDMLoss()], ids=lambda loss: type(loss).__name__)
@@ -639,10 +636,8 @@ def test_evaluating_a_loss_takes_one_dF(loss):
             return self.F
 
     batch = loss.pair(drawn((4, 3, 16, 16), F32, "cpu", 0))
-    net, target = (
-        Net(drawn((4, 3, 16, 16), F32, "cpu", 1).requires_grad_()),
-        Net(drawn((4, 3, 16, 16), F32, "cpu", 2)),
-    )
+    net = Net(drawn((4, 3, 16, 16), F32, "cpu", 1).requires_grad_())
+    target = Net(drawn((4, 3, 16, 16), F32, "cpu", 2))
     step = lambda: torch.autograd.grad(loss.evaluate(net, target, batch).loss.mean(), net.F)
     step()
     dF = net.F.numel() * 4

@@ -15,9 +15,8 @@ from tdkern.ops import _backends
 from tdkern.ops.td_coef import BASE_WEIGHTS, PRECONDS, WEIGHTS
 from tdkern.schedules import EDM, two_moment
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of what Triton's interpreter masks out afterwards
+# NumPy's, of what Triton's interpreter masks out afterwards
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 # Inside the schedule, above and below it, and far out. No sigma lies where rounding decides whether
 # it is valid.
 SIGMA = torch.tensor(

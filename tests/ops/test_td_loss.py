@@ -42,9 +42,8 @@ from tdkern import reference
 from tdkern.ops import _backends
 from tdkern.ops.td_loss import gradient_like
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # NumPy's, of what Triton's interpreter masks out afterwards
+# NumPy's, of what Triton's interpreter masks out afterwards
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 LAYOUTS = (
     "odd",
     "odd, consistency",
@@ -105,10 +104,8 @@ def test_td_loss_reference_is_the_cancelled_form():
         args, base = inputs(name, "float64"), CASES[name].base
         F, F_p, x0, coef, x_t, x_tp = (arg.detach() for arg in args)
         for b, (skip, scale, skip_p, scale_p, A, A_p, w_td, w_base) in enumerate(coef.tolist()):
-            e, e_p = (
-                x0[b] - (skip * x_t[b] + scale * F[b]),
-                x0[b] - (skip_p * x_tp[b] + scale_p * F_p[b]),
-            )
+            e = x0[b] - (skip * x_t[b] + scale * F[b])
+            e_p = x0[b] - (skip_p * x_tp[b] + scale_p * F_p[b])
             delta, error = A * e - A_p * e_p, e if base == "denoise" else e - e_p
             loss, dF = oracle(args, base)
             torch.testing.assert_close(
@@ -541,10 +538,8 @@ def test_td_loss_computes_a_gradient_only_where_one_is_wanted(compiled):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_td_loss_opcheck(compiled, name):
-    args, kind = (
-        inputs(name, device=device_of(compiled)),
-        (CASES[name].base == "consistency", CASES[name].norm == L1),
-    )
+    args = inputs(name, device=device_of(compiled))
+    kind = (CASES[name].base == "consistency", CASES[name].norm == L1)
     torch.library.opcheck(_backends.op("td_loss", compiled), (*args, *kind, True))
     loss, dF = _backends.op("td_loss", compiled)(
         *(None if arg is None else arg.detach() for arg in args), *kind, True
@@ -624,10 +619,8 @@ def test_td_loss_in_torch_compile_in_the_middle_of_a_graph(compiled):
 @pytest.mark.parametrize("name", ["odd", "several chunks"])
 @pytest.mark.parametrize("dtypes", ["float32", "bfloat16"])
 def test_td_loss_twice_is_bit_equal(compiled, name, dtypes):
-    args, upstream = (
-        inputs(name, dtypes, device_of(compiled)),
-        upstreams(CASES[name].shape[0])["mixed"],
-    )
+    args = inputs(name, dtypes, device_of(compiled))
+    upstream = upstreams(CASES[name].shape[0])["mixed"]
     first, second = (
         with_gradient(loss_of(compiled, CASES[name].base), args, upstream) for _ in range(2)
     )

@@ -55,9 +55,8 @@ def test_denoiser_is_the_posterior_mean(sigma):
     for point, denoised in zip(x, RING.denoise(x, sigma), strict=True):
         weight = (-(x0 - point).square().sum(1) / (2 * sigma**2)).exp()
         mean = weight @ x0 / weight.sum()
-        error = (
-            (weight[:, None] * (x0 - mean)).square().sum(0)
-        ).sqrt() / weight.sum()  # standard error of the mean
+        # standard error of the mean
+        error = ((weight[:, None] * (x0 - mean)).square().sum(0)).sqrt() / weight.sum()
         assert ((denoised - mean).abs() < 5 * error).all()
 
 
@@ -76,9 +75,8 @@ def test_sample_and_points_have_the_mixture_s_moments():
 def test_normal_points_are_even_and_depend_on_the_seed():
     points = normal_points(1024, 2)
     assert points.dtype == torch.float64 and points.isfinite().all()
-    assert (points.mean(0).abs() < 5e-3).all() and (
-        points.std(0) - 1
-    ).abs().max() < 5e-3  # random draws: 3e-2
+    # random draws: 3e-2
+    assert (points.mean(0).abs() < 5e-3).all() and (points.std(0) - 1).abs().max() < 5e-3
     assert (points.T.cov()[0, 1]).abs() < 2e-2
     assert points.equal(normal_points(1024, 2)) and not points.equal(normal_points(1024, 2, seed=1))
 

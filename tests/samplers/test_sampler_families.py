@@ -26,7 +26,7 @@ from tdkern.samplers import (
     onestep,
     unipc,
 )
-from tdkern.samplers.ablation import RANGES
+from tdkern.samplers.generalised import RANGES
 from tdkern.schedules import EDM, FlowMatching
 
 
@@ -50,9 +50,8 @@ def test_ddim_is_the_textbook_step_of_a_vp_path(eta):
     """
     T, generator, golden = 12, torch.Generator().manual_seed(0), golden_of("heun_gmm")
     beta = torch.linspace(1e-3, 0.4, T, dtype=torch.float64)
-    abar = torch.cat(
-        [torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)]
-    )  # abar[t], t = 0 .. T
+    # abar[t], t = 0 .. T
+    abar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
     sigma = (1 / abar - 1).sqrt()
     denoiser = gmm(golden)
     start, *noises = torch.randn(T, 4, 3, 4, 4, generator=generator, dtype=torch.float64)
@@ -348,10 +347,8 @@ def test_ablation_golden_alpha_and_churn():
 
 
 def test_ablation_is_heun_by_default_and_stays_in_edms_state():
-    golden, sigmas = (
-        golden_of("heun_gmm"),
-        torch.tensor([20.0, 4.0, 1.0, 0.3], dtype=torch.float64),
-    )  # does not end at 0
+    golden = golden_of("heun_gmm")
+    sigmas = torch.tensor([20.0, 4.0, 1.0, 0.3], dtype=torch.float64)  # does not end at 0
     denoiser, start = gmm(golden), golden["latents"].double() * 20
     torch.testing.assert_close(
         ablation(denoiser, start, sigmas), heun(denoiser, start, sigmas), rtol=1e-12, atol=1e-12
@@ -388,9 +385,10 @@ def test_ablation_sigmas_golden():
     narrow = [ablation_sigmas(discretization, 6, 0.1, 20.0, 5.0) for discretization in RANGES]
     for sigmas in narrow:
         assert len(sigmas) == 7 and (sigmas.diff() < 0).all()
+        # iDDPM's are the nearest
         torch.testing.assert_close(
             sigmas[[0, 5]], torch.tensor([20.0, 0.1], dtype=torch.float64), rtol=0.05, atol=0
-        )  # iDDPM's are the nearest
+        )
     with pytest.raises(
         ValueError,
         match=r"ablation: no VP path rises from sigma\(0.001\) = 0.3 to sigma\(1\) = 20.0; take a "
@@ -433,11 +431,9 @@ ALL = [ddim, ddpm, dpmpp, unipc, onestep, multistep, ablation]
 
 @pytest.mark.parametrize("sampler", ALL)
 def test_state_keeps_its_dtype_and_input_and_the_callback_sees_every_step(sampler):
-    x, weight, seen = (
-        torch.ones(2, 3, dtype=torch.float64, requires_grad=True),
-        torch.ones(1, requires_grad=True),
-        [],
-    )
+    x = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
     out = sampler(
         lambda x, sigma: (weight * halving(x, sigma)).float(),
         x,
@@ -456,9 +452,8 @@ def test_state_keeps_its_dtype_and_input_and_the_callback_sees_every_step(sample
             atol=1e-6,
         )
     assert sampler(halving, torch.ones(0, 3), [2.0, 1.0, 0.0]).shape == (0, 3)
-    half = sampler(
-        EDMPrecond(Sine()), torch.ones(2, 3, dtype=torch.bfloat16), [2.0, 1.0, 0.0]
-    )  # no state of the fused path
+    # no state of the fused path
+    half = sampler(EDMPrecond(Sine()), torch.ones(2, 3, dtype=torch.bfloat16), [2.0, 1.0, 0.0])
     assert half.dtype == torch.bfloat16
 
 

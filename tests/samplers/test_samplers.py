@@ -266,9 +266,8 @@ def test_churn_keeps_the_distribution(sampler):
         S_churn=10.0,
         generator=generator,
     )
-    assert abs(x.var() / sd**2 - 1) < (
-        0.02 if sampler is heun else 0.2
-    )  # discretisation, above 4 standard errors of 0.45 %
+    # discretisation, above 4 standard errors of 0.45 %
+    assert abs(x.var() / sd**2 - 1) < (0.02 if sampler is heun else 0.2)
     assert abs((x * start).mean() / x.std() / start.std()) < 0.9  # without churn it is 1
 
 

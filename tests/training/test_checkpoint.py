@@ -127,9 +127,8 @@ def test_a_network_comes_back_from_its_snapshot(tmp_path, snapshot):
 
 # a run of flow matching with TD that tdkern wrote before a thing had one name everywhere
 FORMAT3 = DATA / "format3"
-FORMAT1 = (
-    DATA / "format1"
-)  # what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
+# what tdkern train wrote before there was augmentation: 10 images, 3 classes, 2 steps
+FORMAT1 = DATA / "format1"
 
 
 @pytest.mark.parametrize(

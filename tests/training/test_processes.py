@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 
+import PIL.Image
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from helpers.tiny import (
     pixels,
     quick_pictures,
     started_processes,
+    tdkern_,
 )
 from tdkern.cli import main
 from tdkern.training import Options, Trainer, distributed, train
@@ -35,7 +37,7 @@ FAMILIES = {
     "ct": {"family": "ct"},
     "ict": {"family": "ct", "scale_mode": "exponential", "total_training_steps": 1000},
     "ddpm": {"family": "ddpm"},
-    "vp": {"family": "vp"},
+    "vp, uncertainty": {"family": "vp", "uncertainty": True},
 }
 
 
@@ -104,7 +106,7 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, data):
     [
         {"power_ema": [0.05, 0.1]},
         {"family": "ct", "optim": "radam", "total_training_steps": 1000},
-        {"clip": 0.5, "batch_gpu": 2, "cond": True},
+        {"clip": 0.5, "batch_gpu": 2, "cond": True, "uncertainty": True},
     ],
 )
 def test_shards_are_the_same_run(tmp_path, data, changes):
@@ -126,6 +128,16 @@ def test_shards_are_the_same_run(tmp_path, data, changes):
         assert ours.keys() == theirs.keys()
         worst = max((ours[name].double() - theirs[name].double()).abs().max() for name in ours)
         assert worst < 1e-4  # Adam makes steps of the rounding of gradients next to zero
+
+
+def test_the_grid_of_a_run_in_shards_is_drawn_without_dropout(tmp_path, data):
+    """It is the snapshot's, as `generate` draws it."""
+    changes = TWELVE | {"shard": True, "dropout": 0.5, "lr": 0.1}  # so that dropout shows
+    run(tmp_path / "run", options_of(data=data, duration=48e-6, gpus=2, **changes))
+    grid = ("--grid", tmp_path / "grid.png", "--seeds", "0-15", "--steps", "2", "--batch", 6)
+    tdkern_("generate", "--network", tmp_path / "run", *grid)
+    drawn = PIL.Image.open(tmp_path / "run" / "fakes-000000.048.png")
+    assert drawn.tobytes() == PIL.Image.open(tmp_path / "grid.png").tobytes()
 
 
 def test_a_state_in_the_middle_of_a_tick_keeps_its_sums(data):

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("short_previews")
             "target_precision": "bf16",
             "target_copy": 2,
         },
-        {"td": False, "precision": "bf16"},
+        {"td": False, "precision": "bf16", "uncertainty": True},
         # the state is of a step that RAdam does not rectify, the end of one that it does
         {
             "td": True,
@@ -57,7 +57,9 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     kinds = {name.partition(".")[0] for name in read(find(straight, STATE), STATE)[1]}
     assert kinds == {"net", "ema", "step", "exp_avg", "exp_avg_sq"} | (
         {"target"} if changes["td"] else set()
-    ) | ({"power"} if "power_ema" in changes else set())
+    ) | ({"power"} if "power_ema" in changes else set()) | (
+        {"uncertainty"} if "uncertainty" in changes else set()
+    )
 
     start_and_stop(options, tmp_path / "resumed", monkeypatch)
     torch.manual_seed(999)  # what the generators did meanwhile is of no consequence
@@ -66,10 +68,11 @@ def test_steps_and_a_resume_are_the_same_steps_in_one_go(tmp_path, data, monkeyp
     expected, found = contents(straight), contents(tmp_path / "resumed")
     for name in expected:
         if name.endswith("meta.json"):
+            # of which one is the number of workers
             (
                 expected[name].pop("options"),
                 found[name].pop("options"),
-            )  # of which one is the number of workers
+            )
     check_same(found, expected)
 
 
@@ -123,6 +126,7 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
     seconds = time.monotonic() - started
     expected = contents(tmp_path / "straight")
     choose = random.Random(0)
+    # about as many as three steps make
     calls = {
         "fsync": 30,
         "replace": 8,
@@ -130,7 +134,7 @@ def test_runs_killed_again_and_again_end_in_the_same_bits(tmp_path, data):
         "save_file": 4,
         "unlink": 4,
         "rmdir": 2,
-    }  # about as many as three steps make
+    }
     kills = [
         {"kill": (name, choose.randrange(count))} for name, count in calls.items() for _ in range(2)
     ]

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from helpers.runs import check_same, contents, start
 from helpers.tiny import TINY, data_set, options_of, pixels
 from tdkern.data import ImageDataset
+from tdkern.networks import presets
 from tdkern.training import Trainer
 from tdkern.training import trainer as trainer_module
 from tdkern.training.distributed import this_process
@@ -70,6 +72,29 @@ def test_a_compiled_run_calls_what_it_compiled(data, monkeypatch):
     images, labels = zip(*(trainer.dataset[i] for i in range(8)), strict=True)
     trainer.train_step(torch.stack(images), torch.stack(labels))
     assert calls == [trainer.net, trainer.target.module]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"td_sigma": [0.3, 5.0], "batch_gpu": 4, "dropout": 0.3},
+        {"family": "ct", "scale_mode": "exponential", "total_training_steps": 8},
+    ],
+    ids=["edm", "ct"],
+)
+def test_each_network_is_compiled_once(data, monkeypatch, changes):
+    """Neither other noise levels nor accumulation nor a curriculum's next stage compiles anew."""
+    monkeypatch.setitem(presets.DDPMPP, "num_blocks", 0)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = functools.partial(torch.compile, backend=counter)
+    monkeypatch.setattr(trainer_module.torch, "compile", compiled)
+    options = options_of(data=data, duration=1e-3, compile=True, **TINY | changes)
+    trainer = Trainer(options, this_process())
+    images, labels = zip(*(trainer.dataset[i] for i in range(8)), strict=True)
+    for _ in range(3):
+        trainer.train_step(torch.stack(images), torch.stack(labels))
+    assert counter.frame_count == 2
 
 
 def test_bench_sets_what_it_says(data, monkeypatch):

@@ -136,9 +136,8 @@ def test_networks_know_their_familys_levels(data):
         assert ddpm.input_scaling(path.sigma_hat(torch.tensor([t])))[1].item() == pytest.approx(
             t - 1, abs=1e-6
         )
-    fourier = net(
-        family="ddpm", T=50, beta_schedule="cosine", arch="ncsnpp"
-    )  # whose embedding is of times up to 1
+    # whose embedding is of times up to 1
+    fourier = net(family="ddpm", T=50, beta_schedule="cosine", arch="ncsnpp")
     assert fourier.input_scaling(path.sigma_hat(torch.tensor([17])))[1].item() == pytest.approx(
         16 / 50, abs=1e-6
     )
@@ -147,11 +146,12 @@ def test_networks_know_their_familys_levels(data):
     assert torch.equal(net(family="iddpm").u, iDDPM().u)
     assert [net(family="flow", arch=arch).time_scale for arch in ("ncsnpp", "adm")] == [1, 1000]
     consistency = [net(family="ct", arch=arch) for arch in ("ncsnpp", "ddpmpp", "adm")]
+    # OpenAI's; EDM's for the Fourier embedding
     assert [model.time_scale for model in consistency] == [
         0.25,
         250,
         250,
-    ]  # OpenAI's; EDM's for the Fourier embedding
+    ]
     with torch.no_grad():
         x = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(consistency[1](x, 0.002), x)
@@ -340,10 +340,11 @@ def test_options_of_the_version_before_mean_the_same():
     flat = saved | saved["loss"] | {"loss_type": "td" if options.td else "edm"}
     assert {name: flat[formats.RENAMED.get(name, name)] for name in BEFORE} == BEFORE
     assert options.loss.keys() == FAMILIES["edm"].options.keys() and options.loss["td_share"] == 1
+    # that version kept the newest state alone
     assert (saved["keep"], saved["keep_every"]) == (
         1,
         0,
-    )  # that version kept the newest state alone
+    )
     new = saved.keys() - BEFORE.keys() - {"family", "td", "loss", "keep", "keep_every"}
     # what an option that has come since does where it is not given
     came = {name: saved[name] for name in new if saved[name] is not None}
@@ -573,12 +574,10 @@ def test_a_denoiser_calls_a_unet_as_the_other_wrappers_do(cls):
         nn.init.normal_(parameter, std=0.3)
     net = Denoiser(unet, "velocity", time_scale=1000.0)
     assert net.state_dict().keys() == {f"model.{name}" for name in unet.state_dict()}
-    x, sigma, labels, augment = (
-        torch.randn(2, 3, 8, 8),
-        torch.tensor([0.5, 3.0]),
-        torch.eye(2),
-        torch.randn(2, 9),
-    )
+    x = torch.randn(2, 3, 8, 8)
+    sigma = torch.tensor([0.5, 3.0])
+    labels = torch.eye(2)
+    augment = torch.randn(2, 9)
     scaled, t = x / (1 + sigma)[:, None, None, None], 1000 * sigma / (1 + sigma)
     with torch.no_grad():
         for given in ((labels, augment), (None, None), (labels, None)):
@@ -608,6 +607,5 @@ def test_levels_that_are_one_to_the_network(data):
     for sampler in ("ddim", "ddpm", "dpmpp", "unipc", "multistep"):
         levels, options = sampling.sampling_levels(net, sampler, 150)
         assert len(levels) < 150 and torch.isin(levels, net.u).all()
-        getattr(samplers, sampler)(
-            lambda x, sigma: 0 * x, torch.zeros(1), levels, **options
-        )  # which refuses levels that do not fall
+        # which refuses levels that do not fall
+        getattr(samplers, sampler)(lambda x, sigma: 0 * x, torch.zeros(1), levels, **options)

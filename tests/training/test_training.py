@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 import tdkern.samplers as samplers
-from helpers.tiny import TINY, in_two_processes, options_of, pixels, quick_pictures
+from helpers import ROOT
+from helpers.tiny import TINY, in_two_processes, invoked, options_of, pixels, quick_pictures
 from tdkern.data import derive_seed, step_indices, to_float
 from tdkern.families import FAMILIES
 from tdkern.schedules import EDM
@@ -71,10 +73,11 @@ def test_one_step_updates_network_and_averages(data):
     }
     trainer.train_step(*batch(trainer))
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 800 / 1600)
+    # half-life of 5 % of 800 images; (1 + j) / (10 + j) at j = 100
     decays = {
         "ema": 0.5 ** (8 / 40),
         "target": 101 / 110,
-    }  # half-life of 5 % of 800 images; (1 + j) / (10 + j) at j = 100
+    }
     for i, parameter in enumerate(trainer.net.parameters()):
         for name, decay in decays.items():
             torch.testing.assert_close(
@@ -209,10 +212,11 @@ def test_share_by_default():
     assert window.loss["td_share"] == pytest.approx(
         0.4917 + (0.4917 * 0.5083 / 128) ** 0.5, abs=1e-4
     )
+    # next to none, nearly all
     for td_sigma, share in (
         ([70.0, 80.0], 1e-4),
         ([-1.0, 80.0], 1),
-    ):  # next to none, nearly all
+    ):
         assert options_of(data="", batch=512, td_sigma=td_sigma, td_share=None).loss[
             "td_share"
         ] == pytest.approx(share, abs=1e-12)
@@ -231,9 +235,10 @@ def test_a_gradient_whose_square_is_not_finite_does_not_reach_the_weights(data, 
     parameter.register_hook(lambda gradient: torch.full_like(gradient, value))
     before = {name: tensor.clone() for name, tensor in trainer.net.state_dict().items()}
     trainer.train_step(*batch(trainer))
+    # the whole step is left out
     assert all(
         torch.equal(tensor, before[name]) for name, tensor in trainer.net.state_dict().items()
-    )  # the whole step is left out
+    )
     assert all(torch.isfinite(tensor).all() for tensor in trainer.tensors().values())
     assert trainer.statistics()["skipped"] == 1
     assert trainer.optimizer.skipped == 0  # it counts from tick to tick
@@ -293,12 +298,10 @@ def test_augmentation(data, monkeypatch):
         and trainer.augment_pipe.p == 0.6
         and trainer.augment_pipe.xflip > 1e6
     )
-    seen, piped, noised, real = (
-        {"net": [], "target": [], "ema": []},
-        [],
-        [],
-        type(trainer.loss).pair,
-    )
+    seen = {"net": [], "target": [], "ema": []}
+    piped = []
+    noised = []
+    real = type(trainer.loss).pair
     for name, module in (
         ("net", trainer.net),
         ("target", trainer.target.module),
@@ -534,9 +537,8 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
     torch.rand(3)
     for i, seed in enumerate([5, 6, 7]):
         alone = sample(net, trainer.network, [seed], sigmas, **churn)
-        assert (
-            alone[0].int() - together[i].int()
-        ).abs().max() <= 1  # a batch of another size may round otherwise
+        # a batch of another size may round otherwise
+        assert (alone[0].int() - together[i].int()).abs().max() <= 1
     assert (together[0].int() - together[1].int()).abs().max() > 10
     given = [sample(net, trainer.network, [5], sigmas, class_idx=c) for c in range(3)]
     assert (
@@ -548,13 +550,39 @@ def test_an_image_depends_on_its_seed_alone(data, monkeypatch):
         sample(net, trainer.network, [5], sigmas, class_idx=3)
 
 
+def test_latents_are_drawn_in_float64(data):
+    """By a generator of the seed's own, so another than EDM's float32 of the same seed: what the
+    help and docs/swap_in.md say.
+    """
+    trainer = Trainer(options_of(data=data, duration=1e-3, **TINY), this_process())
+    begun = []
+
+    def sampler(denoiser, x, sigmas):
+        begun.append(x)
+        return x.clamp(-1, 1)
+
+    sample(trainer.ema.module, trainer.network, [5, 6], EDM(steps=4).sigmas(), sampler=sampler)
+    for i, seed in enumerate((5, 6)):
+        draws = [
+            torch.randn(3, 8, 8, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+            for dtype in (torch.float64, torch.float32)
+        ]
+        torch.testing.assert_close(begun[0][i] / 80, draws[0], rtol=1e-12, atol=0)
+        assert (begun[0][i] / 80 - draws[1]).abs().max() > 1
+    said = re.sub(r"\s+", " ", invoked("generate", "--help").output)
+    assert "latent is drawn in float64" in said and "EDM's generate.py draws float32" in said
+    page = re.sub(r"\s+", " ", (ROOT / "docs/swap_in.md").read_text())
+    assert "A seed is another image here than in EDM's `generate.py`" in page
+
+
 def _rank(rank, run_dir, options, state):
     """One of two processes."""
     quick_pictures()
     derive = trainer_module.derive_seed
+    # only the first's start may count
     trainer_module.derive_seed = lambda seed, stream, *numbers: derive(
         seed + (rank if stream == "init" else 0), stream, *numbers
-    )  # only the first's start may count
+    )
     with joined() as process:
         trainer = Trainer(options, process, state)
         train(trainer, run_dir if rank == 0 else None)

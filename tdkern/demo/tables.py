@@ -1,15 +1,12 @@
-"""The demo's numbers as tables, as one sentence and as JSON."""
+"""The demo's numbers as tables and as one sentence."""
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .._version import __version__
-from .families import BANDS, Levels
+from .families import BANDS
 from .study import Study
 
 # standard errors beyond which a difference is called one; for 8 seeds the 4 % level of Student's t
@@ -178,37 +175,6 @@ def conclusion(study: Study) -> str:
         f"TD with its default weight against {baseline}, counting differences beyond {CLEAR} "
         f"standard errors: {'; '.join(clauses)}."
     )
-
-
-def to_json(study: Study) -> dict:
-    """The study's numbers, seed by seed.
-
-    They are all that the tables and the picture are made of, the samples apart.
-    """
-    return {
-        "tdkern": __version__,
-        "torch": torch.__version__,
-        "config": asdict(study.config),
-        "compute": study.compute,
-        "levels": {
-            "sigma": Levels.sigma.tolist(),
-            "band": [BAND_NAMES[i] for i in Levels.band],
-            "share_of_training": study.family.levels.share.tolist(),
-        },
-        "sampler": study.family.sampler_name,
-        "steps": study.family.budgets,
-        "exact_denoiser_distance": study.exact_distance.tolist(),
-        "independent_draws_distance": study.random_distance,
-        "methods": {
-            name: {
-                key: value.tolist() if isinstance(value, Tensor) else value
-                for key, value in vars(outcome).items()
-                if key != "samples"
-            }
-            for name, outcome in study.outcomes.items()
-        },
-        "conclusion": conclusion(study),
-    }
 
 
 def _row(name: str, cells) -> str:

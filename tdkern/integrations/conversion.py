@@ -126,7 +126,7 @@ def load_converted(
     return net.eval().requires_grad_(False), meta
 
 
-def build(network: dict, tensors: dict[str, Tensor], path: Path) -> torch.nn.Module:
+def build(network: dict, tensors: dict[str, Tensor], path: Path) -> Preconditioned:
     """The network of a description with its tensors.
 
     It computes in the image's precision. Raises CheckpointError where they do not agree, before

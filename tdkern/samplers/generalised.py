@@ -50,21 +50,6 @@ def _vp_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTim
     return SigmaOfTime(sigma, time, slope)
 
 
-def _ve_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
-    return SigmaOfTime(math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t))
-
-
-def _linear_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
-    return SigmaOfTime(float, float, lambda t: 1.0)
-
-
-def _flow_schedule(sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
-    def sigma(t: float) -> float:
-        return t / (1 - t)
-
-    return SigmaOfTime(sigma, lambda sigma: sigma / (1 + sigma), lambda t: (1 - t) ** -2)
-
-
 RANGES = {
     "vp": tuple(VP().sigma_hat([1e-3, 1]).tolist()),
     "ve": (0.02, 100.0),
@@ -116,13 +101,19 @@ def ablation_sigmas(
     return VE(lo, hi).sigmas(steps) if discretization == "ve" else edm.sigmas()
 
 
-# for a range of levels
-SCHEDULES = {
-    "vp": _vp_schedule,
-    "ve": _ve_schedule,
-    "linear": _linear_schedule,
-    "flow": _flow_schedule,
+SCHEDULES = ("vp", "ve", "linear", "flow")
+FIXED_SCHEDULES = {
+    "ve": SigmaOfTime(math.sqrt, lambda sigma: sigma**2, lambda t: 0.5 / math.sqrt(t)),
+    "linear": SigmaOfTime(float, float, lambda t: 1.0),
+    "flow": SigmaOfTime(
+        lambda t: t / (1 - t), lambda sigma: sigma / (1 + sigma), lambda t: (1 - t) ** -2
+    ),
 }
+
+
+def _schedule(name: str, sigma_min: float | None, sigma_max: float | None) -> SigmaOfTime:
+    """A schedule by its name; that of VP is made for a range of levels."""
+    return _vp_schedule(sigma_min, sigma_max) if name == "vp" else FIXED_SCHEDULES[name]
 
 
 class Scaling(NamedTuple):
@@ -196,7 +187,7 @@ def ablation(
     """
     levels = checked_levels("ablation", sigmas, denoiser, falling=False)
     _check(levels, solver, schedule, scaling, alpha)
-    ode = Ode(denoiser, SCHEDULES[schedule](sigma_min, sigma_max), SCALINGS[scaling])
+    ode = Ode(denoiser, _schedule(schedule, sigma_min, sigma_max), SCALINGS[scaling])
     draw = unit_noise(generator, randn_like) if S_churn > 0 else None
     hats = raised_levels("ablation", levels, denoiser, S_churn, S_min, S_max)
     midpoint = alpha if solver == "heun" else None
