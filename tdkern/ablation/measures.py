@@ -18,7 +18,8 @@ from .problems import Problem
 
 BANDS = ((0.02, 0.2), (0.2, 0.4), (0.4, 4.0), (4.0, 12.0), (12.0, 80.0))  # noise levels from, to
 BUDGETS = (5, 9, 18)  # steps of Heun's method
-EXACT_STEPS = 48  # of Heun's method with the exact denoiser, for the flow: 0.002 a pixel from its end
+# of Heun's method with the exact denoiser, for the flow: 0.002 a pixel from its end
+EXACT_STEPS = 48
 REAL = 8192  # draws of the data, for the moments of its features
 PART = 128  # samples that a network is given at once: more do not stay near a processor
 
