@@ -9,7 +9,7 @@ from .ct import CTLoss, TDCTLoss
 from .ddpm import DDPMLoss, TDDDPMLoss
 from .edm import EDMLoss, TDEDMLoss
 from .flow import FlowLoss, TDFlowLoss
-from .stable_target import stable_target
+from .stable import stable_target
 from .ve import TDVELoss, VELoss
 from .vp import TDVPLoss, VPLoss
 

@@ -134,8 +134,9 @@ def test_what_is_not_there_is_told(tmp_path):
     assert missing == "Not done yet: 3 of 32 jobs."
     markdown = report([comparison], "r").markdown
     assert f"| {ONLINE} (5 of 8 seeds) |" in markdown
-    (found,) = comparison.against(ONLINE, "EDM", ["error/all"])
-    assert found.seeds == 5  # those that both have
+    for pair in ((ONLINE, "EDM"), ("EDM", ONLINE)):
+        (found,) = comparison.against(*pair, ["error/all"])
+        assert found.seeds == 5  # those that both have
 
 
 def test_confirmed_seeds_are_apart(results):
