@@ -34,7 +34,7 @@ STEPS = {
     },
     "ct": CT | {"td": False, "dropout": 0.3, "lognormal": [-1.1, 2.0]},
     "ct-td": CT,
-    "ddpm": {"family": "ddpm"},
+    "ddpm-u": {"family": "ddpm", "uncertainty": True},
     "vp-clip": {"family": "vp", "clip": 0.5, "ls": 300.0, "uncertainty": True},
     "ve-copy": {"family": "ve", "target_copy": 2},
     "flow-power": {"family": "flow", "power_ema": [0.05, 0.1], "lr_decay": "cosine"},
