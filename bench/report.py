@@ -7,7 +7,7 @@ A table stands in a page between two comments,
 
 and NAME is an entry of TABLES; a picture is a file, and its path an entry of PICTURES. Each is made
 of one file of bench/results, by a function of that file's path. So a new table is an entry here,
-and its two comments in a page. tests/house/test_report.py compares what is committed.
+and its two comments in a page. tests/house/test_make_report.py compares what is committed.
 
 What `tdkern report` makes of a file of `tdkern ablate` is two entries:
 
