@@ -10,9 +10,9 @@ in bfloat16, compiled, each step one CUDA graph. OUT gets
     state/          of the run that the end of the time cut off, for the next lease to go on with
     log.txt         what the build printed
 
-FOLDER (carried/ in the repository, which git ignores) has the images, packed by packing.py, and
-what earlier leases left in OUT: after each `rm -rf carried/state; cp -rf OUT/. carried/`, and name
-carried/ in `carry`.
+FOLDER (carried/ in the repository, which git ignores) has the images, packed by packing.py,
+detector.safetensors of `tdkern detector train`, and what earlier leases left in OUT: after each
+`rm -rf carried/state; cp -rf OUT/. carried/`, and name carried/ in `carry`.
 bench/results/evidence/gpu.jsonl keeps results.jsonl; `make report` shows it. --dry needs no GPU: it
 builds nothing and trains a tiny network for a few steps.
 """

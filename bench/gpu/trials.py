@@ -408,13 +408,15 @@ class Trials:
 def run(lease: Lease, folder: Path) -> None:
     """The trials of a lease.
 
-    folder: holds the images that packing.py has packed.
+    folder: holds the images that packing.py has packed, and a detector.
     """
-    source = folder / "images.zip.gz"
+    source, detector = folder / "images.zip.gz", folder / "detector.safetensors"
     if not source.exists():
         raise DatasetError(f"{source}: is not there; make it with bench/gpu/packing.py")
+    if not detector.exists():
+        raise DatasetError(f"{detector}: is not there; make it with tdkern detector train")
     device = this_process().device
     with tempfile.TemporaryDirectory() as own:
         path = Path(own, "images.zip")
         packing.unpack(source, path)
-        Trials(lease, Images(path, device), make_detector("cifar10", device)).run()
+        Trials(lease, Images(path, device), make_detector(detector, device)).run()

@@ -18,6 +18,8 @@ from helpers import ROOT
 from helpers.imports import SITE, check_imports
 from helpers.tiny import data_set, pixels
 from tdkern.data import ImageDataset
+from tdkern.evaluation.classifier import Classifier
+from tdkern.evaluation.detectors import write_detector
 from tdkern.losses import Loss
 
 sys.path += [str(ROOT / "bench"), str(ROOT / "bench/gpu")]
@@ -42,6 +44,9 @@ def folder(tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0 and " bytes\n" in done.stdout, done.stderr
     source.unlink()
+    torch.manual_seed(0)
+    record = {"name": "cifar10", "width": 4, "classes": 10, "resolution": 32}
+    write_detector(folder / "detector.safetensors", Classifier(4, 10).eval(), record)
     return folder
 
 
