@@ -1,5 +1,6 @@
 """FIDs that a run measures while it trains, and what becomes of them."""
 
+import importlib
 import json
 import os
 import signal
@@ -469,6 +470,8 @@ def test_a_reference_that_is_none_is_told_before_the_run_leaves_anything(tmp_pat
 
 def test_paths_are_absolute_and_addresses_and_names_stay(tmp_path, data, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    built_in = {"cifar10": tmp_path / "cifar10.safetensors"}
+    monkeypatch.setattr(importlib.import_module("tdkern.cli.train"), "BUILT_IN", built_in)
     write_statistics("ref.npz", Statistics(np.full(2, 120.0), np.eye(2)))
     args = ["train", "--dry-run", "--data", data, "--cbase", 4, "--cres", 1]
     for ref, detector in (("ref.npz", "own.pth"), ("https://a.b/c.npz", "cifar10")):

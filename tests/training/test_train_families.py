@@ -348,7 +348,9 @@ def test_options_of_the_version_before_mean_the_same():
     new = saved.keys() - BEFORE.keys() - {"family", "td", "loss", "keep", "keep_every"}
     # what an option that has come since does where it is not given
     came = {name: saved[name] for name in new if saved[name] is not None}
-    off = dict.fromkeys(("shard", "compile", "bench", "cache"), False)
+    flags = ("shard", "compile", "cuda_graph", "bench", "cache", "uncertainty")
+    fids = {"fid_every": 0, "fid_num": 50000, "fid_steps": [5, 9, 18]}
+    off = dict.fromkeys(flags, False) | fids
     assert came == off | {"optim": "adam", "weight_decay": 0.0, "ls": 1.0}
     assert options.make_loss() == TDEDMLoss(
         lambda_base=0.25,
