@@ -27,8 +27,8 @@ def stable_target(
     Args:
         batch: of `loss.pair`; not of consistency training with its target network.
         reference: [n, ...] as x0, further clean data; the paper's reference batch is both together.
-        labels, reference_labels: [B, classes] and [n, classes], one-hot; with them the y_j of other
-            classes have no weight.
+        labels, reference_labels: [B, classes] and [n, classes], one-hot, or [B] and [n] int64, the
+            classes' indices; with them the y_j of other classes have no weight.
 
     Returns:
         The batch with another x0, and x0_p where it has an x_t'. No gradient. Deterministic.
@@ -36,7 +36,7 @@ def stable_target(
     y = torch.cat([batch.x0, reference]).flatten(1).double()
     other = None
     if labels is not None and reference_labels is not None:
-        other = labels @ torch.cat([labels, reference_labels]).T == 0
+        other = _of_other_classes(labels, torch.cat([labels, reference_labels]))
 
     def estimate(x: Tensor, sigma: Tensor) -> Tensor:
         logits = (x.flatten(1).double() @ y.T - y.square().sum(1) / 2) / sigma[:, None] ** 2
@@ -46,3 +46,10 @@ def stable_target(
 
     x0_p = None if batch.x_tp is None else estimate(batch.x_tp, batch.sigma_p)
     return batch._replace(x0=estimate(batch.x_t, batch.sigma), x0_p=x0_p)
+
+
+def _of_other_classes(labels: Tensor, others: Tensor) -> Tensor:
+    """Whether the class of a label is another than that of one of others, [B, n] bool."""
+    if labels.ndim == 1:
+        return labels[:, None] != others
+    return labels @ others.mT == 0

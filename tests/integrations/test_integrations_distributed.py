@@ -67,7 +67,7 @@ def _gradient_of_two(rank, folder):
     dist.init_process_group("gloo")
     net, loss = _network(), TDEDMLoss()
     batch = _pair(loss)
-    mine = type(batch)(*(part.chunk(2)[rank] for part in batch))
+    mine = type(batch)(*(None if each is None else each.chunk(2)[rank] for each in batch))
     ddp = DistributedDataParallel(net)
     scale = batch.x0[0].numel() / len(mine.x0)  # the process's own samples
     terms = loss.evaluate(ddp, EMA(_network()), mine, gradient_scale=scale)

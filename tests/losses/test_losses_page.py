@@ -27,9 +27,11 @@ def test_every_block_runs():
         "batch_gpu_total": 4,
         "device": "cpu",
         "step": 30_000,
+        "reference": torch.randn(16, 3, 8, 8),
+        "reference_labels": torch.arange(4).repeat(4),
     }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/losses.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     for block in blocks:
         exec(block, names)
         assert names["loss"].shape == (4,) and names["loss"].isfinite().all()

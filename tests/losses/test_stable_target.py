@@ -122,3 +122,20 @@ def test_consistency_training_has_one_x0(problem):
     net = lambda x, sigma: x
     with pytest.raises(ValueError, match=r"TDCTLoss: batch\.x0_p must be None"):
         TDCTLoss().evaluate(net, net, stable)
+
+
+def test_labels_keep_to_their_class_as_indices_and_one_hot():
+    torch.manual_seed(0)
+    loss = TDEDMLoss()
+    batch = loss.pair(torch.randn(4, 1, 2, 2), sigma=torch.full((4,), 2.0))
+    reference = torch.randn(6, 1, 2, 2)
+    indices, others = torch.tensor([0, 1, 2, 0]), torch.tensor([0, 1, 1, 2, 2, 0])
+    hot = [torch.nn.functional.one_hot(each, 3).float() for each in (indices, others)]
+    by_index = stable_target(batch, reference, indices, others)
+    by_hot = stable_target(batch, reference, *hot)
+    assert torch.equal(by_index.x0, by_hot.x0) and torch.equal(by_index.x0_p, by_hot.x0_p)
+    of_class = torch.tensor([2])  # sample 2 has two others of its class, and is alone with them
+    alone = type(batch)(*(None if each is None else each[of_class] for each in batch))
+    expected = stable_target(alone, reference[others == 2])
+    torch.testing.assert_close(by_index.x0[of_class], expected.x0)
+    assert not torch.allclose(by_index.x0, stable_target(batch, reference).x0)

@@ -169,7 +169,8 @@ def test_models_of_one_network_keep_to_their_own_samples():
                 {name: tensor[i : i + 1] for name, tensor in together.state_dict().items()}
             )
         part = slice(4 * i, 4 * i + 4)
-        own = loss.evaluate(*alone, type(batch)(*(tensor[part] for tensor in batch)))
+        of_model = type(batch)(*(None if each is None else each[part] for each in batch))
+        own = loss.evaluate(*alone, of_model)
         assert torch.equal(own.valid, terms.valid[part]) and own.valid.sum() == 2
         torch.testing.assert_close(own.loss, terms.loss[part], rtol=1e-10, atol=0)
     assert Denoiser(MLP(2, 8, 1, 3), "velocity").num_models == 3
