@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .._version import __version__
-from ..data.files import FileError, read_file
+from ..data.files import NO_LOCKS, FileError, read_file
 
 LIMIT = 1 << 28  # bytes of a results file
 # what a line may be, and the names that it then has with their types
@@ -26,7 +26,6 @@ KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "job": {"key": str, "seed": int, "measures": dict, "setting": dict},
     "failed": {"key": str, "seed": int, "error": str},
 }
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def read_results(path: Path) -> tuple[list[dict], list[int]]:
@@ -113,8 +112,9 @@ def opened(path: Path) -> Iterator[Results]:
 
 
 def _lock(path: Path, descriptor: int) -> None:
-    """Keep others from writing until this process ends; a system without locks has none."""
+    """Keep others from writing until the file is closed; a file system may have no locks."""
     try:
+        # not lockf, whose lock would end when `read_results` closes its own descriptor
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:

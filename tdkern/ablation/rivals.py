@@ -9,9 +9,6 @@ from collections.abc import Callable
 from torch import nn
 
 from ..ema import PowerFunctionEMA
-from ..losses import stable_target
-
-__all__ = ["WIDTHS", "best_width", "stable_target"]
 
 # relative widths of power-function averages, about a factor of 1.4 apart
 WIDTHS = (0.02, 0.03, 0.04, 0.06, 0.085, 0.12, 0.17, 0.24)

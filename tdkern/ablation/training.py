@@ -14,13 +14,13 @@ from torch import Tensor
 from ..data import derive_seed
 from ..demo import FAMILIES
 from ..ema import EMA, PowerFunctionEMA, edm_decay, target_decay
-from ..losses import TDBatch
+from ..losses import TDBatch, stable_target
 from ..networks.saved import PRECISIONS
 from ..optim import AdamEMA
 from .grid import POWER_AVERAGE, STABLE_TARGET, Setting
 from .measures import Measures
 from .problems import PROBLEMS, Problem
-from .rivals import WIDTHS, best_width, stable_target
+from .rivals import WIDTHS, best_width
 
 REFERENCE = 256  # further data for the stable target, of each step
 MEASURED, CHOSEN = 0, 1  # seeds of the measures' draws: for what is told, and for what is chosen

@@ -1,5 +1,6 @@
 """Files that are never half-written, and reads that are bounded whatever lies at a path."""
 
+import errno
 import hashlib
 import os
 import re
@@ -10,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 UNFINISHED = re.compile(r"\.(?P<name>.+?)(\.[0-9a-f]{8})?\.tmp", re.DOTALL)
-
-
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system without them
 LISTED = 10  # words of a list in a message
 
 

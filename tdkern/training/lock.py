@@ -1,6 +1,5 @@
 """One run, one writer."""
 
-import errno
 import fcntl
 import json
 import os
@@ -10,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..data.files import FileError, one_line, read_file
+from ..data.files import NO_LOCKS, FileError, one_line, read_file
 
 NAME = "run.lock"
-UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has no locks
 
 
 class LockedError(FileError):
@@ -56,7 +54,7 @@ def _acquire(path: Path) -> tuple[int, bool]:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in UNKNOWN:
+            if error.errno in NO_LOCKS:
                 return fd, False
             os.close(fd)
             raise LockedError(f"{path.parent}: {_holder(path)}; wait for it, or end it") from error
