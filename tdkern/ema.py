@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import re
+import sys
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -90,11 +91,10 @@ class EMA(nn.Module):
 
 def _sharded(net: nn.Module) -> "list[FSDPModule]":
     """The modules of `net` that FSDP2 shards."""
-    if not torch.distributed.is_available():
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:  # where nobody imported it nothing is sharded, and a walk takes time
         return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in net.modules() if isinstance(module, FSDPModule)]
+    return [module for module in net.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 @torch.no_grad()

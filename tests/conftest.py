@@ -19,6 +19,10 @@ if torch.cuda.device_count() == 0:
 
 from tdkern.ops import _backends
 
+# Whoever imports it first is forbidden cuDNN's flags, which the driver sets: here it forbids nothing.
+with torch.backends.__allow_nonbracketed_mutation():
+    import torch.testing._internal.common_utils  # noqa: F401
+
 # A run leaves signals alone that were ignored when it started, as they are behind a shell's & and
 # under nohup: here they are not.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
