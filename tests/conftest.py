@@ -19,9 +19,9 @@ if torch.cuda.device_count() == 0:
 
 from tdkern.ops import _backends
 
-# Whoever imports it first is forbidden cuDNN's flags, which the driver sets: here it forbids nothing.
+# Its first import forbids cuDNN's flags, which the driver sets: here it forbids nothing.
 with torch.backends.__allow_nonbracketed_mutation():
-    import torch.testing._internal.common_utils  # noqa: F401
+    import torch.testing._internal.common_utils
 
 # A run leaves signals alone that were ignored when it started, as they are behind a shell's & and
 # under nohup: here they are not.
