@@ -69,22 +69,22 @@ RIVALS = {
     STABLE: Method(rival=STABLE_TARGET),
     POWER: Method(rival=POWER_AVERAGE),
 }
+# TD where it pays, whose target network runs on that share of a batch alone
+ON_SHARE = WINDOW | {"td_share": WINDOW_SHARE}
 # what TD adds to each rival
 WITH_RIVALS = {
     name.replace(BASELINE, "TD, window"): replace(
-        rival, td=True, loss=WINDOW, against=(BASELINE, name)
+        rival, td=True, loss=ON_SHARE, against=(BASELINE, name)
     )
     for name, rival in RIVALS.items()
 }
 KINDS_OF_TD = {
     PAPER: td(),
     "TD, online": td(weight="online"),
-    WINDOWED: replace(td(**WINDOW), against=(BASELINE, *RIVALS)),
-    "TD, online, window, share": td(**WINDOW, td_share=WINDOW_SHARE),
-    "TD, pairwise, window": td(**WINDOW | {"weight": "pairwise"}),
-    "TD, online, window, target 0.99": replace(td(**WINDOW), target_ema_tau=0.99),
-    "TD, online, window, k 1/2": td(**WINDOW, k_idx=0.5),
-    "TD, shared noise": td(coupling="shared"),
+    WINDOWED: replace(td(**ON_SHARE), against=(BASELINE, *RIVALS)),
+    "TD, pairwise, window": td(**ON_SHARE | {"weight": "pairwise"}),
+    "TD, online, window, target 0.99": replace(td(**ON_SHARE), target_ema_tau=0.99),
+    "TD, online, window, k 1/2": td(**ON_SHARE, k_idx=0.5),
 }
 
 PRESETS = {

@@ -69,9 +69,8 @@ def test_settings_of_the_same_meaning_are_one_job():
 
 
 def test_a_share_of_the_window_is_what_the_loss_says():
-    setting = setting_of(
-        PRESETS["evidence"].methods["TD, online, window, share"], "mixture", SIZES["mixture"]
-    )
+    windowed = PRESETS["evidence"].methods["TD, online, window"]
+    setting = setting_of(windowed, "mixture", SIZES["mixture"])
     loss = setting.make_loss()
     assert loss.td_share == pytest.approx(loss.window_share(setting.batch), abs=1e-4) != 1.0
 
