@@ -1,18 +1,22 @@
 """Forward, loss and backward of a training step under torch.compile: how much in one graph.
 
-    python bench/compiled_step.py [ROUNDS]
+    python bench/compiled_step.py bench/results/compiled_step.json [ROUNDS]
 
 The networks alone, which is `tdkern train --compile`; networks and loss in one graph; and these
 with their backward, which Dynamo traces where it is told to. Steps are taken in turn in one thread,
-so that whatever else the machine does falls on all alike; a ratio is the median over rounds.
+so that whatever else the machine does falls on all alike; times are of the processor, and a ratio
+is the median over rounds. Every way's gradient must be the eager one's.
 """
 
+import json
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
+from tdkern.data.files import write_atomic
 from tdkern.ema import EMA
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, SongUNet
@@ -70,12 +74,13 @@ def gradient(net, step, batch):
     return torch.cat([param.grad.flatten() for param in net.parameters()]), took
 
 
-def main(rounds: int) -> None:
+def main(rounds: int) -> dict:
     torch.set_num_threads(1)
     images = torch.randn(SHAPE) / 2
     ways = (eager, networks_compiled, with_the_loss, with_the_backward)
     made = {make.__name__: make() for make in ways}
-    times = {name: [] for name in made}
+    first: dict[str, float] = {}
+    times: dict[str, list[float]] = {name: [] for name in made}
     for number in range(rounds + 1):
         torch.manual_seed(number)
         batch, found = LOSS.pair(images), {}
@@ -84,15 +89,31 @@ def main(rounds: int) -> None:
             if number:
                 times[name].append(took)
             else:
-                print(f"{name}: the first step took {took:.0f} s", flush=True)
+                first[name] = took
         for name, own in found.items():
             error = (own - found["eager"]).norm() / found["eager"].norm()
             assert error < 1e-5, f"{name} has another gradient, by {error:.1e}"
-    for name, own in times.items():
-        pairs = zip(own, times["networks_compiled"], strict=True)
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{name}: {statistics.median(own) * 1e3:.1f} ms, {ratio:.3f}")
+    return {
+        "shape": SHAPE,
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "ways": {
+            name: {
+                "ms": round(1e3 * statistics.median(own), 1),
+                "of_the_driver": round(ratio(own, times["networks_compiled"]), 3),
+                "first_s": round(first[name]),
+            }
+            for name, own in times.items()
+        },
+    }
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median of the ratios by round."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    path, *given = sys.argv[1:]
+    result = main(*map(int, given or ["30"]))
+    write_atomic(Path(path), (json.dumps(result, indent=1) + "\n").encode())

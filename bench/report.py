@@ -60,6 +60,7 @@ TABLES = {
     "ops-gpu": Table(H100, comparison.measured_alone),
     "ops-gpu-headlines": Table(H100, comparison.headlines),
     "predictions": Table(H100, comparison.markdown),
+    "compiled-step": Table("compiled_step.json", table.of_compiled_step),
     "coupling": Table("coupling.json", table.of_couplings),
     "demo": Table("demo.json", table.of_demo),
     "evidence-gpu": Table("evidence/gpu.jsonl", evidence_table.markdown),

@@ -162,6 +162,25 @@ def of_couplings(path: Path) -> str:
     return table(head, body, left=4)
 
 
+COMPILED = {
+    "eager": "nothing",
+    "networks_compiled": "the networks, as `--compile` does",
+    "with_the_loss": "the networks and the loss",
+    "with_the_backward": "their backward too",
+}
+
+
+def of_compiled_step(path: Path) -> str:
+    """What a step costs by how much of it is compiled (compiled_step.py)."""
+    result = json.loads(Path(path).read_text())
+    head = ["what is compiled", "a step", "of the driver's", "the first step"]
+    body = []
+    for name, way in result["ways"].items():
+        times = [f"{way['ms']} ms", f"{way['of_the_driver']:.2f}×", f"{way['first_s']} s"]
+        body.append([COMPILED[name], *times])
+    return table(head, body, left=1)
+
+
 def of_loader(path: Path) -> str:
     """Images a second of the loader, by number of readers (reliability/loader.py)."""
     result = json.loads(Path(path).read_text())
