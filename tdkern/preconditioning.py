@@ -115,17 +115,18 @@ class Score(Preconditioning):
 PREDICTIONS = {"x0": X0(), "eps": Eps(), "v": V(), "velocity": Velocity(), "score": Score()}
 
 
-def _with_inner(net):
+def _with_inner(net) -> list:
     """A network and, in turn, what torch's own wrappers around it hold, such as
     DistributedDataParallel and what torch.compile returns, which hand their arguments on.
     """
-    yield net
-    while type(net).__module__.startswith("torch.") and isinstance(net, nn.Module):
+    found = [net]
+    while isinstance(net, nn.Module) and net.__module__.startswith("torch."):
         children = dict(net.named_children())
         net = children.get("_orig_mod", children.get("module"))
         if net is None:
-            return
-        yield net
+            break
+        found.append(net)
+    return found
 
 
 def unwrapped(net):
@@ -133,8 +134,7 @@ def unwrapped(net):
 
     `fully_shard` changes a network in place and wraps nothing.
     """
-    *_, inner = _with_inner(net)
-    return inner
+    return _with_inner(net)[-1]
 
 
 def knows_raw(net) -> bool:

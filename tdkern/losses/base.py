@@ -319,11 +319,13 @@ class Loss(ABC):
         name = type(self).__name__
         given = Conditions.of(name, len(batch.x0), labels, augment_labels, conditions)
         target_net = target_net.module if isinstance(target_net, EMA) else target_net
-        u = None if uncertainty is None else uncertainty(batch.sigma)
+        # by the column, here and below: torch.compile before 2.13 cannot trace the property
+        sigma = batch.levels[:, SIGMA]
+        u = None if uncertainty is None else uncertainty(sigma)
         coef = batch.coef.clone()
         chosen = None
         if batch.x_tp is not None:
-            chosen = self._choose(coef, batch.sigma, target_net)
+            chosen = self._choose(coef, sigma, target_net)
         _scale_weights(coef, gradient_scale, u)
         outputs = self._outputs(net, target_net, batch, given, chosen)
         terms = self._weighted(outputs, batch, coef)
@@ -443,7 +445,7 @@ class Loss(ABC):
         self, net, target_net, batch: TDBatch, conditions: Conditions, chosen: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """The outputs of both networks, each with its x; see `_predict`."""
-        out, x_t = self._predict("net", net, batch.x_t, batch.sigma, conditions)
+        out, x_t = self._predict("net", net, batch.x_t, batch.levels[:, SIGMA], conditions)
         if batch.x_tp is None:
             return out, x_t, out.detach(), None  # never read: every w_td is 0
         return out, x_t, *self._predict_target(target_net, batch, conditions, chosen)
@@ -454,7 +456,7 @@ class Loss(ABC):
         """`_predict` of the target network, without gradients."""
         if target_net is None:
             raise ValueError(f"{type(self).__name__}: target_net must be a network, got None")
-        x, sigma = batch.x_tp, batch.sigma_p
+        x, sigma = batch.x_tp, batch.levels[:, SIGMA_P]
         assert x is not None
         with torch.no_grad():
             if chosen is None:

@@ -325,7 +325,7 @@ class CTLoss(Loss):
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         device = batch.x_t.device
         states = random_state(net, device)
-        online = self._predict("net", net, batch.x_t, batch.sigma, conditions)
+        online = self._predict("net", net, batch.x_t, batch.levels[:, SIGMA], conditions)
         with in_mode_of(net, target_net), drawing_from(states, device):
             target = self._predict_target(target_net, batch, conditions, chosen)
         return *online, *target

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._modes import transformed
 from . import half
 
 
@@ -245,7 +246,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         p: probability of an element to be zeroed, in [0, 1].
     """
     zeroed = round(p * 2**16)
-    drawn_here = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    drawn_here = x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
     if not drawn_here or zeroed in (0, 2**16):
         return F.dropout(x, p)
     bits = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 4),))
