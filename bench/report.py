@@ -21,6 +21,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,12 +64,19 @@ TABLES = {
     "compiled-step": Table("compiled_step.json", table.of_compiled_step),
     "coupling": Table("coupling.json", table.of_couplings),
     "demo": Table("demo.json", table.of_demo),
+    "evidence-cpu": Table("evidence/cpu.jsonl", table.of_ablation),
     "evidence-gpu": Table("evidence/gpu.jsonl", evidence_table.markdown),
     "loader": Table("loader.json", table.of_loader),
     "overlap": Table("overlap.json.gz", table.of_overlap),
 }
 PICTURES = {
     "docs/demo.png": Picture("demo.json", chart.of_demo),
+    **{
+        f"docs/evidence-cpu-{number}.png": Picture(
+            "evidence/cpu.jsonl", partial(chart.of_ablation, number=number)
+        )
+        for number in range(1, 8)
+    },
     "docs/performance.png": Picture(H100, chart.of_ops),
 }
 MARKED = re.compile(r"(<!-- report: ([\w-]+) -->\n).*?(<!-- /report: \2 -->)", re.S)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import statistics
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,11 +142,20 @@ def of_demo(path: Path) -> str:
 
 def of_ablation(path: Path) -> str:
     """What `tdkern report` says of a file of results of `tdkern ablate`, under no title."""
+    return ablation_report(path).markdown.partition("\n\n")[2].rstrip()
+
+
+def ablation_report(path: Path):
+    """What `tdkern report` makes of a file of `tdkern ablate`, made once of each content."""
+    return _ablation_report(path, path.read_bytes())
+
+
+@cache
+def _ablation_report(path: Path, content: bytes):
     from tdkern.ablation.comparison import comparisons_in
     from tdkern.ablation.report import report
 
-    text = report(comparisons_in(path), f"evidence-{path.stem}").markdown
-    return text.partition("\n\n")[2].rstrip()
+    return report(comparisons_in(path), f"evidence-{path.stem}")
 
 
 def of_couplings(path: Path) -> str:

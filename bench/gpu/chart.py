@@ -7,6 +7,7 @@ from pathlib import Path
 from comparison import LARGE, about, measured
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from table import ablation_report
 
 OPS = ("td_loss", "ema_update_", "heun_step", "noise_pair", "adam_ema_")
 COMPETITORS = {  # of the loss path, which the figure is made of
@@ -37,10 +38,7 @@ def of_demo(file: Path) -> bytes:
 
 def of_ablation(file: Path, number: int = 1) -> bytes:
     """A picture of what `tdkern report` says of a file of `tdkern ablate`, counted from 1."""
-    from tdkern.ablation.comparison import comparisons_in
-    from tdkern.ablation.report import report
-
-    return list(report(comparisons_in(file), file.stem).pictures.values())[number - 1]
+    return list(ablation_report(file).pictures.values())[number - 1]
 
 
 def of_ops(file: Path) -> bytes:
