@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from helpers import ROOT
 from helpers.tiny import data_set, invoked, pixels
 from tdkern.data import save_image
 from tdkern.evaluation import classifier, detectors
@@ -88,6 +89,20 @@ def test_it_learns_and_its_file_says_how_well(trained):
     measured = invoked("detector", "test", "--detector", path, "--data", path.parent / "test.zip")
     *shown, last = measured.stdout.splitlines()
     assert json.loads("\n".join(shown)) == record and last in printed
+
+
+def test_the_one_that_comes_with_tdkern_is_small_and_its_page_says_what_it_is():
+    path = detectors.BUILT_IN["cifar10"]
+    assert path.stat().st_size < 2_000_000
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()[RECORD])
+    assert (record["classes"], record["resolution"], record["test_images"]) == (10, 32, 10_000)
+    page = " ".join((ROOT / "docs/evaluation.md").read_text().replace("\\\n", "").split())
+    assert f"`cifar10` tells {100 * record['accuracy']:.1f} % of CIFAR-10's test images" in page
+    assert record["command"] in page
+    built_in = make_detector("cifar10")
+    features = built_in(torch.from_numpy(pixels(4, (3, 32, 32))))
+    assert features.shape == (4, built_in.dim) and built_in.identity.startswith("cifar10-")
 
 
 def test_the_same_command_makes_the_same_file(trained, tmp_path):
