@@ -240,6 +240,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     One random number of 64 bits decides for four elements. So p is taken as the nearest multiple
     of 2^-16 there, and what is kept is scaled by what was taken. It draws from the global
     generator, as `F.dropout` does, but a seed gives other masks than there, and than in EDM's code.
+    Under transforms it is `F.dropout`: vmap of torch before 2.13 has no rule for the view of bits.
 
     Args:
         x: [...], any floating dtype.
