@@ -137,11 +137,12 @@ class Conv2d(nn.Module):
         if self.weight is not None:
             weight, bias = self.weight_and_bias
             # In half precision the cast also lays the weight out, in the same pass. A kernel of one
-            # pixel is laid out already: only its strides would differ, and with them its gradient's
-            # from the parameter's, of which DistributedDataParallel warns.
-            pointwise = weight.shape[-1] == 1
-            layout = torch.preserve_format if pointwise else half.image_format(x)
-            weight = weight.to(x.dtype, memory_format=layout)
+            # pixel or of one channel is laid out already: it is cast flat, or its gradient would
+            # come with other strides than the parameter's, of which DistributedDataParallel warns.
+            if 1 in weight.shape[1:]:
+                weight = weight.flatten().to(x.dtype).view_as(weight)
+            else:
+                weight = weight.to(x.dtype, memory_format=half.image_format(x))
             added = bias.to(x.dtype) if with_bias else None
             x = F.conv2d(x, weight, added, padding=self.padding)
         return self._downsample(x) if self.filter_last else x

@@ -1,6 +1,7 @@
 """Plain loops under DistributedDataParallel and FSDP2: the examples, and the gradient's scale."""
 
 import copy
+import os
 import warnings
 
 import pytest
@@ -88,24 +89,27 @@ def test_the_gradient_has_edms_scale_on_any_number_of_processes(tmp_path):
         torch.testing.assert_close(of_two, _gradient(net), rtol=1e-4, atol=1e-5)
 
 
-def _warned(rank, dtype):
+def _warned(rank, dtype, channels, isa):
     """In a process of its own, as torch warns once."""
+    os.environ["ONEDNN_MAX_CPU_ISA"] = isa
     dist.init_process_group("gloo")
-    net = EDMPrecond(unet("ddpmpp", 16, 3, 0, cbase=4, cres=[1, 2]), dtype=dtype)
+    net = EDMPrecond(unet("ddpmpp", 16, channels, 0, cbase=4, cres=[1, 2]), dtype=dtype)
     target, found = EMA(net), []
     process = Process(0, 2, torch.device("cpu"))  # of two, or there would be nothing to exchange
     for make in (lambda: data_parallel(net, process), lambda: DistributedDataParallel(net)):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             ddp = make()
-            TDEDMLoss()(ddp, target, torch.rand(2, 3, 16, 16)).mean().backward()
+            TDEDMLoss()(ddp, target, torch.rand(2, channels, 16, 16)).mean().backward()
         found.append([str(warning.message) for warning in seen])
         net.zero_grad()
     dist.destroy_process_group()
     assert found == [[], []]
 
 
+@pytest.mark.parametrize("isa", ["DEFAULT", "AVX2"])  # half precision by oneDNN, and by torch
+@pytest.mark.parametrize("channels", [3, 1])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_data_parallel_warns_of_nothing(dtype):
+def test_data_parallel_warns_of_nothing(dtype, channels, isa):
     """Neither in the driver nor in a loop, in which EDM's networks have it warn of strides."""
-    in_processes(1, _warned, dtype)
+    in_processes(1, _warned, dtype, channels, isa)
