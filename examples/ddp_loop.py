@@ -16,7 +16,6 @@ from tdkern.networks import EDMPrecond, unet
 
 def train(path=None, steps=4, batch_per_process=4):
     """The loop of each process; returns the network and its target."""
-    dist.init_process_group("gloo")
     torch.manual_seed(0)  # of the weights, which are the same in all processes
     net = EDMPrecond(unet("ddpmpp", 8, 3, 0, cbase=4, cres=[1]))
     ddp = DistributedDataParallel(net)
@@ -32,9 +31,16 @@ def train(path=None, steps=4, batch_per_process=4):
         optimizer.step()
     if path is not None and dist.get_rank() == 0:
         torch.save({"net": net.state_dict(), "optimizer": optimizer.state_dict()}, path)
-    dist.destroy_process_group()
     return net, target
 
 
+def main(*args, **kwargs):
+    """The loop, among the processes that torchrun has started."""
+    dist.init_process_group("gloo")
+    trained = train(*args, **kwargs)
+    dist.destroy_process_group()  # once DistributedDataParallel is gone, or it may wait for ever
+    return trained
+
+
 if __name__ == "__main__":
-    train()
+    main()

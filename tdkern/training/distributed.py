@@ -24,6 +24,7 @@ from ..networks.layers import ResBlock
 BEAT = 2.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one after which a process counts as lost
 START = timedelta(seconds=90)  # for all processes to come together, tried twice
+_LEFT: list = []  # the groups that this process has left
 
 
 class Process(NamedTuple):
@@ -105,7 +106,17 @@ def joined() -> Iterator[Process]:
         try:
             yield process
         finally:
-            dist.destroy_process_group()
+            leave()
+
+
+def leave() -> None:
+    """`torch.distributed.destroy_process_group`, after which a DistributedDataParallel may live on.
+
+    Its destructor would be the last to hold the group, and would wait for the group's threads while
+    it holds Python's lock, for which they may wait.
+    """
+    _LEFT.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 @contextmanager

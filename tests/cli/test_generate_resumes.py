@@ -81,25 +81,16 @@ def test_killed_it_goes_on_to_the_same_files(tmp_path, trained, straight, first,
     assert files_in(tmp_path / "images") == straight
 
 
-def _together(seeds, args, folder, ready):
-    sys.stderr = open(os.devnull, "w")
-    ready.wait()
-    main([*args, "--seeds", seeds], standalone_mode=False)
+def _together(rank, parts, args, ready):
+    ready.wait(60)
+    del os.environ["WORLD_SIZE"]  # calls that know nothing of each other
+    main([*args, "--seeds", parts[rank]], standalone_mode=False)
 
 
 def test_several_calls_may_fill_one_folder_at_once(tmp_path, trained, straight):
     """As in an array of jobs, each with seeds of its own."""
-    ready = children.Barrier(4)
-    parts = ("0,1", "2,3", "4,5", "9")
     args = drawing(trained, tmp_path / "images")
-    started = [
-        children.Process(target=_together, args=(part, args, tmp_path, ready)) for part in parts
-    ]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join(100)
-        assert process.exitcode == 0
+    in_processes(4, _together, ("0,1", "2,3", "4,5", "9"), args, children.Barrier(4))
     assert files_in(tmp_path / "images") == straight
 
 

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 from tqdm import tqdm
 
-from helpers.tiny import children, quick_pictures
+from helpers.tiny import as_child, children, quick_pictures
 from tdkern.training import Options, Trainer, record, train
 from tdkern.training.checkpoint import (
     SNAPSHOT,
@@ -103,10 +101,8 @@ def train_or_die(run_dir, options, kill):
     """In a process of its own: start or resume a run, and be killed at the n-th of its calls of a
     function, if told to.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    as_child()
     quick_pictures()
-    sys.stderr = open(os.devnull, "w")
     # its own lock between processes would be left behind by a kill
     tqdm.set_lock(threading.RLock())
     if kill is not None:

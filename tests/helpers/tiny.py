@@ -1,5 +1,6 @@
 """Small images and runs for the driver's tests."""
 
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -8,7 +9,10 @@ import random
 import resource
 import socket
 import sys
+import tempfile
+import traceback
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -90,23 +94,33 @@ def tdkern_(*args, code=0):
     return invoked(*args, code=code).output
 
 
-def _command(args, log, hook):
-    """In a process of its own: a command, with what it prints in a file."""
+def as_child(log=os.devnull):
+    """What a process of a test does first: one thread, and a file of what it has to say.
+
+    A process that still runs after a minute and a half says there where it stands.
+    """
     import torch
 
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    sys.stderr = open(log, "w")
+    faulthandler.dump_traceback_later(90, file=sys.stderr)
+
+
+def _command(args, log, hook):
+    """In a process of its own: a command, with what it prints in a file."""
     from tdkern.cli import main
 
-    torch.set_num_threads(1)
+    as_child(log)
+    sys.stdout = sys.stderr
     quick_pictures()
-    with open(log, "w") as sys.stdout:
-        sys.stderr = sys.stdout
-        if hook:
-            hook()
-        try:
-            main([str(arg) for arg in args], prog_name="tdkern")
-        finally:
-            most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            log.with_suffix(".mib").write_text(str(most // 1024))
+    if hook:
+        hook()
+    try:
+        main([str(arg) for arg in args], prog_name="tdkern")
+    finally:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        log.with_suffix(".mib").write_text(str(most // 1024))
 
 
 def started(args, log, hook=None):
@@ -153,9 +167,8 @@ def train_args(data, run_dir, duration, options):
     return ["train", *place, "--duration", duration, *flags(options)]
 
 
-def _as_torchrun(rank, world, port, work, args):
-    import torch
-
+def _as_torchrun(rank, world, port, log, work, args):
+    as_child(log)
     os.environ.update(
         {
             "RANK": str(rank),
@@ -163,12 +176,13 @@ def _as_torchrun(rank, world, port, work, args):
             "LOCAL_RANK": "0",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
         }
     )
-    torch.set_num_threads(1)
-    sys.stderr = open(os.devnull, "w")
-    work(rank, *args)
+    try:
+        work(rank, *args)
+    except BaseException:
+        traceback.print_exc()  # multiprocessing's own goes where nobody looks
+        raise
 
 
 def _free_port():
@@ -185,15 +199,17 @@ def _free_port():
     raise OSError("no free port")
 
 
-def started_processes(count, work, *args, context=children):
+def started_processes(count, work, *args, context=children, logs=None):
     """Processes that call work(rank, *args), under the environment that torchrun sets.
 
     work: of a module.
     context: multiprocessing's; "fork" makes them children of this process.
+    logs: a folder of what each of them says; without, nobody hears it.
     """
     port = _free_port()
+    heard = [f"{logs}/{rank}" if logs else os.devnull for rank in range(count)]
     ranks = [
-        context.Process(target=_as_torchrun, args=(rank, count, port, work, args))
+        context.Process(target=_as_torchrun, args=(rank, count, port, heard[rank], work, args))
         for rank in range(count)
     ]
     for process in ranks:
@@ -203,11 +219,13 @@ def started_processes(count, work, *args, context=children):
 
 def in_processes(count, work, *args, seconds=100):
     """Calls work(rank, *args) in so many processes, which must all end well."""
-    ranks = started_processes(count, work, *args)
-    for process in ranks:
-        process.join(seconds)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0] * count
+    with tempfile.TemporaryDirectory() as logs:
+        ranks = started_processes(count, work, *args, logs=logs)
+        for process in ranks:
+            process.join(seconds)
+            process.kill()
+        said = {path.name: path.read_text()[-2000:] for path in Path(logs).iterdir()}
+    assert [process.exitcode for process in ranks] == [0] * count, said
 
 
 def in_two_processes(work, *args):

@@ -15,11 +15,11 @@ from helpers.tiny import in_processes, in_two_processes
 from tdkern.ema import EMA
 from tdkern.losses import TDEDMLoss
 from tdkern.networks import EDMPrecond, unet
-from tdkern.training.distributed import Process, data_parallel
+from tdkern.training.distributed import Process, data_parallel, leave
 
 
 def _ddp(rank, folder):
-    _, target = example("ddp_loop").train(folder / "state.pt", steps=2)
+    _, target = example("ddp_loop").main(folder / "state.pt", steps=2)
     torch.save(target.module.state_dict(), folder / f"target{rank}")
 
 
@@ -74,7 +74,7 @@ def _gradient_of_two(rank, folder):
     terms = loss.evaluate(ddp, EMA(_network()), mine, gradient_scale=scale)
     terms.loss.sum().backward()
     torch.save(_gradient(net), folder / f"gradient{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_the_gradient_has_edms_scale_on_any_number_of_processes(tmp_path):
@@ -103,7 +103,7 @@ def _warned(rank, dtype, channels, isa):
             TDEDMLoss()(ddp, target, torch.rand(2, channels, 16, 16)).mean().backward()
         found.append([str(warning.message) for warning in seen])
         net.zero_grad()
-    dist.destroy_process_group()
+    leave()
     assert found == [[], []]
 
 

@@ -32,6 +32,7 @@ from tdkern.networks import (
 )
 from tdkern.networks.saved import CheckpointError
 from tdkern.schedules import DDPM
+from tdkern.training.distributed import leave
 
 NEEDED = ("img_resolution", "in_channels", "out_channels")
 WRAPPERS = {
@@ -320,7 +321,7 @@ def _save_from_two(rank, folder):
     torch.save({"net": inside}, folder / f"ddp{rank}.pt")
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
     tdkern.save_network(net, folder / "fsdp.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_networks_under_distributed_wrappers(tmp_path):

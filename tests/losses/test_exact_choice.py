@@ -14,6 +14,7 @@ from helpers.tiny import in_two_processes
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, DDPMLoss, TDCTLoss, TDDDPMLoss, TDEDMLoss, TDFlowLoss
 from tdkern.networks import MLP, EDMPrecond
+from tdkern.training.distributed import leave
 
 F64 = torch.float64
 SIGMA = torch.tensor([0.05, 2.0, 0.001, 0.4, 30.0, 100.0], dtype=F64)  # four have a TD term
@@ -242,7 +243,7 @@ def _sharded(rank, results):
         assert sizes == [1 if rank == 0 else 3]
         assert all(each.grad.full_tensor().isfinite().all() for each in sharded.parameters())
     finally:
-        dist.destroy_process_group()
+        leave()
     (results / f"{rank}").touch()
 
 

@@ -14,6 +14,7 @@ import tdkern
 from tdkern.ema import EMA
 from tdkern.ops import adam_ema_, found_inf
 from tdkern.optim import AdamEMA, RAdamEMA
+from tdkern.training.distributed import leave
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo"
@@ -38,7 +39,7 @@ def run(rank, world, folder):
                 raise
             (folder / name).touch()
     finally:
-        dist.destroy_process_group()
+        leave()
 
 
 @pytest.fixture(scope="module", params=[2, 3])

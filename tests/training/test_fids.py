@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import threading
 
 import numpy as np
@@ -16,6 +15,7 @@ from helpers.runs import check_same, contents, resume, start
 from helpers.tiny import (
     TINY,
     Detector,
+    as_child,
     children,
     in_processes,
     invoked,
@@ -327,11 +327,9 @@ def test_a_run_that_is_stopped_while_it_measures_goes_on_with_that(
 
 
 def _measure_or_die(run_dir, options, kill):
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
+    as_child()
     quick_pictures()
     stand_in()
-    sys.stderr = open(os.devnull, "w")
     tqdm.set_lock(threading.RLock())
     unfinished.EVERY = unfinished.PATIENCE = 0
     real, calls = os.replace, iter(range(10**6))

@@ -9,6 +9,8 @@ import time
 import PIL.Image
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from helpers.tiny import (
     TINY,
@@ -24,7 +26,7 @@ from helpers.tiny import (
 from tdkern.cli import main
 from tdkern.training import Options, Trainer, distributed, train
 from tdkern.training.checkpoint import AVERAGES, SNAPSHOT, STATE, find, read, read_options
-from tdkern.training.distributed import joined, this_process
+from tdkern.training.distributed import joined, leave, this_process
 from tdkern.training.sums import Sums
 
 pytestmark = pytest.mark.usefixtures("short_previews")
@@ -266,3 +268,20 @@ def _leaves_at(rank, seconds):
 @pytest.mark.parametrize("seconds", [(0, 3), (3, 0)])
 def test_one_that_is_done_may_leave_before_the_others(seconds):
     in_processes(2, _leaves_at, seconds)
+
+
+def _one_exchange():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    net = DistributedDataParallel(torch.nn.Linear(3, 3))
+    net(torch.rand(2, 3)).sum().backward()
+    leave()  # and the wrapper is freed at once
+
+
+def _exchanges(rank):
+    for _ in range(100):
+        _one_exchange()
+
+
+def test_a_wrapper_may_outlive_its_group():
+    """Its destructor waits for the group's threads, if nobody else holds the group any more."""
+    in_processes(1, _exchanges, seconds=60)
