@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -62,7 +63,8 @@ def device_name() -> str:
 
 
 def results_file() -> Path:
-    return RESULTS / f"{device_name().lower().replace(' ', '-')}.json"
+    plain = re.sub(r"\((r|tm)\)|processor", "", device_name().lower())
+    return RESULTS / f"{'-'.join(plain.split())}.json"
 
 
 @pytest.fixture(params=THREADS, ids=lambda count: f"{count}-thread")

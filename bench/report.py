@@ -58,6 +58,7 @@ class Picture(NamedTuple):
 H100 = "nvidia-h100-80gb-hbm3.json"
 TABLES = {
     "ops-cpu": Table("amd-epyc.json", table.of_benchmarks),
+    "steps-cpu": Table("intel-xeon.json", table.of_benchmarks),
     "ops-gpu": Table(H100, comparison.measured_alone),
     "ops-gpu-headlines": Table(H100, comparison.headlines),
     "predictions": Table(H100, comparison.markdown),
