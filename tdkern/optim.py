@@ -1,5 +1,6 @@
 """Optimizers on the fused ops."""
 
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -30,10 +31,10 @@ class AdamEMA(torch.optim.Adam):
     added brings "averages", K lists of tensors in the order of its parameters.
 
     Where several processes train together, each steps the parameters or shards that it has. Where
-    those are shards (DTensors of FSDP2 and tensor parallelism, FSDP1), what skips the step in one
-    process skips it in all. DDP's gradients are the same in all processes, so
-    nothing is asked of the others there. ZeroRedundancyOptimizer and other optimizers that give
-    each process some of the parameters need `flag_group=torch.distributed.group.WORLD` for it.
+    those are shards (DTensors of FSDP2 and tensor parallelism, FSDP1) or some of all
+    (ZeroRedundancyOptimizer), what skips the step in one process skips it in all. DDP's gradients
+    are the same in all processes, so nothing is asked of the others there. Other optimizers that
+    give each process some of the parameters need `flag_group=torch.distributed.group.WORLD` for it.
 
     Args:
         params: parameters or parameter groups, as of every optimizer; on one device.
@@ -46,7 +47,8 @@ class AdamEMA(torch.optim.Adam):
         decays: K floats in [0, 1], or a float tensor [K].
         backend: as `adam_ema_`'s.
         flag_group: a process group that skips a step together: every process of it must call
-            `step`. None: where the parameters are shards, those that hold the others.
+            `step`. None: where the parameters are shards or some of all, those that hold the
+            others.
         takes_grad_scale: whether GradScaler leaves its scale and its check to this step, as to
             torch's fused Adam: one wait for the device fewer.
             Lightning's `gradient_clip_val` refuses every such optimizer; clip by `step(clip=)`.
@@ -81,7 +83,7 @@ class AdamEMA(torch.optim.Adam):
         # ZeroRedundancyOptimizer may leave a process without parameters
         device = every[0].device if every else torch.device("cpu")
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self.backend, self.flag_group = backend, flag_group
+        self.backend, self.flag_group = backend, flag_group or _group_of_zero()
         self._step_supports_amp_scaling = takes_grad_scale
         self.defaults["decays"] = checked_decays(self._name, decays)
         whole = _checked_averages(self._name, averages, every, self.decays)
@@ -443,6 +445,21 @@ def _refuse_options(name: str, groups: list[dict]) -> None:
                     f"{name}: {option} must be False, which alone is implemented, got "
                     f"{group[option]}"
                 )
+
+
+def _group_of_zero() -> "torch.distributed.ProcessGroup | None":
+    """The processes of the ZeroRedundancyOptimizer that is making an optimizer of its share.
+
+    It does not tell the optimizer so, and hands it parameters that look like any others.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module else None
+    while module and frame:
+        maker = frame.f_locals.get("self")
+        if isinstance(maker, module.ZeroRedundancyOptimizer):
+            return maker.process_group
+        frame = frame.f_back
+    return None
 
 
 def _is_zero(lr: float | Tensor) -> bool:

@@ -246,8 +246,7 @@ def flags_of_all_processes(rank, world):
 
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
-    together = {"flag_group": dist.group.WORLD}
-    optimizer = ZeroRedundancyOptimizer(net.parameters(), AdamEMA, lr=1e-2, **together)
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), AdamEMA, lr=1e-2)
     for bad in (True, False):
         optimizer.zero_grad()
         net(torch.ones(3, 4)).sum().backward()
@@ -260,10 +259,17 @@ def flags_of_all_processes(rank, world):
 
     # one parameter for two or three processes: some have none, and count all the same
     one = nn.Parameter(torch.ones(2))
-    optimizer = ZeroRedundancyOptimizer([one], AdamEMA, lr=1e-2, **together)
+    optimizer = ZeroRedundancyOptimizer([one], AdamEMA, lr=1e-2)
     one.grad = torch.tensor([1.0, math.inf])
     optimizer.step()
     assert optimizer.optim.skipped.item() == 1 and one.tolist() == [1, 1]
+
+    # some of the parameters in each process, by hand
+    mine = nn.Parameter(torch.ones(2))
+    mine.grad = torch.full((2,), math.nan if rank == 0 else 1.0)
+    optimizer = AdamEMA([mine], 1e-2, flag_group=dist.group.WORLD)
+    optimizer.step()
+    assert optimizer.skipped.item() == 1 and mine.tolist() == [1, 1]
 
 
 def plain_parameters_ask_nobody(rank, world):
