@@ -58,7 +58,7 @@ def _own(op: str, name: str, tensor: Tensor, param: Tensor) -> Tensor:
     if not is_distributed(tensor) or not is_distributed(param) or _layout(tensor) != _layout(param):
         raise ValueError(
             f"{op}: {name} must be distributed as its parameter is, {_words(param)}, got "
-            f"{_words(tensor)}"
+            f"{_words(tensor)}: fully_shard or distribute both alike"
         )
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(

@@ -25,17 +25,35 @@ def checkout(tmp_path):
     return tmp_path
 
 
-def tdkern(root, *args, code=0):
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+# calls of tdkern one after another in one process, which imports torch once
+CALLS = """
+import json, sys
+from click.testing import CliRunner
+from tdkern.cli import main
+
+for words in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(main, words)
+    print(json.dumps([result.exit_code, result.output]))
+"""
+
+
+def python(root, code, *args):
+    """What some code prints with this tdkern."""
     done = subprocess.run(
-        [sys.executable, "-m", "tdkern.cli", *map(str, args)],
+        [sys.executable, "-c", code, *map(str, args)],
         cwd=root,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def tdkern(root, *calls):
+    """[exit code, output] of each call of this tdkern."""
+    printed = python(root, CALLS, json.dumps([[str(word) for word in words] for words in calls]))
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def insert(path, before, text):
@@ -71,17 +89,10 @@ drawn = SAMPLERS["midpoint"].sample(count, x, sigmas)
 far = (drawn - heun(net, x, sigmas)).abs().max() / drawn.abs().max()
 print(len(calls) == SAMPLERS["midpoint"].evaluations(20), bool(far < 0.05))
 """
-    environment = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(
-        [sys.executable, "-c", code, network],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=checkout,
-    )
-    assert done.stdout == "True True\n", done.stdout + done.stderr
+    assert python(checkout, code, network) == "True True\n"
     asked = ["--network", network, "--seeds", "0-1", "--steps", 2, "--sampler", "midpoint"]
-    tdkern(checkout, "generate", *asked, "--outdir", checkout / "images")
+    ((ended, said),) = tdkern(checkout, ["generate", *asked, "--outdir", checkout / "images"])
+    assert ended == 0, said
     assert len(list((checkout / "images").glob("*.png"))) == 2
 
 
@@ -90,13 +101,16 @@ def test_an_option_of_a_run_is_one_field(checkout, data):
     field = '    toy: float = flag(0.25, "A toy.", within=UNIT)\n'
     options = checkout / "tdkern/training/options.py"
     insert(options, '    cond: bool = flag(False, "Train a class-conditional network.")\n', field)
-    help_text = re.sub(r"\s+", " ", tdkern(checkout, "train", "--help"))
-    assert "--toy FLOAT A toy. [default: 0.25]" in help_text
     start = ["train", "--dry-run", "--data", data, "--outdir", checkout]
-    printed = tdkern(checkout, *start, "--toy", 0.75)
-    saved = json.loads(printed[: printed.index("\n}") + 2])
+    helped, printed, refused = tdkern(
+        checkout, ["train", "--help"], [*start, "--toy", 0.75], [*start, "--toy", 1.5]
+    )
+    assert "--toy FLOAT A toy. [default: 0.25]" in re.sub(r"\s+", " ", helped[1])
+    saved = json.loads(printed[1][: printed[1].index("\n}") + 2])
     assert saved["toy"] == 0.75
+    assert refused[0] == 1 and "toy must be in [0, 1], got 1.5" in refused[1]
     (checkout / "options.json").write_text(json.dumps(saved))
-    again = tdkern(checkout, "train", "--dry-run", "--config", checkout / "options.json")
-    assert '"toy": 0.75' in again
-    assert "toy must be in [0, 1], got 1.5" in tdkern(checkout, *start, "--toy", 1.5, code=1)
+    ((ended, again),) = tdkern(
+        checkout, ["train", "--dry-run", "--config", checkout / "options.json"]
+    )
+    assert ended == 0 and '"toy": 0.75' in again

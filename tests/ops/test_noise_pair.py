@@ -511,6 +511,7 @@ def test_noise_pair_in_torch_compile(compiled):
         assert torch.equal(step(x0, args, seed, 7)[0], traced(x0, args, seed, 7)[0])
 
 
+@pytest.mark.xdist_group("ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_noise_pair_triton_ahead_of_time(capability):
     """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""

@@ -104,6 +104,7 @@ def test_gradients_are_not_fused():
         assert half.fuses(x) == x.is_cuda
 
 
+@pytest.mark.xdist_group("ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_group_norm_silu_ahead_of_time(capability):
     """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""

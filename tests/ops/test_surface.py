@@ -541,6 +541,7 @@ def test_a_nan_coefficient_is_seen_in_the_loss(backend, column):
     assert loss.isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.xdist_group("ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_triton_ahead_of_time(capability):
     """The kernels that work on flat tensors; the other ops have tests of their own."""

@@ -294,6 +294,7 @@ def test_td_coef_bad_arguments(backend, what):
     assert str(error.value) == message
 
 
+@pytest.mark.xdist_group("ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_td_coef_triton_ahead_of_time(capability):
     pytest.importorskip("triton")

@@ -780,6 +780,7 @@ def test_td_loss_triton_copies_only_what_lies_otherwise():
     assert _rows(rows(torch.ones(2, 3, 5)), torch.ones(2, 3, 5))[1] == 30
 
 
+@pytest.mark.xdist_group("ahead of time")
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_td_loss_triton_ahead_of_time(capability):
     """Every kernel compiles to a cubin for the architecture, without a GPU, and spills nothing."""
