@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..columns import SIGMA, SIGMA_P
 from .base import TDBatch
 
 
@@ -44,8 +45,8 @@ def stable_target(
             logits = logits.masked_fill(other, -torch.inf)
         return (logits.softmax(1) @ y).to(x.dtype).view_as(x)
 
-    x0_p = None if batch.x_tp is None else estimate(batch.x_tp, batch.sigma_p)
-    return batch._replace(x0=estimate(batch.x_t, batch.sigma), x0_p=x0_p)
+    x0_p = None if batch.x_tp is None else estimate(batch.x_tp, batch.levels[:, SIGMA_P])
+    return batch._replace(x0=estimate(batch.x_t, batch.levels[:, SIGMA]), x0_p=x0_p)
 
 
 def _of_other_classes(labels: Tensor, others: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ LIB_DIR = Path(__file__).parents[1] / "lib"
 # for tests without a GPU: CUDA's kernels built for the host (csrc/host), on CPU tensors
 CUDA_HOST = os.environ.get("TDKERN_CUDA_HOST")
 BUILD_AGAIN = "build it again: `pip install --no-build-isolation .`"
-# What a wrong argument may raise before the check that explains it.
-REFUSED = (AttributeError, IndexError, RuntimeError, TypeError)
+# What a wrong argument may raise before the check that explains it, and torch 2.10 for a DTensor
+# beside plain tensors.
+REFUSED = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 # ---- which backends are here

@@ -130,7 +130,7 @@ def adam_ema_(
     rest = ((lr, found_inf, grad_scale, clip), skipped, options)
     try:
         _on_backend(columns, averages, decays, *rest, backend)
-    except (*_backends.REFUSED, ValueError):
+    except _backends.REFUSED:
         if not _on_shards_or_refused(columns, averages, decays, *rest, backend):
             raise
 

@@ -4,6 +4,7 @@ and ZeroRedundancyOptimizer, on gloo."""
 import contextlib
 import math
 import traceback
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 import tdkern
 from tdkern.ema import EMA
-from tdkern.ops import adam_ema_, found_inf
+from tdkern.ops import adam_ema_, ema_update_, found_inf
 from tdkern.optim import AdamEMA, RAdamEMA
 from tdkern.training.distributed import leave
 
@@ -230,6 +231,37 @@ def tensor_parallel(rank, world):
             )
 
 
+def plain_beside_sharded(rank, world):
+    """As a loss's own parameters beside a sharded network's, in either order."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+
+    shards = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
+
+    def optimizers(first):
+        """Of parameters of which one is sharded, and of the same that are plain."""
+        for shard in (shards, lambda tensor: tensor):
+            values = [shard(torch.arange(14.0).reshape(7, 2)), torch.ones(3)]
+            params = [nn.Parameter(each) for each in values]
+            averages = [each.detach().clone() for each in params]
+            params[0].grad, params[1].grad = shard(torch.ones(7, 2)), torch.full((3,), 2.0)
+            if first == "plain":
+                params, averages = params[::-1], averages[::-1]
+            yield AdamEMA(params, 0.1, averages=[averages], decays=[0.5]), params, averages
+
+    for first in ("plain", "sharded"):
+        found = []
+        for optimizer, params, averages in optimizers(first):
+            optimizer.step(clip=torch.tensor(0.5))
+            ema_update_([averages], [param.detach() for param in params], [0.25])
+            assert optimizer.skipped.item() == 0
+            found.append([params, averages])
+        for sharded, plain in zip(*found, strict=True):
+            same(sharded, plain)
+
+
 def flags_of_all_processes(rank, world):
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -299,6 +331,7 @@ CHECKS = [
     radam_fully_sharded,
     target_of_a_sharded_network,
     tensor_parallel,
+    plain_beside_sharded,
     flags_of_all_processes,
     plain_parameters_ask_nobody,
 ]
