@@ -23,7 +23,7 @@ def fuses(x: Tensor) -> bool:
 
 def image_format(x: Tensor) -> torch.memory_format:
     """The memory format of convolutions' weights, and so of the images between them."""
-    if x.dtype == torch.float64 or (x.is_cuda and x.dtype == torch.float32):
+    if x.dtype == torch.float64 or (x.dtype == torch.float32 and x.device.type != "cpu"):
         return torch.preserve_format
     trains_on_cuda = x.is_cuda and not torch.compiler.is_compiling() and not fuses(x)
     return torch.contiguous_format if trains_on_cuda else torch.channels_last
