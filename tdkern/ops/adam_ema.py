@@ -47,8 +47,6 @@ def found_inf(
     No gradient. Deterministic. No host synchronisation.
     """
     try:
-        if len(grads) == 0:
-            raise ValueError("found_inf: grads must hold at least one tensor")
         backend = _backends.resolve("found_inf", backend, grads[0].device)
         if backend not in ("cpp", "cuda"):
             if _shards.any_distributed(grads):
@@ -296,6 +294,8 @@ def _check_lists(params, grads, exp_avgs, exp_avg_sqs, steps, averages) -> None:
 
 def _check_grads(grads: Sequence[Tensor], grad_scale: Tensor | None, clip: Tensor | None) -> None:
     check_tensors("found_inf", "grads", grads)
+    if not grads:
+        raise ValueError("found_inf: grads must hold at least one tensor")
     for i, grad in enumerate(grads):
         if grad.dtype not in FLOATS:
             raise ValueError(f"found_inf: grads[{i}] must be {FLOAT_NAMES}, got {grad.dtype}")
