@@ -1,9 +1,9 @@
 """`tdkern generate` goes on after a kill, in any number of processes, to the same files."""
 
+import importlib
 import json
 import os
 import signal
-import sys
 
 import pytest
 
@@ -97,7 +97,7 @@ def test_several_calls_may_fill_one_folder_at_once(tmp_path, trained, straight):
 @pytest.fixture
 def drawn(tmp_path, trained, monkeypatch):
     """A call's words, which were called once; and the seeds that `sample` draws from here on."""
-    seen, module = [], sys.modules["tdkern.cli.generate"]
+    seen, module = [], importlib.import_module("tdkern.cli.generate")
     args = drawing(trained, tmp_path / "images")
     tdkern_(*args)
     real = module.sample
