@@ -10,7 +10,6 @@ import resource
 import socket
 import sys
 import tempfile
-import traceback
 import zipfile
 from pathlib import Path
 
@@ -178,11 +177,7 @@ def _as_torchrun(rank, world, port, log, work, args):
             "MASTER_PORT": str(port),
         }
     )
-    try:
-        work(rank, *args)
-    except BaseException:
-        traceback.print_exc()  # multiprocessing's own goes where nobody looks
-        raise
+    work(rank, *args)
 
 
 def _free_port():

@@ -237,7 +237,6 @@ def plain_beside_sharded(rank, world):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (world,))
-
     shards = partial(distribute_tensor, device_mesh=mesh, placements=[Shard(0)])
 
     def optimizers(first):
