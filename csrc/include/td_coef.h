@@ -43,8 +43,9 @@ CoefResult td_coef_op(Tensor noise,
                       std::string weight,
                       double td_lo,
                       double td_hi) {
-  const double root_max = pow(sigma_max, 1.0 / rho);
-  const double root_min = pow(sigma_min, 1.0 / rho);
+  const double inverse_rho = 1.0 / rho;
+  const double root_max = pow(sigma_max, inverse_rho);
+  const double root_min = pow(sigma_min, inverse_rho);
   const CoefOptions options = {
       .from_index = from_index,
       .steps = static_cast<double>(steps),
@@ -62,6 +63,7 @@ CoefResult td_coef_op(Tensor noise,
       .base_weight = named<BaseWeight>("base_weight", base_weight,
                                        {"karras", "uniform", "snr", "snr+1", "truncated-snr"}),
       .weight = named<Weight>("weight", weight, {"pairwise", "pairwise_x0", "online", "none"}),
+      .inverse_rho = inverse_rho,
       .root_max = root_max,
       .root_min = root_min,
       .end_max = pow(root_max, rho),

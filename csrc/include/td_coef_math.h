@@ -78,9 +78,9 @@ struct CoefOptions {
   Precond precond;
   BaseWeight base_weight;
   Weight weight;
-  // The same for all samples: root_max = sigma_max^(1/rho), root_min = sigma_min^(1/rho), and these
-  // to the power of rho, which rounding keeps from being sigma_max and sigma_min.
-  double root_max, root_min, end_max, end_min;
+  // The same for all samples: 1/rho, root_max = sigma_max^(1/rho), root_min = sigma_min^(1/rho),
+  // and these to the power of rho, which rounding keeps from being sigma_max and sigma_min.
+  double inverse_rho, root_max, root_min, end_max, end_min;
 };
 
 // EDM's schedule: sigma(i) = (a + i/(steps-1) (b - a))^rho with a = sigma_max^(1/rho), b =
@@ -92,42 +92,47 @@ TDKERN_HD double sigma_of_index(const CoefOptions& o, double index) {
   return pow(root, o.rho);
 }
 
-// The real index of sigma, from 0 to steps - 1.
-TDKERN_HD double index_of_sigma(const CoefOptions& o, double sigma) {
-  const double place = (pow(sigma, 1.0 / o.rho) - o.root_max) / (o.root_min - o.root_max);
+// The real index of a sample on the schedule: its own or, from 0 to steps - 1, its noise level's.
+TDKERN_HD double index_of(const CoefOptions& o, double noise) {
+  if (o.from_index) return noise;
+  const double place = (pow(noise, o.inverse_rho) - o.root_max) / (o.root_min - o.root_max);
   return fmin(fmax(place, 0.0), 1.0) * (o.steps - 1.0);
 }
 
-// The four levels (t, tau, t', tau') and the eight numbers of one sample from its sigma or index.
-TDKERN_HD void td_coef_sample(const CoefOptions& o, double noise, Coef& coef, Levels& levels) {
-  const double index = o.from_index ? noise : index_of_sigma(o, noise);
-  const double sigma = o.from_index ? sigma_of_index(o, index) : noise;
-  const double sigma_tau = sigma_of_index(o, index + o.one_idx);
-  const double sigma_p = sigma_of_index(o, index + o.k_idx);
-  const double sigma_tau_p = sigma_of_index(o, index + (o.k_idx + o.one_idx));
+// The noise level `distance` steps behind a sample's index: its own at 0.
+TDKERN_HD double level_behind(const CoefOptions& o, double noise, double index, double distance) {
+  return distance == 0.0 && !o.from_index ? noise : sigma_of_index(o, index + distance);
+}
 
-  double skip, scale, skip_p, scale_p, A, A_p, kappa;
-  two_moment(1.0, sigma, 1.0, sigma_tau, o.eta, &A, &kappa);
-  two_moment(1.0, sigma_p, 1.0, sigma_tau_p, o.eta, &A_p, &kappa);
-  preconditioning(o.precond, sigma, o.sigma_data, o.sigma_min, &skip, &scale);
-  preconditioning(o.precond, sigma_p, o.sigma_data, o.sigma_min, &skip_p, &scale_p);
+// What the levels at t and tau, or those at t' and tau', give by themselves.
+struct End {
+  double skip, scale, A;
+};
 
+TDKERN_HD End end_at(const CoefOptions& o, double sigma, double sigma_tau) {
+  End end;
+  double kappa;
+  two_moment(1.0, sigma, 1.0, sigma_tau, o.eta, &end.A, &kappa);
+  preconditioning(o.precond, sigma, o.sigma_data, o.sigma_min, &end.skip, &end.scale);
+  return end;
+}
+
+TDKERN_HD Coef
+coef_of(const CoefOptions& o, double index, double sigma, const End& end, const End& end_p) {
   const bool in_range = o.from_index ? index >= 0.0 : sigma >= o.sigma_min && sigma <= o.sigma_max;
   const bool valid = in_range && index <= o.steps - 1.0 - (o.k_idx + o.one_idx) &&
                      sigma >= o.td_lo && sigma <= o.td_hi;
-  coef.skip = skip;
-  coef.scale = scale;
-  coef.skip_p = skip_p;
-  coef.scale_p = scale_p;
-  coef.A = A;
-  coef.A_p = A_p;
-  coef.w_td = valid ? td_weighting(o.weight, A, A_p, scale, scale_p) : 0.0;
-  coef.w_base = base_weighting(o.base_weight, sigma, o.sigma_data) *
-                (valid ? o.lambda_base : 1.0 + o.lambda_base);
-  levels.sigma = sigma;
-  levels.sigma_tau = sigma_tau;
-  levels.sigma_p = sigma_p;
-  levels.sigma_tau_p = sigma_tau_p;
+  const double w_td = valid ? td_weighting(o.weight, end.A, end_p.A, end.scale, end_p.scale) : 0.0;
+  const double w_base = base_weighting(o.base_weight, sigma, o.sigma_data) *
+                        (valid ? o.lambda_base : 1.0 + o.lambda_base);
+  return {.skip = end.skip,
+          .scale = end.scale,
+          .skip_p = end_p.skip,
+          .scale_p = end_p.scale,
+          .A = end.A,
+          .A_p = end_p.A,
+          .w_td = w_td,
+          .w_base = w_base};
 }
 
 }  // namespace tdkern

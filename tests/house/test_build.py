@@ -3,6 +3,7 @@ without it.
 """
 
 import ctypes
+import importlib
 import inspect
 import itertools
 import json
@@ -87,19 +88,23 @@ def test_no_cuda_kernel_spills():
 
 
 @cache
-def machine_code() -> dict[str, str]:
-    """Of every kernel, for the first architecture that was built for."""
+def sass():
+    """bench/gpu/sass.py."""
     pytest.importorskip("triton")
     sys.path.append(str(PACKAGE.parent / "bench/gpu"))
-    import sass
+    return importlib.import_module("sass")
 
-    return sass.kernels(
-        CUDA,
-        tdkern.info()["build"]["cuda_architectures"]
-        .split()[0]
-        .removesuffix("+PTX")
-        .replace(".", ""),
-    )
+
+def first_arch() -> str:
+    """The first architecture that was built for."""
+    archs = tdkern.info()["build"]["cuda_architectures"].split()
+    return archs[0].removesuffix("+PTX").replace(".", "")
+
+
+@cache
+def machine_code() -> dict[str, str]:
+    """Of every kernel, for the first architecture."""
+    return sass().kernels(CUDA, first_arch())
 
 
 @needs_cuda_build
@@ -128,13 +133,27 @@ def test_noise_pair_is_short_enough_for_the_memory():
     """Its instructions, not its bytes, may be its time (bench/gpu/NOTES.md): at most a tenth more
     than there are.
     """
-    code = machine_code()
-    import sass
-
-    rounds = sass.pair_rounds(code)
+    rounds = sass().pair_rounds(machine_code())
     assert len(rounds) == 4
     for storage, ops in rounds.items():
         assert storage == "d" or len(ops) <= 4 * 92, (storage, len(ops))
+
+
+@needs_cuda_build
+def test_kernels_fill_a_multiprocessor_and_packed_loops_never_part():
+    """Three blocks of each, two in float64; and no place in a loop over packs where threads may go
+    different ways (bench/gpu/NOTES.md tells of the others).
+    """
+    papers = sass().papers(CUDA, first_arch())
+    packed = 0
+    for name, paper in papers.items():
+        wide = "double" in sass().readable([name])[0]
+        assert paper.blocks >= (2 if wide else 3), (name, paper)
+        assert paper.occupancy == paper.blocks / 8
+        if re.search(r"(forward|heun_step)_kernelI\w*?Li[248]E|ema_kernelI", name):
+            assert paper.loads and paper.partings == 0, (name, paper)
+            packed += 1
+    assert packed >= 30
 
 
 def test_python_part_alone_imports_and_trains(tmp_path):
