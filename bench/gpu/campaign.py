@@ -59,7 +59,7 @@ NEEDED = (
 # By their files, since tdkern may not be built yet; tests/house/test_registry.py says that they are
 # the ops of tdkern.ops.OPS.
 STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
-OP_TESTS = [f"tests/ops/test_{name}.py" for name in (*STEMS, "norm_silu", "surface")]
+OP_TESTS = [f"tests/ops/test_{name}.py" for name in (*STEMS, "unet", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
@@ -292,7 +292,7 @@ def tests(at: Campaign) -> dict:
         facts = {"large": large}
     else:
         spread = ["-n", "12"] if importlib.util.find_spec("xdist") else []
-        chosen = "(cuda or triton or norm_silu) and not ahead_of_time and not host"
+        chosen = "(cuda or triton or unet) and not ahead_of_time and not host"
         facts = {
             "ops": at.pytest(*spread, *OP_TESTS, "-k", chosen, limit=at.left - 35),
             "large": at.pytest("bench/gpu/test_large.py"),

@@ -9,6 +9,9 @@ normalisation on CUDA takes channels first alone; the forward pass without gradi
 and, channels last with silu of the normalisation in one kernel, 49 ms.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -16,7 +19,10 @@ from ..ops._backends import MISSING
 
 
 def fuses(x: Tensor) -> bool:
-    """Whether silu of a normalisation of x is one kernel. torch.compile fuses by itself."""
+    """Whether what stands between two convolutions of x is one kernel (`triton.unet`).
+
+    torch.compile fuses by itself.
+    """
     eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return eager and x.is_cuda and x.dtype.itemsize == 2 and not MISSING["triton"]
 
@@ -29,12 +35,28 @@ def image_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if trains_on_cuda else torch.channels_last
 
 
-def norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: Tensor | None = None,
+    *,
+    silu: bool = True,
 ) -> Tensor:
-    """`triton.norm_silu.group_norm_silu`, of an x that lies in memory as it may."""
-    from ..triton.norm_silu import group_norm_silu
+    """`triton.unet.group_norm`, of an x that lies in memory as it may."""
+    from ..triton import unet
 
     x = x.contiguous(memory_format=torch.channels_last)
     add = add if add is None else add.contiguous()
-    return group_norm_silu(x, groups, weight.contiguous(), bias.contiguous(), eps, add)
+    return unet.group_norm(x, groups, weight.contiguous(), bias.contiguous(), eps, add, silu)
+
+
+def branch_sum(x: Tensor, branch: Tensor, biases: Sequence[Tensor], scale: float) -> Tensor:
+    """`triton.unet.branch_sum` with the sum of the biases, of images that lie as they may."""
+    from ..triton import unet
+
+    x, branch = (t.contiguous(memory_format=torch.channels_last) for t in (x, branch))
+    bias = reduce(torch.add, biases)
+    return unet.branch_sum(x, branch, bias.contiguous(), scale)

@@ -176,6 +176,8 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        if half.fuses(x):
+            return half.group_norm(x, self.groups, self.weight, self.bias, self.eps, silu=False)
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return F.group_norm(x, self.groups, weight, bias, self.eps)
 
@@ -193,7 +195,7 @@ class GroupNorm(nn.Module):
             if modulation is not None:
                 scale, shift = modulation.float().chunk(2, 1)
                 weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-            return half.norm_silu(x, self.groups, weight, bias, self.eps, add)
+            return half.group_norm(x, self.groups, weight, bias, self.eps, add)
         h = self(x if add is None else x + add[:, :, None, None])
         if modulation is not None:
             scale, shift = modulation[:, :, None, None].chunk(2, 1)
@@ -317,22 +319,34 @@ class ResBlock(nn.Module):
             self.proj = Conv2d(out_channels, out_channels, 1, style.init_zero)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        # conv0's bias is a pass of its own over its output, unless the next kernel adds it
-        bias_later = half.fuses(x)
-        h = self.conv0(self.norm0.silu(x), with_bias=not bias_later)
-        bias = self.conv0.weight_and_bias[1].to(h.dtype) if bias_later else None
+        # a bias is a pass of its own over its convolution's output, unless the next kernel adds it
+        later = half.fuses(x)
+        h = self.conv0(self.norm0.silu(x), with_bias=not later)
+        bias = self.conv0.weight_and_bias[1].to(h.dtype) if later else None
         a = self.affine(emb).to(h.dtype)
         if self.style.scale_shift:
             add = None if bias is None else bias.expand(len(h), -1)
             h = self.norm1.silu(h, add, modulation=a)
         else:
             h = self.norm1.silu(h, a if bias is None else a + bias)
-        h = self.conv1(dropout(h, self.style.dropout if self.training else 0.0))
-        x = self._add(x if self.skip is None else self.skip(x), h)
-        return self._add(x, self.proj(self._attend(self.norm2(x)))) if self.heads else x
+        h = dropout(h, self.style.dropout if self.training else 0.0)
+        h = self.conv1(h, with_bias=not later)
+        if self.skip is None:
+            x = self._add(x, h, self.conv1)
+        else:
+            x = self._add(self.skip(x, with_bias=not later), h, self.conv1, self.skip)
+        if not self.heads:
+            return x
+        h = self._attend(self.norm2(x))
+        return self._add(x, self.proj(h, with_bias=not later), self.proj)
 
-    def _add(self, x: Tensor, h: Tensor) -> Tensor:  # x first: the sum has its memory format
-        return x + h if self.style.skip_scale == 1 else (x + h) * self.style.skip_scale
+    def _add(self, x: Tensor, h: Tensor, *layers: Conv2d) -> Tensor:
+        """(x + h) skip_scale, with the biases that `layers` have left to it."""
+        scale = self.style.skip_scale
+        if half.fuses(x):
+            biases = [layer.bias for layer in layers if layer.bias is not None]
+            return half.branch_sum(x, h, biases, scale)
+        return x + h if scale == 1 else (x + h) * scale  # x first: it has x's memory format
 
     def _attend(self, x: Tensor) -> Tensor:
         # A checkpoint's qkv channels are head, channel, q/k/v innermost. Its rows, which are few,
@@ -346,4 +360,6 @@ class ResBlock(nn.Module):
         tokens = F.linear(x.flatten(2).transpose(1, 2), weight, bias)  # [B, HW, 3 C]
         q, k, v = tokens.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         # each [B, heads, HW, C / heads]
-        return F.scaled_dot_product_attention(q, k, v).permute(0, 1, 3, 2).reshape(x.shape)
+        tokens = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        image = tokens.transpose(1, 2).unflatten(2, x.shape[2:])  # channels last, as tokens are
+        return image if x.is_contiguous(memory_format=torch.channels_last) else image.contiguous()

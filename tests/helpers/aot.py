@@ -221,12 +221,13 @@ def lists(capability: int):
         yield f"adam {storage}", compile_kernel(adam_kernel, capability, types, constants, {})
 
 
-def norm_silu(capability: int):
-    from tdkern.triton.norm_silu import (
+def unet(capability: int):
+    from tdkern.triton.unet import (
         COLUMNS,
         OPTIONS,
         ROWS,
         SUMS,
+        branch_sum_kernel,
         groups_kernel,
         result_kernel,
         sums_kernel,
@@ -239,14 +240,18 @@ def norm_silu(capability: int):
         return compile_kernel(which, capability, every, constants, options)
 
     counts = dict.fromkeys(("pixels", "channels", "weight_row"), "i32!")
-    counts |= dict.fromkeys(("tiles", "blocks", "groups"), "i32")
+    counts |= dict.fromkeys(("tiles", "blocks", "groups"), "i32") | {"rows": "i32!"}
+    with_silu = {**tile, "SILU": True}
     for storage in ("*fp32", "*bf16", "*fp16"):
-        given = {"x": storage, "add": storage, "y": storage}
+        given = dict.fromkeys(("x", "add", "y", "branch"), storage) | {"scale": "fp32"}
         yield f"sums {storage}", kernel(sums_kernel, given, tile)
-        yield f"result {storage}", kernel(result_kernel, given, tile)
-    plain = {**tile, "add": None}
-    yield "sums, nothing added", kernel(sums_kernel, {"x": "*bf16"}, plain)
-    yield "result, nothing added", kernel(result_kernel, {"x": "*bf16", "y": "*bf16"}, plain)
+        yield f"result {storage}", kernel(result_kernel, given, with_silu)
+        yield f"branch sum {storage}", kernel(branch_sum_kernel, given, tile)
+    bf16 = {"x": "*bf16", "y": "*bf16"}
+    yield "sums, nothing added", kernel(sums_kernel, bf16, {**tile, "add": None})
+    yield "result, nothing added", kernel(result_kernel, bf16, {**with_silu, "add": None})
+    without = {**with_silu, "SILU": False, "add": None}
+    yield "result, nothing added, no silu", kernel(result_kernel, bf16, without)
     # 16 tiles are 32x32 pixels; the others are as much as is held at a time.
     for tiles, size in ((16, 4), (SUMS // 4, 4), (SUMS // 16, 16), (1, SUMS)):
         constants = {"TILES": tiles, "SIZE": size, "ROWS": ROWS}
@@ -269,7 +274,7 @@ CHOSEN = {
     "noise_pair": noise_pair,
     "ema_update": lists,
     "adam_ema": lists,
-    "norm_silu": norm_silu,
+    "unet": unet,
 }
 
 
@@ -316,7 +321,7 @@ def launched_by(op, capability: int):
 
 
 def builds(capability: int):
-    """(name, facts) of the kernels of every op there is, and of norm_silu."""
+    """(name, facts) of the kernels of every op there is, and of unet."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from tdkern.ops import OPS, _backends
 
@@ -324,7 +329,7 @@ def builds(capability: int):
     _backends.MISSING["triton"] = ""
     import tdkern.triton  # noqa: F401  (without a GPU the package does not import it by itself)
 
-    stems = dict.fromkeys([*(op.stem for op in OPS.values()), "norm_silu"])
+    stems = dict.fromkeys([*(op.stem for op in OPS.values()), "unet"])
     for chosen in dict.fromkeys(CHOSEN[stem] for stem in stems if stem in CHOSEN):
         for name, facts in chosen(capability):
             yield f"{chosen.__name__} {name}", facts

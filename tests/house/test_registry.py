@@ -27,7 +27,7 @@ def names_in(folder, pattern, *others):
     [
         names_in(PACKAGE / "ops", "[!_]*.py"),
         names_in(PACKAGE / "reference", "[!_]*.py", "philox"),
-        names_in(PACKAGE / "triton", "[!_]*.py", "lists", "norm_silu"),
+        names_in(PACKAGE / "triton", "[!_]*.py", "lists", "unet"),
         names_in(ROOT / "csrc/cpu", "*.cpp"),
         names_in(ROOT / "csrc/cuda", "*.cu"),
         {path.stem.removesuffix("_math") for path in (ROOT / "csrc/include").glob("*_math.h")},

@@ -1,6 +1,9 @@
-"""silu of a group normalisation, channels last and without gradients, in one reading for the sums
-and one for the result. What a target network and a sampler run between two convolutions: PyTorch
-brings the image into channels first for it and back, in nine passes over memory.
+"""What a U-Net runs between its convolutions, channels last and without gradients: a target network
+and a sampler's.
+
+Group normalisation, with silu or without, in one reading for the sums and one for the result, for
+which PyTorch brings the image into channels first and back, in nine passes over memory; and the sum
+that ends a branch, with its biases and its scale.
 """
 
 from functools import partial
@@ -123,10 +126,11 @@ def result_kernel(
     tiles,
     blocks,
     groups,
+    SILU: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of y = silu((x + add - mean) inverse weight + bias)."""
+    """A tile of y = (x + add - mean) inverse weight + bias, or of its silu."""
     program = tl.program_id(0).to(tl.int64)
     block, tile, image = program % blocks, program // blocks % tiles, program // blocks // tiles
     values, at, inside = _tile(
@@ -139,15 +143,43 @@ def result_kernel(
     inverse = tl.load(inverse_of + group, there, other=0.0)
     scale = inverse * tl.load(weight + image * weight_row + column, there, other=0.0).to(tl.float32)
     shift = tl.load(bias + image * weight_row + column, there, other=0.0).to(tl.float32)
-    normal = (values - mean[None, :]) * scale[None, :] + shift[None, :]
-    result = normal / (1 + tl.exp(-normal))
+    result = (values - mean[None, :]) * scale[None, :] + shift[None, :]
+    if SILU:
+        result = result / (1 + tl.exp(-result))
     tl.store(y + at, result.to(y.dtype.element_ty), inside)
 
 
-def group_norm_silu(
-    x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, add: Tensor | None = None
+@triton.jit
+def branch_sum_kernel(
+    x,
+    branch,
+    bias,
+    y,
+    rows,
+    channels,
+    blocks,
+    scale,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A tile of y = (x + branch + bias) scale; the rows are the pixels of all images."""
+    program = tl.program_id(0).to(tl.int64)
+    first_row, first_column = program // blocks * ROWS, program % blocks * COLUMNS
+    values, at, inside = _tile(x, bias, 0, first_row, first_column, rows, channels, ROWS, COLUMNS)
+    total = values + tl.load(branch + at, inside, other=0.0).to(tl.float32)
+    tl.store(y + at, (total * scale).to(y.dtype.element_ty), inside)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    add: Tensor | None = None,
+    silu: bool = True,
 ) -> Tensor:
-    """silu(group_norm(x + add)), in float32 from x's dtype to x's dtype.
+    """silu(group_norm(x + add)), or without silu, in float32 from x's dtype to x's dtype.
 
     Args:
         x: [B, C, H, W] float32, bfloat16 or float16, contiguous in channels last.
@@ -155,6 +187,7 @@ def group_norm_silu(
         weight, bias: [C], or [B, C] for one of each image; contiguous.
         eps: added to the variance.
         add: [B, C] in x's dtype, contiguous, added to every pixel before; or None.
+        silu: whether silu follows.
 
     Returns:
         [B, C, H, W] like x.
@@ -178,6 +211,33 @@ def group_norm_silu(
         sums = (means, squares, mean_of, inverse_of)
         held = (tiles_at_once, size, ROWS)
         groups_kernel[(batch * groups,)](*sums, *counts, groups, eps, *held, **ONE_WARP)
-        statistics, shape = (mean_of, inverse_of), (*counts, blocks, groups, ROWS, COLUMNS)
-        result_kernel[grid](x, add, y, *statistics, *weights, *shape, **OPTIONS)
+        statistics, shape = (mean_of, inverse_of), (*counts, blocks, groups)
+        result_kernel[grid](
+            x, add, y, *statistics, *weights, *shape, silu, ROWS, COLUMNS, **OPTIONS
+        )
+    return y
+
+
+def branch_sum(x: Tensor, branch: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """(x + branch + bias) scale, in float32 from x's dtype to x's dtype.
+
+    Args:
+        x, branch: [B, C, H, W] float32, bfloat16 or float16, contiguous in channels last.
+        bias: [C], contiguous.
+        scale: of the sum.
+
+    Returns:
+        [B, C, H, W] like x.
+
+    No gradient. Deterministic. No host synchronisation.
+    """
+    batch, channels, height, width = x.shape
+    rows, y = batch * height * width, torch.empty_like(x)
+    if x.numel() == 0:
+        return y
+    blocks = triton.cdiv(channels, COLUMNS)
+    with torch.cuda.device_of(x):
+        branch_sum_kernel[(triton.cdiv(rows, ROWS) * blocks,)](
+            x, branch, bias, y, rows, channels, blocks, scale, ROWS, COLUMNS, **OPTIONS
+        )
     return y
