@@ -1,11 +1,11 @@
 """The U-Nets, forward and forward with backward, against the obvious build of the same network:
 float32, channels first, eager.
 
-"plain" is written from the formulas with the calls that anyone would make: `group_norm`, `silu` and
-`conv2d`; attention as softmax(q k^T / sqrt(d)) v; resampling as depthwise convolutions with the
-filter. It has our parameters, and is checked to compute the same. Without a GPU nearly all of the
-time is in float32 convolutions that oneDNN runs at the speed of the machine's multiply-adds, for us
-and for it: there only attention can win, or bfloat16.
+"plain" is written from the formulas with the calls that anyone would make: `group_norm`, `silu`,
+`dropout` and `conv2d`; attention as softmax(q k^T / sqrt(d)) v; resampling as depthwise
+convolutions with the filter. It has our parameters, and is checked to compute the same. Without a
+GPU nearly all of the time is in float32 convolutions that oneDNN runs at the speed of the machine's
+multiply-adds, for us and for it.
 """
 
 import pytest
@@ -14,10 +14,20 @@ import torch.nn.functional as F
 from measure import DEVICE, compiled, name, of_device
 
 from tdkern.networks import DhariwalUNet, EDMPrecond, SongUNet
-from tdkern.networks.layers import Conv2d, ResBlock
+from tdkern.networks.layers import Conv2d, GroupNorm, ResBlock
 
 
 class PlainConv2d(Conv2d):
+    def forward(self, x):
+        x = x.contiguous()  # the image alone is not
+        if self.up:
+            x = self._upsample(x)
+        if self.filter_first:
+            x = self._downsample(x)
+        if self.weight is not None:
+            x = F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=self.padding)
+        return self._downsample(x) if self.filter_last else x
+
     def _upsample(self, x):
         weight = (4 * self.resample_filter).to(x.dtype).repeat(x.shape[1], 1, 1, 1)
         return F.conv_transpose2d(
@@ -34,7 +44,31 @@ class PlainConv2d(Conv2d):
         )
 
 
+class PlainGroupNorm(GroupNorm):
+    def forward(self, x):
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.group_norm(x, self.groups, weight, bias, self.eps)
+
+    def silu(self, x):
+        return F.silu(self(x))
+
+
 class PlainResBlock(ResBlock):
+    def forward(self, x, emb):
+        h = self.conv0(self.norm0.silu(x))
+        a = self.affine(emb).to(h.dtype)[:, :, None, None]
+        if self.style.scale_shift:
+            scale, shift = a.chunk(2, 1)
+            h = F.silu(shift + self.norm1(h) * (scale + 1))
+        else:
+            h = self.norm1.silu(h + a)
+        h = self.conv1(F.dropout(h, self.style.dropout, self.training))
+        x = h + (x if self.skip is None else self.skip(x))
+        x = x * self.style.skip_scale
+        if self.heads:
+            x = (self.proj(self._attend(self.norm2(x))) + x) * self.style.skip_scale
+        return x
+
     def _attend(self, x):
         # each [B heads, C / heads, HW]
         q, k, v = (
@@ -44,11 +78,12 @@ class PlainResBlock(ResBlock):
         return (v @ weight.transpose(1, 2)).reshape(x.shape)
 
 
+PLAIN = {Conv2d: PlainConv2d, GroupNorm: PlainGroupNorm, ResBlock: PlainResBlock}
+
+
 def make_plain(net):
     for module in net.modules():
-        module.__class__ = {Conv2d: PlainConv2d, ResBlock: PlainResBlock}.get(
-            type(module), type(module)
-        )
+        module.__class__ = PLAIN.get(type(module), type(module))
 
 
 WIDTH, SHAPE = of_device(
