@@ -332,6 +332,7 @@ def test_profile_says_why_it_has_nothing(tmp_path, monkeypatch):
 
 def test_steps_that_end_early_keep_their_rows(tmp_path, monkeypatch):
     """A line a case, whatever ends the run; a limit is said."""
+    monkeypatch.setenv("TDKERN_COMMIT", "abc")
     at = campaign.Campaign(tmp_path, dry=False, ends=campaign.time.monotonic() + 100)
 
     def run(*command, **env):
@@ -346,11 +347,105 @@ def test_steps_that_end_early_keep_their_rows(tmp_path, monkeypatch):
     assert failure.value.facts == {
         "rc": -9,
         "tail": "hung",
-        "rows": [{"ms": 3}, {"failure": "RuntimeError: no"}],
+        "rows": [{"ms": 3, "commit": "abc"}, {"failure": "RuntimeError: no", "commit": "abc"}],
     }
     monkeypatch.setattr(at, "run", lambda *command: {"rc": 0, "timed_out": False, "text": ""})
     with pytest.raises(campaign.Failed, match=r"^0 of 0 cases failed$"):
         campaign.step(at)
+
+
+def test_a_case_that_ends_its_process_costs_that_case_alone(tmp_path, monkeypatch):
+    """One that is killed, one that leaves CUDA unusable; each has its line, and says its commit."""
+    at = campaign.Campaign(tmp_path, dry=False, ends=campaign.time.monotonic() + 100)
+    monkeypatch.setenv("TDKERN_COMMIT", "abc")
+    skipped, codes = [], iter([-9, steps.UNUSABLE, 0])
+
+    def run(*command, **env):
+        skip = int(command[command.index("--skip") + 1])
+        skipped.append(skip)
+        rows = [{"case": n, "failure": "no"} for n in range(skip + 1)]
+        code = next(codes)
+        rows += [] if code else [{"case": skip + 1, "ms": 3}]
+        Path(command[2]).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return {"rc": code, "timed_out": False, "text": ""}
+
+    monkeypatch.setattr(at, "run", run)
+    with pytest.raises(campaign.Failed, match=r"^3 of 4 cases failed$") as failure:
+        campaign.step(at)
+    assert skipped == [0, 1, 2]
+    assert failure.value.facts["rows"][-1] == {"case": 3, "ms": 3, "commit": "abc"}
+
+
+def run_steps(monkeypatch, out: Path, skip: int) -> list[dict]:
+    """What steps.py writes of cases whose second ends its process."""
+    monkeypatch.setattr(sys, "argv", ["steps.py", str(out), "--skip", str(skip), "--tiny"])
+    with contextlib.suppress(SystemExit):
+        steps.main()
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_an_error_that_stays_ends_the_process_behind_its_line(tmp_path, monkeypatch):
+    """Every later case would fail with it."""
+    usable = iter([True, False, True])
+    monkeypatch.setattr(steps, "cases", lambda part: [steps.Case(name) for name in ("A", "B", "C")])
+    monkeypatch.setattr(steps, "attempt", lambda *args: {"ms": 1})
+    monkeypatch.setattr(steps, "usable", lambda: next(usable))
+    rows = run_steps(monkeypatch, tmp_path / "rows.jsonl", 0)
+    assert [row["loss"] for row in rows] == ["A", "B"]
+    rows = run_steps(monkeypatch, tmp_path / "rows.jsonl", 2)
+    assert [(row["loss"], row["ms"]) for row in rows] == [("A", 1), ("B", 1), ("C", 1)]
+
+
+def test_a_case_has_its_line_before_it_begins(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+
+    def killed(*args):
+        raise SystemExit
+
+    monkeypatch.setattr(steps, "attempt", killed)
+    rows = run_steps(monkeypatch, out, 0)
+    assert [(row["loss"], row["failure"]) for row in rows] == [("EDM", steps.CUT_OFF)]
+
+
+def test_cuda_that_is_unusable(monkeypatch):
+    def refuses():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(steps, "DEVICE", "cuda")
+    monkeypatch.setattr(steps.torch.cuda, "synchronize", refuses)
+    assert not steps.usable()
+    assert steps.attempt(steps.Sampler("eager"), True, 0.0)["failure"]
+
+
+def test_a_driver_that_fails_leaves_cudnn_as_it_was(monkeypatch):
+    """Or all cases behind it would be timed with deterministic kernels."""
+
+    def refuses(*args):
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(steps, "driver_of", refuses)
+    row = steps.attempt(steps.Driver("graph"), True, 0.0)
+    assert row == {"failure": "RuntimeError: no graph"}
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_what_an_aim_asks_for_is_measured_first():
+    """With the published style in every precision among it; the driver and the sampler next."""
+    main = steps.cases("step")
+    wanted = [
+        steps.Case(**{**comparison.DEFAULTS, **case})
+        for under, over, _, aim, _ in comparison.STEPS.values()
+        if aim
+        for case in (under, over)
+    ]
+    first = main[: len(set(wanted)) + 4]
+    assert set(wanted) <= set(first)
+    assert [kind for kind in first if not isinstance(kind, steps.Case)] == [
+        steps.Driver("eager"),
+        steps.Driver("graph"),
+        steps.Sampler("eager"),
+        steps.Sampler("graph"),
+    ]
 
 
 def test_steps_cover_what_is_asked():
