@@ -70,12 +70,13 @@ SHARES = {
     "tests": 150,
     "sanitize": 150,
     "warm": 150,
-    "bench": 110,
-    "step": 75,
-    "compile": 40,
+    "bench": 95,
+    "step": 125,
+    "compile": 10,
     "profile": 30,
     "confirm": 10,
 }
+WHAT = ("op", "size", "competitor", "threads", "loss", "style", "precision", "mode", "batch")
 SIDE_BY_SIDE = ("tests", "sanitize", "warm")
 KERNELS = "regex:({})".format(
     "|".join(
@@ -356,7 +357,7 @@ def sanitize(at: Campaign) -> dict:
 
 
 def bench(at: Campaign) -> dict:
-    names = ["growth", "adam_ema", "ema_update", "heun_step", "loss_path", "td_loss", "noise_pair"]
+    names = ["loss_path", "growth", "adam_ema", "td_loss", "ema_update", "heun_step", "noise_pair"]
     with tempfile.TemporaryDirectory() as folder:
         env, arguments = {"TDKERN_BENCH_RESULTS": folder}, []
         if at.dry:
@@ -550,6 +551,20 @@ def groups_of(stages: list[str]) -> list[list[str]]:
     return groups
 
 
+def with_earlier(result: dict, earlier: dict) -> dict:
+    """A stage's results with those rows of its run before that it did not come to again."""
+    if "rows" not in earlier:
+        return result
+    found = {what_of(row) for row in result.get("rows", []) if "failure" not in row}
+    old = [row for row in earlier["rows"] if what_of(row) not in found]
+    return result | {"rows": old + result.get("rows", [])}
+
+
+def what_of(row: dict) -> tuple:
+    """What was measured, of a row of bench or of steps.py."""
+    return tuple(row.get(key) for key in WHAT)
+
+
 def kept(result: dict) -> dict:
     """What bench/results keeps of a campaign: all but what it printed."""
     return {key: value for key, value in result.items() if key != "tail"}
@@ -591,9 +606,17 @@ def main(arguments: list[str] | None = None) -> int:
     for i, group in enumerate(groups):
         later = sum(shares[i + 1 :]) * args.seconds / sum(shares)
         end = time.monotonic() + args.seconds if args.dry else ends - later
+        limits = dict.fromkeys(group, end)
+        if not args.dry and len(group) > 1 and "warm" in group:
+            # no aim asks for what it makes: it does not take what others left over
+            share = SHARES["warm"] * args.seconds / sum(shares)
+            limits["warm"] = min(end, time.monotonic() + share)
         with ThreadPoolExecutor() as pool:
-            running = {name: pool.submit(run_stage, name, replace(at, ends=end)) for name in group}
-        results |= {name: each.result() for name, each in running.items()}
+            running = {
+                name: pool.submit(run_stage, name, replace(at, ends=limits[name])) for name in group
+            }
+        for name, each in running.items():
+            results[name] = with_earlier(each.result(), results.get(name, {}))
         write(file, facts | {"stages": results})
     if "device" in facts:
         name = re.sub(r"\W+", "-", facts["device"].lower())

@@ -100,6 +100,57 @@ def test_again_with_a_stage_that_failed_before(tmp_path, monkeypatch):
     assert all(result["ok"] for result in results(tmp_path).values())
 
 
+def test_again_keeps_the_rows_that_it_did_not_come_to(tmp_path, monkeypatch):
+    """And those whose case fails now, beside the failure."""
+    rows = [{"op": "step", "loss": name, "ms": 1} for name in ("EDM", "CT", "TD+CT")]
+    stages_are(monkeypatch, step=lambda at: {"rows": rows})
+    assert campaign.main([str(tmp_path)]) == 0
+
+    def ends_early(at):
+        new = [{"op": "step", "loss": "EDM", "ms": 2}]
+        raise campaign.Failed(
+            "out of time", rows=[*new, {"op": "step", "loss": "CT", "failure": ""}]
+        )
+
+    campaign.STAGES["step"] = ends_early
+    assert campaign.main([str(tmp_path), "--again", "step"]) == 1
+    found = [(row["loss"], row.get("ms")) for row in results(tmp_path)["step"]["rows"]]
+    assert found == [("CT", 1), ("TD+CT", 1), ("EDM", 2), ("CT", None)]
+
+
+def test_benchmarks_say_the_commit_of_a_copy_without_git(monkeypatch):
+    env = {**os.environ, "TDKERN_COMMIT": "abc", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    code = "import conftest; print(conftest.commit())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=env)
+    assert done.stdout.splitlines() == ["abc"], done.stderr
+
+
+def test_on_a_gpu_the_loss_path_comes_first_and_the_drivers_steps_last(monkeypatch):
+    """The benchmarks that an aim asks for."""
+    names = ["bench_driver_step[64-64]", "bench_loss_path[tdkern]", "bench_growth[copy]"]
+    code = f"""
+import types, conftest
+conftest.DEVICE = "cuda"
+path = types.SimpleNamespace(stem="bench_growth")
+items = [types.SimpleNamespace(name=name, path=path) for name in {names}]
+conftest.pytest_collection_modifyitems(items)
+print(*(item.name for item in items), sep="\\n")
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=env)
+    assert done.stdout.splitlines() == [*names[1:], names[0]], done.stderr
+    at, files = campaign.Campaign(Path("/"), dry=False), []
+    monkeypatch.setattr(at, "pytest", lambda *args, **env: files.extend(args) or {"rc": 1} | LATE)
+    with pytest.raises(campaign.Failed):
+        campaign.bench(at)
+    assert files[:3] == [f"bench/bench_{name}.py" for name in ("loss_path", "growth", "adam_ema")]
+
+
+LATE = {"timed_out": False}
+
+
 def left_for(monkeypatch, tmp_path, *arguments, greedy=("build",)) -> dict:
     """The seconds that each stage finds left, of which the greedy ones take all, others one."""
     left, now = {}, [0.0]
@@ -145,7 +196,9 @@ def test_a_stage_leaves_the_next_ones_their_time(tmp_path, monkeypatch):
         assert left[name] == pytest.approx(share * scale)
     left = left_for(monkeypatch, tmp_path / "quick")
     assert left["build"] == pytest.approx(shares["build"] * scale)
-    assert left["tests"] == left["sanitize"] == left["warm"] > shares["tests"] * scale
+    assert left["tests"] == left["sanitize"] > shares["tests"] * scale
+    # what nothing measures takes no more than its share: what is left over is for whole steps
+    assert left["warm"] == pytest.approx(shares["warm"] * scale)
     assert left["step"] > left["bench"] > shares["bench"] * scale
     between = len(groups) - 2  # each of which took a second
     assert left["confirm"] == pytest.approx(campaign.TOTAL - shares["build"] * scale - between)
@@ -160,6 +213,8 @@ def test_a_shorter_campaign_shares_what_it_has(tmp_path, monkeypatch):
     )
     whole = sum(campaign.SHARES[name] for name in ("tests", "bench", "step"))
     assert left == {name: pytest.approx(100 * campaign.SHARES[name] / whole) for name in some}
+    left = left_for(monkeypatch, tmp_path / "warm", "--seconds", "99", "--again", "warm", "bench")
+    assert left["warm"] == pytest.approx(99 * 150 / (150 + campaign.SHARES["bench"]))
     left = left_for(monkeypatch, tmp_path / "dry", "--dry", "--seconds", "50", greedy=())
     assert set(left.values()) == {50}
 
