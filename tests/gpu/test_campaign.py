@@ -70,6 +70,21 @@ def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch,
         campaign.main([str(tmp_path), "--again", "rests"])
 
 
+def test_a_full_disk_costs_no_stage_its_turn(tmp_path, monkeypatch, capsys):
+    """What cannot be written is printed, which comes back with the call."""
+    monkeypatch.setattr(campaign.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28)))
+    stages_are(monkeypatch, one=lambda at: {"rows": [{"ms": 7}]}, two=lambda at: {})
+    assert campaign.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert '"rows": [{"ms": 7}]' in said and "two       ok" in said
+
+
+def test_a_log_that_cannot_be_written_costs_no_command(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    done = campaign.Campaign(tmp_path, dry=True).run("echo", "said")
+    assert done["rc"] == 0 and done["text"] == "said\n"
+
+
 def test_again_runs_some_and_keeps_the_others(tmp_path, monkeypatch):
     """In the stages' own order, whatever order they are named in."""
     ran = []
@@ -292,6 +307,14 @@ def test_a_library_that_does_not_import(tmp_path, monkeypatch, text):
     assert facts == {"info": None, "tail": text} and not campaign.works(facts)
 
 
+def test_a_library_that_speaks_after_its_facts(tmp_path, monkeypatch):
+    """It is not built anew for a warning at the end."""
+    at = campaign.Campaign(tmp_path, dry=False)
+    text = '7\n{"backends": {"cuda": "", "triton": ""}}\nException ignored in: atexit\n3\n'
+    monkeypatch.setattr(at, "run", lambda *command: {"text": text})
+    assert campaign.works(campaign.library_facts(at))
+
+
 def test_a_build_that_fails(tmp_path, monkeypatch):
     at = campaign.Campaign(tmp_path, dry=True)
     done = {"rc": -9, "seconds": 70, "timed_out": True, "text": "nvcc ..."}
@@ -380,6 +403,9 @@ def test_profile_says_why_it_has_nothing(tmp_path, monkeypatch):
     done |= {"rc": 0}
     assert [row["registers"] for row in campaign.profile(at)["kernels"]] == ["48", "40"]
     assert commands[0][0] == "/bin/ncu" and commands[0][-1] == "100000000"
+    done |= {"text": "every op ran\n==ERROR== ERR_NVGPUCTRPERM\n"}
+    with pytest.raises(campaign.Failed, match=r"^ncu profiled no kernel$"):
+        campaign.profile(at)
     monkeypatch.setattr(campaign.shutil, "which", lambda name, path=None: None)
     with pytest.raises(campaign.Failed, match="ncu is not here"):
         campaign.profile(at)
@@ -543,6 +569,36 @@ def test_a_command_ends_at_its_limit(tmp_path):
         "timed_out": False,
         "text": "",
     }
+
+
+def test_a_process_that_nothing_ends(tmp_path, monkeypatch):
+    """As one does that waits in the GPU's driver: it is left, and no success."""
+
+    class Stuck:
+        pid, returncode = 1 << 30, None
+
+        def __init__(self, *args, **options): ...
+
+        def wait(self, timeout):  # a wait without an end would be one
+            raise subprocess.TimeoutExpired("stuck", timeout)
+
+    monkeypatch.setattr(campaign.subprocess, "Popen", Stuck)
+    monkeypatch.setattr(campaign.os, "killpg", lambda *args: None)
+    done = campaign.Campaign(tmp_path, dry=True).run("stuck", limit=0)
+    assert done["timed_out"] and done["rc"] == -9
+
+
+def test_a_report_that_is_cut_off(tmp_path, monkeypatch):
+    at = campaign.Campaign(tmp_path, dry=True)
+
+    def run(*command, **env):
+        (report,) = (word for word in map(str, command) if word.startswith("--junitxml="))
+        Path(report.partition("=")[2]).write_text("<testsuites><testsuite><testcase")
+        return {"rc": -9, "seconds": 1, "timed_out": True, "text": "killed"}
+
+    monkeypatch.setattr(at, "run", run)
+    facts = at.pytest("tests")
+    assert facts["rc"] == -9 and facts["passed"] == 0 and facts["tail"] == "killed"
 
 
 def held(lock: Path) -> bool:
