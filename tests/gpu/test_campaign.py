@@ -28,6 +28,8 @@ import measure
 import steps
 import table
 
+from tdkern.networks import half
+
 H100 = ROOT / "bench/results/nvidia-h100-80gb-hbm3.json"
 
 
@@ -366,6 +368,17 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
         campaign.sanitize(at)
 
 
+def test_the_sanitizers_see_the_networks_kernel():
+    """In Triton's interpreter; it is no op, so nothing else calls it for them."""
+    code = "import selection; selection.run('triton', {}); from tdkern.triton import norm_silu; "
+    code += "selection.NORMALISED = (); print('ran'); norm_silu.group_norm_silu = None\n"
+    code += "selection.NORMALISED = ((1, 8, 2, 2),); selection.run('triton', {})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench/gpu'}"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "ran\n" and "'NoneType' object is not callable" in done.stderr
+
+
 NCU = """==PROF== Connected to process 7
 every op ran
 ==PROF== Disconnected from process 7
@@ -486,6 +499,20 @@ def test_a_case_has_its_line_before_it_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "attempt", killed)
     rows = run_steps(monkeypatch, out, 0)
     assert [(row["loss"], row["failure"]) for row in rows] == [("EDM", steps.CUT_OFF)]
+
+
+def test_the_published_style_has_none_of_our_kernels(monkeypatch):
+    """Its target network would have run our silu of a normalisation in half precision."""
+    monkeypatch.setattr(steps, "FUSES", lambda x: True)
+    monkeypatch.setattr(half, "fuses", steps.FUSES)
+    seen = []
+    monkeypatch.setattr(steps, "make_step", lambda *args: seen.append(half.fuses(0)) or (lambda: 0))
+    monkeypatch.setattr(steps, "measured_sampler", lambda *args: seen.append(half.fuses(0)))
+    for case in (steps.Case("TD+EDM", "published"), steps.Case("TD+EDM")):
+        steps.measured(case, True, 0.0)
+    steps.measured(steps.Case("TD+EDM", "published"), True, 0.0)
+    steps.measured(steps.Sampler("eager"), True, 0.0)
+    assert seen == [False, True, False, True]
 
 
 def test_cuda_that_is_unusable(monkeypatch):
