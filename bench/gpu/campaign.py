@@ -62,6 +62,7 @@ STEMS = sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu"))
 OP_TESTS = [f"tests/ops/test_{name}.py" for name in (*STEMS, "unet", "surface")]
 CUDA = Path("/usr/local/cuda/bin")
 GRACE = 10  # seconds from an interrupt to the kill
+START = 25  # seconds that a process of steps.py takes until its first case is measured
 TOTAL = 530  # seconds, of which these are the shares; what a stage leaves over is the next ones'
 SHARES = {
     "build": 70,
@@ -69,12 +70,13 @@ SHARES = {
     "tests": 150,
     "sanitize": 150,
     "warm": 150,
-    "bench": 110,
-    "step": 75,
-    "compile": 40,
+    "bench": 95,
+    "step": 125,
+    "compile": 10,
     "profile": 30,
     "confirm": 10,
 }
+WHAT = ("op", "size", "competitor", "threads", "loss", "style", "precision", "mode", "batch")
 SIDE_BY_SIDE = ("tests", "sanitize", "warm")
 KERNELS = "regex:({})".format(
     "|".join(
@@ -146,11 +148,12 @@ class Campaign:
             text = log.read()
         result = {
             "command": " ".join(map(str, command)),
-            "rc": process.returncode,
+            # None of one that even a kill does not end, as what waits in the GPU's driver
+            "rc": -signal.SIGKILL if process.returncode is None else process.returncode,
             "seconds": round(time.monotonic() - start, 1),
             "timed_out": timed_out,
         }
-        with open(self.out / "log.txt", "a") as every:
+        with suppress(OSError), open(self.out / "log.txt", "a") as every:  # a full disk
             every.write(f"==== {result}\n{text[-1_000_000:]}\n")
         return {**result, "text": text}
 
@@ -169,7 +172,9 @@ class Campaign:
                 limit=limit,
                 **env,
             )
-            cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
+            cases = []
+            with suppress(OSError, ElementTree.ParseError):  # none, or one cut off
+                cases = list(ElementTree.parse(report).iter("testcase"))
         bad = {
             f"{case.get('classname')}::{case.get('name')}": part.get("message", "")[:500]
             for case in cases
@@ -197,7 +202,8 @@ def stop(process: subprocess.Popen) -> None:
         process.wait(GRACE)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE)
 
 
 # ---- the stages -------------------------------------------------------------------------------
@@ -257,10 +263,12 @@ def build_into(at: Campaign, folder: str | None) -> dict:
 
 def library_facts(at: Campaign) -> dict:
     done = at.run(sys.executable, "-c", "import json, tdkern; print(json.dumps(tdkern.info()))")
-    try:
-        return {"info": json.loads(done["text"].splitlines()[-1])}
-    except (ValueError, IndexError):
-        return {"info": None, "tail": done["text"][-2000:]}
+    for line in reversed(done["text"].splitlines()):  # what a library says at its end is behind it
+        with suppress(ValueError):
+            info = json.loads(line)
+            if isinstance(info, dict):
+                return {"info": info}
+    return {"info": None, "tail": done["text"][-2000:]}
 
 
 def works(facts: dict) -> bool:
@@ -355,7 +363,7 @@ def sanitize(at: Campaign) -> dict:
 
 
 def bench(at: Campaign) -> dict:
-    names = ["growth", "adam_ema", "ema_update", "heun_step", "loss_path", "td_loss", "noise_pair"]
+    names = ["loss_path", "growth", "adam_ema", "td_loss", "ema_update", "heun_step", "noise_pair"]
     with tempfile.TemporaryDirectory() as folder:
         env, arguments = {"TDKERN_BENCH_RESULTS": folder}, []
         if at.dry:
@@ -370,24 +378,33 @@ def bench(at: Campaign) -> dict:
 
 
 def steps(at: Campaign, part: str) -> dict:
-    """steps.py writes a line a case, so that a limit costs the last case alone."""
+    """steps.py writes a line a case, so that a limit costs the last case alone; where a case has
+    ended its process, another goes on behind it."""
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         lines = Path(folder) / "rows.jsonl"
         extra, env = (["--tiny"], {"OMP_NUM_THREADS": "1"}) if at.dry else ([], {})
-        done = at.run(
-            sys.executable,
-            "bench/gpu/steps.py",
-            lines,
-            "--part",
-            part,
-            "--seconds",
-            str(round(at.left - 12)),
-            *extra,
-            **env,
-        )
-        text = lines.read_text() if lines.exists() else ""
-    rows = [json.loads(line) for line in text.splitlines()]
-    facts = {"rc": done["rc"], "rows": rows}
+        while True:
+            done = at.run(
+                sys.executable,
+                "bench/gpu/steps.py",
+                lines,
+                "--part",
+                part,
+                "--seconds",
+                str(round(at.left - 12)),
+                "--skip",
+                str(len(rows)),
+                *extra,
+                **env,
+            )
+            before, text = len(rows), lines.read_text() if lines.exists() else ""
+            rows = [json.loads(line) for line in text.splitlines()]
+            again = done["rc"] and not done["timed_out"] and len(rows) > before
+            if not again or at.left < START:
+                break
+    measured = commit()
+    facts = {"rc": done["rc"], "rows": [row | {"commit": measured} for row in rows]}
     bad = sum("failure" in row for row in rows)
     if bad or done["rc"] or not rows:
         reason = with_time(f"{bad} of {len(rows)} cases failed", done)
@@ -431,7 +448,10 @@ def profile(at: Campaign) -> dict:
         ",".join(METRICS),
     ]
     done = at.run(*ncu, *command, "cuda", str(10**8))
-    return finished(done, {"seconds": done["seconds"], "kernels": profiled(done["text"])})
+    facts = {"seconds": done["seconds"], "kernels": profiled(done["text"])}
+    if not done["rc"] and not facts["kernels"]:  # it may run a program and be allowed no counters
+        raise Failed("ncu profiled no kernel", **facts, tail=done["text"][-3000:])
+    return finished(done, facts)
 
 
 def profiled(text: str) -> list[dict]:
@@ -524,9 +544,13 @@ def run_stage(name: str, at: Campaign) -> dict:
 
 
 def write(path: Path, facts: dict) -> None:
-    new = path.with_name(path.name + ".new")
-    new.write_text(json.dumps(facts, indent=1) + "\n")
-    os.replace(new, path)
+    """The file anew; where the disk is full its text is printed, and the stages go on."""
+    new, text = path.with_name(path.name + ".new"), json.dumps(facts, indent=1) + "\n"
+    try:
+        new.write_text(text)
+        os.replace(new, path)
+    except OSError as error:
+        print(f"{path}: {error}\n{json.dumps(facts)}", flush=True)
 
 
 def groups_of(stages: list[str]) -> list[list[str]]:
@@ -538,6 +562,20 @@ def groups_of(stages: list[str]) -> list[list[str]]:
         else:
             groups.append([name])
     return groups
+
+
+def with_earlier(result: dict, earlier: dict) -> dict:
+    """A stage's results with those rows of its run before that it did not come to again."""
+    if "rows" not in earlier:
+        return result
+    found = {what_of(row) for row in result.get("rows", []) if "failure" not in row}
+    old = [row for row in earlier["rows"] if what_of(row) not in found]
+    return result | {"rows": old + result.get("rows", [])}
+
+
+def what_of(row: dict) -> tuple:
+    """What was measured, of a row of bench or of steps.py."""
+    return tuple(row.get(key) for key in WHAT)
 
 
 def kept(result: dict) -> dict:
@@ -581,16 +619,25 @@ def main(arguments: list[str] | None = None) -> int:
     for i, group in enumerate(groups):
         later = sum(shares[i + 1 :]) * args.seconds / sum(shares)
         end = time.monotonic() + args.seconds if args.dry else ends - later
+        limits = dict.fromkeys(group, end)
+        if not args.dry and len(group) > 1 and "warm" in group:
+            # no aim asks for what it makes: it does not take what others left over
+            share = SHARES["warm"] * args.seconds / sum(shares)
+            limits["warm"] = min(end, time.monotonic() + share)
         with ThreadPoolExecutor() as pool:
-            running = {name: pool.submit(run_stage, name, replace(at, ends=end)) for name in group}
-        results |= {name: each.result() for name, each in running.items()}
+            running = {
+                name: pool.submit(run_stage, name, replace(at, ends=limits[name])) for name in group
+            }
+        for name, each in running.items():
+            results[name] = with_earlier(each.result(), results.get(name, {}))
         write(file, facts | {"stages": results})
     if "device" in facts:
         name = re.sub(r"\W+", "-", facts["device"].lower())
         stages_kept = {stage: kept(result) for stage, result in results.items()}
         write(at.out / f"{name}.json", facts | {"stages": stages_kept})
     table = comparison.markdown(file)
-    (at.out / "comparison.md").write_text(table + "\n")
+    with suppress(OSError):
+        (at.out / "comparison.md").write_text(table + "\n")
     print(table)
     return 0 if all(results[name]["ok"] for name in stages) else 1
 

@@ -192,7 +192,25 @@ def lines(run: dict) -> list[list[str]]:
         aim = None if "/" in what else float("bits" in what)
         texts = cells("{:.2f}×" if "/" in what else "{:g}", aim, aim, value, "waits" in what)
         every.append(["driver", "256x3x32x32", what, *texts])
-    return every
+    return every + proofs(run["stages"])
+
+
+def proofs(stages: dict) -> list[list[str]]:
+    """The op tests and the sanitizers, as lines like those of the figures."""
+    every = []
+    for size, part in (("cuda and triton", "ops"), ("2^31 elements", "large")):
+        found, text = stages.get("tests", {}).get(part), ""
+        if found:
+            text = f"{found['passed']:,} passed, {len(found['failed'])} failed"
+            text += f", {found['skipped']} skipped" if found["skipped"] else ""
+            text += ", out of time" if found["timed_out"] else ""
+            text += " (missed)" if found["rc"] or found["failed"] or not found["passed"] else ""
+        every.append(["tests", size, "of every op", "", "all pass", text])
+    checks, text = stages.get("sanitize", {}).get("checks", {}), ""
+    if checks:
+        clean = sum(check["done"] and not check["rc"] for check in checks.values())
+        text = f"{clean} of {len(checks)}" + ("" if clean == len(checks) else " (missed)")
+    return [*every, ["sanitizers", "small", "clean over every op", "", "all", text]]
 
 
 def about(run: dict) -> str:
@@ -209,12 +227,13 @@ def markdown(file: Path | None = None) -> str:
 
 
 def measured_alone(file: Path, only: Collection[str] | None = None) -> str:
-    """The figures that were measured; those of `only`, by op, size and figure."""
+    """The figures that were measured, and those that were to be; those of `only`, by op, size and
+    figure."""
     run = json.loads(file.read_text())
     body = [
-        [*what, aim, value]
+        [*what, aim, value or "not measured"]
         for *what, _, aim, value in lines(run)
-        if value and (only is None or " ".join(what) in only)
+        if (value or aim) and (only is None or " ".join(what) in only)
     ]
     head = f"{about(run)};\nfrom `bench/results/{file.name}`, where each row says its commit:"
     return f"{head}\n\n{table(['op', 'size', 'figure', 'aim', 'measured'], body, left=3)}"

@@ -8,10 +8,13 @@ runs, and torch's are not what is looked at.
 import sys
 
 import torch
+import torch.nn.functional as F
 
 from tdkern.ops import OPS, tensors_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NORMALISED = ((2, 8, 3, 5), (3, 128, 16, 16), (1, 8, 72, 71))  # with tails; several tiles
 SIZES = (107, 8192 + 16, 20_003)  # one chunk; two, in packs alone; several with a tail
 
 
@@ -46,7 +49,27 @@ def compare(op, arguments, backend):
         torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02)
 
 
+def compare_norm_silu():
+    """Triton's silu of a normalisation, which is no op: networks call it."""
+    from tdkern.triton.norm_silu import group_norm_silu
+
+    random = torch.Generator("cpu").manual_seed(0)
+    draw = lambda *size: torch.randn(*size, generator=random, device="cpu")
+    for dtype in (torch.float32, torch.bfloat16):
+        for batch, channels, *pixels in NORMALISED:
+            x = draw(batch, channels, *pixels).to(dtype, memory_format=torch.channels_last)
+            add, weight, bias = draw(batch, channels).to(dtype), draw(channels), draw(channels)
+            wide = x.double() + add.double()[:, :, None, None]
+            groups = min(32, channels // 4)
+            normal = F.group_norm(wide, groups, weight.double(), bias.double(), eps=1e-5)
+            x, weight, bias, add = (on(DEVICE, value) for value in (x, weight, bias, add))
+            found = group_norm_silu(x, groups, weight, bias, 1e-5, add).cpu().double()
+            torch.testing.assert_close(found, F.silu(normal), rtol=0.03, atol=0.03)
+
+
 def run(backend, ops=OPS):
+    if backend == "triton":
+        compare_norm_silu()
     for op in ops.values():
         for dtype in DTYPES:
             for size in SIZES:

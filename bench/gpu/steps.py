@@ -1,8 +1,10 @@
 """Whole training steps of a DDPM++ at 32x32, and the 18-step sampler, on one GPU.
 
-    python bench/gpu/steps.py OUT.jsonl [--part step|compile] [--seconds S] [--tiny]
+    python bench/gpu/steps.py OUT.jsonl [--part step|compile] [--seconds S] [--skip N] [--tiny]
 
-A line of JSON for each case as soon as it is measured, in order of worth, until the time is up.
+A line of JSON for each case as soon as it is measured, in order of worth, until the time is up. A
+case has its line, with a failure, before it begins: what ends the process, or an error that leaves
+CUDA unusable, is that case's, and another process goes on behind it (--skip).
 A step takes clean images to new weights and averages: EDM's average and, where there is one, the
 target network. "published" is the same step as the published training loops write it: the plain
 network (bench_network.py), the loss as separate passes (published.py), torch's Adam, gradients
@@ -14,6 +16,8 @@ import argparse
 import gc
 import io
 import json
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -34,7 +38,7 @@ from published import eager_td_edm
 
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss
-from tdkern.networks import CTPrecond, EDMPrecond, unet
+from tdkern.networks import CTPrecond, EDMPrecond, half, unet
 from tdkern.optim import AdamEMA
 from tdkern.samplers import heun
 from tdkern.schedules import EDM
@@ -45,6 +49,10 @@ from tdkern.training.options import Options, nested
 
 LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
 WINDOW = (0.3, 5.0)
+FUSES = half.fuses
+MOST = 60  # seconds of a case on a GPU, of which the longest took 15: then it hangs
+UNUSABLE = 3  # exit code: a case has left CUDA in an error that every call after it returns
+CUT_OFF = "it was begun, and its process ended"
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,17 @@ def cases(part: str) -> list[Case | Sampler | Driver]:
     if part == "compile":
         return [Case("TD+EDM", mode="compile"), Case("EDM", mode="compile")]
     three = ("EDM", "TD+EDM", "TD+EDM window")
-    main = [Case(loss, mode=mode) for mode in ("eager", "graph") for loss in three]
-    main += [Sampler("eager"), Sampler("graph"), Driver("eager"), Driver("graph")]
-    main += [Case("TD+EDM", "published", precision) for precision in ("bf16", "fp32")]
-    main += [Case("TD+EDM", precision="fp32")]
+    main = [Case(loss) for loss in three]
+    main += [Case("TD+EDM", "published"), Case("TD+EDM", mode="graph")]
+    main += [
+        Case("TD+EDM", style, precision)
+        for precision in ("fp32", "tf32")
+        for style in ("published", "tdkern")
+    ]
+    main += [Driver("eager"), Driver("graph")]
+    main += [Case(loss, mode="graph") for loss in three if loss != "TD+EDM"]
+    main += [Sampler("eager"), Sampler("graph")]
     main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
-    main += [Case("TD+EDM", style, "tf32") for style in ("published", "tdkern")]
     main += [Case("EDM", precision=precision) for precision in ("fp32", "tf32")]
     others = [
         Case(loss, mode=mode, batch=batch)
@@ -104,6 +117,12 @@ def set_arithmetic(precision: str) -> None:
     """float32 products of convolutions and matrices in TF32 or not, as `torch.backends` has it."""
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def set_style(case) -> None:
+    """The plain network has our kernel of a normalisation and silu in no pass."""
+    plain = getattr(case, "style", "tdkern") == "published"
+    half.fuses = (lambda x: False) if plain else FUSES
 
 
 def make_net(case: Case, tiny: bool):
@@ -256,6 +275,7 @@ def timed(step, seconds: float) -> dict:
 
 
 def measured(case: Case | Sampler | Driver, tiny: bool, seconds: float) -> dict:
+    set_style(case)
     if isinstance(case, Sampler):
         return measured_sampler(case.mode, tiny, seconds)
     if tiny:
@@ -303,10 +323,27 @@ def attempt(*args) -> dict:
     except Exception as error:
         return {"failure": f"{type(error).__name__}: {str(error)[:600]}"}
     finally:
+        torch.backends.cudnn.deterministic = False  # the driver's case may have failed under it
         torch._dynamo.reset()
         gc.collect()
+
+
+def usable() -> bool:
+    """Whether this process can go on; what is free returns to the GPU."""
+    try:
         if DEVICE == "cuda":
+            torch.cuda.synchronize()
             torch.cuda.empty_cache()
+        return True
+    except RuntimeError as error:
+        print(f"CUDA is unusable: {error}", flush=True)
+        return False
+
+
+def write(path: Path, rows: list[str]) -> None:
+    new = path.with_suffix(".new")
+    new.write_text("".join(f"{row}\n" for row in rows))
+    os.replace(new, path)
 
 
 def main() -> None:
@@ -314,20 +351,29 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", choices=["step", "compile"], default="step")
     parser.add_argument("--seconds", type=float, default=100, help="no case begins after these")
+    parser.add_argument("--skip", type=int, default=0, help="so many cases, which have their lines")
     parser.add_argument("--each", type=float, default=0.6, help="seconds of timing a case")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal without a GPU")
     args = parser.parse_args()
     ends = time.monotonic() + args.seconds
-    for case in cases(args.part):
+    rows = args.out.read_text().splitlines() if args.out.exists() else []
+    for case in cases(args.part)[args.skip :]:
         if time.monotonic() > ends:
             break
         start = time.monotonic()
         row = {"op": OPS[type(case)], **asdict(case)}
+        write(args.out, [*rows, json.dumps(row | {"failure": CUT_OFF})])
+        if DEVICE == "cuda" and args.part == "step":
+            signal.alarm(MOST)  # ends the process, whatever it waits for
         row |= attempt(case, args.tiny, args.each)
+        good = usable()
+        signal.alarm(0)
         row["took_s"] = round(time.monotonic() - start, 1)
-        with open(args.out, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        rows.append(json.dumps(row))
+        write(args.out, rows)
         print(row, flush=True)
+        if not good:
+            sys.exit(UNUSABLE)
 
 
 if __name__ == "__main__":

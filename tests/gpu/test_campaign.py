@@ -28,6 +28,8 @@ import measure
 import steps
 import table
 
+from tdkern.networks import half
+
 H100 = ROOT / "bench/results/nvidia-h100-80gb-hbm3.json"
 
 
@@ -70,6 +72,21 @@ def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch,
         campaign.main([str(tmp_path), "--again", "rests"])
 
 
+def test_a_full_disk_costs_no_stage_its_turn(tmp_path, monkeypatch, capsys):
+    """What cannot be written is printed, which comes back with the call."""
+    monkeypatch.setattr(campaign.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError(28)))
+    stages_are(monkeypatch, one=lambda at: {"rows": [{"ms": 7}]}, two=lambda at: {})
+    assert campaign.main([str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert '"rows": [{"ms": 7}]' in said and "two       ok" in said
+
+
+def test_a_log_that_cannot_be_written_costs_no_command(tmp_path):
+    (tmp_path / "log.txt").mkdir()
+    done = campaign.Campaign(tmp_path, dry=True).run("echo", "said")
+    assert done["rc"] == 0 and done["text"] == "said\n"
+
+
 def test_again_runs_some_and_keeps_the_others(tmp_path, monkeypatch):
     """In the stages' own order, whatever order they are named in."""
     ran = []
@@ -98,6 +115,57 @@ def test_again_with_a_stage_that_failed_before(tmp_path, monkeypatch):
     campaign.STAGES["first"] = lambda at: {}
     assert campaign.main([str(tmp_path), "--again", "first"]) == 0
     assert all(result["ok"] for result in results(tmp_path).values())
+
+
+def test_again_keeps_the_rows_that_it_did_not_come_to(tmp_path, monkeypatch):
+    """And those whose case fails now, beside the failure."""
+    rows = [{"op": "step", "loss": name, "ms": 1} for name in ("EDM", "CT", "TD+CT")]
+    stages_are(monkeypatch, step=lambda at: {"rows": rows})
+    assert campaign.main([str(tmp_path)]) == 0
+
+    def ends_early(at):
+        new = [{"op": "step", "loss": "EDM", "ms": 2}]
+        raise campaign.Failed(
+            "out of time", rows=[*new, {"op": "step", "loss": "CT", "failure": ""}]
+        )
+
+    campaign.STAGES["step"] = ends_early
+    assert campaign.main([str(tmp_path), "--again", "step"]) == 1
+    found = [(row["loss"], row.get("ms")) for row in results(tmp_path)["step"]["rows"]]
+    assert found == [("CT", 1), ("TD+CT", 1), ("EDM", 2), ("CT", None)]
+
+
+def test_benchmarks_say_the_commit_of_a_copy_without_git(monkeypatch):
+    env = {**os.environ, "TDKERN_COMMIT": "abc", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    code = "import conftest; print(conftest.commit())"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=env)
+    assert done.stdout.splitlines() == ["abc"], done.stderr
+
+
+def test_on_a_gpu_the_loss_path_comes_first_and_the_drivers_steps_last(monkeypatch):
+    """The benchmarks that an aim asks for."""
+    names = ["bench_driver_step[64-64]", "bench_loss_path[tdkern]", "bench_growth[copy]"]
+    code = f"""
+import types, conftest
+conftest.DEVICE = "cuda"
+path = types.SimpleNamespace(stem="bench_growth")
+items = [types.SimpleNamespace(name=name, path=path) for name in {names}]
+conftest.pytest_collection_modifyitems(items)
+print(*(item.name for item in items), sep="\\n")
+"""
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT / "bench", env=env)
+    assert done.stdout.splitlines() == [*names[1:], names[0]], done.stderr
+    at, files = campaign.Campaign(Path("/"), dry=False), []
+    monkeypatch.setattr(at, "pytest", lambda *args, **env: files.extend(args) or {"rc": 1} | LATE)
+    with pytest.raises(campaign.Failed):
+        campaign.bench(at)
+    assert files[:3] == [f"bench/bench_{name}.py" for name in ("loss_path", "growth", "adam_ema")]
+
+
+LATE = {"timed_out": False}
 
 
 def left_for(monkeypatch, tmp_path, *arguments, greedy=("build",)) -> dict:
@@ -145,7 +213,9 @@ def test_a_stage_leaves_the_next_ones_their_time(tmp_path, monkeypatch):
         assert left[name] == pytest.approx(share * scale)
     left = left_for(monkeypatch, tmp_path / "quick")
     assert left["build"] == pytest.approx(shares["build"] * scale)
-    assert left["tests"] == left["sanitize"] == left["warm"] > shares["tests"] * scale
+    assert left["tests"] == left["sanitize"] > shares["tests"] * scale
+    # what nothing measures takes no more than its share: what is left over is for whole steps
+    assert left["warm"] == pytest.approx(shares["warm"] * scale)
     assert left["step"] > left["bench"] > shares["bench"] * scale
     between = len(groups) - 2  # each of which took a second
     assert left["confirm"] == pytest.approx(campaign.TOTAL - shares["build"] * scale - between)
@@ -160,6 +230,8 @@ def test_a_shorter_campaign_shares_what_it_has(tmp_path, monkeypatch):
     )
     whole = sum(campaign.SHARES[name] for name in ("tests", "bench", "step"))
     assert left == {name: pytest.approx(100 * campaign.SHARES[name] / whole) for name in some}
+    left = left_for(monkeypatch, tmp_path / "warm", "--seconds", "99", "--again", "warm", "bench")
+    assert left["warm"] == pytest.approx(99 * 150 / (150 + campaign.SHARES["bench"]))
     left = left_for(monkeypatch, tmp_path / "dry", "--dry", "--seconds", "50", greedy=())
     assert set(left.values()) == {50}
 
@@ -237,6 +309,14 @@ def test_a_library_that_does_not_import(tmp_path, monkeypatch, text):
     assert facts == {"info": None, "tail": text} and not campaign.works(facts)
 
 
+def test_a_library_that_speaks_after_its_facts(tmp_path, monkeypatch):
+    """It is not built anew for a warning at the end."""
+    at = campaign.Campaign(tmp_path, dry=False)
+    text = '7\n{"backends": {"cuda": "", "triton": ""}}\nException ignored in: atexit\n3\n'
+    monkeypatch.setattr(at, "run", lambda *command: {"text": text})
+    assert campaign.works(campaign.library_facts(at))
+
+
 def test_a_build_that_fails(tmp_path, monkeypatch):
     at = campaign.Campaign(tmp_path, dry=True)
     done = {"rc": -9, "seconds": 70, "timed_out": True, "text": "nvcc ..."}
@@ -288,6 +368,17 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
         campaign.sanitize(at)
 
 
+def test_the_sanitizers_see_the_networks_kernel():
+    """In Triton's interpreter; it is no op, so nothing else calls it for them."""
+    code = "import selection; selection.run('triton', {}); from tdkern.triton import norm_silu; "
+    code += "selection.NORMALISED = (); print('ran'); norm_silu.group_norm_silu = None\n"
+    code += "selection.NORMALISED = ((1, 8, 2, 2),); selection.run('triton', {})"
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench/gpu'}"}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "ran\n" and "'NoneType' object is not callable" in done.stderr
+
+
 NCU = """==PROF== Connected to process 7
 every op ran
 ==PROF== Disconnected from process 7
@@ -325,6 +416,9 @@ def test_profile_says_why_it_has_nothing(tmp_path, monkeypatch):
     done |= {"rc": 0}
     assert [row["registers"] for row in campaign.profile(at)["kernels"]] == ["48", "40"]
     assert commands[0][0] == "/bin/ncu" and commands[0][-1] == "100000000"
+    done |= {"text": "every op ran\n==ERROR== ERR_NVGPUCTRPERM\n"}
+    with pytest.raises(campaign.Failed, match=r"^ncu profiled no kernel$"):
+        campaign.profile(at)
     monkeypatch.setattr(campaign.shutil, "which", lambda name, path=None: None)
     with pytest.raises(campaign.Failed, match="ncu is not here"):
         campaign.profile(at)
@@ -332,6 +426,7 @@ def test_profile_says_why_it_has_nothing(tmp_path, monkeypatch):
 
 def test_steps_that_end_early_keep_their_rows(tmp_path, monkeypatch):
     """A line a case, whatever ends the run; a limit is said."""
+    monkeypatch.setenv("TDKERN_COMMIT", "abc")
     at = campaign.Campaign(tmp_path, dry=False, ends=campaign.time.monotonic() + 100)
 
     def run(*command, **env):
@@ -346,11 +441,119 @@ def test_steps_that_end_early_keep_their_rows(tmp_path, monkeypatch):
     assert failure.value.facts == {
         "rc": -9,
         "tail": "hung",
-        "rows": [{"ms": 3}, {"failure": "RuntimeError: no"}],
+        "rows": [{"ms": 3, "commit": "abc"}, {"failure": "RuntimeError: no", "commit": "abc"}],
     }
     monkeypatch.setattr(at, "run", lambda *command: {"rc": 0, "timed_out": False, "text": ""})
     with pytest.raises(campaign.Failed, match=r"^0 of 0 cases failed$"):
         campaign.step(at)
+
+
+def test_a_case_that_ends_its_process_costs_that_case_alone(tmp_path, monkeypatch):
+    """One that is killed, one that leaves CUDA unusable; each has its line, and says its commit."""
+    at = campaign.Campaign(tmp_path, dry=False, ends=campaign.time.monotonic() + 100)
+    monkeypatch.setenv("TDKERN_COMMIT", "abc")
+    skipped, codes = [], iter([-9, steps.UNUSABLE, 0])
+
+    def run(*command, **env):
+        skip = int(command[command.index("--skip") + 1])
+        skipped.append(skip)
+        rows = [{"case": n, "failure": "no"} for n in range(skip + 1)]
+        code = next(codes)
+        rows += [] if code else [{"case": skip + 1, "ms": 3}]
+        Path(command[2]).write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return {"rc": code, "timed_out": False, "text": ""}
+
+    monkeypatch.setattr(at, "run", run)
+    with pytest.raises(campaign.Failed, match=r"^3 of 4 cases failed$") as failure:
+        campaign.step(at)
+    assert skipped == [0, 1, 2]
+    assert failure.value.facts["rows"][-1] == {"case": 3, "ms": 3, "commit": "abc"}
+
+
+def run_steps(monkeypatch, out: Path, skip: int) -> list[dict]:
+    """What steps.py writes of cases whose second ends its process."""
+    monkeypatch.setattr(sys, "argv", ["steps.py", str(out), "--skip", str(skip), "--tiny"])
+    with contextlib.suppress(SystemExit):
+        steps.main()
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_an_error_that_stays_ends_the_process_behind_its_line(tmp_path, monkeypatch):
+    """Every later case would fail with it."""
+    usable = iter([True, False, True])
+    monkeypatch.setattr(steps, "cases", lambda part: [steps.Case(name) for name in ("A", "B", "C")])
+    monkeypatch.setattr(steps, "attempt", lambda *args: {"ms": 1})
+    monkeypatch.setattr(steps, "usable", lambda: next(usable))
+    rows = run_steps(monkeypatch, tmp_path / "rows.jsonl", 0)
+    assert [row["loss"] for row in rows] == ["A", "B"]
+    rows = run_steps(monkeypatch, tmp_path / "rows.jsonl", 2)
+    assert [(row["loss"], row["ms"]) for row in rows] == [("A", 1), ("B", 1), ("C", 1)]
+
+
+def test_a_case_has_its_line_before_it_begins(tmp_path, monkeypatch):
+    out = tmp_path / "rows.jsonl"
+
+    def killed(*args):
+        raise SystemExit
+
+    monkeypatch.setattr(steps, "attempt", killed)
+    rows = run_steps(monkeypatch, out, 0)
+    assert [(row["loss"], row["failure"]) for row in rows] == [("EDM", steps.CUT_OFF)]
+
+
+def test_the_published_style_has_none_of_our_kernels(monkeypatch):
+    """Its target network would have run our silu of a normalisation in half precision."""
+    monkeypatch.setattr(steps, "FUSES", lambda x: True)
+    monkeypatch.setattr(half, "fuses", steps.FUSES)
+    seen = []
+    monkeypatch.setattr(steps, "make_step", lambda *args: seen.append(half.fuses(0)) or (lambda: 0))
+    monkeypatch.setattr(steps, "measured_sampler", lambda *args: seen.append(half.fuses(0)))
+    for case in (steps.Case("TD+EDM", "published"), steps.Case("TD+EDM")):
+        steps.measured(case, True, 0.0)
+    steps.measured(steps.Case("TD+EDM", "published"), True, 0.0)
+    steps.measured(steps.Sampler("eager"), True, 0.0)
+    assert seen == [False, True, False, True]
+
+
+def test_cuda_that_is_unusable(monkeypatch):
+    def refuses():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(steps, "DEVICE", "cuda")
+    monkeypatch.setattr(steps.torch.cuda, "synchronize", refuses)
+    assert not steps.usable()
+    assert steps.attempt(steps.Sampler("eager"), True, 0.0)["failure"]
+
+
+def test_a_driver_that_fails_leaves_cudnn_as_it_was(monkeypatch):
+    """Or all cases behind it would be timed with deterministic kernels."""
+
+    def refuses(*args):
+        raise RuntimeError("no graph")
+
+    monkeypatch.setattr(steps, "driver_of", refuses)
+    row = steps.attempt(steps.Driver("graph"), True, 0.0)
+    assert row == {"failure": "RuntimeError: no graph"}
+    assert not torch.backends.cudnn.deterministic
+
+
+def test_what_an_aim_asks_for_is_measured_first():
+    """With the published style in every precision among it; the driver and the sampler next."""
+    main = steps.cases("step")
+    wanted = [
+        steps.Case(**{**comparison.DEFAULTS, **case})
+        for under, over, _, aim, _ in comparison.STEPS.values()
+        if aim
+        for case in (under, over)
+    ]
+    first = main[: len(set(wanted)) + 4]
+    assert set(wanted) <= set(first)
+    assert [kind for kind in first if not isinstance(kind, steps.Case)] == [
+        steps.Driver("eager"),
+        steps.Driver("graph"),
+        steps.Sampler("eager"),
+        steps.Sampler("graph"),
+    ]
 
 
 def test_steps_cover_what_is_asked():
@@ -393,6 +596,36 @@ def test_a_command_ends_at_its_limit(tmp_path):
         "timed_out": False,
         "text": "",
     }
+
+
+def test_a_process_that_nothing_ends(tmp_path, monkeypatch):
+    """As one does that waits in the GPU's driver: it is left, and no success."""
+
+    class Stuck:
+        pid, returncode = 1 << 30, None
+
+        def __init__(self, *args, **options): ...
+
+        def wait(self, timeout):  # a wait without an end would be one
+            raise subprocess.TimeoutExpired("stuck", timeout)
+
+    monkeypatch.setattr(campaign.subprocess, "Popen", Stuck)
+    monkeypatch.setattr(campaign.os, "killpg", lambda *args: None)
+    done = campaign.Campaign(tmp_path, dry=True).run("stuck", limit=0)
+    assert done["timed_out"] and done["rc"] == -9
+
+
+def test_a_report_that_is_cut_off(tmp_path, monkeypatch):
+    at = campaign.Campaign(tmp_path, dry=True)
+
+    def run(*command, **env):
+        (report,) = (word for word in map(str, command) if word.startswith("--junitxml="))
+        Path(report.partition("=")[2]).write_text("<testsuites><testsuite><testcase")
+        return {"rc": -9, "seconds": 1, "timed_out": True, "text": "killed"}
+
+    monkeypatch.setattr(at, "run", run)
+    facts = at.pytest("tests")
+    assert facts["rc"] == -9 and facts["passed"] == 0 and facts["tail"] == "killed"
 
 
 def held(lock: Path) -> bool:
@@ -614,7 +847,8 @@ def test_comparison(tmp_path):
         "GPU, torch 2, commit abc;",
         "from `bench/results/gpu.json`, where each row says its commit:",
     ]
-    assert short.splitlines()[5:] == [
+    # what was not measured and has an aim is said, what has none is left out
+    assert [line for line in short.splitlines()[5:] if "not measured" not in line] == [
         "| `loss path` | 512x3x32x32 | launches | 4 | 5 (missed) |",
         "| `loss path` | 512x3x32x32 | host waits | 0 | 0 |",
         "| `loss path` | 512x3x32x32 | published-style eager | 30.0× | 31.0× |",
@@ -623,8 +857,35 @@ def test_comparison(tmp_path):
         "| `loss path` | 512x3x32x32 | torch.compile, both in graphs | 2.0× | 1.8× (missed) |",
         "| step | 256x3x32x32 | TD+EDM / EDM | 1.25× | 1.20× |",
     ]
+    for line in (
+        "| `adam_ema_` | 1e+08 | share of a copy | 90% | not measured |",
+        "| step | 256x3x32x32 | published / ours, TD+EDM, tf32 | 1.30× | not measured |",
+        "| sampler | 64x3x32x32 | eager / one graph | 2.0× | not measured |",
+        "| tests | cuda and triton | of every op | all pass | not measured |",
+        "| sanitizers | small | clean over every op | all | not measured |",
+    ):
+        assert line in short.splitlines()
+    assert "TD+CT / CT" not in short
     assert comparison.markdown(None).startswith("Not measured yet:")
     assert comparison.markdown(tmp_path / "not there").startswith("Not measured yet:")
+
+
+def test_proofs():
+    """What failed or did not end is no clean run."""
+    ops = {"rc": 0, "passed": 3000, "failed": {}, "timed_out": False, "skipped": 0}
+    checks = {name: {"rc": 0, "done": True} for name in ("memcheck cuda", "racecheck triton")}
+    stages = {"tests": {"ops": ops, "large": ops}, "sanitize": {"checks": checks}}
+    texts = lambda: [line[-1] for line in comparison.proofs(stages)]
+    assert texts() == ["3,000 passed, 0 failed"] * 2 + ["2 of 2"]
+    stages["tests"]["large"] = ops | {
+        "rc": -2,
+        "timed_out": True,
+        "failed": {"a": ""},
+        "skipped": 2,
+    }
+    checks["racecheck triton"] = {"rc": 0, "done": False}
+    missed = "3,000 passed, 1 failed, 2 skipped, out of time (missed)"
+    assert texts() == ["3,000 passed, 0 failed", missed, "1 of 2 (missed)"]
 
 
 def test_headlines_are_six_of_the_figures():
