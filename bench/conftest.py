@@ -21,6 +21,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from datetime import datetime, timezone
 from functools import cache
@@ -33,7 +34,9 @@ from table import of_benchmarks, ratio
 
 import tdkern
 
-RESULTS = Path(os.environ.get("TDKERN_BENCH_RESULTS", Path(__file__).parent / "results"))
+UNKEPT = tempfile.TemporaryDirectory()
+OWN = UNKEPT.name if TINY else Path(__file__).parent / "results"  # small sizes are no results
+RESULTS = Path(os.environ.get("TDKERN_BENCH_RESULTS", OWN))
 THREADS = sorted({1, torch.get_num_threads()}) if DEVICE == "cpu" else [torch.get_num_threads()]
 ROWS = []
 

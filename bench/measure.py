@@ -1,7 +1,8 @@
 """How a step is measured: its time, the memory that it takes beside its inputs and, on a GPU, its
 launches and host synchronisations.
 
-`TDKERN_BENCH_TINY=1` makes every size small: to see that all of it runs, not to time it.
+`TDKERN_BENCH_TINY=1` makes every size small: to see that all of it runs, not to time it. Its rows
+are kept in the folder that TDKERN_BENCH_RESULTS names, or not at all.
 """
 
 import math

@@ -14,7 +14,7 @@ from tdkern.ops import OPS, tensors_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NORMALISED = ((2, 8, 3, 5), (3, 128, 16, 16), (1, 8, 72, 71))  # with tails; several tiles
+IMAGES = ((2, 8, 3, 5), (3, 128, 16, 16), (1, 8, 72, 71))  # with tails; several tiles
 SIZES = (107, 8192 + 16, 20_003)  # one chunk; two, in packs alone; several with a tail
 
 
@@ -49,27 +49,36 @@ def compare(op, arguments, backend):
         torch.testing.assert_close(actual, wanted, rtol=0.02, atol=0.02)
 
 
-def compare_norm_silu():
-    """Triton's silu of a normalisation, which is no op: networks call it."""
-    from tdkern.triton.norm_silu import group_norm_silu
+def compare_unet():
+    """Triton's kernels of a U-Net, which are no ops: networks call them."""
+    from tdkern.triton import unet
 
     random = torch.Generator("cpu").manual_seed(0)
     draw = lambda *size: torch.randn(*size, generator=random, device="cpu")
+    here = lambda value: on(DEVICE, value)
     for dtype in (torch.float32, torch.bfloat16):
-        for batch, channels, *pixels in NORMALISED:
-            x = draw(batch, channels, *pixels).to(dtype, memory_format=torch.channels_last)
+        for shape in IMAGES:
+            batch, channels = shape[:2]
+            x, branch = (draw(*shape).to(dtype, memory_format=torch.channels_last) for _ in "xb")
             add, weight, bias = draw(batch, channels).to(dtype), draw(channels), draw(channels)
-            wide = x.double() + add.double()[:, :, None, None]
             groups = min(32, channels // 4)
+            wide = x.double() + add.double()[:, :, None, None]
             normal = F.group_norm(wide, groups, weight.double(), bias.double(), eps=1e-5)
-            x, weight, bias, add = (on(DEVICE, value) for value in (x, weight, bias, add))
-            found = group_norm_silu(x, groups, weight, bias, 1e-5, add).cpu().double()
-            torch.testing.assert_close(found, F.silu(normal), rtol=0.03, atol=0.03)
+            summed = (x.double() + branch.double() + bias.double()[:, None, None]) / 2
+            x, branch, weight, bias, add = map(here, (x, branch, weight, bias, add))
+            for silu in (True, False):
+                found = unet.group_norm(x, groups, weight, bias, 1e-5, add, silu)
+                check(found, F.silu(normal) if silu else normal)
+            check(unet.branch_sum(x, branch, bias, 0.5), summed)
+
+
+def check(found, wanted):
+    torch.testing.assert_close(found.cpu().double(), wanted, rtol=0.03, atol=0.03)
 
 
 def run(backend, ops=OPS):
     if backend == "triton":
-        compare_norm_silu()
+        compare_unet()
     for op in ops.values():
         for dtype in DTYPES:
             for size in SIZES:

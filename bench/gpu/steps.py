@@ -38,7 +38,7 @@ from published import eager_td_edm
 
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss
-from tdkern.networks import CTPrecond, EDMPrecond, half, unet
+from tdkern.networks import CTPrecond, EDMPrecond, unet
 from tdkern.optim import AdamEMA
 from tdkern.samplers import heun
 from tdkern.schedules import EDM
@@ -49,7 +49,6 @@ from tdkern.training.options import Options, nested
 
 LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
 WINDOW = (0.3, 5.0)
-FUSES = half.fuses
 MOST = 60  # seconds of a case on a GPU, of which the longest took 15: then it hangs
 UNUSABLE = 3  # exit code: a case has left CUDA in an error that every call after it returns
 CUT_OFF = "it was begun, and its process ended"
@@ -117,12 +116,6 @@ def set_arithmetic(precision: str) -> None:
     """float32 products of convolutions and matrices in TF32 or not, as `torch.backends` has it."""
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-
-
-def set_style(case) -> None:
-    """The plain network has our kernel of a normalisation and silu in no pass."""
-    plain = getattr(case, "style", "tdkern") == "published"
-    half.fuses = (lambda x: False) if plain else FUSES
 
 
 def make_net(case: Case, tiny: bool):
@@ -275,7 +268,6 @@ def timed(step, seconds: float) -> dict:
 
 
 def measured(case: Case | Sampler | Driver, tiny: bool, seconds: float) -> dict:
-    set_style(case)
     if isinstance(case, Sampler):
         return measured_sampler(case.mode, tiny, seconds)
     if tiny:

@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   __shared__ double sigma[4][kSamples];  // at t, tau, t', tau'
   __shared__ End ends[2][kSamples];      // at t, t'
   const int place = threadIdx.x / kSamples, s = threadIdx.x % kSamples;
-  const double distance = (place >= 2 ? o.k_idx : 0.0) + (place % 2 ? o.one_idx : 0.0);
+  const double to_end = place / 2 * o.k_idx;
+  const double distance = to_end + place % 2 * o.one_idx;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kSamples;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * kSamples; first < batch; first += step) {
     const int64_t b = first + s;

@@ -143,6 +143,25 @@ def test_benchmarks_say_the_commit_of_a_copy_without_git(monkeypatch):
     assert done.stdout.splitlines() == ["abc"], done.stderr
 
 
+def test_small_sizes_are_no_results():
+    """They go where the campaign says, and never among what was measured."""
+    code = "import conftest; print(conftest.RESULTS)"
+    env = {**os.environ, "TDKERN_BENCH_TINY": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    env.pop("TDKERN_BENCH_RESULTS", None)
+    folders = []
+    for more in ({}, {"TDKERN_BENCH_RESULTS": "named"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            cwd=ROOT / "bench",
+            env=env | more,
+        )
+        folders += done.stdout.split()
+    assert folders[1] == "named" and ROOT not in Path(folders[0]).parents
+    assert not Path(folders[0]).exists()
+
+
 def test_on_a_gpu_the_loss_path_comes_first_and_the_drivers_steps_last(monkeypatch):
     """The benchmarks that an aim asks for."""
     names = ["bench_driver_step[64-64]", "bench_loss_path[tdkern]", "bench_growth[copy]"]
@@ -368,11 +387,11 @@ def test_sanitize_tells_which_tool_found_what(tmp_path, monkeypatch):
         campaign.sanitize(at)
 
 
-def test_the_sanitizers_see_the_networks_kernel():
-    """In Triton's interpreter; it is no op, so nothing else calls it for them."""
-    code = "import selection; selection.run('triton', {}); from tdkern.triton import norm_silu; "
-    code += "selection.NORMALISED = (); print('ran'); norm_silu.group_norm_silu = None\n"
-    code += "selection.NORMALISED = ((1, 8, 2, 2),); selection.run('triton', {})"
+def test_the_sanitizers_see_the_networks_kernels():
+    """In Triton's interpreter; they are no ops, so nothing else calls them for the sanitizers."""
+    code = "import selection; selection.run('triton', {}); from tdkern.triton import unet; "
+    code += "selection.IMAGES = (); selection.run('triton', {}); unet.branch_sum = None\n"
+    code += "print('ran'); selection.IMAGES = ((1, 8, 2, 2),); selection.run('triton', {})"
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'bench/gpu'}"}
     env |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
@@ -501,18 +520,22 @@ def test_a_case_has_its_line_before_it_begins(tmp_path, monkeypatch):
     assert [(row["loss"], row["failure"]) for row in rows] == [("EDM", steps.CUT_OFF)]
 
 
-def test_the_published_style_has_none_of_our_kernels(monkeypatch):
-    """Its target network would have run our silu of a normalisation in half precision."""
-    monkeypatch.setattr(steps, "FUSES", lambda x: True)
-    monkeypatch.setattr(half, "fuses", steps.FUSES)
-    seen = []
-    monkeypatch.setattr(steps, "make_step", lambda *args: seen.append(half.fuses(0)) or (lambda: 0))
-    monkeypatch.setattr(steps, "measured_sampler", lambda *args: seen.append(half.fuses(0)))
-    for case in (steps.Case("TD+EDM", "published"), steps.Case("TD+EDM")):
-        steps.measured(case, True, 0.0)
-    steps.measured(steps.Case("TD+EDM", "published"), True, 0.0)
-    steps.measured(steps.Sampler("eager"), True, 0.0)
-    assert seen == [False, True, False, True]
+@pytest.mark.parametrize("loss", ["TD+EDM", "CT"])
+def test_the_published_style_has_none_of_our_kernels(loss, monkeypatch):
+    """Its target network would run them, in half precision and without gradients."""
+    called = []
+    for name in ("group_norm", "branch_sum"):
+        monkeypatch.setattr(
+            half, name, lambda *args, name=name, **_: called.append(name) or args[0]
+        )
+    monkeypatch.setattr(half, "fuses", lambda x: True)
+    x, sigma = torch.randn(2, 3, 8, 8), torch.ones(2)
+    for style in ("published", "tdkern"):
+        called.clear()
+        net = steps.make_net(steps.Case(loss, style), tiny=True)
+        with torch.no_grad(), contextlib.suppress(TypeError):
+            net(x, sigma, raw=True)
+        assert bool(called) == (style == "tdkern"), called
 
 
 def test_cuda_that_is_unusable(monkeypatch):
