@@ -51,7 +51,8 @@ def compare(op, arguments, backend):
 
 def compare_unet():
     """Triton's kernels of a U-Net, which are no ops: networks call them."""
-    from tdkern.triton import unet
+    from tdkern.triton.branch_sum import branch_sum, branch_sum_backward
+    from tdkern.triton.group_norm import group_norm, group_norm_backward
 
     random = torch.Generator("cpu").manual_seed(0)
     draw = lambda *size: torch.randn(*size, generator=random, device="cpu")
@@ -62,14 +63,17 @@ def compare_unet():
             x, branch = (draw(*shape).to(dtype, memory_format=torch.channels_last) for _ in "xb")
             add, weight, bias = draw(batch, channels).to(dtype), draw(channels), draw(channels)
             groups = min(32, channels // 4)
-            wide = x.double() + add.double()[:, :, None, None]
-            normal = F.group_norm(wide, groups, weight.double(), bias.double(), eps=1e-5)
+            wide = (x.double() + add.double()[:, :, None, None]).requires_grad_()
+            normal = F.silu(F.group_norm(wide, groups, weight.double(), bias.double(), eps=1e-5))
+            (gradient,) = torch.autograd.grad(normal, wide, branch.double())
             summed = (x.double() + branch.double() + bias.double()[:, None, None]) / 2
             x, branch, weight, bias, add = map(here, (x, branch, weight, bias, add))
-            for silu in (True, False):
-                found = unet.group_norm(x, groups, weight, bias, 1e-5, add, silu)
-                check(found, F.silu(normal) if silu else normal)
-            check(unet.branch_sum(x, branch, bias, 0.5), summed)
+            y, statistics = group_norm(x, groups, weight, bias, 1e-5, add)
+            check(y, normal.detach())
+            given = (x, groups, weight, bias, statistics, add, True)
+            check(group_norm_backward(branch, *given).x, gradient)
+            check(branch_sum(x, branch, bias, 0.5), summed)
+            check(branch_sum_backward(x, 2.0)[0], 2 * x.cpu().double())
 
 
 def check(found, wanted):

@@ -8,8 +8,9 @@ CUDA unusable, is that case's, and another process goes on behind it (--skip).
 A step takes clean images to new weights and averages: EDM's average and, where there is one, the
 target network. "published" is the same step as the published training loops write it: the plain
 network (bench_network.py), the loss as separate passes (published.py), torch's Adam, gradients
-cleaned and averages moved one parameter at a time. "driver" is a step of `tdkern train` itself, and
-with --cuda-graph the graph that it captures: whether the weights are the same bits as without.
+cleaned and averages moved one parameter at a time. "torch's norms" is ours without the network's
+Triton kernels. "driver" is a step of `tdkern train` itself, and with --cuda-graph the graph that it
+captures: whether the weights are the same bits as without.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from published import eager_td_edm
 
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss
-from tdkern.networks import CTPrecond, EDMPrecond, unet
+from tdkern.networks import CTPrecond, EDMPrecond, half, unet
 from tdkern.optim import AdamEMA
 from tdkern.samplers import heun
 from tdkern.schedules import EDM
@@ -47,6 +48,8 @@ from tdkern.training.distributed import this_process
 from tdkern.training.graph import WARM_UP
 from tdkern.training.options import Options, nested
 
+TORCHS = "torch's norms"
+FUSES = half.fuses
 LR, DECAYS = 1e-3, (0.9993, 0.999)  # of the average and of the target network
 WINDOW = (0.3, 5.0)
 MOST = 60  # seconds of a case on a GPU, of which the longest took 15: then it hangs
@@ -98,6 +101,7 @@ def cases(part: str) -> list[Case | Sampler | Driver]:
     main += [Driver("eager"), Driver("graph")]
     main += [Case(loss, mode="graph") for loss in three if loss != "TD+EDM"]
     main += [Sampler("eager"), Sampler("graph")]
+    main += [Case(loss, TORCHS) for loss in ("TD+EDM", "EDM")]
     main += [Case("CT"), Case("TD+CT"), Case("CT", mode="graph"), Case("TD+CT", mode="graph")]
     main += [Case("EDM", precision=precision) for precision in ("fp32", "tf32")]
     others = [
@@ -186,6 +190,7 @@ def published_step(net, ema, target, images):
 
 def make_step(case: Case, tiny: bool):
     set_arithmetic(case.precision)
+    half.fuses = (lambda x: False) if case.style == TORCHS else FUSES
     net = make_net(case, tiny)
     ema, target = EMA(net), EMA(net) if case.loss != "EDM" else None
     if case.mode == "compile":

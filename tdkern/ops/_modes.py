@@ -50,18 +50,27 @@ def batched(upstream: Tensor) -> bool:
     ) or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
 
 
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd sees what is done with these.
+
+    Not so while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the call, for
+    fake, batched and distributed tensors and for any other subclass, and under any mode that
+    watches operations.
+    """
+    for tensor in tensors:
+        if type(tensor) not in PLAIN:
+            return False
+    return not torch.compiler.is_compiling() and _count_of_modes() == 0 and ordinary()
+
+
 def can_check_values(*tensors: Tensor) -> bool:
     """Whether a check may look at the values: no device is waited for, and no trace or transform
     would see the look.
-
-    Not so on a GPU, while `torch.compile`, `torch.export`, `make_fx` or `torch.jit.trace` trace the
-    call, for fake, batched and distributed tensors and for any other subclass, and under any mode
-    that watches operations.
     """
     for tensor in tensors:
-        if type(tensor) not in PLAIN or not tensor.is_cpu:
+        if not tensor.is_cpu:
             return False
-    return not torch.compiler.is_compiling() and _count_of_modes() == 0 and ordinary()
+    return unwatched(*tensors)
 
 
 def written(tensors: list[Tensor]) -> None:

@@ -222,48 +222,42 @@ def lists(capability: int):
 
 
 def unet(capability: int):
-    from tdkern.triton.unet import (
-        COLUMNS,
-        OPTIONS,
-        ROWS,
-        SUMS,
-        branch_sum_kernel,
-        groups_kernel,
-        result_kernel,
-        sums_kernel,
-    )
+    from tdkern.triton import branch_sum, group_norm
+    from tdkern.triton.tiles import COLUMNS, COUNTS, OPTIONS, ROWS
 
-    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+    names = {**dict.fromkeys(COUNTS, "i32"), "channels": "i32!", "weight_row": "i32!"}
+    names |= dict.fromkeys(("scale", "eps"), "fp32")
 
-    def kernel(which, types: dict, constants: dict, options: dict = OPTIONS):
-        every = {**dict.fromkeys(which.arg_names, "*fp32"), **counts, **types}
+    def kernel(which, constants: dict, storage: str, options: dict = OPTIONS):
+        images = dict.fromkeys(("x", "add", "y", "branch", "upstream", "dx"), storage)
+        every = {**dict.fromkeys(which.arg_names, "*fp32"), **names, **images}
         return compile_kernel(which, capability, every, constants, options)
 
-    counts = dict.fromkeys(("pixels", "channels", "weight_row"), "i32!")
-    counts |= dict.fromkeys(("tiles", "blocks", "groups"), "i32") | {"rows": "i32!"}
-    with_silu = {**tile, "SILU": True}
-    for storage in ("*fp32", "*bf16", "*fp16"):
-        given = dict.fromkeys(("x", "add", "y", "branch"), storage) | {"scale": "fp32"}
-        yield f"sums {storage}", kernel(sums_kernel, given, tile)
-        yield f"result {storage}", kernel(result_kernel, given, with_silu)
-        yield f"branch sum {storage}", kernel(branch_sum_kernel, given, tile)
-    bf16 = {"x": "*bf16", "y": "*bf16"}
-    yield "sums, nothing added", kernel(sums_kernel, bf16, {**tile, "add": None})
-    yield "result, nothing added", kernel(result_kernel, bf16, {**with_silu, "add": None})
-    without = {**with_silu, "SILU": False, "add": None}
-    yield "result, nothing added, no silu", kernel(result_kernel, bf16, without)
-    # 16 tiles are 32x32 pixels; the others are as much as is held at a time.
-    for tiles, size in ((16, 4), (SUMS // 4, 4), (SUMS // 16, 16), (1, SUMS)):
-        constants = {"TILES": tiles, "SIZE": size, "ROWS": ROWS}
-        yield (
-            f"groups of {size} in {tiles} tiles",
-            kernel(
-                groups_kernel,
-                {"eps": "fp32"},
-                constants,
-                {"num_warps": 1, "enable_fp_fusion": True},
-            ),
-        )
+    tile = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+    of_norm = {**tile, "SILU": True}
+    tiled = [
+        (group_norm.sums_kernel, tile),
+        (group_norm.result_kernel, of_norm),
+        (group_norm.backward_sums_kernel, of_norm),
+        (group_norm.backward_kernel, of_norm),
+        (branch_sum.branch_sum_kernel, tile),
+        (branch_sum.branch_sum_backward_kernel, tile),
+    ]
+    for which, constants in tiled:
+        for storage in ("*fp32", "*bf16", "*fp16"):
+            yield f"{which.__name__} {storage}", kernel(which, constants, storage)
+    for which, constants in tiled[:4]:
+        plain = {name: False if name == "SILU" else each for name, each in constants.items()}
+        built = kernel(which, {**plain, "add": None}, "*bf16")
+        yield f"{which.__name__}, nothing added, no silu", built
+    for size in (4, 16, group_norm.SUMS):
+        held = {"TILES": group_norm.SUMS // size, "SIZE": size}
+        for which, constants in (
+            (group_norm.groups_kernel, {**held, "ROWS": ROWS}),
+            (group_norm.backward_groups_kernel, held),
+        ):
+            built = kernel(which, constants, "*fp32", group_norm.ONE_WARP)
+            yield f"{which.__name__} of {size}", built
 
 
 # The kernels of these were chosen by hand: every branch of them is in one. Of the other ops, what
