@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -181,6 +182,28 @@ def test_what_is_left_out_is_reported_with_its_reason(tmp_path):
     assert "no image is left" in made(
         raw_data_set(tmp_path / "c", {"a.png": b""}), tmp_path / "d.zip", code=1
     )
+
+
+def _tiff_of_16_bits(side):
+    """An RGB TIFF file of 12-bit data in 16 bits, which Pillow does not write."""
+    data = np.full((side, side, 3), 4000, "<u2").tobytes()
+    tags = {256: side, 257: side, 258: 16, 259: 1, 262: 2, 273: 0, 277: 3, 278: side}
+    tags |= {279: len(data), 284: 1}
+    end = 8 + 2 + 12 * len(tags) + 4
+    file = struct.pack("<4sIH", b"II*\0", 8, len(tags))
+    for tag, value in tags.items():
+        kind, count = (3, 3) if tag == 258 else (4, 1)
+        place = {258: end, 273: end + 6}.get(tag, value)
+        file += struct.pack("<HHII", tag, kind, count, place)
+    return file + struct.pack("<I3H", 0, 16, 16, 16) + data
+
+
+def test_16_bits_in_a_tiff_file_are_left_out(tmp_path):
+    """Pillow opens it as RGB and drops the low bytes: 4000 of 4095 would be 15 of 255."""
+    files = {"a.tif": _tiff_of_16_bits(8), "b.tif": encoded(PIL.Image.new("RGB", (8, 8)), "tiff")}
+    assert np.array(PIL.Image.open(io.BytesIO(files["a.tif"]))).max() == 15
+    output = made(raw_data_set(tmp_path / "a", files), tmp_path / "b.zip")
+    assert "1 images [3, 8, 8]; 1 left out" in output and "1 16 bits a channel: a.tif" in output
 
 
 # where from
