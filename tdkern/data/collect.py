@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ class Collection:
         names: of the images, in order.
         labels: of the images, classes or vectors; None where there are none.
         others: in words, what lies beside the images.
+        sizes: bytes of the images' files, in order, where they are known before they are read.
     """
 
     names: list[str]
     labels: list | None = None
+    sizes: Sequence[int] = ()
     others: str = ""
 
     def read(self, i: int) -> bytes | np.ndarray:
@@ -44,6 +47,7 @@ class Files(Collection):
         self.source = open_source(path)
         listing = self.source.listing()
         self.names = sorted(name for name in listing.sizes if name.lower().endswith(ENDINGS))
+        self.sizes = [listing.sizes[name] for name in self.names]
         self.others = left_out(listing, ENDINGS)
         if labels == "file" or (labels == "auto" and "dataset.json" in listing.sizes):
             data = read(self.source, "dataset.json", labels_of.limit(len(listing.sizes)))

@@ -206,6 +206,19 @@ def test_16_bits_in_a_tiff_file_are_left_out(tmp_path):
     assert "1 images [3, 8, 8]; 1 left out" in output and "1 16 bits a channel: a.tif" in output
 
 
+def test_the_most_common_size_is_kept_wherever_another_comes_first(tmp_path, monkeypatch):
+    import tdkern.data.pack as module
+
+    monkeypatch.setattr(module, "CHUNK", 4)
+    files = {f"{i:02d}.png": png(image) for i, image in enumerate(pixels(9))}
+    odd = encoded(PIL.Image.new("RGB", (9, 9)))
+    source = raw_data_set(tmp_path / "a", {**files, "0.png": odd, "03z.png": odd})
+    output = made(source, tmp_path / "b.zip")
+    assert "9 images [3, 8, 8]; 2 left out" in output
+    assert "2 of the size 9x9: 0.png, 03z.png" in output
+    assert np.array_equal(images_of(tmp_path / "b.zip"), pixels(9))
+
+
 # where from
 
 
@@ -431,6 +444,52 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     assert np.array_equal(images_of(tmp_path / "b.zip"), images) and sorted(
         os.listdir(tmp_path)
     ) == ["a.zip", "b.zip"]
+
+
+@pytest.mark.parametrize("changed", ["content", "size"])
+def test_what_is_done_is_not_taken_for_that_of_other_images_of_the_same_names(tmp_path, changed):
+    """As CIFAR-10's and CIFAR-100's are, or a folder in which a broken image was replaced."""
+    images = pixels(300)
+    raw_data_set(tmp_path / "a", {f"{i:03d}.png": png(image) for i, image in enumerate(images)})
+
+    def stopping(parts, total):
+        yield from parts
+        raise KeyboardInterrupt
+
+    args = tmp_path / "b.npy", Settings(None, "crop", False)
+    with pytest.raises(KeyboardInterrupt):
+        pack(open_collection(tmp_path / "a"), *args, progress=stopping)
+    if changed == "size":  # of a file whose content is not looked at
+        (tmp_path / "a" / "001.png").write_bytes(png(images[1]) + b"\0")
+    else:
+        flipped = {f"{i:03d}.png": png(255 - image) for i, image in enumerate(images)}
+        raw_data_set(tmp_path / "a", flipped)
+    with pytest.raises(DatasetError, match="holds parts of other work"):
+        pack(open_collection(tmp_path / "a"), *args)
+
+
+def test_labels_that_are_not_its_own_are_not_written_over(tmp_path):
+    data_set(tmp_path / "a", pixels(3), [2, 0, 1])
+    before = (tmp_path / "a" / "dataset.json").read_bytes()
+    output = made(tmp_path / "a", tmp_path / "a" / "dataset.npy", code=1)
+    assert "dataset.json: is there already" in output
+    assert (tmp_path / "a" / "dataset.json").read_bytes() == before
+    assert not (tmp_path / "a" / "dataset.npy.partial").exists()
+
+
+def test_a_call_that_was_killed_behind_its_labels_is_gone_on_with(tmp_path, monkeypatch):
+    data_set(tmp_path / "a.zip", pixels(3), [2, 0, 1])
+    args = open_collection(tmp_path / "a.zip"), tmp_path / "b.npy", Settings(None, "crop", False)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tdkern.data.pack.os.rename", killed)
+        pack(*args)
+    assert (tmp_path / "b.json").exists() and not (tmp_path / "b.npy").exists()
+    pack(*args)
+    assert np.array_equal(images_of(tmp_path / "b.npy"), pixels(3))
 
 
 def test_any_number_of_workers_makes_the_same_file(tmp_path):
