@@ -13,7 +13,8 @@ from tdkern.schedules import FlowMatching, of_scheduler
 
 pytestmark = pytest.mark.usefixtures("torchvision_operators")
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+# CogVideoX's shifts its levels behind its betas
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler")
 SMALL = {
     "sample_size": 8,
     "in_channels": 3,
@@ -121,7 +122,7 @@ def test_losses_are_those_of_diffusers_loops(name, prediction, betas):
     noisy = scheduler.add_noise(x, noise, timesteps)
     predicted = model(noisy, timesteps).sample
     # get_velocity, which not every scheduler has
-    squares = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    squares = scheduler.alphas_cumprod[timesteps].float()[:, None, None, None]
     velocity = squares.sqrt() * noise - (1 - squares).sqrt() * x
     wanted = {"epsilon": noise, "sample": x, "v_prediction": velocity}[prediction]
     expected = (predicted - wanted).square().mean((1, 2, 3))
@@ -179,10 +180,14 @@ def test_schedulers_that_do_not_fit_are_refused_in_a_line():
     zero = scheduler_of("DDPMScheduler", rescale_betas_zero_snr=True)
     edm = scheduler_of("EDMEulerScheduler")
     dynamic = scheduler_of("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+    inverted = scheduler_of("FlowMatchEulerDiscreteScheduler", invert_sigmas=True)
+    untold = scheduler_of("IPNDMScheduler")  # which has betas of its own kind
     for scheduler, message in (
         (unknown, "the prediction_type of SimpleNamespace must be one of epsilon, sample, v_pred"),
         (edm, "scheduler must have betas, or a fixed shift of flow matching, got EDMEuler"),
         (dynamic, "scheduler must have betas, or a fixed shift of flow matching, got FlowMatch"),
+        (inverted, "invert_sigmas of FlowMatchEulerDiscreteScheduler must be False"),
+        (untold, "the prediction_type of IPNDMScheduler must be one of epsilon, .*, got None"),
         (zero, "prediction must be"),  # eps says nothing of the image where no signal is left
     ):
         for make in (Loss.from_scheduler, lambda each: Denoiser.from_scheduler(None, each)):
