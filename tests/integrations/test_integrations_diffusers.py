@@ -51,6 +51,21 @@ def models(kind):
             **SMALL,
         )
         return model, {"encoder_hidden_states": torch.rand(4, 5, 8)}
+    if kind == "transformer":  # forward(hidden_states, encoder_hidden_states, ..., timestep, ...)
+        model = diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=3,
+            out_channels=3,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            caption_projection_dim=16,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+        )
+        text = {"encoder_hidden_states": torch.rand(4, 5, 8)}
+        return model, text | {"pooled_projections": torch.rand(4, 8)}
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=4,
@@ -78,13 +93,15 @@ def test_the_example_runs_and_resumes(tmp_path):
     assert lines_changed("diffusers_loop") == 5
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "classes", "text", "dit"])
+@pytest.mark.parametrize("kind", ["unconditional", "classes", "text", "transformer", "dit"])
 def test_models_and_their_conditions(kind):
     """Class indices, int64, and a text's embeddings reach both networks, also where the target
     network runs on a share of the batch.
     """
     model, conditions = models(kind)
     scheduler = scheduler_of("DDPMScheduler")
+    if kind == "transformer":
+        scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
     net, x = Denoiser.from_scheduler(model, scheduler), torch.rand(4, 3, 8, 8)
     for share in (1.0, 0.5):
         loss = Loss.from_scheduler(scheduler, td_share=share)
@@ -154,6 +171,16 @@ def test_flow_matching_with_its_shift(shift):
     td = Loss.from_scheduler(scheduler)
     assert type(td) is TDFlowLoss and td.schedule == FlowMatching(shift=shift)
     td(net, EMA(net), x).mean().backward()
+
+
+def test_a_transformer_is_told_the_time_by_its_name():
+    model, text = models("transformer")
+    net = Denoiser.from_scheduler(model, scheduler_of("FlowMatchEulerDiscreteScheduler"))
+    x, sigma = torch.rand(4, 3, 8, 8), torch.tensor([0.1, 1.0, 3.0, 9.0])
+    t = sigma / (1 + sigma)
+    noisy = x * (1 - t)[:, None, None, None]
+    expected = noisy - t[:, None, None, None] * model(noisy, timestep=1000 * t, **text).sample
+    torch.testing.assert_close(net(x, sigma, **text), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shift", [0.5, 3.0])
