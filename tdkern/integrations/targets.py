@@ -49,9 +49,19 @@ def attach_target(
 
     Returns:
         The target: `loss_fn(net, target, images)`.
+
+    Raises:
+        ValueError: the optimizer has a target of this name: its state would hold one of the two.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's own
+    names: set[str] = vars(optimizer).setdefault("tdkern_targets", set())
+    if name in names:
+        raise ValueError(
+            "attach_target: name must be another for each average of an optimizer, which has a "
+            f"target {name!r} already"
+        )
     target = EMA(unwrapped(net)) if target is None else target
+    names.add(name)
     Follower(net, target, decay, f"tdkern_{name}").follow(optimizer)
     return target
 
