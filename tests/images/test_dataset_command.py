@@ -276,6 +276,12 @@ def _as_python_2(value):
     return b"".join([*out, b"u."])
 
 
+def test_folders_of_cifars_names_are_none_of_its_files(tmp_path):
+    files = {"train/a.png": png(pixels(1)[0]), "test/b.png": png(pixels(2)[1]), "meta/c.txt": b""}
+    made(raw_data_set(tmp_path / "a", files), tmp_path / "b.zip")
+    assert len(ImageDataset(tmp_path / "b.zip")) == 2
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_cifars_pickles_are_read_without_running_them(tmp_path, packed):
     folder = tmp_path / "cifar-10-batches-py"
@@ -364,6 +370,9 @@ def test_labels_by_folders(tmp_path):
     ]
     (source / "top.png").write_bytes(png(pixels(1)[0]))
     assert "some are at the top" in made(source, tmp_path / "c.zip", "--labels", "folders", code=1)
+    whole = raw_data_set(tmp_path / "d.zip", {f"pets/{name}": data for name, data in files.items()})
+    output = made(whole, tmp_path / "e.zip", "--labels", "folders", code=1)  # all would be class 0
+    assert "labels by folders need two at the top; all images are in pets" in output
 
 
 def test_lmdb(tmp_path):
