@@ -170,6 +170,13 @@ def test_a_name_that_no_number_could_have(tmp_path):
         assert "--dest must end in .safetensors and be named in letters" in refused
 
 
+def test_a_detector_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"mine")
+    words = ["--data", "a", "--test", "b", "--dest", tmp_path / "a.safetensors"]
+    assert "--dest must not be there yet" in invoked("detector", "train", *words, code=1).output
+    assert (tmp_path / "a.safetensors").read_bytes() == b"mine"
+
+
 # ---- files -------------------------------------------------------------------------------------
 
 
