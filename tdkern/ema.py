@@ -103,28 +103,30 @@ def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float] | 
     for module in (net, *averages):
         for sharded in _sharded(module):
             sharded.reshard()  # after a forward pass alone, FSDP2's root keeps whole parameters
-    params, whole = _parted(net)
-    columns = [_parted(average.module) for average in averages]
-    ema_update_([own for own, _ in columns], params, decays)
-    for average, (_, copies) in zip(averages, columns, strict=True):
-        for copied, param in zip(copies, whole, strict=True):
+    modules = (net, *(average.module for average in averages))
+    lists, whole = [list(module.parameters()) for module in modules], []
+    if not all(dtype.is_floating_point for dtype in {param.dtype for param in lists[0]}):
+        lists, whole = map(list, zip(*map(_parted, lists), strict=True))
+    params, *columns = lists
+    ema_update_(columns, params, decays)
+    for copies in whole[1:]:
+        for copied, param in zip(copies, whole[0], strict=True):
             copied.copy_(param)
+    for average in averages:
         average.copy_buffers(net)
 
 
-def _parted(module: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """A module's parameters that are averaged, complex ones as pairs of real numbers, and those of
-    whole numbers, which are copied.
+def _parted(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are averaged, complex ones as pairs of real numbers, and those of whole
+    numbers, which are copied.
     """
     averaged: list[Tensor] = []
     whole: list[Tensor] = []
-    for param in module.parameters():
-        if param.is_floating_point():
-            averaged.append(param)
-        elif param.is_complex():
+    for param in params:
+        if param.is_complex():
             averaged.append(torch.view_as_real(param))
         else:
-            whole.append(param)
+            (averaged if param.is_floating_point() else whole).append(param)
     return averaged, whole
 
 
