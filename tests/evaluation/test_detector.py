@@ -4,6 +4,8 @@ them.
 
 import importlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -161,6 +163,15 @@ def test_what_nothing_is_learnt_from(tmp_path, images, labels, message):
     with pytest.raises(AssertionError, match=message):
         invoked("detector", "train", *words)
     assert not (tmp_path / "new" / "a.safetensors").exists()
+
+
+def test_an_error_ends_the_readers_too(tmp_path):
+    """They leave signals to the process, which waited for them when it ended."""
+    data = data_set(tmp_path / "a.zip", pixels(3, (3, 16, 16)))
+    words = ["fid", "ref", "--data", data, "--dest", tmp_path / "a.npz", "--detector", "cifar10"]
+    command = [sys.executable, "-m", "tdkern.cli", *map(str, words), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and "takes images of 32x32 pixels, got 16x16" in done.stderr
 
 
 def test_a_name_that_no_number_could_have(tmp_path):
