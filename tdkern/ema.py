@@ -33,7 +33,7 @@ class EMA(nn.Module):
 
     Parameters are averaged in their own dtype, so keep them float32: in half precision a change of
     1 - decay rounds away. An element that is not finite does not enter (`ema_update_`). Buffers are
-    copied.
+    copied, and so are parameters of whole numbers, such as frozen quantised ones.
 
     FSDP2: make it before `fully_shard`, then shard `net` and `module` alike.
 
@@ -103,11 +103,31 @@ def update(averages: Collection[EMA], net: nn.Module, decays: Sequence[float] | 
     for module in (net, *averages):
         for sharded in _sharded(module):
             sharded.reshard()  # after a forward pass alone, FSDP2's root keeps whole parameters
-    ema_update_(
-        [list(average.module.parameters()) for average in averages], list(net.parameters()), decays
-    )
+    modules = (net, *(average.module for average in averages))
+    lists, whole = [list(module.parameters()) for module in modules], []
+    if not all(dtype.is_floating_point for dtype in {param.dtype for param in lists[0]}):
+        lists, whole = map(list, zip(*map(_parted, lists), strict=True))
+    params, *columns = lists
+    ema_update_(columns, params, decays)
+    for copies in whole[1:]:
+        for copied, param in zip(copies, whole[0], strict=True):
+            copied.copy_(param)
     for average in averages:
         average.copy_buffers(net)
+
+
+def _parted(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that are averaged, complex ones as pairs of real numbers, and those of whole
+    numbers, which are copied.
+    """
+    averaged: list[Tensor] = []
+    whole: list[Tensor] = []
+    for param in params:
+        if param.is_complex():
+            averaged.append(torch.view_as_real(param))
+        else:
+            (averaged if param.is_floating_point() else whole).append(param)
+    return averaged, whole
 
 
 class PowerFunctionEMA(nn.Module):
@@ -254,8 +274,9 @@ def _weighted_sum(
             if sums and tensors.keys() != sums.keys():
                 raise ValueError(f"posthoc: snapshots[{i}] is of another network than the others")
             for name, tensor in tensors.items():
-                if tensor.is_floating_point():
-                    part = tensor.double() * weight_of[i, width]
+                if tensor.is_floating_point() or tensor.is_complex():
+                    wide = torch.promote_types(tensor.dtype, torch.float64)
+                    part = tensor.to(wide) * weight_of[i, width]
                     sums[name] = sums[name] + part if name in sums else part
                 elif own_step >= whole_of:
                     sums[name] = tensor.clone()

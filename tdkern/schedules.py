@@ -510,8 +510,8 @@ def of_scheduler(scheduler) -> tuple[str, DDPM | FlowMatching]:
 
     Args:
         scheduler: one with `betas`, such as DDPMScheduler and those of its kind, zero terminal SNR
-            (`rescale_betas_zero_snr`) among them, or of flow matching, with its `shift`, such as
-            FlowMatchEulerDiscreteScheduler.
+            (`rescale_betas_zero_snr`) and CogVideoX's shifted SNR among them, or of flow matching,
+            with its `shift`, such as FlowMatchEulerDiscreteScheduler.
 
     Returns:
         (prediction, path), prediction a name of `preconditioning.PREDICTIONS`. The path's times 1
@@ -529,12 +529,33 @@ def of_scheduler(scheduler) -> tuple[str, DDPM | FlowMatching]:
                 "from_scheduler: scheduler must have betas, or a fixed shift of flow matching, got "
                 f"{name}"
             )
+        if getattr(config, "invert_sigmas", False):
+            raise ValueError(
+                f"from_scheduler: invert_sigmas of {name} must be False, as time runs from the "
+                "noise to the data there, got True"
+            )
         return "velocity", FlowMatching(shift=float(shift))
-    if config.prediction_type not in DIFFUSERS_PREDICTIONS:
+    prediction = getattr(config, "prediction_type", None)
+    if prediction not in DIFFUSERS_PREDICTIONS:
         known = ", ".join(DIFFUSERS_PREDICTIONS)
         raise ValueError(
             f"from_scheduler: the prediction_type of {name} must be one of {known}, got "
-            f"{config.prediction_type!r}"
+            f"{prediction!r}"
         )
-    betas = tuple(as_float64(betas).tolist())
-    return DIFFUSERS_PREDICTIONS[config.prediction_type], DDPM(len(betas), betas)
+    path_betas = _betas_of_path(betas, getattr(scheduler, "alphas_cumprod", None))
+    return DIFFUSERS_PREDICTIONS[prediction], DDPM(len(path_betas), path_betas)
+
+
+def _betas_of_path(betas, alphas_cumprod) -> tuple[float, ...]:
+    """The betas of the levels that a scheduler uses.
+
+    They are in its `alphas_cumprod`, a table in float32 mostly, to which its own betas are nearer
+    where the two agree. CogVideoX's schedulers change the table alone.
+    """
+    own = as_float64(betas).cpu()
+    if alphas_cumprod is None:
+        return tuple(own.tolist())
+    table = as_float64(alphas_cumprod).cpu()
+    if not torch.allclose((1 - own).cumprod(0), table, rtol=0, atol=1e-5):
+        own = 1 - table / torch.cat([table.new_ones(1), table[:-1]])
+    return tuple(own.tolist())

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .._version import __version__
 from ..data import DatasetError, ImageDataset
-from ..data.files import one_line
+from ..data.files import check_new, one_line
 from ..evaluation.classifier import accuracy, train_classifier
 from ..evaluation.detectors import (
     BUILT_IN,
@@ -78,6 +78,7 @@ def train(data, test, dest, epochs, width, seed):
         raise click.UsageError(
             f"--dest must end in .safetensors and be named in letters, digits, _ and -, got {dest}"
         )
+    check_new("--dest", dest)
     images, labels = _classes_of(data)
     others, classes = _classes_of(test)
     if others.shape[1:] != images.shape[1:] or classes.max() > labels.max():

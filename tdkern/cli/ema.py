@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..data.files import one_line
+from ..data.files import check_new, one_line
 from ..ema import posthoc
 from ..networks.saved import load, save_network
 from ..training import CheckpointError, checkpoint
@@ -38,6 +38,7 @@ def ema(run, dst, sigma_rel, kimg):
     tdkern ema runs/00000-... model.safetensors --sigma-rel 0.075
     tdkern generate --network model.safetensors --outdir images
     """
+    check_new("ema: DST", Path(dst))
     found = checkpoint.checkpoints(Path(run), checkpoint.AVERAGES)
     if not found:
         raise CheckpointError(

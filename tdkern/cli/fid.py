@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -467,15 +467,19 @@ def tell(text: str) -> None:
 def _images(
     dataset: ImageDataset, workers: int, process: Process, numbers: list[torch.Tensor]
 ) -> Iterator[Iterable]:
-    """Batches of the images of these numbers of a data set, while the context lasts."""
+    """Batches of the images of these numbers of a data set, while the context lasts.
+
+    It ends the readers, which an error's traceback would keep: they leave signals to this process,
+    which at its end would wait for them for ever.
+    """
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=[some.tolist() for some in numbers],
         pin_memory=process.device.type == "cuda",
         **readers(workers),
     )
-    with _bar(loader, process) as bar:
-        yield (images for images, _ in bar)
+    with _bar(loader, process) as bar, closing(images for images, _ in bar) as batches:
+        yield batches
 
 
 @contextmanager

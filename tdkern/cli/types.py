@@ -43,6 +43,8 @@ class Numbers(click.ParamType):
                     if dash and self.number is int
                     else [self.number(part)]
                 )
+                if not many:
+                    self.fail(f"{value!r} has a range that counts down, {part}", param, ctx)
                 if len(numbers) + len(many) > MOST:
                     self.fail(f"{value!r} has more than {MOST:,} numbers", param, ctx)
                 numbers += many

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,12 @@ class Collection:
         names: of the images, in order.
         labels: of the images, classes or vectors; None where there are none.
         others: in words, what lies beside the images.
+        sizes: bytes of the images' files, in order, where they are known before they are read.
     """
 
     names: list[str]
     labels: list | None = None
+    sizes: Sequence[int] = ()
     others: str = ""
 
     def read(self, i: int) -> bytes | np.ndarray:
@@ -44,6 +47,7 @@ class Files(Collection):
         self.source = open_source(path)
         listing = self.source.listing()
         self.names = sorted(name for name in listing.sizes if name.lower().endswith(ENDINGS))
+        self.sizes = [listing.sizes[name] for name in self.names]
         self.others = left_out(listing, ENDINGS)
         if labels == "file" or (labels == "auto" and "dataset.json" in listing.sizes):
             data = read(self.source, "dataset.json", labels_of.limit(len(listing.sizes)))
@@ -70,6 +74,10 @@ def _folders(path: Path, names: list[str]) -> list[int]:
             f"{path}: labels by folders need every image in one; some are at the top"
         )
     number = {folder: i for i, folder in enumerate(sorted(set(folders)))}
+    if len(number) == 1:
+        raise DatasetError(
+            f"{path}: labels by folders need two at the top; all images are in {folders[0]}"
+        )
     return [number[folder] for folder in folders]
 
 
@@ -267,7 +275,7 @@ def open_collection(path: Path, labels: str = "auto", split: str = "train") -> C
 
 def _opened(path: Path, labels: str, split: str) -> Collection:
     if path.is_dir():
-        names = os.listdir(path)
+        names = [entry.name for entry in os.scandir(path) if entry.is_file()]
         if "data.mdb" in names:
             return Lmdb(path)
         if {"state.json", "dataset_dict.json"} & set(names):
@@ -276,6 +284,7 @@ def _opened(path: Path, labels: str, split: str) -> Collection:
             return Cifar(path, split)
     elif path.is_file() and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
-            names = [member.name for _, member in zip(range(20), archive, strict=False)]
+            first = [member for _, member in zip(range(20), archive, strict=False)]
+        names = [member.name for member in first if member.isfile()]
         return Cifar(path, split) if is_cifar(names) else Tar(path)
     return Files(path, labels)

@@ -134,6 +134,14 @@ def check_file(path: str | Path, limit: int | None = None) -> None:
         raise OSError(f"{path} has {status.st_size:,} bytes, more than the {limit:,} allowed")
 
 
+def check_new(argument: str, path: Path) -> None:
+    """Raises FileError where something is at a path that is to become a new file."""
+    if path.exists():
+        raise FileError(
+            f"{argument} must not be there yet, got {path}; remove it or give another name"
+        )
+
+
 def read_file(path: str | Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 

@@ -35,6 +35,7 @@ def parse(data: bytes, names: list[str]) -> np.ndarray:
         ) from error
     if not table:
         raise ValueError("has no labels; train without labels or add them")
+    names = [name.replace("\\", "/") for name in names]  # in zips of some Windows programs
     missing = [name for name in names if name not in table]
     if missing:
         raise ValueError(f"has no label for {missing[0]} and {len(missing) - 1} more; add them")

@@ -9,6 +9,7 @@ import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from .resize import LeftOut, resized
 from .source import DatasetError, packed_name
 
 CHUNK = 500  # images that are made, and kept from being made again, together
+SAMPLED = 100  # images whose content tells what is done from other work
 MAX_PLAN = 1 << 16  # bytes
 MAX_LISTED = 20  # images left out that the report names, of a reason
 
@@ -81,20 +83,24 @@ def pack(
         progress: wraps the parts as they are done, and gets their number.
 
     Raises:
-        DatasetError: `dest` is there, no image is left, or images are of several sizes.
+        DatasetError: `dest` or the file of its labels is there, no image is left, or what is done
+            is of other images or settings.
     """
     if dest.suffix not in (".zip", ".npy"):
         raise DatasetError(f"{dest}: must end in .zip or .npy")
-    if dest.exists():
-        raise DatasetError(f"{dest}: is there already; remove it or give another name")
-    count = min(len(collection.names), most or len(collection.names))
     partial_dir = dest.with_name(f"{dest.name}.partial")
-    _begin(partial_dir, collection.names[:count], settings)
-    remove_leftovers(dest.parent, dest.name.__eq__)  # of a call that was killed
+    # labels beside what is not done yet are those of a call that was killed at its end
+    with_labels = dest.suffix == ".npy" and not partial_dir.exists()
+    for path in (dest, dest.with_suffix(".json")) if with_labels else (dest,):
+        if path.exists():
+            raise DatasetError(f"{path}: is there already; remove it or give another name")
+    count = min(len(collection.names), most or len(collection.names))
     spans = [(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
-    todo = [span for span in spans if not _part(partial_dir, span).exists()]
     work = (collection, partial_dir, settings)
     with multiprocessing.get_context("fork").Pool(workers, _begin_work, work) as pool:
+        _begin(partial_dir, pool.apply(_digest, (count,)), settings)
+        remove_leftovers(dest.parent, dest.name.__eq__)  # of a call that was killed
+        todo = [span for span in spans if not _part(partial_dir, span).exists()]
         for _ in progress(pool.imap(_make_part, todo), len(todo)):
             pass
     report = _join(partial_dir, spans, collection, dest)
@@ -102,10 +108,12 @@ def pack(
     return report
 
 
-def _begin(folder: Path, names: list[str], settings: Settings) -> None:
-    """Make the folder of parts, or see that the parts in it are of the same work."""
-    digest = hashlib.sha256("\0".join(names).encode(errors="surrogateescape")).hexdigest()
-    plan = json.dumps({"names": digest, **settings._asdict()}).encode()
+def _begin(folder: Path, images: str, settings: Settings) -> None:
+    """Make the folder of parts, or see that the parts in it are of the same work.
+
+    images: a hash of them.
+    """
+    plan = json.dumps({"images": images, **settings._asdict()}).encode()
     file = folder / "plan.json"
     if not folder.exists():
         folder.mkdir(parents=True)
@@ -129,58 +137,76 @@ def _begin_work(*work) -> None:
     _work = work
 
 
+def _digest(count: int) -> str:
+    """A hash of the first images' names and sizes, and of what is in some of them: CIFAR-10's names
+    are CIFAR-100's too.
+    """
+    collection, _, _ = _work
+    names = "\0".join(collection.names[:count])
+    digest = hashlib.sha256(f"{names}\0{collection.sizes[:count]}".encode(errors="surrogateescape"))
+    for i in range(0, count, -(-count // SAMPLED)):
+        with suppress(DatasetError):  # it will be left out
+            content = collection.read(i)
+            digest.update(content if isinstance(content, bytes) else content.tobytes())
+    return digest.hexdigest()
+
+
 def _make_part(span: tuple[int, int]) -> None:
-    """Write the images of a span, as far as they can be taken, with why the others cannot."""
+    """Write the images of a span, as far as they can be taken, by their shape, with why the others
+    cannot.
+    """
     collection, folder, settings = _work
-    images, numbers, left_out = [], [], []
+    numbers, images, left_out = {}, {}, []
     for i in range(*span):
         try:
             image = resized(collection.read(i), *settings)
         except (LeftOut, DatasetError) as error:
             left_out.append([i, str(error) if isinstance(error, LeftOut) else "not readable"])
             continue
-        if images and image.shape != images[0].shape:
-            left_out.append([i, f"of the size {image.shape[2]}x{image.shape[1]}"])
-            continue
-        images.append(image)
-        numbers.append(i)
+        numbers.setdefault(image.shape, []).append(i)
+        images.setdefault(image.shape, []).append(image)
+    arrays = {}
+    for k, shape in enumerate(images):
+        arrays |= {f"pixels{k}": np.stack(images[shape]), f"numbers{k}": np.array(numbers[shape])}
     file = io.BytesIO()
-    pixels = np.stack(images) if images else np.zeros((0, 0, 0, 0), np.uint8)
-    np.savez(
-        file, pixels=pixels, numbers=np.array(numbers, np.int64), left_out=json.dumps(left_out)
-    )
+    np.savez(file, **arrays, shapes=len(images), left_out=json.dumps(left_out))
     write_atomic(_part(folder, span), file.getvalue())
 
 
-def _parts(
-    folder: Path, spans: list[tuple[int, int]]
-) -> Iterator[tuple[np.ndarray, list[int], list]]:
-    """Of every part the pixels, the numbers of their images, and what was left out."""
+def _parts(folder: Path, spans: list[tuple[int, int]]) -> Iterator[tuple[np.ndarray, list[int]]]:
+    """Of every part, and of every shape in it, the pixels and the numbers of their images."""
     for span in spans:
         with np.load(_part(folder, span), allow_pickle=False) as part:
-            yield part["pixels"], part["numbers"].tolist(), json.loads(str(part["left_out"]))
+            for k in range(part["shapes"]):
+                yield part[f"pixels{k}"], part[f"numbers{k}"].tolist()
+
+
+def _left_out(folder: Path, spans: list[tuple[int, int]]) -> Iterator[tuple[int, str]]:
+    """The numbers of the images that cannot be taken, with the reason."""
+    for span in spans:
+        with np.load(_part(folder, span), allow_pickle=False) as part:
+            yield from json.loads(str(part["left_out"]))
 
 
 def _join(folder: Path, spans: list, collection: Collection, dest: Path) -> Report:
     """Write the data set of all parts: of the most common shape, if there are several."""
     left_out, shapes = {}, Counter()
-    for pixels, numbers, others in _parts(folder, spans):
+    for i, reason in _left_out(folder, spans):
+        left_out.setdefault(reason, []).append(collection.names[i])
+    for pixels, numbers in _parts(folder, spans):
         shapes[pixels.shape[1:]] += len(numbers)
-        for i, reason in others:
-            left_out.setdefault(reason, []).append(collection.names[i])
-    shapes.pop((0, 0, 0), None)
     if not shapes:
         reasons = ", ".join(f"{len(names)} {reason}" for reason, names in left_out.items())
         raise DatasetError(f"{dest}: no image is left: {reasons}")
     shape = shapes.most_common(1)[0][0]
     kept = []
-    for pixels, numbers, _ in _parts(folder, spans):
+    for pixels, numbers in _parts(folder, spans):
         if pixels.shape[1:] == shape:
             kept += numbers
         else:
             reason = f"of the size {pixels.shape[3]}x{pixels.shape[2]}"
             left_out.setdefault(reason, []).extend(collection.names[i] for i in numbers)
-    chosen = (pixels for pixels, _, _ in _parts(folder, spans) if pixels.shape[1:] == shape)
+    chosen = (pixels for pixels, _ in _parts(folder, spans) if pixels.shape[1:] == shape)
     labels = None if collection.labels is None else [collection.labels[i] for i in kept]
     write = _write_zip if dest.suffix == ".zip" else _write_npy
     write(dest, chosen, len(kept), shape, labels)

@@ -8,6 +8,7 @@ from .decode import PNG_DEPTH
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 1 << 26  # of a source image
+TIFF_DEPTH = 258  # the tag of its bits a channel
 FITS = ("crop", "stretch", "none")
 
 
@@ -64,8 +65,15 @@ def _check(image, data: bytes) -> None:
         raise LeftOut("several frames")
     if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
         raise LeftOut(f"Pillow mode {image.mode}")
-    if image.format == "PNG" and data[PNG_DEPTH] == 16:
-        raise LeftOut("16 bits a channel")
+    if _depth(image, data) > 8:
+        raise LeftOut(f"{_depth(image, data)} bits a channel")
+
+
+def _depth(image, data: bytes) -> int:
+    """Bits of a channel; Pillow's mode is RGB for more than 8 too, of which it drops the rest."""
+    if image.format == "PNG":
+        return data[PNG_DEPTH]
+    return max(image.tag_v2.get(TIFF_DEPTH, (1,))) if image.format == "TIFF" else 8
 
 
 def _opaque(image):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.files import brief, read_file, write_atomic
+from ..data.files import brief, check_new, read_file, write_atomic
 from ..networks.precond import Preconditioned
 from ..networks.saved import (
     FORMAT,
@@ -62,10 +62,7 @@ def convert(src: str | Path, dst: str | Path) -> str:
     src, dst = Path(src), Path(dst)
     if dst.suffix != ".safetensors":
         raise ValueError(f"convert: DST must end in .safetensors, got {dst}")
-    if dst.exists():
-        raise ValueError(
-            f"convert: DST must not be there yet, got {dst}; remove it or give another name"
-        )
+    check_new("convert: DST", dst)
     tensors, meta, done, left = _diffusers(src) if src.is_dir() else _pickled(src)
     if not tensors:
         raise CheckpointError(f"{src}: no tensors in it; give a file that holds a network")

@@ -9,7 +9,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from ..data.files import beside, remove_leftovers, sync_directory, write_atomic
+from ..data.files import beside, check_new, remove_leftovers, sync_directory, write_atomic
 from ..networks import DhariwalUNet
 from ..networks.layers import ResBlock
 from ..networks.precond import Preconditioned
@@ -40,10 +40,7 @@ def export_diffusers(net: Preconditioned, dst: str | Path, *, name: str = "the n
             written then.
     """
     dst = Path(dst)
-    if dst.exists():
-        raise ValueError(
-            f"convert: DST must not be there yet, got {dst}; remove it or give another name"
-        )
+    check_new("convert: DST", dst)
     model = _adm_of(net, name)
     config, tensors = _config(model), _tensors(model)
     _write_folder(dst, config, tensors)

@@ -49,11 +49,25 @@ def attach_target(
 
     Returns:
         The target: `loss_fn(net, target, images)`.
+
+    Raises:
+        ValueError: the optimizer has a target of this name: its state would hold one of the two.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's and Lightning's own
+    if name in attached_to(optimizer):
+        raise ValueError(
+            "attach_target: name must be another for each average of an optimizer, which has a "
+            f"target {name!r} already"
+        )
     target = EMA(unwrapped(net)) if target is None else target
+    attached_to(optimizer)[name] = target
     Follower(net, target, decay, f"tdkern_{name}").follow(optimizer)
     return target
+
+
+def attached_to(optimizer: torch.optim.Optimizer) -> dict[str, EMA]:
+    """The targets that follow an optimizer, by their names; its copies and pickles have none."""
+    return vars(optimizer).setdefault("tdkern_targets", {})
 
 
 class Follower:

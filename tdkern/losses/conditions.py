@@ -1,5 +1,6 @@
 """What the networks are told beside the noisy data and its level."""
 
+import copy
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -49,9 +50,13 @@ def _check(where: str, value, batch: int) -> None:
 
 def _rows(value, chosen: Tensor):
     if isinstance(value, dict):
-        return {name: _rows(part, chosen) for name, part in value.items()}
+        rows = copy.copy(value)  # of its own class, such as a text encoder's output
+        for name, part in value.items():
+            rows[name] = _rows(part, chosen)
+        return rows
     if isinstance(value, list | tuple):
-        return type(value)(_rows(part, chosen) for part in value)
+        parts = [_rows(part, chosen) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, Tensor) and value.ndim > 0:
         return value[chosen.to(value.device)]
     return value

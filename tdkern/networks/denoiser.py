@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ..preconditioning import PREDICTIONS
 from ..schedules import FlowMatching, flow_time, interpolated_index, of_scheduler
-from .precond import Preconditioned, index_argument
+from .precond import Preconditioned, index_argument, time_argument
 from .unet import UNet
 
 
@@ -71,7 +71,7 @@ class Denoiser(Preconditioned):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(module if isinstance(module, UNet) else _Called(module), dtype=dtype)
-        self.index_argument = index_argument(module)
+        self.index_argument, self.time_argument = index_argument(module), time_argument(module)
         if prediction not in self.PREDICTIONS:
             raise ValueError(
                 f"Denoiser: prediction must be one of {', '.join(self.PREDICTIONS)}, got "

@@ -26,6 +26,7 @@ from .remembered import Remembered
 
 # what other people's models call a sample's class index
 INDEX_ARGUMENTS = ("class_labels", "y", "labels")
+TIME_ARGUMENT = "timestep"
 
 
 def index_argument(model) -> str | None:
@@ -48,6 +49,17 @@ def index_argument(model) -> str | None:
     return next((name for name in INDEX_ARGUMENTS if name in arguments), any_keyword)
 
 
+def time_argument(model) -> str | None:
+    """The keyword by which a model takes its time where that is not its second argument, as of
+    diffusers' transformers, whose second is the text; None where it is the second.
+    """
+    try:
+        arguments = list(inspect.signature(unwrapped(model).forward).parameters)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return TIME_ARGUMENT if TIME_ARGUMENT in arguments[2:] else None
+
+
 class Preconditioned(Remembered, KeepsBuffers):
     """A network as a denoiser in EDM's state; every wrapper here is one.
 
@@ -59,9 +71,10 @@ class Preconditioned(Remembered, KeepsBuffers):
             parameters are then under "model.". Where it has a `label_dim` above 0, missing class
             labels are zeros, and indices become one-hot; where that is 0, class labels are dropped.
             A model whose `forward` knows no `augment_labels`, such as consistency models' or
-            diffusers', is called as `model(c_in x, c_noise)`, and where class labels are given
-            with their indices as its `class_labels`, `y` or `labels`. Its answer may be what
-            `preconditioning.tensor_of` reads.
+            diffusers', is called as `model(c_in x, c_noise)`, or by `timestep=c_noise` where that
+            is not its second argument, and where class labels are given with their indices as its
+            `class_labels`, `y` or `labels`. Its answer may be what `preconditioning.tensor_of`
+            reads.
         dtype: of the image inside the model, such as torch.bfloat16; None is x's. Also an
             attribute, to be set at any time.
     """
@@ -70,12 +83,13 @@ class Preconditioned(Remembered, KeepsBuffers):
     sigma_min: float  # the noise levels that the network can be asked about
     sigma_max: float
     learned_variance = False  # whether F may have more channels than x; the rest is left out
-    index_argument: str | None = None  # see the function
+    index_argument: str | None = None  # see the functions
+    time_argument: str | None = None
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.dtype = model, dtype
-        self.index_argument = index_argument(model)
+        self.index_argument, self.time_argument = index_argument(model), time_argument(model)
         # of an `MLP`: a batch holds as many samples for each
         self.num_models = getattr(model, "num_models", 1)
 
@@ -182,7 +196,11 @@ class Preconditioned(Remembered, KeepsBuffers):
             out = self.model(scaled, c_noise, one_hot, augment_labels, **conditions)
         else:
             self._refuse_augment_labels(augment_labels)
-            out = self.model(scaled, c_noise, **self._indices(class_labels), **conditions)
+            named = self._indices(class_labels) | conditions
+            if self.time_argument:
+                out = self.model(scaled, **{self.time_argument: c_noise}, **named)
+            else:
+                out = self.model(scaled, c_noise, **named)
         return tensor_of(out, f"{type(self).__name__}: the model")
 
     def _refuse_augment_labels(self, augment_labels: Tensor | None) -> None:

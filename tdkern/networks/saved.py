@@ -205,7 +205,8 @@ def save_network(net: nn.Module, path: str | Path) -> None:
             there or the new file.
 
     Raises:
-        ValueError: `net` is none of these, or `path` ends otherwise. Nothing is written then.
+        ValueError: `net` is none of these, or has other tensors than one that is made anew, as
+            with parametrizations or adapters, or `path` ends otherwise. Nothing is written then.
     """
     import safetensors.torch
 
@@ -215,10 +216,22 @@ def save_network(net: nn.Module, path: str | Path) -> None:
     net = unwrapped(net)
     if not isinstance(net, Preconditioned):  # an average holds its copy as `module`
         net = unwrapped(getattr(net, "module", net))
-    network, tensors = describe(net).to_json(), state_of(net)
+    spec, tensors = describe(net), state_of(net)
+    with torch.device("meta"):
+        like = spec.build().state_dict()
+    unlike = _shapes(tensors) ^ _shapes(like)
+    if unlike:
+        raise ValueError(
+            f"save_network: net must have the tensors of a {spec.model} that is made anew, got "
+            f"another {min(unlike)[0]}; remove parametrizations, or merge adapters, in a copy"
+        )
     if _is_sharded(net) and torch.distributed.get_rank() > 0:
         return
-    write_atomic(path, safetensors.torch.save(tensors, file_metadata(network, path.name)))
+    write_atomic(path, safetensors.torch.save(tensors, file_metadata(spec.to_json(), path.name)))
+
+
+def _shapes(tensors: dict[str, Tensor]) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def file_metadata(network: dict | None, source: str, **more) -> dict[str, str]:

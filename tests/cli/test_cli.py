@@ -489,6 +489,7 @@ def test_switches_are_edms(tmp_path, data, given, cond, xflip, precision):
     "given, message, code",
     [
         (["--cres", "1,x"], "'1,x' is not a comma-separated list of numbers", 2),
+        (["--cres", "1,4-2"], "'1,4-2' has a range that counts down, 4-2", 2),
         (["--td-sigma", "1"], "'1' must have 2 numbers", 2),
         (["--arch", "resnet"], "'resnet' is not one of", 2),
         (["--fp16", "--bf16"], "--fp16 and --bf16 exclude each other", 2),

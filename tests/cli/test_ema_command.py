@@ -50,6 +50,13 @@ def test_a_network_of_any_width(tmp_path, run):
         assert 0 < gap([made[name] for name in state], direct(width)) < apart
 
 
+def test_what_is_there_is_not_written_over(tmp_path, run):
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    said = tdkern_("ema", run, tmp_path / "mine.safetensors", "--sigma-rel", 0.05, code=1)
+    assert "DST must not be there yet" in said
+    assert (tmp_path / "mine.safetensors").read_bytes() == b"mine"
+
+
 def test_what_cannot_be_made_is_one_line(tmp_path, run):
     dst = tmp_path / "x.safetensors"
     for arguments, message in (
@@ -64,7 +71,7 @@ def test_what_cannot_be_made_is_one_line(tmp_path, run):
     assert said.startswith("Warning: posthoc: these snapshots give width 0.01 only to")
     file = checkpoints(run, AVERAGES)[0] / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    said = tdkern_("ema", run, dst, "--sigma-rel", 0.05, code=1)
+    said = tdkern_("ema", run, tmp_path / "y.safetensors", "--sigma-rel", 0.05, code=1)
     assert len(said.strip().splitlines()) == 1 and "averages-snapshot-000000.016" in said
 
 

@@ -4,6 +4,8 @@ them.
 
 import importlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -163,11 +165,27 @@ def test_what_nothing_is_learnt_from(tmp_path, images, labels, message):
     assert not (tmp_path / "new" / "a.safetensors").exists()
 
 
+def test_an_error_ends_the_readers_too(tmp_path):
+    """They leave signals to the process, which waited for them when it ended."""
+    data = data_set(tmp_path / "a.zip", pixels(3, (3, 16, 16)))
+    words = ["fid", "ref", "--data", data, "--dest", tmp_path / "a.npz", "--detector", "cifar10"]
+    command = [sys.executable, "-m", "tdkern.cli", *map(str, words), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1 and "takes images of 32x32 pixels, got 16x16" in done.stderr
+
+
 def test_a_name_that_no_number_could_have(tmp_path):
     for name in ("a.pt", "a b.safetensors"):
         words = ["--data", "a", "--test", "b", "--dest", tmp_path / name]
         refused = invoked("detector", "train", *words, code=2).output
         assert "--dest must end in .safetensors and be named in letters" in refused
+
+
+def test_a_detector_that_is_there_is_not_written_over(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"mine")
+    words = ["--data", "a", "--test", "b", "--dest", tmp_path / "a.safetensors"]
+    assert "--dest must not be there yet" in invoked("detector", "train", *words, code=1).output
+    assert (tmp_path / "a.safetensors").read_bytes() == b"mine"
 
 
 # ---- files -------------------------------------------------------------------------------------

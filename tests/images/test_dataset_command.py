@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -183,6 +184,41 @@ def test_what_is_left_out_is_reported_with_its_reason(tmp_path):
     )
 
 
+def _tiff_of_16_bits(side):
+    """An RGB TIFF file of 12-bit data in 16 bits, which Pillow does not write."""
+    data = np.full((side, side, 3), 4000, "<u2").tobytes()
+    tags = {256: side, 257: side, 258: 16, 259: 1, 262: 2, 273: 0, 277: 3, 278: side}
+    tags |= {279: len(data), 284: 1}
+    end = 8 + 2 + 12 * len(tags) + 4
+    file = struct.pack("<4sIH", b"II*\0", 8, len(tags))
+    for tag, value in tags.items():
+        kind, count = (3, 3) if tag == 258 else (4, 1)
+        place = {258: end, 273: end + 6}.get(tag, value)
+        file += struct.pack("<HHII", tag, kind, count, place)
+    return file + struct.pack("<I3H", 0, 16, 16, 16) + data
+
+
+def test_16_bits_in_a_tiff_file_are_left_out(tmp_path):
+    """Pillow opens it as RGB and drops the low bytes: 4000 of 4095 would be 15 of 255."""
+    files = {"a.tif": _tiff_of_16_bits(8), "b.tif": encoded(PIL.Image.new("RGB", (8, 8)), "tiff")}
+    assert np.array(PIL.Image.open(io.BytesIO(files["a.tif"]))).max() == 15
+    output = made(raw_data_set(tmp_path / "a", files), tmp_path / "b.zip")
+    assert "1 images [3, 8, 8]; 1 left out" in output and "1 16 bits a channel: a.tif" in output
+
+
+def test_the_most_common_size_is_kept_wherever_another_comes_first(tmp_path, monkeypatch):
+    import tdkern.data.pack as module
+
+    monkeypatch.setattr(module, "CHUNK", 4)
+    files = {f"{i:02d}.png": png(image) for i, image in enumerate(pixels(9))}
+    odd = encoded(PIL.Image.new("RGB", (9, 9)))
+    source = raw_data_set(tmp_path / "a", {**files, "0.png": odd, "03z.png": odd})
+    output = made(source, tmp_path / "b.zip")
+    assert "9 images [3, 8, 8]; 2 left out" in output
+    assert "2 of the size 9x9: 0.png, 03z.png" in output
+    assert np.array_equal(images_of(tmp_path / "b.zip"), pixels(9))
+
+
 # where from
 
 
@@ -238,6 +274,12 @@ def _as_python_2(value):
                 text(one) if isinstance(one, str) else out.append(b"K" + bytes([one]))
             out.append(b"e")
     return b"".join([*out, b"u."])
+
+
+def test_folders_of_cifars_names_are_none_of_its_files(tmp_path):
+    files = {"train/a.png": png(pixels(1)[0]), "test/b.png": png(pixels(2)[1]), "meta/c.txt": b""}
+    made(raw_data_set(tmp_path / "a", files), tmp_path / "b.zip")
+    assert len(ImageDataset(tmp_path / "b.zip")) == 2
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -328,6 +370,9 @@ def test_labels_by_folders(tmp_path):
     ]
     (source / "top.png").write_bytes(png(pixels(1)[0]))
     assert "some are at the top" in made(source, tmp_path / "c.zip", "--labels", "folders", code=1)
+    whole = raw_data_set(tmp_path / "d.zip", {f"pets/{name}": data for name, data in files.items()})
+    output = made(whole, tmp_path / "e.zip", "--labels", "folders", code=1)  # all would be class 0
+    assert "labels by folders need two at the top; all images are in pets" in output
 
 
 def test_lmdb(tmp_path):
@@ -408,6 +453,52 @@ def test_a_call_that_was_killed_is_gone_on_with(tmp_path, monkeypatch):
     assert np.array_equal(images_of(tmp_path / "b.zip"), images) and sorted(
         os.listdir(tmp_path)
     ) == ["a.zip", "b.zip"]
+
+
+@pytest.mark.parametrize("changed", ["content", "size"])
+def test_what_is_done_is_not_taken_for_that_of_other_images_of_the_same_names(tmp_path, changed):
+    """As CIFAR-10's and CIFAR-100's are, or a folder in which a broken image was replaced."""
+    images = pixels(300)
+    raw_data_set(tmp_path / "a", {f"{i:03d}.png": png(image) for i, image in enumerate(images)})
+
+    def stopping(parts, total):
+        yield from parts
+        raise KeyboardInterrupt
+
+    args = tmp_path / "b.npy", Settings(None, "crop", False)
+    with pytest.raises(KeyboardInterrupt):
+        pack(open_collection(tmp_path / "a"), *args, progress=stopping)
+    if changed == "size":  # of a file whose content is not looked at
+        (tmp_path / "a" / "001.png").write_bytes(png(images[1]) + b"\0")
+    else:
+        flipped = {f"{i:03d}.png": png(255 - image) for i, image in enumerate(images)}
+        raw_data_set(tmp_path / "a", flipped)
+    with pytest.raises(DatasetError, match="holds parts of other work"):
+        pack(open_collection(tmp_path / "a"), *args)
+
+
+def test_labels_that_are_not_its_own_are_not_written_over(tmp_path):
+    data_set(tmp_path / "a", pixels(3), [2, 0, 1])
+    before = (tmp_path / "a" / "dataset.json").read_bytes()
+    output = made(tmp_path / "a", tmp_path / "a" / "dataset.npy", code=1)
+    assert "dataset.json: is there already" in output
+    assert (tmp_path / "a" / "dataset.json").read_bytes() == before
+    assert not (tmp_path / "a" / "dataset.npy.partial").exists()
+
+
+def test_a_call_that_was_killed_behind_its_labels_is_gone_on_with(tmp_path, monkeypatch):
+    data_set(tmp_path / "a.zip", pixels(3), [2, 0, 1])
+    args = open_collection(tmp_path / "a.zip"), tmp_path / "b.npy", Settings(None, "crop", False)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("tdkern.data.pack.os.rename", killed)
+        pack(*args)
+    assert (tmp_path / "b.json").exists() and not (tmp_path / "b.npy").exists()
+    pack(*args)
+    assert np.array_equal(images_of(tmp_path / "b.npy"), pixels(3))
 
 
 def test_any_number_of_workers_makes_the_same_file(tmp_path):

@@ -13,7 +13,8 @@ from tdkern.schedules import FlowMatching, of_scheduler
 
 pytestmark = pytest.mark.usefixtures("torchvision_operators")
 
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+# CogVideoX's shifts its levels behind its betas
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler")
 SMALL = {
     "sample_size": 8,
     "in_channels": 3,
@@ -50,6 +51,21 @@ def models(kind):
             **SMALL,
         )
         return model, {"encoder_hidden_states": torch.rand(4, 5, 8)}
+    if kind == "transformer":  # forward(hidden_states, encoder_hidden_states, ..., timestep, ...)
+        model = diffusers.SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=3,
+            out_channels=3,
+            num_layers=1,
+            num_attention_heads=2,
+            attention_head_dim=8,
+            caption_projection_dim=16,
+            joint_attention_dim=8,
+            pooled_projection_dim=8,
+        )
+        text = {"encoder_hidden_states": torch.rand(4, 5, 8)}
+        return model, text | {"pooled_projections": torch.rand(4, 8)}
     model = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=4,
@@ -77,13 +93,15 @@ def test_the_example_runs_and_resumes(tmp_path):
     assert lines_changed("diffusers_loop") == 5
 
 
-@pytest.mark.parametrize("kind", ["unconditional", "classes", "text", "dit"])
+@pytest.mark.parametrize("kind", ["unconditional", "classes", "text", "transformer", "dit"])
 def test_models_and_their_conditions(kind):
     """Class indices, int64, and a text's embeddings reach both networks, also where the target
     network runs on a share of the batch.
     """
     model, conditions = models(kind)
     scheduler = scheduler_of("DDPMScheduler")
+    if kind == "transformer":
+        scheduler = scheduler_of("FlowMatchEulerDiscreteScheduler")
     net, x = Denoiser.from_scheduler(model, scheduler), torch.rand(4, 3, 8, 8)
     for share in (1.0, 0.5):
         loss = Loss.from_scheduler(scheduler, td_share=share)
@@ -121,7 +139,7 @@ def test_losses_are_those_of_diffusers_loops(name, prediction, betas):
     noisy = scheduler.add_noise(x, noise, timesteps)
     predicted = model(noisy, timesteps).sample
     # get_velocity, which not every scheduler has
-    squares = scheduler.alphas_cumprod[timesteps][:, None, None, None]
+    squares = scheduler.alphas_cumprod[timesteps].float()[:, None, None, None]
     velocity = squares.sqrt() * noise - (1 - squares).sqrt() * x
     wanted = {"epsilon": noise, "sample": x, "v_prediction": velocity}[prediction]
     expected = (predicted - wanted).square().mean((1, 2, 3))
@@ -155,6 +173,16 @@ def test_flow_matching_with_its_shift(shift):
     td(net, EMA(net), x).mean().backward()
 
 
+def test_a_transformer_is_told_the_time_by_its_name():
+    model, text = models("transformer")
+    net = Denoiser.from_scheduler(model, scheduler_of("FlowMatchEulerDiscreteScheduler"))
+    x, sigma = torch.rand(4, 3, 8, 8), torch.tensor([0.1, 1.0, 3.0, 9.0])
+    t = sigma / (1 + sigma)
+    noisy = x * (1 - t)[:, None, None, None]
+    expected = noisy - t[:, None, None, None] * model(noisy, timestep=1000 * t, **text).sample
+    torch.testing.assert_close(net(x, sigma, **text), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("shift", [0.5, 3.0])
 def test_a_shifted_path(shift):
     path, t = FlowMatching(shift=shift), torch.linspace(0.01, 0.99, 7, dtype=torch.float64)
@@ -179,10 +207,14 @@ def test_schedulers_that_do_not_fit_are_refused_in_a_line():
     zero = scheduler_of("DDPMScheduler", rescale_betas_zero_snr=True)
     edm = scheduler_of("EDMEulerScheduler")
     dynamic = scheduler_of("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+    inverted = scheduler_of("FlowMatchEulerDiscreteScheduler", invert_sigmas=True)
+    untold = scheduler_of("IPNDMScheduler")  # which has betas of its own kind
     for scheduler, message in (
         (unknown, "the prediction_type of SimpleNamespace must be one of epsilon, sample, v_pred"),
         (edm, "scheduler must have betas, or a fixed shift of flow matching, got EDMEuler"),
         (dynamic, "scheduler must have betas, or a fixed shift of flow matching, got FlowMatch"),
+        (inverted, "invert_sigmas of FlowMatchEulerDiscreteScheduler must be False"),
+        (untold, "the prediction_type of IPNDMScheduler must be one of epsilon, .*, got None"),
         (zero, "prediction must be"),  # eps says nothing of the image where no signal is left
     ):
         for make in (Loss.from_scheduler, lambda each: Denoiser.from_scheduler(None, each)):

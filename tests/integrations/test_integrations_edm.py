@@ -182,6 +182,22 @@ class NothingRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_two_averages_of_one_optimizer_need_two_names():
+    """Its state holds one of a name: the other would be lost, and load what is not its own."""
+    net = tiny()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    averages = attach_target(net, optimizer), attach_target(net, optimizer, decay=0.9, name="ema")
+    with pytest.raises(ValueError, match="has a target 'target' already"):
+        attach_target(net, optimizer)
+    net(torch.rand(1, 3, 8, 8), 1.0).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    other = torch.optim.SGD(net.parameters(), lr=0.1)
+    again = attach_target(net, other), attach_target(net, other, decay=0.9, name="ema")
+    other.load_state_dict(state)
+    assert all(map(same_tensors, again, averages))
+
+
 def test_a_state_without_a_target_warns_and_begins_with_a_copy():
     net, other = tiny(), tiny()
     for parameter in other.parameters():

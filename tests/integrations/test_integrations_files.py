@@ -433,6 +433,17 @@ def test_a_network_of_any_loop_reaches_generate_and_fid(tmp_path, monkeypatch):
     assert last["results"][0]["steps"] == 2 and last["results"][0]["fid"] > 0
 
 
+def test_save_network_refuses_tensors_that_load_network_would_not_take(tmp_path):
+    path, net = tmp_path / "a.safetensors", tiny()
+    nn.utils.parametrizations.weight_norm(net.model.map_layer0)
+    with pytest.raises(ValueError, match=r"must have the tensors of a SongUNet .*map_layer0"):
+        tdkern.save_network(net, path)
+    assert not path.exists()
+    nn.utils.parametrize.remove_parametrizations(net.model.map_layer0, "weight")
+    tdkern.save_network(net, path)
+    tdkern.load_network(path)
+
+
 def test_save_network_refuses_what_no_file_can_describe(tmp_path):
     path = tmp_path / "a.safetensors"
     for net, got in (

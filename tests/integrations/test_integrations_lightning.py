@@ -67,3 +67,37 @@ def test_the_target_moves_with_each_step_of_the_optimizer(tmp_path, precision):
         )
     assert trainer.global_step == len(made) == 2
     assert same_tensors(system.target, by_hand[0])
+
+
+def test_a_second_fit_with_the_same_optimizer_goes_on_with_what_follows_it(tmp_path):
+    import lightning
+
+    from tdkern.integrations.lightning import TDCallback
+
+    loop = example("lightning_loop")
+
+    class System(loop.System):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = super().configure_optimizers()
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "System", System)
+        system, trainer = loop.train(tmp_path, enable_checkpointing=False)
+    target, loader = system.target, trainer.train_dataloader
+    again = lightning.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        callbacks=[TDCallback(averages={"ema": 0.999})],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    again.fit(system, loader)
+    state = system.optimizer.state_dict()
+    assert system.target is target and state["tdkern_target"]["step"] == 6
+    with pytest.raises(ValueError, match="averages must have other names than"):
+        TDCallback(averages={"target": 0.9})

@@ -4,6 +4,7 @@ answer.
 
 from collections import OrderedDict
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -106,6 +107,36 @@ def test_conditions_are_split_with_the_samples(share):
         assert torch.equal(ids, expected.float()) and torch.equal(others, ids)
         assert torch.equal(column[:, 0], ids) and word == "word"
         assert seen["guidance"] == 3 and seen["scale"] == 2 and seen["nothing"] is None
+
+
+class Text(NamedTuple):
+    """As code of one's own passes several tensors on."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
+
+
+class Output(OrderedDict):
+    """As transformers' and diffusers' outputs are."""
+
+    def __getattr__(self, name):
+        return self[name]
+
+    def update(self, *_, **__):
+        raise TypeError("an output has no update")
+
+
+@pytest.mark.parametrize("kind", [Text, Output], ids=["named tuple", "dict with attributes"])
+def test_conditions_keep_their_class(kind):
+    rows = torch.arange(4.0)
+    given = kind(states=rows[:, None], mask=rows)
+    net, target = Told(), Told()
+    loss = TDEDMLoss()
+    loss.evaluate(net, target, loss.pair(images(), sigma=SIGMA), text=given)
+    ((_, _, seen),) = target.calls
+    assert type(seen["text"]) is kind and seen["text"].mask.tolist() == [1, 3, 0]
+    assert seen["text"].states.tolist() == [[1], [3], [0]]
+    assert torch.equal(given.mask, rows) and net.calls[0][2]["text"] is given
 
 
 @pytest.mark.parametrize(

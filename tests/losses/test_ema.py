@@ -74,6 +74,35 @@ def test_a_copy_takes_what_is_there_whatever_the_average_held(kind):
         assert equal_states(average.module, net)
 
 
+def mixed(seed):
+    """A network with complex parameters, and frozen ones of whole numbers (quantised)."""
+    torch.manual_seed(seed)
+    net = nn.Linear(3, 4)
+    net.spectrum = nn.Parameter(torch.randn(2, 3, dtype=torch.complex64))
+    net.quantised = nn.Parameter(torch.randint(255, (5,), dtype=torch.uint8), requires_grad=False)
+    return net
+
+
+def test_complex_parameters_are_averaged_and_whole_numbers_copied():
+    net, other = mixed(0), mixed(1)
+    ema, reference = EMA(net), torch.optim.swa_utils.AveragedModel(net, avg_fn=None)
+    reference.multi_avg_fn = torch.optim.swa_utils.get_ema_multi_avg_fn(0.75)
+    reference.update_parameters(net)
+    ema.update(other, 0.75)
+    reference.update_parameters(other)
+    for name in ("weight", "spectrum"):
+        expected = reference.module.get_parameter(name)
+        torch.testing.assert_close(ema.module.get_parameter(name), expected)
+    assert torch.equal(ema.module.quantised, other.quantised)
+    power = PowerFunctionEMA(net)
+    power.update(other, 1)
+    power.update(net, 2)
+    found = posthoc([power.state_dict()], 0.05)
+    expected = power.averages[0.05].module.state_dict()
+    assert all(found[name].dtype == tensor.dtype for name, tensor in expected.items())
+    torch.testing.assert_close(found, dict(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_module_is_frozen():
     net = network()
     ema = EMA(net)

@@ -1,5 +1,7 @@
 """Labels: classes without images, vectors, and what cannot be a label."""
 
+import json
+
 import pytest
 import torch
 
@@ -126,3 +128,12 @@ def test_labels_that_are_missing_are_missing_where_they_are_looked_for(tmp_path)
     assert "there is none at the top; it must not be in images" in line(
         train_dry(path, "--cond", "1", code=1)
     )
+
+
+def test_backslashes_in_a_zips_names(tmp_path):
+    """As some programs of Windows write them; dataset.json has EDM's slashes."""
+    files = {f"00000\\img{i}.png": png(image) for i, image in enumerate(pixels(3))}
+    table = {"labels": [[f"00000/img{i}.png", 2 - i] for i in range(3)]}
+    path = raw_data_set(tmp_path / "a.zip", {**files, "dataset.json": json.dumps(table).encode()})
+    dataset = ImageDataset(path, use_labels=True)
+    assert [int(label.argmax()) for _, label in dataset] == [2, 1, 0]
