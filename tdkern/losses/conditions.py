@@ -50,10 +50,13 @@ def _check(where: str, value, batch: int) -> None:
 
 def _rows(value, chosen: Tensor):
     if isinstance(value, dict):
-        rows = copy.copy(value)  # of its own class, such as a text encoder's output
-        for name, part in value.items():
-            rows[name] = _rows(part, chosen)
-        return rows
+        rows = {name: _rows(part, chosen) for name, part in value.items()}
+        if type(value) is dict:
+            return rows
+        own = copy.copy(value)  # of a class of its own, such as a text encoder's output
+        for name, part in rows.items():
+            own[name] = part
+        return own
     if isinstance(value, list | tuple):
         parts = [_rows(part, chosen) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
