@@ -1,5 +1,6 @@
 """Triton's kernels of a U-Net against float64."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -18,22 +19,14 @@ from tdkern.ops import _backends, _modes
 pytestmark = pytest.mark.skipif(
     bool(_backends.MISSING["triton"]), reason=_backends.MISSING["triton"]
 )
-# more tiles than groups_kernel holds at a time
-SHAPES = [
-    (2, 8, 3, 5),
-    (1, 96, 8, 8),
-    (3, 128, 16, 16),
-    (2, 36, 1, 1),
-    (2, 192, 9, 9),
-    (0, 8, 4, 4),
-    (1, 8, 72, 71),
-]
+SHAPES = [(2, 8, 3, 5), (1, 96, 8, 8), (2, 36, 1, 1), (1, 192, 9, 9), (0, 8, 4, 4)]
+MORE_TILES = (1, 8, 72, 71)  # than a kernel holds of its groups at a time
 EPS = {F32: 2e-6, BF16: 2.0**-8, F16: 2.0**-11}
+EXTRAS = ["plain", "added", "of each image", "far from 0", "no silu"]
+CASES = [*itertools.product(SHAPES, EPS, EXTRAS), (MORE_TILES, BF16, "added")]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", EPS, ids=str)
-@pytest.mark.parametrize("extra", ["plain", "added", "of each image", "far from 0", "no silu"])
+@pytest.mark.parametrize("shape, dtype, extra", CASES, ids=str)
 def test_group_norm(shape, dtype, extra):
     """And its gradients, of all that it takes."""
     draw, x = drawn(shape, dtype)
@@ -108,7 +101,7 @@ def random_net(make, **options):
     """A small network; newly made, the last layers are zero."""
     torch.manual_seed(0)
     options = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1} | options
-    net = EDMPrecond(make(16, 3, 3, attn_resolutions=[8], **options))
+    net = EDMPrecond(make(8, 3, 3, attn_resolutions=[4], **options))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1) if parameter.ndim > 1 else None
     return net.to(device_of("triton"))
@@ -121,9 +114,9 @@ def test_a_network_loses_no_more_in_these_kernels(make, train, monkeypatch):
     once in one kernel, not twice, and so are a branch, its bias and what it is added to.
     """
     net = random_net(make, dropout=0).train(train)
-    x = torch.randn(4, 3, 16, 16, device=device_of("triton"), requires_grad=train)
+    x = torch.randn(2, 3, 8, 8, device=device_of("triton"), requires_grad=train)
     upstream = torch.randn(x.shape).to(x.device)
-    sigma = torch.tensor([0.1, 0.5, 2, 9], device=x.device)
+    sigma = torch.tensor([0.1, 2], device=x.device)
     calls = Counter()
 
     def counted(name, function):
