@@ -190,7 +190,6 @@ def published_step(net, ema, target, images):
 
 def make_step(case: Case, tiny: bool):
     set_arithmetic(case.precision)
-    half.fuses = (lambda x: False) if case.style == TORCHS else FUSES
     net = make_net(case, tiny)
     ema, target = EMA(net), EMA(net) if case.loss != "EDM" else None
     if case.mode == "compile":
@@ -273,6 +272,7 @@ def timed(step, seconds: float) -> dict:
 
 
 def measured(case: Case | Sampler | Driver, tiny: bool, seconds: float) -> dict:
+    half.fuses = (lambda x: False) if getattr(case, "style", "") == TORCHS else FUSES
     if isinstance(case, Sampler):
         return measured_sampler(case.mode, tiny, seconds)
     if tiny:

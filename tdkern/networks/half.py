@@ -75,7 +75,8 @@ class _GroupNorm(torch.autograd.Function):
             return dx, None, dweight, dbias, None, dadd, None
         from ..triton.group_norm import group_norm_backward
 
-        upstream = upstream.contiguous(memory_format=torch.channels_last)
+        # x too: what keeps saved tensors elsewhere may lay them out anew
+        upstream, x = (t.contiguous(memory_format=torch.channels_last) for t in (upstream, x))
         dx, dweight, dbias, dadd = group_norm_backward(
             upstream, x, ctx.groups, weight, bias, statistics, add, ctx.silu
         )
@@ -129,8 +130,12 @@ class _BranchSum(torch.autograd.Function):
 
 
 def _by_torch(function, inputs, upstream):
-    """The gradients of function(*inputs), by differentiating it; differentiable themselves."""
+    """The gradients of function(*inputs), by differentiating it; where gradients are enabled they
+    can be differentiated again.
+    """
     given = [each for each in inputs if each is not None and each.requires_grad]
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        found = iter(torch.autograd.grad(function(*inputs), given, upstream, create_graph=True))
+        y = function(*inputs)
+    found = iter(torch.autograd.grad(y, given, upstream, create_graph=again))
     return [next(found) if each is not None and each.requires_grad else None for each in inputs]

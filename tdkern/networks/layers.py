@@ -4,6 +4,7 @@ Weights stay in their own dtype and are cast to the activation's, so that one ne
 precision.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -172,6 +173,11 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
         self.groups, self.eps = min(32, channels // 4), eps
+        if self.groups == 0 or channels % self.groups:
+            raise ValueError(
+                "GroupNorm: channels must be at least 4 and a multiple of the groups, "
+                f"min(32, channels // 4), got {channels}"
+            )
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
 
@@ -332,18 +338,19 @@ class ResBlock(nn.Module):
         h = dropout(h, self.style.dropout if self.training else 0.0)
         h = self.conv1(h, with_bias=not later)
         if self.skip is None:
-            x = self._add(x, h, self.conv1)
+            x = self._add(x, h, [self.conv1] if later else [])
         else:
-            x = self._add(self.skip(x, with_bias=not later), h, self.conv1, self.skip)
+            x, layers = self.skip(x, with_bias=not later), [self.conv1, self.skip]
+            x = self._add(x, h, layers if later else [])
         if not self.heads:
             return x
-        h = self._attend(self.norm2(x))
-        return self._add(x, self.proj(h, with_bias=not later), self.proj)
+        h = self.proj(self._attend(self.norm2(x)), with_bias=not later)
+        return self._add(x, h, [self.proj] if later else [])
 
-    def _add(self, x: Tensor, h: Tensor, *layers: Conv2d) -> Tensor:
-        """(x + h) skip_scale, with the biases that `layers` have left to it."""
+    def _add(self, x: Tensor, h: Tensor, layers: Sequence[Conv2d]) -> Tensor:
+        """(x + h) skip_scale, in one kernel with the biases that `layers` have left to it."""
         scale = self.style.skip_scale
-        if half.fuses(x):
+        if layers:
             biases = [layer.bias for layer in layers if layer.bias is not None]
             return half.branch_sum(x, h, biases, scale)
         return x + h if scale == 1 else (x + h) * scale  # x first: it has x's memory format

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from helpers import aot
@@ -182,6 +183,50 @@ def test_gradients_of_gradients_and_of_many():
     for exact, narrow in zip(*found.values(), strict=True):
         assert exact.shape == narrow.shape
         assert (exact - narrow.double()).norm() < 0.05 * exact.norm()
+
+
+def test_saved_tensors_may_be_laid_out_anew():
+    """As `save_on_cpu` lays them out, and other hooks that keep them elsewhere."""
+    draw, x = drawn((2, 8, 3, 5), BF16)
+    weight, bias, upstream = draw(8).float(), draw(8).float(), draw(2, 8, 3, 5)
+
+    def gradients():
+        given = [each.detach().requires_grad_() for each in (x, weight, bias)]
+        return torch.autograd.grad(half.group_norm(given[0], 2, *given[1:], 1e-5), given, upstream)
+
+    expected = gradients()
+    with saved_tensors_hooks(lambda tensor: tensor.clone().contiguous(), lambda tensor: tensor):
+        found = gradients()
+    assert all(map(torch.equal, found, expected))
+
+
+def test_gradients_of_many_are_plain():
+    _, x = drawn((2, 8, 3, 5), BF16)
+    weight = torch.ones(8, device=x.device, requires_grad=True)
+    y = half.group_norm(x, 2, weight, torch.zeros_like(weight), 1e-5)
+    (many,) = torch.autograd.grad(y, weight, torch.stack([y, y]).detach(), is_grads_batched=True)
+    assert not many.requires_grad
+
+
+@pytest.mark.parametrize("channels", [3, 144])
+def test_channels_that_groups_do_not_divide(channels):
+    with pytest.raises(ValueError, match=f"^GroupNorm: channels must be .* got {channels}$"):
+        GroupNorm(channels)
+
+
+def test_a_branch_gets_its_biases_once(monkeypatch):
+    """Also where convolutions give another dtype than they got, as under autocast."""
+    monkeypatch.setattr(half, "fuses", lambda x: x.dtype == BF16)
+    block = random_net(SongUNet, dropout=0).model.dec["8x8_block0"]
+    for layer in (block.conv1, block.skip):
+        torch.nn.init.normal_(layer.bias)
+    x = torch.randn(2, block.norm0.weight.shape[0], 8, 8, device=device_of("triton"))
+    emb = torch.randn(2, block.affine.in_features, device=x.device)
+    with torch.no_grad():
+        expected = block(x, emb)
+        with torch.autocast(x.device.type, BF16):
+            found = block(x, emb)
+    assert (found.float() - expected).norm() < 0.05 * expected.norm()
 
 
 def test_torchs_default_dtype_changes_nothing():
