@@ -17,7 +17,6 @@ import argparse
 import gc
 import io
 import json
-import os
 import signal
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from bench_network import make_plain
 from measure import DEVICE
 from published import eager_td_edm
 
+from tdkern.data.files import write_atomic
 from tdkern.ema import EMA
 from tdkern.losses import CTLoss, EDMLoss, TDCTLoss, TDEDMLoss
 from tdkern.networks import CTPrecond, EDMPrecond, half, unet
@@ -337,12 +337,6 @@ def usable() -> bool:
         return False
 
 
-def write(path: Path, rows: list[str]) -> None:
-    new = path.with_suffix(".new")
-    new.write_text("".join(f"{row}\n" for row in rows))
-    os.replace(new, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
@@ -359,7 +353,8 @@ def main() -> None:
             break
         start = time.monotonic()
         row = {"op": OPS[type(case)], **asdict(case)}
-        write(args.out, [*rows, json.dumps(row | {"failure": CUT_OFF})])
+        begun = json.dumps(row | {"failure": CUT_OFF})
+        write_atomic(args.out, "\n".join([*rows, begun, ""]).encode())
         if DEVICE == "cuda" and args.part == "step":
             signal.alarm(MOST)  # ends the process, whatever it waits for
         row |= attempt(case, args.tiny, args.each)
@@ -367,7 +362,7 @@ def main() -> None:
         signal.alarm(0)
         row["took_s"] = round(time.monotonic() - start, 1)
         rows.append(json.dumps(row))
-        write(args.out, rows)
+        write_atomic(args.out, "\n".join([*rows, ""]).encode())
         print(row, flush=True)
         if not good:
             sys.exit(UNUSABLE)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import COLUMNS, COUNTS, OPTIONS, ROWS, Grid, place_of, tile_of
+from .tiles import COLUMNS, COUNTS, OPTIONS, ROWS, Grid, tile_of
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -25,12 +25,9 @@ def branch_sum_kernel(
     COLUMNS: tl.constexpr,
 ):
     """A tile of y = (x + branch + bias) scale."""
-    block, tile, image = place_of(tiles, blocks)
-    first_row, first_column = tile * ROWS, block * COLUMNS
-    values, at, inside = tile_of(
-        x, None, image, first_row, first_column, pixels, channels, ROWS, COLUMNS
+    values, at, inside, _, _, column = tile_of(
+        x, None, pixels, channels, tiles, blocks, ROWS, COLUMNS
     )
-    column = first_column + tl.arange(0, COLUMNS)
     shift = tl.load(bias + column, column < channels, other=0.0).to(tl.float32)
     total = values + tl.load(branch + at, inside, other=0.0).to(tl.float32) + shift[None, :]
     tl.store(y + at, (total * scale).to(y.dtype.element_ty), inside)
@@ -50,14 +47,11 @@ def branch_sum_backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """A tile of upstream scale, and the sum of each of its channels."""
-    block, tile, image = place_of(tiles, blocks)
-    first_row, first_column = tile * ROWS, block * COLUMNS
-    values, at, inside = tile_of(
-        upstream, None, image, first_row, first_column, pixels, channels, ROWS, COLUMNS
+    values, at, inside, image, tile, column = tile_of(
+        upstream, None, pixels, channels, tiles, blocks, ROWS, COLUMNS
     )
     values = values * scale
     tl.store(dx + at, values.to(dx.dtype.element_ty), inside)
-    column = first_column + tl.arange(0, COLUMNS)
     to = (image * tiles + tile) * channels + column
     tl.store(sums + to, tl.sum(values, 0), column < channels)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import COLUMNS, COUNTS, OPTIONS, ROWS, Grid, place_of, tile_of
+from .tiles import COLUMNS, COUNTS, OPTIONS, ROWS, Grid, tile_of
 
 SUMS = 256  # of channels in tiles that a kernel of one warp holds at a time; more would spill
 ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
@@ -33,14 +33,12 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Of each channel in each tile: the mean, and the sum of squares about it."""
-    block, tile, image = place_of(tiles, blocks)
-    values, _, inside = tile_of(
-        x, add, image, tile * ROWS, block * COLUMNS, pixels, channels, ROWS, COLUMNS
+    values, _, inside, image, tile, column = tile_of(
+        x, add, pixels, channels, tiles, blocks, ROWS, COLUMNS
     )
     count = tl.minimum(pixels - tile * ROWS, ROWS).to(tl.float32)
     mean = tl.sum(values, 0) / count
     away = tl.where(inside, values - mean[None, :], 0.0)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
     to = (image * tiles + tile) * channels + column
     tl.store(means + to, mean, column < channels)
     tl.store(squares + to, tl.sum(away * away, 0), column < channels)
@@ -106,11 +104,9 @@ def result_kernel(
     COLUMNS: tl.constexpr,
 ):
     """A tile of y = (x + add - mean) inverse weight + bias, or of its silu."""
-    block, tile, image = place_of(tiles, blocks)
-    values, at, inside = tile_of(
-        x, add, image, tile * ROWS, block * COLUMNS, pixels, channels, ROWS, COLUMNS
+    values, at, inside, image, _, column = tile_of(
+        x, add, pixels, channels, tiles, blocks, ROWS, COLUMNS
     )
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
     there = column < channels
     group = image * groups + column // (channels // groups)
     mean = tl.load(mean_of + group, there, other=0.0)
@@ -145,11 +141,9 @@ def _gradient(
     """Of a tile: the gradient of the normalised and weighted input, that input normalised, both 0
     outside; weight and inverse of its columns; where it lies.
     """
-    block, tile, image = place_of(tiles, blocks)
-    values, at, inside = tile_of(
-        x, add, image, tile * ROWS, block * COLUMNS, pixels, channels, ROWS, COLUMNS
+    values, at, inside, image, _, column = tile_of(
+        x, add, pixels, channels, tiles, blocks, ROWS, COLUMNS
     )
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
     there = column < channels
     group = image * groups + column // (channels // groups)
     mean = tl.load(mean_of + group, there, other=0.0)

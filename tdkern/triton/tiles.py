@@ -14,36 +14,32 @@ COUNTS = ["pixels", "tiles", "blocks", "groups"]
 
 
 @triton.jit
-def place_of(tiles, blocks):
-    """This program's block of channels and tile of pixels, and its image, of 64 bits: with it,
-    what lies behind 2^31 elements is found.
-    """
-    program = tl.program_id(0)
-    return program % blocks, program // blocks % tiles, (program // blocks // tiles).to(tl.int64)
-
-
-@triton.jit
 def tile_of(
     x,
     add,
-    image,
-    first_row,
-    first_column,
     pixels,
     channels,
+    tiles,
+    blocks,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """x + add of a tile in float32, 0 outside; where its elements lie, and which are there."""
-    row = first_row + tl.arange(0, ROWS)[:, None]
-    column = first_column + tl.arange(0, COLUMNS)[None, :]
-    inside = (row < pixels) & (column < channels)
-    at = (image * pixels + row) * channels + column
+    """This program's tile of x + add in float32, 0 outside; where its elements lie, and which are
+    there; its image, its number there and its channels. The image is of 64 bits: with it, what lies
+    behind 2^31 elements is found.
+    """
+    program = tl.program_id(0)
+    image, tile = (program // blocks // tiles).to(tl.int64), program // blocks % tiles
+    column = program % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    row = tile * ROWS + tl.arange(0, ROWS)[:, None]
+    there = (column < channels)[None, :]
+    inside = (row < pixels) & there
+    at = (image * pixels + row) * channels + column[None, :]
     values = tl.load(x + at, inside, other=0.0).to(tl.float32)
     if add is not None:
-        more = tl.load(add + image * channels + column, column < channels, other=0.0)
+        more = tl.load(add + image * channels + column[None, :], there, other=0.0)
         values = tl.where(inside, values + more.to(tl.float32), 0.0)
-    return values, at, inside
+    return values, at, inside, image, tile, column
 
 
 class Grid(NamedTuple):
